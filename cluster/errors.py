@@ -1,0 +1,152 @@
+"""Every error of the running system.
+
+ClusterError                     code                 retryable  stops
+├── RowError                     (below)              no         one row
+│   ├── ReadError                read_failed          no
+│   ├── ArchiveTruncated         archive_truncated    no
+│   ├── ImageMissing             image_missing        no
+│   ├── ImageTooLarge            image_too_large      no
+│   ├── ImageUndecodable         image_undecodable    no
+│   ├── PromptInvalid            prompt_invalid       no
+│   ├── PruningNoEffect          pruning_no_effect    no
+│   ├── InferenceFailed          inference_failed     no
+│   └── PoisonRow                poison_row           no
+├── Busy                         busy                 yes        nothing: ask again later
+└── RunError                     (below)              no         the run
+    ├── UsageError               usage                no         before any compute is spent
+    ├── StoreError               store                no
+    │   └── ObjectGone           store                no         or only the rows that needed it
+    ├── SettingsChanged          settings_changed     no         refused: another run's output
+    ├── ErrorShareExceeded       error_share          no         too many bad rows
+    └── CommitRefused            commit_refused       no         a unit that may not be committed
+
+A row error becomes an error row with its `code`, message and stage. A run error ends the command
+with `exit_code` and a message that says what to type next. Codes are stable: output holds them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ClusterError(Exception):
+    """Base of the system's errors."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+
+class RowError(ClusterError):
+    """Spoils one row; becomes data. `stage` says where: read, decode, prompt, infer or commit."""
+
+    stage: ClassVar[str] = "read"
+
+
+class ReadError(RowError):
+    """The source holds the row but not in a readable form."""
+
+    code = "read_failed"
+
+
+class ArchiveTruncated(RowError):
+    """A tar ends in the middle of a member; complete members before it are rows as usual."""
+
+    code = "archive_truncated"
+
+
+class ImageMissing(RowError):
+    """The row has no image bytes."""
+
+    code = "image_missing"
+    stage = "decode"
+
+
+class ImageTooLarge(RowError):
+    """More bytes, pixels or frames than the limits allow; refused before it is decoded."""
+
+    code = "image_too_large"
+    stage = "decode"
+
+
+class ImageUndecodable(RowError):
+    """Not an image of an allowed format, or a damaged one."""
+
+    code = "image_undecodable"
+    stage = "decode"
+
+
+class PromptInvalid(RowError):
+    """No question where one is needed, or a prompt the model cannot take."""
+
+    code = "prompt_invalid"
+    stage = "prompt"
+
+
+class PruningNoEffect(RowError):
+    """The row was to be pruned and the model saw other tokens than the budget allows."""
+
+    code = "pruning_no_effect"
+    stage = "infer"
+
+
+class InferenceFailed(RowError):
+    """The model raised on this row alone."""
+
+    code = "inference_failed"
+    stage = "infer"
+
+
+class PoisonRow(RowError):
+    """The row was in every attempt that killed a replica; isolated by splitting the call."""
+
+    code = "poison_row"
+    stage = "infer"
+
+
+class Busy(ClusterError):
+    """The replica takes no more batch calls now; ask again, elsewhere or later."""
+
+    code = "busy"
+    retryable = True
+
+
+class RunError(ClusterError):
+    """Stops the run; the command ends with `exit_code`."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(RunError):
+    """A setting that cannot work, found before any compute was spent."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class StoreError(RunError):
+    """The object store refused, is missing, or gave up after its retries."""
+
+    code = "store"
+
+
+class ObjectGone(StoreError):
+    """The object is missing, or is no longer the one that was listed."""
+
+
+class SettingsChanged(UsageError):
+    """The output prefix belongs to a run with other settings; the message shows the difference."""
+
+    code = "settings_changed"
+
+
+class ErrorShareExceeded(RunError):
+    """More rows failed than `max_error_share` allows."""
+
+    code = "error_share"
+    exit_code = 4
+
+
+class CommitRefused(RunError):
+    """A unit that is not whole, or that calls rows pruned which were not."""
+
+    code = "commit_refused"

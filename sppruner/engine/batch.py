@@ -1,0 +1,218 @@
+"""The reference engine: static batches through `generate`, each row under its own spec."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.engine.types import Generation, Request, Result
+from sppruner.errors import InputError, PruningHadNoEffect, SpprunerError
+from sppruner.pruner import Pruner
+from sppruner.relevance import ClipText
+from sppruner.selectors import selector_for
+from sppruner.types import DENSE, PruneReport, PruneSpec
+
+
+class BatchEngine:
+    """One model instance that answers lists of requests. Single-threaded.
+
+    Greedy requests with the same generation settings share a batch whatever their specs are;
+    sampled ones run alone, so that a seed gives the same text in any company. Control requests
+    form batches of their own and run twice, pruned and dense, in alternating order.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_rows: int = 16,
+        clip_text: ClipText | None = None,
+    ) -> None:
+        loaded = (
+            load_model(model, revision=revision, device=device, dtype=dtype)
+            if isinstance(model, str)
+            else model
+        )
+        self.model_id = loaded.identity.name
+        self.model_revision = loaded.identity.revision
+        self.image_backend = loaded.image_backend
+        self.max_batch_rows = max_batch_rows
+        self._model = loaded.model
+        self._processor = loaded.processor
+        self._pruner = Pruner(
+            loaded.model, tokenizer=loaded.processor.tokenizer, clip_text=clip_text
+        )
+        self._cost = self._pruner.adapter.cost()
+        ends = loaded.model.generation_config.eos_token_id
+        self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        text = loaded.model.config.get_text_config()
+        self._context = int(text.max_position_embeddings)
+
+    def check(self, spec: PruneSpec) -> None:
+        """Raises SpecError or MissingSignal for a spec this model cannot run."""
+        self._pruner.check(spec)
+
+    def run(self, requests: list[Request]) -> list[Result]:
+        """Answers every request, in order; a bad request becomes an error result."""
+        results: dict[int, Result] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            alone = i if request.generation.temperature > 0 else -1
+            policy = None if request.spec.is_dense else request.spec.positions
+            key = (request.generation, request.control, bool(request.images), policy, alone)
+            groups.setdefault(key, []).append(i)
+        for members in groups.values():
+            for start in range(0, len(members), self.max_batch_rows):
+                chunk = members[start : start + self.max_batch_rows]
+                batch = [requests[i] for i in chunk]
+                answer = self._control if batch[0].control else self._answer
+                results.update(zip(chunk, answer(batch), strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def _control(self, batch: list[Request]) -> list[Result]:
+        """Both ways on the same rows. Which goes first is decided by the rows, so that neither
+        side always meets the warmer cache."""
+        dense = [replace(request, spec=DENSE) for request in batch]
+        if zlib.crc32(batch[0].id.encode()) % 2:
+            twins, pruned = self._answer(dense), self._answer(batch)
+        else:
+            pruned, twins = self._answer(batch), self._answer(dense)
+        return [
+            replace(p, control_text=d.text, control_seconds=d.seconds)
+            if p.error_code is None and d.error_code is None
+            else p
+            for p, d in zip(pruned, twins, strict=True)
+        ]
+
+    def _answer(self, batch: list[Request]) -> list[Result]:
+        """One batch; if it fails as a whole its rows are tried alone, so that one bad row is the
+        only one to become an error."""
+        try:
+            return self._generate(batch)
+        except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
+            if len(batch) > 1:
+                return [result for request in batch for result in self._answer([request])]
+            return [_failed(batch[0], error)]
+
+    def _generate(self, batch: list[Request]) -> list[Result]:
+        started = time.perf_counter()
+        inputs = self._inputs(batch)
+        generation = batch[0].generation
+        specs = [request.spec for request in batch]
+        self._check_length(inputs, generation)
+        if generation.temperature > 0:
+            torch.manual_seed(generation.seed)
+        generated = self._pruner.generate(
+            inputs,
+            specs,
+            [request.prompt for request in batch],
+            **self._generate_kwargs(generation),
+        )
+        rows = generated.tokens_BT.tolist()
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [
+            self._result(request, report, tokens, seconds)
+            for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
+        ]
+
+    def _inputs(self, batch: Sequence[Request]) -> Any:
+        """The processor's tensors for the batch, rendered through the model's chat template."""
+        texts = [
+            self._processor.apply_chat_template(_messages(r), add_generation_prompt=True)
+            for r in batch
+        ]
+        images = [list(request.images) for request in batch]
+        inputs = self._processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return inputs.to(self._model.device)
+
+    def _check_length(self, inputs: Any, generation: Generation) -> None:
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        if longest + generation.max_new_tokens > self._context:
+            raise InputError(
+                f"{longest} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed the "
+                f"model's context of {self._context}: shorten one of them"
+            )
+
+    def _generate_kwargs(self, generation: Generation) -> dict[str, Any]:
+        # A generated image placeholder would be read as a visual token later: never emit one.
+        common = {
+            "max_new_tokens": generation.max_new_tokens,
+            "suppress_tokens": [self._pruner.adapter.image_token_id],
+        }
+        if generation.temperature == 0:
+            return common | {"do_sample": False}
+        return common | {
+            "do_sample": True,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "top_k": 0,
+        }
+
+    def _result(
+        self, request: Request, report: PruneReport, tokens: list[int], seconds: float
+    ) -> Result:
+        end = next((i for i, token in enumerate(tokens) if token in self._end_ids), None)
+        new_tokens = len(tokens) if end is None else end + 1
+        text = self._processor.tokenizer.decode(tokens[:new_tokens], skip_special_tokens=True)
+        selector = selector_for(request.spec)
+        visual, kept = report.visual_tokens, report.visual_tokens_kept
+        width = self._cost.decoder.hidden
+        cost = self._cost.row(
+            images=len(request.images),
+            visual_tokens=visual,
+            prompt_tokens=report.prompt_tokens,
+            prompt_tokens_dense=report.prompt_tokens_dense,
+            new_tokens=new_tokens,
+            pruner_flops=0 if selector is None else selector.flops(visual, kept, width),
+        )
+        return Result(
+            id=request.id,
+            text=text.strip(),
+            finish_reason="length" if end is None else "stop",
+            prompt_tokens=report.prompt_tokens,
+            completion_tokens=new_tokens,
+            visual_tokens=visual,
+            visual_tokens_kept=kept,
+            seconds=seconds,
+            cost=cost,
+        )
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
+    content.append({"type": "text", "text": request.prompt})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if request.system:
+        system = {"role": "system", "content": [{"type": "text", "text": request.system}]}
+        messages.insert(0, system)
+    return messages
+
+
+def _failed(request: Request, error: Exception) -> Result:
+    if isinstance(error, PruningHadNoEffect):
+        code = "pruning_no_effect"
+    elif isinstance(error, SpprunerError):
+        code = "prompt_invalid"
+    else:
+        code = "inference_failed"
+    return Result(
+        id=request.id,
+        text=None,
+        error_code=code,
+        error_message=f"{type(error).__name__}: {error}",
+    )

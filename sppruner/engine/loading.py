@@ -1,0 +1,129 @@
+"""Finding and loading a model: a name, a revision that pins its content, weights, processor.
+
+safetensors only and no remote code: loading a model never runs anything it brought along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from sppruner.errors import UnsupportedModel
+from sppruner.tiny import MODEL_DIR
+
+# The model in this repository, trained on drawn scenes: what the jobs use without --model.
+EMBEDDED = "tiny-llava"
+
+# Weight files above this size are identified by their ends: hashing 15 GB takes a minute.
+_WHOLE_FILE_BYTES = 64 * 2**20
+_END_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """name: as asked for. path: the folder that holds it. revision: what pins its content."""
+
+    name: str
+    path: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    identity: ModelIdentity
+    model: Any
+    processor: Any
+    image_backend: str
+
+
+def _content_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix == ".md" or any(part.startswith(".") for part in path.parts[-2:]):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_END_BYTES))
+                file.seek(-_END_BYTES, os.SEEK_END)
+                digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
+    """Pins a model: the embedded one, a local folder (by content) or a Hub name (by commit).
+
+    Downloads a Hub model if it is not cached (HF_HOME and HF_HUB_OFFLINE are honoured). Raises
+    UnsupportedModel if there is no such model or it has no safetensors.
+    """
+    folder = MODEL_DIR if name == EMBEDDED else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UnsupportedModel(f"{folder} holds no config.json: not a model folder")
+        if not list(folder.glob("*.safetensors")):
+            raise UnsupportedModel(f"{folder} holds no *.safetensors: other formats are not loaded")
+        return ModelIdentity(name=name, path=str(folder), revision=_content_hash(folder))
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UnsupportedModel(
+            f"no model {name!r}: not {EMBEDDED!r}, not a local folder, and not to be had from the "
+            f"Hub ({type(error).__name__}). Give a folder, or check HF_HOME and HF_HUB_OFFLINE"
+        ) from error
+    # A snapshot's folder is named by its commit.
+    return ModelIdentity(name=name, path=path, revision=Path(path).name)
+
+
+def image_backend(processor: Any) -> str:
+    """ "pil" or "torchvision": their pixels differ slightly, so a run records which it used."""
+    return "pil" if type(processor.image_processor).__name__.endswith("Pil") else "torchvision"
+
+
+def load_processor(identity: ModelIdentity) -> Any:
+    """The model's processor, set to pad on the left as generation needs."""
+    processor = AutoProcessor.from_pretrained(identity.path, trust_remote_code=False)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_config(identity: ModelIdentity) -> Any:
+    return AutoConfig.from_pretrained(identity.path, trust_remote_code=False)
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Loads weights and processor. Default device: the GPU if there is one. Default dtype: bfloat16
+    on a GPU, float32 on a CPU. Raises UnsupportedModel."""
+    identity = resolve_model(name, revision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(
+        identity.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    processor = load_processor(identity)
+    return LoadedModel(
+        identity=identity,
+        model=model.eval().to(device),
+        processor=processor,
+        image_backend=image_backend(processor),
+    )

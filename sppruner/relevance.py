@@ -1,0 +1,101 @@
+"""Text relevance of visual tokens: how close each one is to the words of the instruction.
+
+Relevance is optional everywhere. A generic prompt ("Describe the image.") says little, and the
+methods must then fall back to what they can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sppruner.errors import MissingSignal
+from sppruner.types import VisualTokens
+
+Source: TypeAlias = Literal["none", "embed", "clip"]
+Pool: TypeAlias = Literal["mean", "max", "top3"]
+
+# Words that carry no subject. Kept short on purpose: relevance averages over what is left.
+_STOP_WORDS = frozenset(
+    "a an and are as at be by can do does for from has have how in is it its many of on or please"
+    " the their there they this that to was were what where which who with you your".split()
+)
+
+
+def _words(text: str) -> list[str]:
+    kept = [w for w in "".join(c if c.isalnum() else " " for c in text.lower()).split()]
+    return [w for w in kept if w not in _STOP_WORDS]
+
+
+class EmbeddingCosine:
+    """Cosine between projected visual tokens and the language model's input embeddings of the
+    instruction's words. Positive sign (OpenVINO GenAI's CDPruner takes the mean of the same
+    cosines where no CLIP text tower is at hand).
+
+    embed: token ids [T] → embeddings [T, D]. tokenize: text → token ids, no specials.
+    """
+
+    def __init__(
+        self, embed: Callable[[Tensor], Tensor], tokenize: Callable[[str], list[int]]
+    ) -> None:
+        self._embed = embed
+        self._tokenize = tokenize
+
+    def score(self, image: VisualTokens, instruction: str, pool: Pool) -> Tensor | None:
+        """[N] relevance, or None where the instruction has no word that could be relevant."""
+        ids = self._tokenize(" ".join(_words(instruction)))
+        if not ids:
+            return None
+        device = image.features_ND.device
+        words_TD = self._embed(torch.tensor(ids, device=device)).float()
+        words_TD = torch.nn.functional.normalize(words_TD, dim=-1)
+        visual_ND = torch.nn.functional.normalize(image.features_ND.float(), dim=-1)
+        cosine_NT = visual_ND @ words_TD.T
+        if pool == "max":
+            # Centred per word: a word that is a little like every token must not win everywhere.
+            return (cosine_NT - cosine_NT.mean(dim=0)).amax(dim=1)
+        if pool == "top3":
+            return cosine_NT.topk(min(3, cosine_NT.shape[1]), dim=1).values.mean(dim=1)
+        return cosine_NT.mean(dim=1)
+
+
+class ClipText:
+    """Cosine in CLIP's joint space: patches through post-layernorm and visual projection, the
+    instruction through the matching text tower in chunks of its context length.
+
+    `clip` is a `CLIPModel` whose vision tower is the one the VLM was built on; LLaVA checkpoints
+    do not carry the text tower. sign −1 is CDPruner's released code for LLaVA (patch tokens of
+    CLIP are *less* similar to the text that names them), +1 is FSR's text.
+    """
+
+    def __init__(self, clip: Any, tokenizer: Any, *, sign: Literal[-1, 1] = -1) -> None:
+        self._clip = clip.eval()
+        self._tokenizer = tokenizer
+        self._sign = sign
+
+    @torch.no_grad()
+    def score(self, image: VisualTokens, instruction: str, pool: Pool) -> Tensor | None:
+        """[N] relevance; `pool` joins the chunks of a long instruction. None for an empty one."""
+        if not instruction.strip():
+            return None
+        if image.hidden_NV is None:
+            raise MissingSignal("CLIP relevance needs the encoder's hidden states")
+        length = self._clip.config.text_config.max_position_embeddings
+        ids: Sequence[int] = self._tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        body = length - 2
+        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        device = image.hidden_NV.device
+        texts = []
+        for start in range(0, len(ids), body):
+            chunk = torch.tensor([[begin, *ids[start : start + body], end]], device=device)
+            pooled = self._clip.text_model(input_ids=chunk).pooler_output
+            texts.append(self._clip.text_projection(pooled)[0])
+        text_TD = torch.nn.functional.normalize(torch.stack(texts).float(), dim=-1)
+        normed_NV = self._clip.vision_model.post_layernorm(image.hidden_NV)
+        patch_ND = self._clip.visual_projection(normed_NV).float()
+        cosine_NT = torch.nn.functional.normalize(patch_ND, dim=-1) @ text_TD.T
+        joined = cosine_NT.amax(dim=1) if pool == "max" else cosine_NT.mean(dim=1)
+        return self._sign * joined

@@ -1,0 +1,36 @@
+"""Methods by name. A spec's method and options are checked here, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+
+from sppruner.errors import UnknownMethod
+from sppruner.selectors.base import Selector
+from sppruner.selectors.baselines import GridSelector, RandomSelector, TopKSelector
+from sppruner.selectors.sppruner import SPprunerSelector
+from sppruner.types import PruneSpec
+
+_SELECTORS: dict[str, type[Selector]] = {
+    selector.name: selector
+    for selector in (SPprunerSelector, RandomSelector, GridSelector, TopKSelector)
+}
+
+
+def available() -> list[str]:
+    """Every method name, "none" included."""
+    return ["none", *sorted(_SELECTORS)]
+
+
+@functools.lru_cache(maxsize=1024)
+def selector_for(spec: PruneSpec) -> Selector | None:
+    """The method `spec` names, or None for dense. Raises UnknownMethod or SpecError."""
+    if spec.is_dense:
+        return None
+    if spec.method not in _SELECTORS:
+        raise UnknownMethod(
+            f"no pruning method {spec.method!r}; there are {', '.join(available())}"
+        )
+    return _SELECTORS[spec.method].from_options(dict(spec.options))
+
+
+__all__ = ["Selector", "available", "selector_for"]

@@ -1,0 +1,123 @@
+"""What a method is: options, the signals it needs, and a choice of exactly k tokens per image.
+
+A selector sees `VisualTokens` only. Options are the fields of its dataclass, so a spec's options
+are checked when the selector is built, before anything runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.errors import SpecError
+from sppruner.relevance import Pool, Source
+from sppruner.signals import CLS_ATTENTION
+from sppruner.types import Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(ABC):
+    """One method with its options. `select` is pure: same tokens, same choice.
+
+    signals: attention signals to read. relevance: where text relevance comes from ("none": not
+    wanted). relevance_pool: how the words of an instruction are joined.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def relevance_source(self) -> Source:
+        return "none"
+
+    @property
+    def relevance_join(self) -> Pool:
+        return "mean"
+
+    def select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
+        """Keeps `counts[i]` tokens of image i. A count of 0 keeps nothing, a count of at least N
+        keeps every token untouched; the method itself only sees the counts in between."""
+        chosen: list[Selection | None] = []
+        for image, k in zip(images, counts, strict=True):
+            whole = k >= image.count
+            kept = torch.arange(image.count if whole else 0, device=image.features_ND.device)
+            chosen.append(Selection(index_K=kept) if whole or k <= 0 else None)
+        # Images of one size go through the method together: its small kernels then run once.
+        groups: dict[int, list[int]] = {}
+        for i, done in enumerate(chosen):
+            if done is None:
+                groups.setdefault(images[i].count, []).append(i)
+        for members in groups.values():
+            picked = self._select([images[i] for i in members], [counts[i] for i in members])
+            for i, selection in zip(members, picked, strict=True):
+                chosen[i] = selection
+        return [selection for selection in chosen if selection is not None]
+
+    @abstractmethod
+    def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
+        """The method itself, for images of one size N with 0 < k < N each."""
+
+    def flops(self, tokens: int, kept: int, width: int) -> int:
+        """Modelled work of selecting `kept` of `tokens` with `width` features."""
+        return 0
+
+    @classmethod
+    def from_options(cls, options: dict[str, object]) -> Selector:
+        """Builds the method from a spec's options. Raises SpecError for an unknown or bad one."""
+        known = {field.name: type(field.default) for field in fields(cls)}
+        for option, value in options.items():
+            if option not in known:
+                raise SpecError(
+                    f"method {cls.name!r} has no option {option!r}; it has {sorted(known) or 'none'}"
+                )
+            expected = known[option]
+            numeric = expected is float and isinstance(value, int) and not isinstance(value, bool)
+            if not numeric and type(value) is not expected:
+                raise SpecError(
+                    f"option {option}={value!r} of {cls.name!r} is not a {expected.__name__}"
+                )
+        return cls(**options)
+
+
+def from_mask(mask_N: Tensor) -> Tensor:
+    """Indices of the True entries, in raster order."""
+    return mask_N.nonzero().squeeze(1)
+
+
+def min_max_IN(values_IN: Tensor) -> Tensor:
+    """Each image's values scaled to [0, 1]; constant values become 0."""
+    low_I1 = values_IN.amin(dim=1, keepdim=True)
+    span_I1 = values_IN.amax(dim=1, keepdim=True) - low_I1
+    return (values_IN - low_I1) / span_I1.clamp(min=1e-12)
+
+
+def feature_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
+    """Saliency without attention: distance of a token from the image's mean, 3×3 mean-filtered."""
+    maps = []
+    for image in images:
+        states = image.features_ND if image.hidden_NV is None else image.hidden_NV
+        states_NV = states.float()
+        mean_1V = states_NV.mean(dim=0, keepdim=True)
+        distance_N = 1 - torch.nn.functional.cosine_similarity(states_NV, mean_1V, dim=1)
+        rows, columns = image.grid
+        grid = distance_N.new_zeros(rows, columns)
+        held = distance_N.new_zeros(rows, columns)
+        row_N, column_N = image.coords_N2.unbind(dim=1)
+        grid[row_N, column_N] = distance_N
+        held[row_N, column_N] = 1.0
+        summed = torch.nn.functional.avg_pool2d(grid[None, None], 3, 1, 1, divisor_override=1)
+        neighbours = torch.nn.functional.avg_pool2d(held[None, None], 3, 1, 1, divisor_override=1)
+        maps.append((summed / neighbours.clamp(min=1))[0, 0][row_N, column_N])
+    return torch.stack(maps)
+
+
+def cls_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
+    return torch.stack([image.signals[CLS_ATTENTION].float() for image in images])

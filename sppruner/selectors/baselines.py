@@ -1,0 +1,103 @@
+"""The honest baselines: random, an even spread over the grid, and the most salient tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.errors import SpecError
+from sppruner.selectors.base import Selector, cls_saliency_IN, feature_saliency_IN
+from sppruner.signals import CLS_ATTENTION, CONTENT_SEED
+from sppruner.types import Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSelector(Selector):
+    """Uniformly random tokens; each image has its own draw, fixed by its pixels and `seed`."""
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({CONTENT_SEED})
+
+    def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
+        picked = []
+        for image, k in zip(images, counts, strict=True):
+            generator = torch.Generator().manual_seed(
+                (int(image.signals[CONTENT_SEED]) << 16) ^ self.seed
+            )
+            order_N = torch.randperm(image.count, generator=generator)
+            index_K = order_N[:k].sort().values.to(image.features_ND.device)
+            picked.append(Selection(index_K=index_K))
+        return picked
+
+
+@functools.lru_cache(maxsize=256)
+def _spread(rows: int, columns: int, k: int) -> tuple[tuple[int, int], ...]:
+    """The first k distinct cells hit by the R2 low-discrepancy sequence on a rows × columns grid.
+
+    Any prefix covers the grid evenly, which a stride over raster order does not do when it shares
+    a factor with the grid's width (M. Roberts, "The unreasonable effectiveness of quasirandom
+    sequences", 2018).
+    """
+    plastic = 1.32471795724474602596
+    cells: dict[tuple[int, int], None] = {}
+    step = 0
+    while len(cells) < k:
+        step += 1
+        row = int((0.5 + step / plastic) % 1.0 * rows)
+        column = int((0.5 + step / plastic**2) % 1.0 * columns)
+        cells.setdefault((row, column))
+    return tuple(cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSelector(Selector):
+    """Tokens spread evenly over the image, whatever it shows."""
+
+    name: ClassVar[str] = "grid"
+
+    def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
+        picked = []
+        for image, k in zip(images, counts, strict=True):
+            rows, columns = image.grid
+            if rows * columns != image.count:
+                raise SpecError("method 'grid' needs images whose tokens fill a rectangle")
+            cells = torch.tensor(_spread(rows, columns, k), device=image.features_ND.device)
+            flat_K = cells[:, 0] * columns + cells[:, 1]
+            place_N = image.coords_N2[:, 0] * columns + image.coords_N2[:, 1]
+            picked.append(Selection(index_K=torch.isin(place_N, flat_K).nonzero().squeeze(1)))
+        return picked
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSelector(Selector):
+    """The k most salient tokens.
+
+    saliency: "cls" is the encoder's CLS attention row; "feature" the distance from the image's
+    mean state, for encoders without a CLS token.
+    """
+
+    name: ClassVar[str] = "topk"
+    saliency: str = "cls"
+
+    def __post_init__(self) -> None:
+        if self.saliency not in ("cls", "feature"):
+            raise SpecError(f"saliency {self.saliency!r}: use 'cls' or 'feature'")
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({CLS_ATTENTION} if self.saliency == "cls" else ())
+
+    def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
+        read = cls_saliency_IN if self.saliency == "cls" else feature_saliency_IN
+        # A stable sort: equal saliencies keep raster order on every device.
+        order_IN: Tensor = read(images).argsort(dim=1, descending=True, stable=True)
+        return [Selection(index_K=order_IN[i, :k].sort().values) for i, k in enumerate(counts)]

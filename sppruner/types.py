@@ -1,0 +1,199 @@
+"""The values that cross the library: budgets, specs, visual tokens, selections and reports.
+
+Shape suffixes used throughout the package: N visual tokens of one image, K kept tokens, D width of
+the language model, V width of the vision encoder, B batch rows, S sequence length, T text tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sppruner.errors import SpecError
+
+Positions: TypeAlias = Literal["keep", "renumber"]
+OptionValue: TypeAlias = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How many visual tokens of one image stay: a share of them, or a number of them.
+
+    Exactly one of `ratio` (0..1] and `tokens` (≥ 0) is set. `min_keep` bounds a ratio from below,
+    so that a tiny image does not lose all its tokens by rounding.
+    """
+
+    ratio: float | None = None
+    tokens: int | None = None
+    min_keep: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.tokens is None):
+            raise SpecError("a budget is either a ratio or a number of tokens: give exactly one")
+        if self.ratio is not None and not (0.0 < self.ratio <= 1.0):
+            raise SpecError(f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %")
+        if self.tokens is not None and self.tokens < 0:
+            raise SpecError(f"budget tokens {self.tokens!r} is negative")
+        if self.min_keep < 0:
+            raise SpecError(f"budget min_keep {self.min_keep!r} is negative")
+
+    def count(self, n: int) -> int:
+        """Tokens kept out of `n`. A pure function of `n`, so a prompt's length is known early.
+
+        Ratios round to the nearest token: 0.222 of 576 is 128, as in the papers' tables.
+        """
+        if self.tokens is not None:
+            return min(n, self.tokens)
+        assert self.ratio is not None
+        return min(n, max(self.min_keep, math.floor(self.ratio * n + 0.5)))
+
+
+DENSE_BUDGET = Budget(ratio=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneSpec:
+    """What a request asks of the pruner. Hashable, and written beside every result.
+
+    method: a name from `sppruner.selectors.available()`, or "none" for dense.
+    positions: "keep" leaves every kept token at its original position (pruned equals masked);
+        "renumber" closes the gaps, as the original LLaVA-based codes do.
+    options: keyword arguments of the method, e.g. {"relevance": "none"}; checked by the method.
+    """
+
+    method: str
+    budget: Budget = DENSE_BUDGET
+    positions: Positions = "keep"
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("keep", "renumber"):
+            raise SpecError(f"positions {self.positions!r}: use 'keep' or 'renumber'")
+        for name, value in self.options.items():
+            if not isinstance(value, bool | int | float | str):
+                raise SpecError(f"option {name}={value!r} is not a bool, number or string")
+        # A private copy in key order: equal specs print, hash and group alike.
+        object.__setattr__(self, "options", dict(sorted(self.options.items())))
+        if self.method == "none" and self.budget != DENSE_BUDGET:
+            raise SpecError(
+                "method 'none' keeps every token: leave the budget out, or name a method"
+            )
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        budget = {k: getattr(self.budget, k) for k in ("ratio", "tokens", "min_keep")}
+        return {
+            "method": self.method,
+            "budget": {k: v for k, v in budget.items() if v is not None},
+            "positions": self.positions,
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruneSpec:
+        """The inverse of `to_dict`; unknown keys are errors. Raises SpecError."""
+        unknown = set(data) - {"method", "budget", "positions", "options"}
+        if unknown or "method" not in data:
+            raise SpecError(f"not a prune spec: unknown keys {sorted(unknown)}, or no method")
+        try:
+            budget = Budget(**data["budget"]) if "budget" in data else DENSE_BUDGET
+        except TypeError as error:
+            raise SpecError(f"not a budget: {data['budget']!r}") from error
+        return cls(
+            method=data["method"],
+            budget=budget,
+            positions=data.get("positions", "keep"),
+            options=data.get("options", {}),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that name this spec in results and caches."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+
+DENSE = PruneSpec(method="none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VisualTokens:
+    """One image as a selector sees it; never the model.
+
+    features_ND: projected features, as the language model will read them.
+    hidden_NV: encoder states the features were projected from, or None.
+    coords_N2: (row, column) of each token on the image's token grid, integer.
+    fixed_N: True for tokens no method may drop (newline tokens of tiled families).
+    signals: what the method asked for, by name (`sppruner.signals`), each of shape [N].
+    relevance_N: text relevance if the method asked for it and it could be computed, else None.
+    row, image: which prompt of the batch, and which image within it.
+    """
+
+    features_ND: Tensor
+    hidden_NV: Tensor | None
+    coords_N2: Tensor
+    fixed_N: Tensor
+    signals: Mapping[str, Tensor]
+    relevance_N: Tensor | None = None
+    row: int = 0
+    image: int = 0
+
+    @property
+    def count(self) -> int:
+        return int(self.features_ND.shape[0])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) spanned by the coordinates."""
+        if self.count == 0:
+            return 0, 0
+        last = self.coords_N2.max(dim=0).values + 1
+        return int(last[0]), int(last[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Selection:
+    """What a selector returns: kept indices in raster order and, if it merges, new features.
+
+    index_K: sorted, unique, int64. replace_KD: features for the kept tokens (same order) or None.
+    focus_K: True where the token was kept as a subject, for pictures; None if the method has no
+    such notion.
+    """
+
+    index_K: Tensor
+    replace_KD: Tensor | None = None
+    focus_K: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index_K.dtype != torch.int64:
+            raise SpecError(f"selection indices are {self.index_K.dtype}, not int64")
+
+    @property
+    def count(self) -> int:
+        return int(self.index_K.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """Proof of what happened to one prompt, counted on the tensors the model was given."""
+
+    spec: PruneSpec
+    visual_tokens: int
+    visual_tokens_kept: int
+    prompt_tokens: int
+    prompt_tokens_dense: int

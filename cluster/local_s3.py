@@ -1,0 +1,117 @@
+"""An S3-speaking server for runs without one: the embedded demonstration and the tests.
+
+It holds objects in memory, in a process of its own that ends with this one, however this one ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import TracebackType
+
+import boto3
+import structlog
+
+from cluster.errors import StoreError, UsageError
+
+logger = structlog.get_logger(__name__)
+
+# Port 0 lets the system choose; the printed port says that the server is up; and the end of
+# stdin, which comes even when the parent is killed, says that it is time to go.
+_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+class LocalS3:
+    """Context manager: starts the server, points the AWS_* variables at it, makes `bucket`.
+
+    `endpoint` and `environment` (for processes that do not inherit ours) are set once entered;
+    the variables are restored on exit. Raises UsageError where moto is not installed.
+    """
+
+    endpoint: str
+    environment: dict[str, str]
+
+    def __init__(self, bucket: str = "local") -> None:
+        self.bucket = bucket
+        self._process: subprocess.Popen[str] | None = None
+        self._before: dict[str, str | None] = {}
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}"
+
+    def __enter__(self) -> LocalS3:
+        if any(importlib.util.find_spec(name) is None for name in ("moto", "flask")):
+            raise UsageError(
+                "the embedded S3 server needs moto: pip install 'sppruner[local]', "
+                "or give --input and --output"
+            )
+        command = [sys.executable, "-c", _SERVER]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        assert self._process.stdout is not None
+        port = self._process.stdout.readline().strip()
+        if not port:
+            self._stop()
+            raise StoreError("the embedded S3 server did not start; its error is above")
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_REGION": "us-east-1",
+        }
+        self._before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        self.create_bucket(self.bucket)
+        logger.info("local_s3_started", endpoint=self.endpoint, pid=self._process.pid)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._stop()
+
+    def create_bucket(self, name: str) -> None:
+        """Makes an empty bucket on this server."""
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="local",
+            aws_secret_access_key="local",
+        )
+        client.create_bucket(Bucket=name)
+        client.close()
+
+    def _stop(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        self._process = None

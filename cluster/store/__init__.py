@@ -1,0 +1,36 @@
+"""Objects by key under one prefix, on S3 or on a local disk, with create-if-absent.
+
+`put_if_absent` is the only thing exactly-once output rests on: of any number of writers of one
+key, exactly one is told True, and a reader sees either nothing or that writer's whole object.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.errors import UsageError
+from cluster.store.base import ObjectInfo, Store
+from cluster.store.local import LocalStore
+from cluster.store.ranged import RangedFile
+from cluster.store.s3 import S3Store
+
+__all__ = ["LocalStore", "ObjectInfo", "RangedFile", "S3Store", "Store", "open_store"]
+
+
+def open_store(uri: str) -> Store:
+    """The store at `s3://bucket/prefix`, `file:///path` or a plain path. Nothing is contacted yet.
+
+    S3 reads the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError on any
+    other scheme.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalStore(Path(uri).absolute())
+    if scheme == "file":
+        return LocalStore(Path("/" + rest.lstrip("/")))
+    if scheme != "s3":
+        raise UsageError(f"{uri}: cannot open {scheme}://; use s3://bucket/prefix or a local path")
+    bucket, _, prefix = rest.partition("/")
+    if len(bucket) < 3:
+        raise UsageError(f"{uri}: no bucket of at least 3 characters; use s3://bucket/prefix")
+    return S3Store(bucket, prefix)

@@ -1,0 +1,231 @@
+"""Both stores keep one contract; the S3 one also survives lost answers and names what is wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
+
+from cluster.errors import ObjectGone, StoreError, UsageError
+from cluster.store import LocalStore, RangedFile, S3Store, Store, open_store
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return open_store(str(tmp_path / "root"))
+    return open_store(f"{request.getfixturevalue('s3')}/some/prefix")
+
+
+def test_what_is_put_is_read_listed_and_headed(store: Store) -> None:
+    store.put("b/two.txt", b"22")
+    store.put("a.bin", b"1")
+    store.put("b/two.txt", b"222")
+    assert store.get("b/two.txt") == b"222"
+    assert [(info.key, info.size) for info in store.list()] == [("a.bin", 1), ("b/two.txt", 3)]
+    assert [info.key for info in store.list("b/")] == ["b/two.txt"]
+    assert [info.key for info in store.list(suffixes=(".bin",))] == ["a.bin"]
+    assert store.head("a.bin") == store.list()[0]
+    assert store.head("absent") is None
+
+
+def test_an_empty_prefix_lists_nothing(store: Store) -> None:
+    assert store.list() == []
+
+
+def test_listing_goes_past_one_page(s3: str) -> None:
+    """S3 answers at most 1,000 keys at a time; resume would redo every unit beyond them."""
+    store = open_store(s3)
+    keys = [f"{number:05}" for number in range(1_005)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: store.put(key, b""), keys))
+    assert [info.key for info in store.list()] == keys
+
+
+def test_ranges_are_half_open_and_end_with_the_object(store: Store) -> None:
+    store.put("x", b"0123456789")
+    assert store.get_range("x", 2, 5) == b"234"
+    assert store.get_range("x", 8, 100) == b"89"
+    assert store.get_range("x", 4, 4) == b""
+
+
+def test_a_range_of_a_replaced_object_is_refused(store: Store) -> None:
+    """Byte ranges come from the plan: of another object they would be garbage rows."""
+    store.put("x", b"0123456789")
+    planned = store.head("x")
+    assert planned is not None
+    assert store.get_range("x", 0, 2, etag=planned.etag) == b"01"
+    store.put("x", b"something else")
+    with pytest.raises(ObjectGone, match="changed"):
+        store.get_range("x", 0, 2, etag=planned.etag)
+
+
+def test_missing_object_has_its_own_error(store: Store) -> None:
+    with pytest.raises(ObjectGone, match="absent"):
+        store.get("absent")
+    with pytest.raises(ObjectGone):
+        store.get_range("absent", 0, 1)
+
+
+def test_create_if_absent_keeps_the_first_object(store: Store) -> None:
+    assert store.put_if_absent("unit", b"first", writer="a")
+    assert not store.put_if_absent("unit", b"second", writer="b")
+    assert store.get("unit") == b"first"
+
+
+def test_of_eight_racing_writers_exactly_one_wins(store: Store) -> None:
+    barrier = threading.Barrier(8)
+
+    def attempt(number: int) -> bool:
+        barrier.wait()
+        return store.put_if_absent("unit", f"{number}".encode(), writer=f"w{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(attempt, range(8)))
+    assert sum(won) == 1
+    assert store.get("unit") == f"{won.index(True)}".encode()
+
+
+def test_a_store_travels_to_another_process(store: Store) -> None:
+    store.put("x", b"1")
+    assert pickle.loads(pickle.dumps(store)).get("x") == b"1"
+
+
+def test_ranged_file_reads_like_a_file(store: Store) -> None:
+    data = os.urandom(5_000)
+    store.put("x", data)
+    info = store.head("x")
+    assert info is not None
+    file = RangedFile(store, info, window=512)
+    assert file.read(10) == data[:10]
+    file.seek(-20, os.SEEK_END)
+    assert file.read() == data[-20:]
+    file.seek(100)
+    buffer = bytearray(700)
+    assert file.readinto(buffer) == 700
+    assert bytes(buffer) == data[100:800]
+
+
+def test_local_half_written_files_are_never_listed(tmp_path: Path) -> None:
+    (tmp_path / ".abc.tmp").write_bytes(b"half")
+    assert open_store(str(tmp_path)).list() == []
+    assert isinstance(open_store(f"file://{tmp_path}"), LocalStore)
+
+
+def test_local_writes_leave_no_temporary_files(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_if_absent("x", b"1", writer="a")
+    store.put_if_absent("x", b"2", writer="b")
+    store.put("x", b"3")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///prefix"])
+def test_unusable_uris_are_usage_errors(uri: str) -> None:
+    with pytest.raises(UsageError, match="s3://bucket/prefix"):
+        open_store(uri)
+
+
+def test_missing_bucket_says_so(s3: str) -> None:
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        open_store("s3://no-such-bucket/x").list()
+
+
+def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StoreError, match=r"no answer from http://127\.0\.0\.1:9"):
+        open_store(s3).list()
+
+
+def test_missing_credentials_say_what_to_set(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID"):
+        open_store(s3).list()
+
+
+class Interrupted:
+    """The real client, whose next calls of one method act first and then fail as told."""
+
+    def __init__(self, client: Any, method: str, failures: list[Exception], *, act: bool) -> None:
+        self._client, self._method, self._failures, self._act = client, method, failures, act
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._client, name)
+        if name != self._method or not self._failures:
+            return real
+
+        def call(**arguments: Any) -> Any:
+            if not self._failures:
+                return real(**arguments)
+            if self._act:
+                real(**arguments)
+            raise self._failures.pop(0)
+
+        return call
+
+
+def interrupted(uri: str, method: str, *failures: Exception, act: bool = False) -> S3Store:
+    store = open_store(uri)
+    assert isinstance(store, S3Store)
+    store._made = Interrupted(store._client, method, list(failures), act=act)
+    return store
+
+
+TIMEOUT = ReadTimeoutError(endpoint_url="http://store")
+CONFLICT = ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+TAKEN = ClientError({"Error": {"Code": "PreconditionFailed"}}, "PutObject")
+
+
+def test_a_put_whose_answer_was_lost_is_known_as_ours(s3: str) -> None:
+    store = interrupted(s3, "put_object", TIMEOUT, act=True)
+    assert store.put_if_absent("unit", b"ours", writer="me")
+
+
+def test_a_resent_put_refused_because_of_itself_is_ours(s3: str) -> None:
+    """botocore resends a PUT whose connection broke; the resent one meets the first one."""
+    store = interrupted(s3, "put_object", TAKEN, act=True)
+    assert store.put_if_absent("unit", b"ours", writer="me")
+
+
+def test_a_put_that_never_arrived_is_sent_again(s3: str, no_sleep: None) -> None:
+    store = interrupted(s3, "put_object", TIMEOUT)
+    assert store.put_if_absent("unit", b"ours", writer="me")
+    assert store.get("unit") == b"ours"
+
+
+def test_a_lost_answer_to_a_lost_race_is_lost(s3: str, no_sleep: None) -> None:
+    open_store(s3).put_if_absent("unit", b"theirs", writer="them")
+    store = interrupted(s3, "put_object", TIMEOUT)
+    assert not store.put_if_absent("unit", b"ours", writer="me")
+
+
+def test_a_conflicting_put_is_tried_again(s3: str, no_sleep: None) -> None:
+    store = interrupted(s3, "put_object", CONFLICT, CONFLICT)
+    assert store.put_if_absent("unit", b"ours", writer="me")
+
+
+def test_a_broken_body_is_read_again(s3: str, no_sleep: None) -> None:
+    open_store(s3).put("x", b"data")
+    broken = IncompleteReadError(actual_bytes=1, expected_bytes=4)
+    assert interrupted(s3, "get_object", broken, TIMEOUT).get("x") == b"data"
+
+
+def test_retries_end_in_a_store_error(s3: str, no_sleep: None) -> None:
+    open_store(s3).put("x", b"data")
+    with pytest.raises(StoreError, match="no answer"):
+        interrupted(s3, "get_object", *[TIMEOUT] * 9).get("x")
+
+
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.store.s3.time.sleep", lambda seconds: None)

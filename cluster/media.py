@@ -1,0 +1,61 @@
+"""The one way from untrusted bytes to a decoded image, batch and online alike.
+
+Bytes, format and pixels are checked on the header, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cluster.config import MediaLimits
+from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode_image(data: bytes | None, limits: MediaLimits) -> Image.Image:
+    """The image as plain RGB, upright (EXIF orientation applied), fully in memory.
+
+    Of an animation, the first frame. Transparency is dropped, as the models' own processors do.
+    Raises ImageMissing, ImageTooLarge or ImageUndecodable; a truncated image is undecodable.
+    """
+    if data is None:
+        raise ImageMissing("the row has no image")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,}")
+    if not data:
+        raise ImageUndecodable("the image is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise ImageTooLarge(
+                    f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
+                )
+            return _rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        start = data[:16]
+        raise ImageUndecodable(f"not a JPEG, PNG or WebP image: starts with {start!r}") from error
+    except ImageTooLarge:
+        raise
+    except Exception as error:
+        # Pillow's parsers raise whatever hostile bytes make them raise: OSError, SyntaxError,
+        # struct.error, KeyError, OverflowError. One image is one row, so all of it stops here.
+        raise ImageUndecodable(f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips everything above 255 to white.
+        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

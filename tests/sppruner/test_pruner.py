@@ -1,4 +1,4 @@
-"""Pruned equals masked; keeping everything equals `generate`; nothing is called pruned that is not."""
+"""Pruned equals masked; keep-all equals `generate`; nothing unpruned is called pruned."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class BatchEngine:
         model: str | LoadedModel,
         *,
         revision: str | None = None,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
-        max_batch_rows: int = 16,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch_rows: int = 64,
         clip_text: ClipText | None = None,
     ) -> None:
         loaded = (

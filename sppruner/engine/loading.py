@@ -109,14 +109,16 @@ def load_model(
     name: str,
     *,
     revision: str | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> LoadedModel:
-    """Loads weights and processor. Default device: the GPU if there is one. Default dtype: bfloat16
-    on a GPU, float32 on a CPU. Raises UnsupportedModel."""
+    """Loads weights and processor. Device "auto" is the GPU if there is one; dtype "auto" is
+    bfloat16 on a GPU and float32 on a CPU. Raises UnsupportedModel."""
     identity = resolve_model(name, revision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     model = AutoModelForImageTextToText.from_pretrained(
         identity.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )

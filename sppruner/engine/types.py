@@ -76,6 +76,8 @@ class Engine(Protocol):
 
     model_id: str
     model_revision: str
+    # "pil" or "torchvision": their pixels differ slightly, so it is part of a run's identity.
+    image_backend: str
 
     def run(self, requests: list[Request]) -> list[Result]:
         """Answers every request, in order. A bad request gives an error result, never an

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,29 +61,32 @@ def specs(methods: str, retain: str) -> list[PruneSpec]:
     ]
 
 
-def table(rows: Sequence[dict[str, object]], baseline: dict[str, float]) -> Table:
-    kinds = [kind for kind in baseline]
-    drawn = Table(title="accuracy in %, 95 % intervals over scenes")
-    for column in ("method", "kept", "n", "accuracy", "interval", "of dense", *kinds):
-        drawn.add_column(column, justify="left" if column == "method" else "right")
+def percent(value: object) -> str:
+    return "–" if value is None else f"{100 * float(str(value)):.1f}"
 
-    def percent(value: object) -> str:
-        return "–" if value is None else f"{100 * float(str(value)):.1f}"
 
-    drawn.add_row("majority answer", "", "", "", "", "", *(percent(baseline[k]) for k in kinds))
+def tables(rows: Sequence[dict[str, Any]], baseline: dict[str, float]) -> list[Table]:
+    """Overall accuracy with intervals, and accuracy by question type beside its baseline."""
+    overall = Table(title="accuracy in %, 95 % intervals over scenes; captions apart")
+    for column in ("method", "kept", "n", "accuracy", "interval", "of dense", "interval of it"):
+        overall.add_column(column, justify="left" if column == "method" else "right")
+    by_type = Table(title="exact answers by question type, %")
+    for column in ("method", "kept", *baseline):
+        by_type.add_column(column, justify="left" if column == "method" else "right")
+    by_type.add_row("majority answer", "", *map(percent, baseline.values()))
     for entry in rows:
-        by_type = entry["by_type"]
-        assert isinstance(by_type, dict)
-        drawn.add_row(
-            str(entry["method"]),
-            percent(entry["kept_share"]),
+        name, kept = str(entry["method"]), percent(entry["kept_share"])
+        overall.add_row(
+            name,
+            kept,
             str(entry["n"]),
             percent(entry["accuracy"]),
             f"{percent(entry['low'])} – {percent(entry['high'])}",
             percent(entry["relative_to_dense"]),
-            *(percent(by_type[k]) for k in kinds),
+            f"{percent(entry['relative_low'])} – {percent(entry['relative_high'])}",
         )
-    return drawn
+        by_type.add_row(name, kept, *(percent(entry["by_type"][kind]) for kind in baseline))
+    return [overall, by_type]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.advance(task)
     rows = [row(arguments.model, score, scores[0]) for score in scores]
     baseline = majority(items)
-    Console().print(table(rows, baseline))
+    # Job logs and pipes have no width of their own: there a table must not be squeezed into 80.
+    Console(width=None if sys.stdout.isatty() else 140).print(*tables(rows, baseline))
     if arguments.json:
         document = {"rows": rows, "majority_by_type": baseline, "torch": torch.__version__}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

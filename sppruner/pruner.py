@@ -44,6 +44,28 @@ class Generated:
     output: Any
 
 
+def check_spec(spec: PruneSpec, adapter: type[Adapter], *, clip_text: bool = False) -> None:
+    """Whether a family can run `spec`, before any weights are loaded.
+
+    Raises UnknownMethod, SpecError (a bad option) or MissingSignal (the family does not give a
+    signal, or there is no CLIP text tower for the relevance asked for).
+    """
+    selector = selector_for(spec)
+    if selector is None:
+        return
+    missing = selector.signals - adapter.signals
+    if missing:
+        raise MissingSignal(
+            f"method {spec.method!r} needs {sorted(missing)}; "
+            f"{adapter.family} gives {sorted(adapter.signals)}"
+        )
+    if selector.relevance_source == "clip" and not clip_text:
+        raise MissingSignal(
+            "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText"
+            "(clip, tokenizer)), or choose relevance 'embed' or 'none'"
+        )
+
+
 class Pruner:
     """Prunes visual tokens of one model instance. Not thread-safe: one call at a time.
 
@@ -73,16 +95,10 @@ class Pruner:
     def check(self, spec: PruneSpec) -> None:
         """Raises now what `prepare` would raise later: unknown method, bad option, missing signal
         or missing text tower."""
+        check_spec(spec, type(self.adapter), clip_text=self._clip_text is not None)
         selector = selector_for(spec)
-        if selector is None:
-            return
-        missing = selector.signals - self.adapter.signals
-        if missing:
-            raise MissingSignal(
-                f"method {spec.method!r} needs {sorted(missing)}; "
-                f"{self.adapter.family} gives {sorted(self.adapter.signals)}"
-            )
-        self._relevance(selector)
+        if selector is not None:
+            self._relevance(selector)
 
     @torch.no_grad()
     def prepare(
@@ -176,12 +192,8 @@ class Pruner:
         if source == "none":
             return None
         if source == "clip":
-            if self._clip_text is None:
-                raise MissingSignal(
-                    "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText"
-                    "(clip, tokenizer)), or choose relevance 'embed' or 'none'"
-                )
             clip = self._clip_text
+            assert clip is not None, "check_spec has seen to it"
             return lambda image, text: clip.score(image, text, pool)
         if self._tokenizer is None:
             raise MissingSignal(

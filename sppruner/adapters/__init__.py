@@ -11,12 +11,17 @@ from sppruner.errors import UnsupportedModel
 _ADAPTERS: dict[str, type[Adapter]] = {LlavaAdapter.family: LlavaAdapter}
 
 
+def adapter_class(config: Any) -> type[Adapter]:
+    """The adapter of a model config's family. Raises UnsupportedModel with the known families."""
+    if config.model_type not in _ADAPTERS:
+        known = ", ".join(sorted(_ADAPTERS))
+        raise UnsupportedModel(f"no adapter for model type {config.model_type!r}; known: {known}")
+    return _ADAPTERS[config.model_type]
+
+
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of `model`'s family. Raises UnsupportedModel with the list of known families."""
-    family = model.config.model_type
-    if family not in _ADAPTERS:
-        raise UnsupportedModel(f"no adapter for model type {family!r}; known: {sorted(_ADAPTERS)}")
-    return _ADAPTERS[family](model)
+    """An adapter of `model`'s family for this instance. Raises UnsupportedModel."""
+    return adapter_class(model.config)(model)
 
 
-__all__ = ["Adapter", "Encoded", "LlavaAdapter", "adapter_for"]
+__all__ = ["Adapter", "Encoded", "LlavaAdapter", "adapter_class", "adapter_for"]

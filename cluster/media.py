@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
@@ -38,7 +38,7 @@ def decode_image(data: bytes | None, limits: MediaLimits) -> Image.Image:
             return _rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(str(error)) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         start = data[:16]
         raise ImageUndecodable(f"not a JPEG, PNG or WebP image: starts with {start!r}") from error
     except ImageTooLarge:

@@ -1,0 +1,85 @@
+"""The corpus as a Ray Data source: one read task is one unit is one block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pyarrow as pa
+import ray.data
+import structlog
+from ray.data import DataContext
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from cluster.corpus.block import unreadable_table
+from cluster.corpus.layout import Layout
+from cluster.corpus.parquet import read_parquet_unit
+from cluster.corpus.plan import Plan
+from cluster.corpus.unit import Unit
+from cluster.corpus.webdataset import read_tar_unit
+from cluster.errors import ObjectGone, ReadError
+from cluster.rows import input_schema
+from cluster.store import Store, open_store
+
+logger = structlog.get_logger(__name__)
+
+
+class UnitSource(Datasource):
+    """Reads `units` of a plan. Images stay compressed; the schema is rows.input_schema's."""
+
+    def __init__(self, plan: Plan, units: Sequence[Unit]) -> None:
+        super().__init__()
+        self._store = open_store(plan.input_uri)
+        self._layout = plan.layout
+        self._units = tuple(units)
+
+    def get_name(self) -> str:
+        return "Units"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(unit.size_bytes for unit in self._units)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        """One task per unit, whatever parallelism is asked for: a unit is never divided."""
+        schema = input_schema(self._layout.schema)
+        return [
+            ReadTask(
+                partial(_blocks, self._store, unit, self._layout),
+                BlockMetadata(unit.row_count, unit.size_bytes, [unit.file], None),
+                schema=schema,
+            )
+            for unit in self._units
+        ]
+
+
+def read_units(plan: Plan, units: Sequence[Unit]) -> ray.data.Dataset:
+    """The dataset of `units`, each one block.
+
+    The number of blocks is given because Ray would otherwise split blocks to make more of them,
+    and a unit must reach the sink whole.
+    """
+    return ray.data.read_datasource(UnitSource(plan, units), override_num_blocks=len(units))
+
+
+def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
+    """The unit's rows, all of them, in order: those that cannot be read as error rows.
+
+    Raises StoreError only where the store gave up after its retries: such a unit may well be
+    readable tomorrow, so its rows must not be committed as errors today.
+    """
+    read = read_parquet_unit if unit.format == "parquet" else read_tar_unit
+    try:
+        return read(store, unit, layout)
+    except (ObjectGone, ReadError) as error:
+        logger.warning("unit_unreadable", unit_id=unit.unit_id, file=unit.file, error=str(error))
+        return unreadable_table(unit, layout, str(error))
+
+
+def _blocks(store: Store, unit: Unit, layout: Layout) -> Iterator[pa.Table]:
+    yield read_unit(store, unit, layout)

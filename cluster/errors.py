@@ -17,6 +17,7 @@ ClusterError                     code                 retryable  stops
     ├── StoreError               store                no
     │   └── ObjectGone           store                no         or only the rows that needed it
     ├── SettingsChanged          settings_changed     no         refused: another run's output
+    ├── FleetUnavailable         fleet_unavailable    no         no replicas to send rows to
     ├── ErrorShareExceeded       error_share          no         too many bad rows
     └── CommitRefused            commit_refused       no         a unit that may not be committed
 
@@ -137,6 +138,12 @@ class SettingsChanged(UsageError):
     """The output prefix belongs to a run with other settings; the message shows the difference."""
 
     code = "settings_changed"
+
+
+class FleetUnavailable(RunError):
+    """The model could not be served: the message has Ray's or the engine's reason."""
+
+    code = "fleet_unavailable"
 
 
 class ErrorShareExceeded(RunError):

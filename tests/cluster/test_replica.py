@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.config import MediaLimits
+from cluster.errors import Busy, UsageError
+from cluster.replica import EngineBroken, EngineSettings, VLMReplica, run_isolated
+from sppruner.engine.types import Generation, Request
+from sppruner.types import Budget, PruneSpec
+from tests.cluster.fake_engine import FakeEngine, expected_text, picture
+
+T = TypeVar("T")
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "batches"
+
+
+def settings(journal: Path, *, seconds: float = 0.0, rows: int = 4) -> EngineSettings:
+    options = {"journal": str(journal), "seconds": seconds}
+    return EngineSettings(model="fake", engine=ENGINE, max_batch_rows=rows, options=options)
+
+
+def call(number: int, prompt: str = "describe", **more: object) -> RowCall:
+    values = {"images": (picture(number),), **more}
+    return RowCall(id=f"r{number}", prompt=prompt, **values)  # type: ignore[arg-type]
+
+
+def run(
+    engine: EngineSettings, scenario: Callable[[VLMReplica], Awaitable[T]], *, within: float = 20
+) -> T:
+    async def body() -> T:
+        return await scenario(VLMReplica(engine))
+
+    return asyncio.run(asyncio.wait_for(body(), within))
+
+
+def batches(journal: Path) -> list[list[str]]:
+    return [line.split() for line in journal.read_text().splitlines()]
+
+
+def test_every_row_gets_its_own_answer_in_the_callers_order(journal: Path) -> None:
+    calls = [call(n) for n in range(10)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.text for a in answers] == [expected_text(picture(n)) for n in range(10)]
+    assert [len(batch) for batch in batches(journal)] == [4, 4, 2]
+
+
+def test_specs_are_mixed_in_one_batch_and_each_row_keeps_its_own_budget(journal: Path) -> None:
+    specs = [PruneSpec(method="m", budget=Budget(tokens=n)) for n in (5, 50)]
+    calls = [call(n, spec=spec) for n, spec in enumerate(specs)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.visual_tokens_kept for a in answers] == [5, 50]
+    assert batches(journal) == [["r0", "r1"]]
+
+
+def test_online_rows_run_before_batch_rows_that_were_queued_earlier(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        queued = asyncio.create_task(
+            replica.label([call(n) for n in range(12)], priority=Priority.BATCH)
+        )
+        while not journal.exists():
+            await asyncio.sleep(0.01)
+        await replica.label([call(99)], priority=Priority.ONLINE)
+        await queued
+
+    run(settings(journal, seconds=0.2), scenario)
+
+    # The first batch was running already; the online row is next, on its own.
+    assert batches(journal)[1] == ["r99"]
+    assert [len(batch) for batch in batches(journal)] == [4, 1, 4, 4]
+
+
+def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
+    journal: Path,
+) -> None:
+    calls = [
+        call(0),
+        call(1, control=True),
+        call(2, generation=Generation(max_new_tokens=5)),
+        call(3),
+        call(4, control=True),
+    ]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert sorted(batches(journal)) == [["r0", "r3"], ["r1*", "r4*"], ["r2"]]
+    assert [a.control_seconds is not None for a in answers] == [False, True, False, False, True]
+
+
+def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> RowAnswer:
+        held = asyncio.create_task(
+            replica.label([call(n) for n in range(12)], priority=Priority.BATCH)
+        )
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy):
+            await replica.label([call(50)], priority=Priority.BATCH)
+        (online,) = await replica.label([call(51)], priority=Priority.ONLINE)
+        await held
+        # Room again: what was refused is taken now.
+        await replica.label([call(50)], priority=Priority.BATCH)
+        return online
+
+    assert run(settings(journal, seconds=0.1), scenario).error_code is None
+
+
+def test_a_call_larger_than_the_limit_runs_on_an_idle_replica(journal: Path) -> None:
+    calls = [call(n) for n in range(20)]
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    assert len(answers) == 20
+
+
+@pytest.mark.parametrize(
+    ("images", "code"),
+    [
+        ((b"<html>not an image</html>",), "image_undecodable"),
+        ((None,), "image_missing"),
+        ((b"x" * 2000,), "image_too_large"),
+    ],
+)
+def test_a_bad_image_is_an_answer_and_does_not_harm_its_neighbours(
+    journal: Path, images: tuple[bytes | None, ...], code: str
+) -> None:
+    small = MediaLimits(max_bytes=1000)
+    calls = [call(0), call(1, images=images, media=small), call(2)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.error_code for a in answers] == [None, code, None]
+    assert answers[1].error_stage == "decode"
+    assert answers[2].text == expected_text(picture(2))
+
+
+def test_an_engines_error_result_keeps_its_code_and_gets_the_stage_of_it(journal: Path) -> None:
+    (answer,) = run(settings(journal), lambda r: r.label([call(0, "bad")], priority=Priority.BATCH))
+    assert (answer.error_code, answer.error_stage) == ("prompt_invalid", "prompt")
+    assert answer.error_message == "too long"
+
+
+def test_a_row_the_engine_raises_on_is_found_by_halving(journal: Path) -> None:
+    calls = [call(n, "raise" if n == 2 else "describe") for n in range(4)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.error_code for a in answers] == [None, None, "inference_failed", None]
+    assert answers[2].error_message == "RuntimeError: the model raised"
+
+
+def test_results_that_do_not_match_the_requests_are_failures_not_other_rows_answers() -> None:
+    class Shuffles(FakeEngine):
+        def run(self, requests: list[Request]) -> list[object]:  # type: ignore[override]
+            return super().run(requests)[::-1] if len(requests) > 1 else []
+
+    requests = [Request(id=name, prompt="describe") for name in "ab"]
+    answers, raised = run_isolated(Shuffles(model="fake"), requests)  # type: ignore[arg-type]
+
+    assert [a.error_code for a in answers] == ["inference_failed"] * 2
+    assert raised == 2
+
+
+def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        running = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
+        while not journal.exists():
+            await asyncio.sleep(0.01)
+        gone = asyncio.create_task(replica.label([call(1), call(2)], priority=Priority.BATCH))
+        await asyncio.sleep(0.1)
+        assert (await replica.stats()).queued_batch == 2
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        stats = await replica.stats()
+        assert (stats.queued_batch, stats.batch_rows_in_flight) == (0, 1)
+        await running
+        await replica.label([call(3)], priority=Priority.BATCH)
+
+    run(settings(journal, seconds=0.4), scenario)
+
+    assert batches(journal) == [["r0"], ["r3"]]
+
+
+def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        for number in range(3):
+            await replica.check_health()
+            await replica.label([call(number, "raise")], priority=Priority.BATCH)
+        with pytest.raises(EngineBroken):
+            await replica.check_health()
+        await replica.label([call(9)], priority=Priority.BATCH)
+        await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
+def test_stats_count_engine_time_and_rows(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        await replica.label([call(n) for n in range(6)], priority=Priority.BATCH)
+        stats = await replica.stats()
+        assert (stats.rows, stats.batches) == (6, 2)
+        assert 0.2 <= stats.busy_seconds <= stats.uptime_seconds
+        assert (stats.model, stats.model_revision, stats.image_backend) == ("fake", "fake-1", "pil")
+
+    run(settings(journal, seconds=0.1), scenario)
+
+
+def test_engine_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UsageError, match="max_batch_rows"):
+        EngineSettings(model="m", max_batch_rows=0)
+    with pytest.raises(UsageError, match="module:callable"):
+        EngineSettings(model="m", engine="no.colon")

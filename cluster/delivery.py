@@ -1,0 +1,154 @@
+"""Gets every row answered exactly once while replicas die, restart and refuse.
+
+A busy or full replica is asked again, for as long as it takes. A call whose replica dies is sent
+again; after `max_attempts` deaths it goes into quarantine: it runs alone, so that what dies with
+it is its own doing, and is halved until the one row that kills replicas is found. That row
+becomes `poison_row`; its neighbours, and calls that merely shared a replica with it, do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+
+from cluster.calls import Priority, Replicas, RowAnswer, RowCall
+from cluster.errors import Busy, PoisonRow
+
+logger = structlog.get_logger(__name__)
+
+REPLICA_GONE = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    ObjectLostError,
+    ReplicaUnavailableError,
+)
+REPLICA_FULL = (Busy, BackPressureError)
+
+# A single row is called poison only after it has killed this many replicas all by itself: one
+# death in quarantine may still be somebody else's doing.
+_DEATHS_ALONE = 2
+_LONGEST_PAUSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """The answer to one row, and in how many calls the row was sent."""
+
+    answer: RowAnswer
+    attempts: int
+
+
+class Floor:
+    """Admission: up to `credits` calls at once, or one call alone. Who asks to be alone goes
+    first: no further calls start until it is through."""
+
+    def __init__(self, credits: int) -> None:
+        self._credits = credits
+        self._in_flight = 0
+        self._asking_alone = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def place(self, *, alone: bool = False) -> AsyncIterator[None]:
+        async with self._changed:
+            await (self._empty() if alone else self._changed.wait_for(self._open))
+            self._closed = alone
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._in_flight -= 1
+                self._closed = False
+                self._changed.notify_all()
+
+    def _open(self) -> bool:
+        return not self._closed and not self._asking_alone and self._in_flight < self._credits
+
+    async def _empty(self) -> None:
+        self._asking_alone += 1
+        try:
+            await self._changed.wait_for(lambda: self._in_flight == 0)
+        finally:
+            self._asking_alone -= 1
+            self._changed.notify_all()
+
+
+class Delivery:
+    """Sends calls to replicas under one set of credits. One event loop owns it."""
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        *,
+        credits: int,
+        max_attempts: int,
+        pause_seconds: float = 0.5,
+    ) -> None:
+        self._replicas = replicas
+        self._floor = Floor(credits)
+        self._max_attempts = max_attempts
+        self._pause_seconds = pause_seconds
+
+    async def deliver(self, calls: Sequence[RowCall]) -> list[Delivered]:
+        """One answer per call, in order. Raises only what is neither a death nor a refusal."""
+        for attempt in range(1, self._max_attempts + 1):
+            answers = await self._try(calls, attempt)
+            if answers is not None:
+                return [Delivered(answer=answer, attempts=attempt) for answer in answers]
+        return await self._quarantine(calls, self._max_attempts)
+
+    async def _quarantine(self, calls: Sequence[RowCall], attempts: int) -> list[Delivered]:
+        for _ in range(_DEATHS_ALONE if len(calls) == 1 else 1):
+            attempts += 1
+            answers = await self._try(calls, attempts, alone=True)
+            if answers is not None:
+                return [Delivered(answer=answer, attempts=attempts) for answer in answers]
+        if len(calls) == 1:
+            logger.error("poison_row", row=calls[0].id, attempts=attempts)
+            poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
+            answer = RowAnswer.from_error(calls[0].id, poison)
+            return [Delivered(answer=answer, attempts=attempts)]
+        half = len(calls) // 2
+        left = await self._quarantine(calls[:half], attempts)
+        return left + await self._quarantine(calls[half:], attempts)
+
+    async def _try(
+        self, calls: Sequence[RowCall], attempt: int, *, alone: bool = False
+    ) -> list[RowAnswer] | None:
+        """The answers, or None if the replica died. A refused call keeps its place while it
+        waits: letting the next one try would only be refused too."""
+        refusals = 0
+        async with self._floor.place(alone=alone):
+            while True:
+                try:
+                    return await self._replicas.label(calls, priority=Priority.BATCH)
+                except REPLICA_FULL as error:
+                    refusals += 1
+                    logger.debug("replica_full", refusals=refusals, error=str(error))
+                    await self._pause(refusals)
+                except REPLICA_GONE as error:
+                    logger.warning(
+                        "replica_died",
+                        first_row=calls[0].id,
+                        rows=len(calls),
+                        attempt=attempt,
+                        alone=alone,
+                        error=type(error).__name__,
+                    )
+                    break
+        await self._pause(attempt)
+        return None
+
+    async def _pause(self, attempt: int) -> None:
+        longest = min(_LONGEST_PAUSE_SECONDS, self._pause_seconds * 2 ** min(attempt - 1, 10))
+        await asyncio.sleep(longest * random.uniform(0.5, 1.0))

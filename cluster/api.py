@@ -1,0 +1,195 @@
+"""The HTTP edge: OpenAI's chat completions in front of the replicas, before batch work in line.
+
+Bodies and images are bounded before they are parsed or decoded; image URLs are never fetched.
+Errors have OpenAI's shape. The engine answers whole batches, so a stream carries the text in one
+chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from cluster.calls import Priority, Replicas, RowAnswer, RowCall, ServeReplicas
+from cluster.config import MediaLimits
+from cluster.controller import list_runs
+from cluster.delivery import REPLICA_GONE
+from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect
+from cluster.openai_types import ChatRequest, Refused, image_bytes, usage
+from sppruner.types import DENSE, PruneSpec
+
+logger = structlog.get_logger(__name__)
+
+_UNAVAILABLE = (Busy, BackPressureError, DeploymentUnavailableError, *REPLICA_GONE)
+_SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
+_RETRY_AFTER_SECONDS = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """What the edge allows. default_spec: the pruning of requests that do not ask for any."""
+
+    default_spec: PruneSpec = DENSE
+    media: MediaLimits = field(default_factory=MediaLimits)
+    max_body_bytes: int = 64 * 2**20
+    max_images: int = 8
+    default_tokens: int = 256
+    most_tokens: int = 2048
+
+
+class Api:
+    """The Serve ingress. It is up once a replica is: it asks one for the model's name."""
+
+    async def __init__(self, handle: DeploymentHandle[Any], settings: ApiSettings) -> None:
+        stats = await handle.stats.remote()
+        self._app = create_app(ServeReplicas(handle), settings, model=stats.model)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> FastAPI:
+    """The endpoint for one model. Needs no Ray but for /v1/runs."""
+    app = FastAPI(title="sppruner", docs_url=None, redoc_url=None)
+    started = int(time.time())
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status == 503 else None
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return await refused(request, Refused(message, status=error.status_code))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        logger.error("request_failed", path=request.url.path, exc_info=error)
+        return await refused(request, Refused("internal error", status=500, code="internal"))
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok", "model": model}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": model, "object": "model", "created": started, "owned_by": "sppruner"}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/runs")
+    async def runs() -> dict[str, Any]:
+        return {"object": "list", "data": [asdict(run) for run in await list_runs()]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = ChatRequest.parse(await _body(request, settings.max_body_bytes))
+        if asked.model != model:
+            raise Refused(
+                f"model {asked.model!r} is not served here: use {model!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        call = _call(asked, settings)
+        answer = await _answer(replicas, call)
+        envelope = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": model}
+        if asked.stream:
+            chunks = _stream(envelope, answer, with_usage=asked.wants_usage_chunk)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        return JSONResponse(_completion(envelope, answer))
+
+    return app
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body, read no further than the limit whatever Content-Length says."""
+    too_large = Refused(f"body of more than {limit:,} bytes", status=413, code="body_too_large")
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated) > limit:
+        raise too_large
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def _call(asked: ChatRequest, settings: ApiSettings) -> RowCall:
+    system, user = asked.conversation()
+    if len(user.urls) > settings.max_images:
+        raise Refused(
+            f"{len(user.urls)} images: at most {settings.max_images} a request", param="messages"
+        )
+    return RowCall(
+        id=uuid.uuid4().hex,
+        prompt=user.text,
+        images=tuple(image_bytes(url, settings.media) for url in user.urls),
+        system=system,
+        spec=asked.spec(settings.default_spec),
+        generation=asked.generation(
+            default_tokens=settings.default_tokens, most_tokens=settings.most_tokens
+        ),
+        media=settings.media,
+    )
+
+
+async def _answer(replicas: Replicas, call: RowCall) -> RowAnswer:
+    try:
+        (answer,) = await replicas.label([call], priority=Priority.ONLINE)
+    except _UNAVAILABLE as error:
+        logger.warning("request_shed", request=call.id, error=type(error).__name__)
+        raise Refused("overloaded, ask again", status=503, code="overloaded") from error
+    if answer.error_code is None:
+        return answer
+    message = answer.error_message or answer.error_code
+    if answer.error_code in _SERVER_FAULTS:
+        logger.error("request_failed", request=call.id, error=message)
+        raise Refused("the model failed on this request", status=500, code=answer.error_code)
+    status = 413 if answer.error_code == ImageTooLarge.code else 400
+    raise Refused(message, status=status, code=answer.error_code, param="messages")
+
+
+def _completion(envelope: dict[str, Any], answer: RowAnswer) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": answer.finish_reason,
+        "logprobs": None,
+    }
+    return envelope | {
+        "object": "chat.completion",
+        "choices": [choice],
+        "usage": usage(answer),
+    }
+
+
+async def _stream(
+    envelope: dict[str, Any], answer: RowAnswer, *, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: the role, the text, the finish reason, usage if asked, [DONE]."""
+    envelope = envelope | {"object": "chat.completion.chunk"}
+    steps: list[tuple[dict[str, Any], str | None]] = [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": answer.text}, None),
+        ({}, answer.finish_reason),
+    ]
+    for delta, finish in steps:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        yield f"data: {json.dumps(envelope | {'choices': [choice]})}\n\n"
+    if with_usage:
+        yield f"data: {json.dumps(envelope | {'choices': [], 'usage': usage(answer)})}\n\n"
+    yield "data: [DONE]\n\n"

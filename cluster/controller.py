@@ -1,0 +1,195 @@
+"""The run controller: one named, detached actor that knows what runs are doing now.
+
+It holds no truth. Committed output does; a driver that starts or resumes registers its run again
+with what the store says, so losing this actor loses nothing but the view of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import ray
+import structlog
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster.ledger import RunLedger, UnitLedger
+
+logger = structlog.get_logger(__name__)
+
+CONTROLLER_NAME = "run-controller"
+CONTROLLER_NAMESPACE = "sppruner"
+
+RunState: TypeAlias = Literal[
+    "planned", "running", "completed", "completed_with_errors", "failed", "stopped"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """One run as of now. rows_per_second is over this attempt alone: rows that an earlier attempt
+    committed count as done, not as speed. eta_seconds is None until there is a speed."""
+
+    run_id: str
+    state: RunState
+    units_done: int
+    units_total: int
+    rows_done: int
+    rows_total: int
+    rows_failed: Mapping[str, int]
+    rows_per_second: float
+    eta_seconds: float | None
+    visual_tokens: int
+    visual_tokens_kept: int
+    ledger: Mapping[str, Any]
+    meta: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    state: RunState
+    meta: Mapping[str, Any]
+    units_total: int
+    rows_total: int
+    max_error_share: float
+    error_share_after: int
+    units_done: set[str]
+    ledger: RunLedger
+    rows_before: int
+    started: float = field(default_factory=time.monotonic)
+    finished: float | None = None
+    summary: Mapping[str, Any] | None = None
+
+
+class RunController:
+    """A plain class: `get_controller` makes the actor of it. Every method may be called twice."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, _Run] = {}
+
+    def register(
+        self,
+        run_id: str,
+        *,
+        meta: Mapping[str, Any],
+        units_total: int,
+        rows_total: int,
+        units_done: list[str],
+        ledger_so_far: Mapping[str, Any],
+        max_error_share: float,
+        error_share_after: int,
+    ) -> None:
+        """Starts or restarts the view of a run, from what the store says is committed."""
+        ledger = RunLedger.from_dict(ledger_so_far)
+        self._runs[run_id] = _Run(
+            state="running",
+            meta=dict(meta),
+            units_total=units_total,
+            rows_total=rows_total,
+            max_error_share=max_error_share,
+            error_share_after=error_share_after,
+            units_done=set(units_done),
+            ledger=ledger,
+            rows_before=ledger.rows,
+        )
+
+    def unit_committed(self, run_id: str, unit_id: str, ledger: Mapping[str, Any]) -> bool:
+        """Counts a committed unit once, however often it is told. False: the run is unknown here
+        (this actor restarted), and its driver should register it again."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return False
+        if unit_id not in run.units_done:
+            run.units_done.add(unit_id)
+            run.ledger = run.ledger.add(UnitLedger.from_dict(ledger))
+        return True
+
+    def finish(
+        self, run_id: str, state: RunState, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        run = self._runs.get(run_id)
+        if run is None:
+            return
+        run.state, run.summary, run.finished = state, summary, time.monotonic()
+
+    def stop_reason(self, run_id: str) -> str | None:
+        """Why the run should stop: too many of its committed rows failed. None: go on."""
+        run = self._runs.get(run_id)
+        if run is None or run.ledger.rows < max(1, run.error_share_after):
+            return None
+        failed = sum(run.ledger.errors.values())
+        if failed / run.ledger.rows <= run.max_error_share:
+            return None
+        return (
+            f"run {run_id}: {failed} of {run.ledger.rows} rows failed, more than the "
+            f"{run.max_error_share:.0%} allowed: {dict(run.ledger.errors)}"
+        )
+
+    def progress(self, run_id: str) -> RunProgress | None:
+        """None for a run this actor was not told of."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return None
+        elapsed = (run.finished or time.monotonic()) - run.started
+        speed = (run.ledger.rows - run.rows_before) / elapsed if elapsed > 0 else 0.0
+        left = max(0, run.rows_total - run.ledger.rows)
+        return RunProgress(
+            run_id=run_id,
+            state=run.state,
+            units_done=len(run.units_done),
+            units_total=run.units_total,
+            rows_done=run.ledger.rows,
+            rows_total=run.rows_total,
+            rows_failed=dict(run.ledger.errors),
+            rows_per_second=speed,
+            eta_seconds=left / speed if speed > 0 else None,
+            visual_tokens=run.ledger.visual_tokens,
+            visual_tokens_kept=run.ledger.visual_tokens_kept,
+            ledger=run.ledger.to_dict(),
+            meta=run.meta,
+            summary=run.summary,
+        )
+
+    def runs(self) -> list[RunProgress]:
+        """Every run this actor was told of, the latest registered last."""
+        seen = (self.progress(run_id) for run_id in self._runs)
+        return [progress for progress in seen if progress is not None]
+
+
+def get_controller() -> ActorHandle[RunController]:
+    """The cluster's controller, created if there is none. It outlives its creator."""
+    remote = ray.remote(RunController).options(
+        name=CONTROLLER_NAME,
+        namespace=CONTROLLER_NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    handle: ActorHandle[RunController] = remote.remote()
+    return handle
+
+
+async def stop_reason(run_id: str) -> str | None:
+    """The controller's answer, or None where it cannot be asked: a run needs no controller."""
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
+        reason: str | None = await controller.stop_reason.remote(run_id)
+    except (RayError, ValueError) as error:
+        logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
+        return None
+    return reason
+
+
+async def list_runs() -> list[RunProgress]:
+    """The runs the controller knows; empty where there is none."""
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
+        runs: list[RunProgress] = await controller.runs.remote()
+    except (RayError, ValueError):
+        return []
+    return runs

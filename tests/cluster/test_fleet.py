@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from ray import serve
+
+from cluster.attach import serve_details
+from cluster.calls import Priority, RowCall, ServeReplicas
+from cluster.errors import Busy, FleetUnavailable, UsageError
+from cluster.fleet import Fleet, FleetSettings, build, fingerprint, open_fleet
+from cluster.replica import EngineSettings
+from tests.cluster.fake_engine import expected_text, picture
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+
+
+def settings(model: str = "fleet-model", **more: object) -> FleetSettings:
+    engine = EngineSettings(model=model, engine=ENGINE, max_batch_rows=4)
+    return FleetSettings(engine=engine, **more)  # type: ignore[arg-type]
+
+
+def applications() -> set[str]:
+    details = serve_details()
+    return set(details.applications) if details else set()
+
+
+@pytest.fixture(scope="module")
+def fleet(serving: str) -> Iterator[Fleet]:
+    with open_fleet(settings()) as opened:
+        yield opened
+    assert opened.app not in applications()
+
+
+def label(fleet: Fleet, *calls: RowCall) -> list[str | None]:
+    replicas = ServeReplicas(fleet.handle)
+    answers = asyncio.run(replicas.label(calls, priority=Priority.BATCH))
+    return [answer.text for answer in answers]
+
+
+def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
+    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(3),))) == [
+        expected_text(picture(3))
+    ]
+    assert httpx.get(f"{fleet.http_url}/healthz").json()["model"] == "fleet-model"
+    assert (fleet.deployed_here, fleet.replicas, fleet.max_batch_rows) == (True, 1, 4)
+    assert (fleet.model, fleet.model_revision) == ("fleet-model", "fake-1")
+    assert fleet.stats().rows >= 1
+
+
+def test_a_second_fleet_of_the_same_model_attaches_and_leaves_it_running(fleet: Fleet) -> None:
+    with open_fleet(settings(replicas=3)) as second:
+        assert (second.app, second.http_url) == (fleet.app, fleet.http_url)
+        assert not second.deployed_here
+        assert second.replicas == 1
+    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(1),))) == [
+        expected_text(picture(1))
+    ]
+
+
+def test_another_model_gets_its_own_application_and_takes_only_that_away(fleet: Fleet) -> None:
+    before = applications()
+    with open_fleet(settings("other-model")) as other:
+        assert other.app not in before
+        assert other.http_url == f"{fleet.http_url}/{other.app}"
+        assert httpx.get(f"{other.http_url}/healthz").json()["model"] == "other-model"
+    assert applications() == before
+
+
+def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> None:
+    from cluster.fleet import application
+
+    wanted = settings("long-lived")
+    serve.run(application(wanted), name="my-endpoint", route_prefix="/mine")
+    try:
+        with open_fleet(wanted) as found:
+            assert (found.app, found.deployed_here) == ("my-endpoint", False)
+        assert "my-endpoint" in applications()
+    finally:
+        serve.delete("my-endpoint")
+
+
+def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet: Fleet) -> None:
+    before = applications()
+    with (
+        pytest.raises(FleetUnavailable, match="no weights under 'missing'"),
+        open_fleet(settings("missing")),
+    ):
+        pass
+    assert applications() == before
+
+
+def test_a_fleet_that_finds_no_room_says_so_after_its_timeout(fleet: Fleet) -> None:
+    impossible = settings("too-many", replicas=50, start_timeout_seconds=3.0)
+    with pytest.raises(FleetUnavailable, match="fewer replicas"), open_fleet(impossible):
+        pass
+    assert "too-many" not in str(applications())
+
+
+def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
+    many = [RowCall(id=str(n), prompt="p", images=(picture(n),)) for n in range(12)]
+
+    async def flood() -> list[object]:
+        replicas = ServeReplicas(fleet.handle)
+        calls = [replicas.label(many, priority=Priority.BATCH) for _ in range(12)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = asyncio.run(flood())
+    refused = [o for o in outcomes if isinstance(o, BaseException)]
+    assert refused
+    assert all(isinstance(error, Busy) for error in refused)
+
+
+def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
+    base = EngineSettings(model="m")
+    assert fingerprint(base) == fingerprint(EngineSettings(model="m", max_batch_rows=99))
+    others = [
+        EngineSettings(model="n"),
+        EngineSettings(model="m", revision="r"),
+        EngineSettings(model="m", dtype="float32"),
+        EngineSettings(model="m", options={"a": 1}),
+    ]
+    assert len({fingerprint(engine) for engine in [base, *others]}) == 5
+
+
+def test_build_takes_the_command_lines_strings_and_refuses_unknown_ones() -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(UsageError, match="model=PATH"))
+        build({"modle": "x"})
+    assert isinstance(build({"model": "x", "replicas": "2", "prune": "grid"}), serve.Application)

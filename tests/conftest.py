@@ -1,0 +1,61 @@
+"""One real local Ray for the whole session; tests that need it ask for `local_ray` or `serving`.
+
+It never attaches to a cluster that happens to run on the machine, and leaves nothing behind in
+the home folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Before anything imports Ray. Workers inherit the environment, and import test doubles by name.
+os.environ.update(
+    {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+_paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in _paths if path)
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray of our own: four logical CPUs, no dashboard."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serving(local_ray: None) -> Iterator[str]:
+    """Serve on that Ray, on a free port; the value is the proxy's URL."""
+    from contextlib import ExitStack
+
+    from cluster.attach import http_root, join_serve, serve_details
+
+    with ExitStack() as stack:
+        join_serve(stack, host="127.0.0.1", port=None)
+        details = serve_details()
+        assert details is not None
+        yield http_root(details)

@@ -51,7 +51,10 @@ class ApiSettings:
 class Api:
     """The Serve ingress. It is up once a replica is: it asks one for the model's name."""
 
-    async def __init__(self, handle: DeploymentHandle[Any], settings: ApiSettings) -> None:
+    # Serve awaits a constructor that is a coroutine.
+    async def __init__(  # type: ignore[misc]
+        self, handle: DeploymentHandle[Any], settings: ApiSettings
+    ) -> None:
         stats = await handle.stats.remote()
         self._app = create_app(ServeReplicas(handle), settings, model=stats.model)
 
@@ -90,6 +93,7 @@ def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> Fast
 
     @app.get("/v1/runs")
     async def runs() -> dict[str, Any]:
+        """What the run controller knows of batch runs on this cluster."""
         return {"object": "list", "data": [asdict(run) for run in await list_runs()]}
 
     @app.post("/v1/chat/completions")

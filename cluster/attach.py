@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import ray
 import structlog
@@ -23,36 +25,52 @@ logger = structlog.get_logger(__name__)
 
 DEFAULT_PORT = 8000
 
+# Logical CPUs of a local Ray: its processes mostly wait for the one that runs the model, and on a
+# small machine a reader, a caller, a sink and a replica must still fit beside each other.
+_LOCAL_CPUS = 4
 
-def join_ray(stack: ExitStack) -> bool:
-    """Uses this process's connection, else RAY_ADDRESS, else a cluster on this machine, else
-    starts a local one. Returns whether it started one. Raises FleetUnavailable."""
+
+def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> bool:
+    """Uses this process's connection, else RAY_ADDRESS, else the cluster that `ray start` brought
+    up on this machine, else starts a local one. Returns whether it started one.
+
+    environment: variables for this job's workers. Whoever may look at the cluster sees them, so
+    secrets belong on the nodes. Raises FleetUnavailable where RAY_ADDRESS does not answer.
+    """
     if ray.is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address != "local":
+    runtime = {**WORKER_HOOK, "env_vars": dict(environment or {})}
+    named = os.environ.get("RAY_ADDRESS")
+    address = named or _current_cluster()
+    if address not in (None, "local"):
         try:
-            ray.init(
-                address=address or "auto", logging_level=logging.WARNING, runtime_env=WORKER_HOOK
-            )
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime)
         except ConnectionError as error:
-            if address:
+            if named:
                 raise FleetUnavailable(
-                    f"RAY_ADDRESS={address}: {error}. Unset it to use a local Ray."
+                    f"RAY_ADDRESS={named}: {error}. Unset it to use a local Ray."
                 ) from error
+            logger.info("stale_cluster_ignored", address=address)
         else:
             stack.callback(ray.shutdown)
             return False
-    # RAY_ADDRESS=local means the same to Ray, and would win over the argument if it were unset.
     ray.init(
         address="local",
+        num_cpus=max(_LOCAL_CPUS, os.cpu_count() or 1),
         include_dashboard=False,
         logging_level=logging.WARNING,
-        runtime_env=WORKER_HOOK,
+        runtime_env=runtime,
     )
     stack.callback(ray.shutdown)
     logger.info("ray_started", cpus=ray.cluster_resources().get("CPU"))
     return True
+
+
+def _current_cluster() -> str | None:
+    """The address `ray start` left on this machine. Ray's own "auto" would also take the private
+    cluster of any other process here, and lose it when that process ends."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return note.read_text().strip() if note.is_file() else None
 
 
 def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:

@@ -16,7 +16,7 @@ import structlog
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from cluster.ledger import RunLedger, UnitLedger
+from cluster.ledger import UnitLedger
 
 logger = structlog.get_logger(__name__)
 
@@ -31,7 +31,10 @@ RunState: TypeAlias = Literal[
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
     """One run as of now. rows_per_second is over this attempt alone: rows that an earlier attempt
-    committed count as done, not as speed. eta_seconds is None until there is a speed."""
+    committed count as done, not as speed. eta_seconds is None until there is a speed.
+
+    seconds are measured, flops modelled: of the committed rows as they ran, and as if dense.
+    """
 
     run_id: str
     state: RunState
@@ -44,7 +47,9 @@ class RunProgress:
     eta_seconds: float | None
     visual_tokens: int
     visual_tokens_kept: int
-    ledger: Mapping[str, Any]
+    seconds: float
+    flops: int
+    flops_dense: int
     meta: Mapping[str, Any]
     summary: Mapping[str, Any] | None
 
@@ -58,7 +63,7 @@ class _Run:
     max_error_share: float
     error_share_after: int
     units_done: set[str]
-    ledger: RunLedger
+    ledger: UnitLedger
     rows_before: int
     started: float = field(default_factory=time.monotonic)
     finished: float | None = None
@@ -79,12 +84,11 @@ class RunController:
         units_total: int,
         rows_total: int,
         units_done: list[str],
-        ledger_so_far: Mapping[str, Any],
+        ledger_so_far: UnitLedger,
         max_error_share: float,
         error_share_after: int,
     ) -> None:
         """Starts or restarts the view of a run, from what the store says is committed."""
-        ledger = RunLedger.from_dict(ledger_so_far)
         self._runs[run_id] = _Run(
             state="running",
             meta=dict(meta),
@@ -93,11 +97,11 @@ class RunController:
             max_error_share=max_error_share,
             error_share_after=error_share_after,
             units_done=set(units_done),
-            ledger=ledger,
-            rows_before=ledger.rows,
+            ledger=ledger_so_far,
+            rows_before=ledger_so_far.rows,
         )
 
-    def unit_committed(self, run_id: str, unit_id: str, ledger: Mapping[str, Any]) -> bool:
+    def unit_committed(self, run_id: str, unit_id: str, ledger: UnitLedger) -> bool:
         """Counts a committed unit once, however often it is told. False: the run is unknown here
         (this actor restarted), and its driver should register it again."""
         run = self._runs.get(run_id)
@@ -105,15 +109,18 @@ class RunController:
             return False
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
-            run.ledger = run.ledger.add(UnitLedger.from_dict(ledger))
+            run.ledger += ledger
         return True
 
     def finish(
         self, run_id: str, state: RunState, summary: Mapping[str, Any] | None = None
     ) -> None:
+        """Ends the view of the run; "completed" with failed rows is "completed_with_errors"."""
         run = self._runs.get(run_id)
         if run is None:
             return
+        if state == "completed" and run.ledger.rows_failed:
+            state = "completed_with_errors"
         run.state, run.summary, run.finished = state, summary, time.monotonic()
 
     def stop_reason(self, run_id: str) -> str | None:
@@ -121,12 +128,12 @@ class RunController:
         run = self._runs.get(run_id)
         if run is None or run.ledger.rows < max(1, run.error_share_after):
             return None
-        failed = sum(run.ledger.errors.values())
+        failed = run.ledger.rows_failed
         if failed / run.ledger.rows <= run.max_error_share:
             return None
         return (
             f"run {run_id}: {failed} of {run.ledger.rows} rows failed, more than the "
-            f"{run.max_error_share:.0%} allowed: {dict(run.ledger.errors)}"
+            f"{run.max_error_share:.0%} allowed: {dict(run.ledger.failed)}"
         )
 
     def progress(self, run_id: str) -> RunProgress | None:
@@ -144,12 +151,14 @@ class RunController:
             units_total=run.units_total,
             rows_done=run.ledger.rows,
             rows_total=run.rows_total,
-            rows_failed=dict(run.ledger.errors),
+            rows_failed=dict(run.ledger.failed),
             rows_per_second=speed,
             eta_seconds=left / speed if speed > 0 else None,
             visual_tokens=run.ledger.visual_tokens,
             visual_tokens_kept=run.ledger.visual_tokens_kept,
-            ledger=run.ledger.to_dict(),
+            seconds=run.ledger.seconds,
+            flops=sum(run.ledger.flops.values()),
+            flops_dense=sum(run.ledger.flops_dense.values()),
             meta=run.meta,
             summary=run.summary,
         )
@@ -174,22 +183,47 @@ def get_controller() -> ActorHandle[RunController]:
     return handle
 
 
+def report_commit(run_id: str, unit_id: str, ledger: UnitLedger) -> None:
+    """Tells the controller of a commit, without waiting: the commit itself is what counts."""
+    controller = _find_controller()
+    if controller is not None:
+        controller.unit_committed.remote(run_id, unit_id, ledger)
+
+
 async def stop_reason(run_id: str) -> str | None:
     """The controller's answer, or None where it cannot be asked: a run needs no controller."""
+    controller = _find_controller()
+    if controller is None:
+        return None
     try:
-        controller = ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
         reason: str | None = await controller.stop_reason.remote(run_id)
-    except (RayError, ValueError) as error:
+    except RayError as error:
         logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
         return None
     return reason
 
 
 async def list_runs() -> list[RunProgress]:
-    """The runs the controller knows; empty where there is none."""
+    """The runs the controller knows; empty where it cannot be asked."""
+    controller = _find_controller()
+    if controller is None:
+        return []
     try:
-        controller = ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
         runs: list[RunProgress] = await controller.runs.remote()
-    except (RayError, ValueError):
+    except RayError as error:
+        logger.warning("controller_unreachable", error=type(error).__name__)
         return []
     return runs
+
+
+def _find_controller() -> ActorHandle[RunController] | None:
+    # Asked outside Ray, get_actor would start a Ray of its own.
+    if not ray.is_initialized():
+        return None
+    try:
+        found: ActorHandle[RunController] = ray.get_actor(
+            CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE
+        )
+    except (RayError, ValueError):
+        return None
+    return found

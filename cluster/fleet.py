@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -43,14 +43,16 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
     """What to serve and where. `replicas`, `api`, `host` and `port` count only for what this
-    fleet starts itself; port None takes 8000, or a free one if 8000 is taken."""
+    fleet starts itself; port None takes 8000, or a free one if 8000 is taken. `environment`:
+    variables for Ray's workers, if this process is not connected to Ray yet."""
 
     engine: EngineSettings
     replicas: int = 1
-    api: ApiSettings = ApiSettings()  # noqa: RUF009
+    api: ApiSettings = field(default_factory=ApiSettings)
     host: str = "127.0.0.1"
     port: int | None = None
     start_timeout_seconds: float = 900.0
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -165,7 +167,7 @@ def build(args: Mapping[str, str]) -> serve.Application:
 def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
     """Replicas for this model, up and answering. Raises FleetUnavailable with the reason."""
     with ExitStack() as stack:
-        join_ray(stack)
+        join_ray(stack, settings.environment)
         join_serve(stack, host=settings.host, port=settings.port)
         found = _find(settings.name)
         if found is None:

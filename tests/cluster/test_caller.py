@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pyarrow as pa
+import pytest
+import ray
+import ray.data
+
+from cluster.caller import Caller, CallerSettings, label_units
+from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.config import Kind, RunConfig
+from cluster.controller import get_controller
+from cluster.errors import ErrorShareExceeded
+from cluster.fleet import Fleet, FleetSettings, open_fleet
+from cluster.ledger import UnitLedger
+from cluster.replica import EngineSettings, VLMReplica
+from cluster.rows import input_schema, output_schema
+from sppruner.types import DENSE, Budget, PruneSpec
+from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+SOURCE = pa.schema([pa.field("source_text", pa.string())])
+HALF = PruneSpec(method="m", budget=Budget(ratio=0.5))
+
+
+def config(kind: Kind = "caption", **more: object) -> RunConfig:
+    values = {"spec": HALF, "prompt": "describe", **more}
+    return RunConfig(kind=kind, input="in", output="out", model="fake", **values)  # type: ignore[arg-type]
+
+
+def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> CallerSettings:
+    values = {"app": "", "deployment": "", "chunk_rows": 4, **more}
+    return CallerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
+
+
+def unit(
+    name: str,
+    rows: int,
+    *,
+    prompts: Callable[[int], str | None] = lambda n: None,
+    errors: frozenset[int] = frozenset(),
+) -> pa.Table:
+    numbers = range(rows)
+    columns = {
+        "source_text": [f"old {n}" for n in numbers],
+        "_in_unit": [name] * rows,
+        "_in_row": list(numbers),
+        "_in_key": [f"{name}/{n}" for n in numbers],
+        "_in_image": [picture(n) for n in numbers],
+        "_in_prompt": [prompts(n) for n in numbers],
+        "_in_error_code": ["read_failed" if n in errors else None for n in numbers],
+        "_in_error_message": ["broken" if n in errors else None for n in numbers],
+        "_in_error_stage": ["read" if n in errors else None for n in numbers],
+    }
+    return pa.table(columns, schema=input_schema(SOURCE))
+
+
+class Recorded:
+    """A replica in this process that remembers the calls it got."""
+
+    def __init__(self) -> None:
+        self.calls: list[Sequence[RowCall]] = []
+        self._replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
+
+    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+        self.calls.append(calls)
+        return await self._replica.label(calls, priority=priority)
+
+
+def label(run: RunConfig, *tables: pa.Table, run_id: str = "run") -> tuple[pa.Table, Recorded]:
+    async def body() -> tuple[pa.Table, Recorded]:
+        replicas = Recorded()
+        caller = Caller(caller_settings(run, run_id), replicas)
+        return await caller(pa.concat_tables(tables)), replicas
+
+    return asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_every_row_comes_out_once_in_order_with_its_source_and_its_proof() -> None:
+    table, _ = label(config(control_share=0.0), unit("u", 11))
+
+    assert table["source_text"].to_pylist() == [f"old {n}" for n in range(11)]
+    assert table["text"].to_pylist() == [
+        expected_text(picture(n), VISUAL_TOKENS // 2) for n in range(11)
+    ]
+    assert table["key"].to_pylist() == [f"u/{n}" for n in range(11)]
+    assert table["unit_row"].to_pylist() == list(range(11))
+    row = table.slice(0, 1).to_pylist()[0]
+    assert (row["prune_method"], row["prune_spec"]) == ("m", HALF.to_json())
+    assert (row["visual_tokens"], row["visual_tokens_kept"]) == (100, 50)
+    assert (row["model"], row["model_revision"], row["run_id"]) == ("fake", "fake-1", "run")
+    assert (row["attempts"], row["is_control"], row["control_text"]) == (1, False, None)
+
+
+@pytest.mark.parametrize("kind", ["caption", "vqa"])
+def test_the_output_has_exactly_the_committed_columns_and_two_internal_ones(kind: Kind) -> None:
+    table, _ = label(config(kind), unit("u", 3, prompts=lambda n: "what?"))
+    committed = output_schema(SOURCE, kind)
+    assert table.schema.names == [*committed.names, "_in_unit", "_out_cost"]
+    assert table.select(committed.names).schema == committed
+
+
+def test_several_units_in_one_table_are_labelled_apart() -> None:
+    table, replicas = label(config(), unit("a", 5), unit("b", 6))
+    assert table["unit_id"].to_pylist() == ["a"] * 5 + ["b"] * 6
+    for calls in replicas.calls:
+        assert len({call.id.split(":")[0] for call in calls}) == 1
+
+
+def test_a_table_without_rows_keeps_the_schema() -> None:
+    empty, _ = label(config(), unit("u", 0))
+    full, _ = label(config(), unit("u", 2))
+    assert empty.schema == full.schema
+    assert empty.num_rows == 0
+
+
+def test_control_rows_travel_alone_and_are_the_same_at_every_attempt() -> None:
+    first, replicas = label(config(control_share=0.3), unit("u", 40))
+    again, _ = label(config(control_share=0.3), unit("u", 40))
+    other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
+
+    for calls in replicas.calls:
+        assert len({call.control for call in calls}) == 1
+    chosen = first["is_control"].to_pylist()
+    assert 4 <= sum(chosen) <= 22
+    assert again["is_control"].to_pylist() == chosen != other["is_control"].to_pylist()
+    row = first.to_pylist()[chosen.index(True)]
+    assert row["control_text"].endswith("kept 100")
+    assert row["text"].endswith("kept 50")
+    assert row["control_seconds"] == 0.02
+
+
+def test_every_unit_has_a_control_row_unless_the_run_is_dense_or_wants_none() -> None:
+    assert sum(label(config(control_share=0.001), unit("u", 5))[0]["is_control"].to_pylist()) == 1
+    assert not any(label(config(control_share=0.0), unit("u", 5))[0]["is_control"].to_pylist())
+    dense, _ = label(config(spec=DENSE), unit("u", 5))
+    assert not any(dense["is_control"].to_pylist())
+    assert set(dense["prune_method"].to_pylist()) == {"none"}
+
+
+def test_a_row_the_reader_could_not_read_is_an_error_row_without_a_call() -> None:
+    table, replicas = label(config(), unit("u", 4, errors=frozenset({2})))
+
+    row = table.to_pylist()[2]
+    assert (row["error_code"], row["error_message"], row["error_stage"]) == (
+        "read_failed",
+        "broken",
+        "read",
+    )
+    assert (row["attempts"], row["text"], row["seconds"]) == (0, None, None)
+    assert "u:2" not in {call.id for calls in replicas.calls for call in calls}
+
+
+def test_questions_reach_the_model_and_a_missing_one_is_an_error_row() -> None:
+    questions = ["how many?", None, "  ", "what colour?"]
+    asked = unit("u", 4, prompts=lambda n: questions[n])
+    table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), asked)
+
+    assert [call.prompt for calls in replicas.calls for call in calls] == [
+        "Q: how many? A:",
+        "Q: what colour? A:",
+    ]
+    assert table["error_code"].to_pylist() == [None, "prompt_invalid", "prompt_invalid", None]
+    assert table["question"].to_pylist() == questions
+    assert table["answer"].to_pylist() == table["text"].to_pylist()
+
+
+def test_a_captions_own_prompt_goes_before_the_runs() -> None:
+    _, replicas = label(
+        config(control_share=0), unit("u", 2, prompts=lambda n: "mine" if n else None)
+    )
+    assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "mine"]
+
+
+# From here on with real Ray and real Serve.
+
+
+@pytest.fixture(scope="module")
+def fleet(serving: str) -> Iterator[Fleet]:
+    engine = EngineSettings(
+        model="caller-model", engine=ENGINE, max_batch_rows=4, options={"seconds": 0.05}
+    )
+    with open_fleet(FleetSettings(engine=engine)) as opened:
+        yield opened
+
+
+def label_on(
+    fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
+) -> list[dict[str, object]]:
+    settings = caller_settings(run, run_id, app=fleet.app, deployment=fleet.deployment, credits=3)
+    rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
+    return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
+
+
+def kill_once_busy(fleet: Fleet) -> None:
+    started = fleet.stats().rows
+    while fleet.stats().rows < started + 20:
+        time.sleep(0.1)
+    os.kill(fleet.stats().replicas[0].pid, signal.SIGKILL)
+
+
+def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None:
+    before = fleet.stats().replicas[0].pid
+    units = [unit(f"u{n}", 40) for n in range(6)]
+
+    killer = threading.Thread(target=kill_once_busy, args=(fleet,))
+    killer.start()
+    rows = label_on(fleet, config(), "killed", *units)
+    killer.join()
+
+    assert fleet.stats().replicas[0].pid != before
+    assert [(r["unit_id"], r["unit_row"]) for r in rows] == [
+        (f"u{u}", n) for u in range(6) for n in range(40)
+    ]
+    assert {r["error_code"] for r in rows} == {None}
+    assert {r["text"] for r in rows if r["unit_row"] == 7} == {expected_text(picture(7), 50)}
+    assert max(r["attempts"] for r in rows) > 1  # type: ignore[type-var]
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_its_replica_is_isolated_and_the_rest_is_labelled(fleet: Fleet) -> None:
+    """About eight replica deaths, each of which costs a replica's start."""
+    poisoned = unit("u", 10, prompts=lambda n: "die" if n == 5 else None)
+    rows = label_on(fleet, config(max_attempts=2), "poison", poisoned, unit("v", 10))
+    bad = [(r["unit_id"], r["unit_row"]) for r in rows if r["error_code"] == "poison_row"]
+    assert bad == [("u", 5)]
+    assert len(rows) == 20
+    assert sum(r["error_code"] is None for r in rows) == 19
+
+
+def test_the_controllers_word_stops_the_run_before_the_next_unit(local_ray: None) -> None:
+    controller = get_controller()
+    ray.get(
+        controller.register.remote(
+            "failing",
+            meta={},
+            units_total=3,
+            rows_total=30,
+            units_done=["a"],
+            ledger_so_far=UnitLedger(rows=10, failed={"read_failed": 9}),
+            max_error_share=0.5,
+            error_share_after=5,
+        )
+    )
+    with pytest.raises(ErrorShareExceeded, match="9 of 10 rows"):
+        label(config(), unit("u", 2), run_id="failing")
+    ray.kill(controller)
+
+
+def test_a_missing_controller_does_not_stop_a_run(local_ray: None) -> None:
+    table, _ = label(config(), unit("u", 2), run_id="nobody-knows")
+    assert table["error_code"].to_pylist() == [None, None]

@@ -24,6 +24,9 @@ from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)
 
+# A reader waits for the store most of the time.
+_READER_CPUS = 0.5
+
 
 class UnitSource(Datasource):
     """Reads `units` of a plan. Images stay compressed; the schema is rows.input_schema's."""
@@ -64,7 +67,11 @@ def read_units(plan: Plan, units: Sequence[Unit]) -> ray.data.Dataset:
     The number of blocks is given because Ray would otherwise split blocks to make more of them,
     and a unit must reach the sink whole.
     """
-    return ray.data.read_datasource(UnitSource(plan, units), override_num_blocks=len(units))
+    return ray.data.read_datasource(
+        UnitSource(plan, units),
+        override_num_blocks=len(units),
+        num_cpus=_READER_CPUS,
+    )
 
 
 def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:

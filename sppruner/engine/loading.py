@@ -73,7 +73,12 @@ def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
             raise UnsupportedModel(f"{folder} holds no config.json: not a model folder")
         if not list(folder.glob("*.safetensors")):
             raise UnsupportedModel(f"{folder} holds no *.safetensors: other formats are not loaded")
-        return ModelIdentity(name=name, path=str(folder), revision=_content_hash(folder))
+        content = _content_hash(folder)
+        if revision not in (None, content):
+            raise UnsupportedModel(
+                f"{folder} holds revision {content}, not {revision}: its files were changed"
+            )
+        return ModelIdentity(name=name, path=str(folder), revision=content)
     try:
         path = snapshot_download(
             name,

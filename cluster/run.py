@@ -1,0 +1,227 @@
+"""One run, from settings to summary: plan, drop what is done, label the rest, report.
+
+Nothing here is state: what a run has done is what its output holds, so the same call after any
+crash goes on where the last commit left off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+import structlog
+from ray.data import DataContext
+from ray.exceptions import RayError
+from rich.console import Console
+
+from cluster.caller import CallerSettings, label_units
+from cluster.commit import CommitSink
+from cluster.config import RunConfig
+from cluster.controller import RunProgress, get_controller, report_commit
+from cluster.corpus.plan import Plan, done_units, plan_run
+from cluster.corpus.source import read_units
+from cluster.corpus.unit import Unit
+from cluster.errors import RunError, UsageError
+from cluster.fleet import Fleet, FleetSettings, open_fleet
+from cluster.ledger import RunLedger, read_ledgers
+from cluster.progress import ProgressDisplay
+from cluster.replica import EngineSettings
+from cluster.store import Store, open_store
+from cluster.summary import SUMMARY_KEY, Attempt, Summary, summarise
+from sppruner.adapters import adapter_class
+from sppruner.engine.loading import image_backend, load_config, load_processor, resolve_model
+from sppruner.errors import SpprunerError
+from sppruner.pruner import check_spec
+
+logger = structlog.get_logger(__name__)
+
+EXIT_DONE, EXIT_ERROR_ROWS = 0, 3
+
+# The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
+_SINK_CPUS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command needs for its end. note: what was special about this attempt, for people."""
+
+    summary: Summary
+    note: str | None
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_ERROR_ROWS if self.summary.total.rows_failed else EXIT_DONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pinned:
+    revision: str
+    image_backend: str
+
+
+def run(
+    config: RunConfig, *, console: Console, environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """Carries out or resumes the run `config` describes. `environment` is for Ray's workers where
+    they do not inherit this process's.
+
+    Raises UsageError before any compute is spent, other RunErrors after; committed units stay.
+    """
+    began = time.monotonic()
+    pinned = _pin(config)
+    plan = plan_run(config, model_revision=pinned.revision, image_backend=pinned.image_backend)
+    store = open_store(config.output)
+    done = done_units(store)
+    todo = [unit for unit in plan.units if unit.unit_id not in done]
+    if not todo:
+        summary = summarise(config.output)
+        return Outcome(summary=summary, note="finished before: nothing was left to do")
+
+    settings = FleetSettings(
+        engine=EngineSettings(
+            model=config.model, revision=pinned.revision, max_batch_rows=config.max_batch_rows
+        ),
+        replicas=config.replicas,
+        environment=environment or {},
+    )
+    with open_fleet(settings) as fleet:
+        if fleet.image_backend != pinned.image_backend:
+            raise UsageError(
+                f"replicas decode with {fleet.image_backend}, this machine with "
+                f"{pinned.image_backend}: install torchvision on both or on neither"
+            )
+        attempt = _label(config, plan, todo, store, fleet, pinned, console, began)
+    summary = summarise(config.output, attempt)
+    store.put(SUMMARY_KEY, summary.to_json().encode())
+    resumed = len(plan.units) - len(todo)
+    note = f"resumed: {resumed} of {len(plan.units)} units were done before" if resumed else None
+    return Outcome(summary=summary, note=note)
+
+
+def _pin(config: RunConfig) -> _Pinned:
+    """The model's exact content and everything about the spec that can be checked without it."""
+    try:
+        identity = resolve_model(config.model)
+        check_spec(config.spec, adapter_class(load_config(identity)))
+        backend = image_backend(load_processor(identity))
+    except SpprunerError as error:
+        raise UsageError(str(error)) from error
+    return _Pinned(revision=identity.revision, image_backend=backend)
+
+
+def _label(
+    config: RunConfig,
+    plan: Plan,
+    todo: list[Unit],
+    store: Store,
+    fleet: Fleet,
+    pinned: _Pinned,
+    console: Console,
+    began: float,
+) -> Attempt:
+    """Labels and commits `todo`."""
+    _quiet_ray_data()
+    finished = {unit.unit_id for unit in plan.units} - {unit.unit_id for unit in todo}
+    before = RunLedger.of(read_ledgers(store, sorted(finished)))
+    console.print(
+        f"run {plan.run_id}: {sum(u.row_count for u in todo)} rows in {len(todo)} units to do, "
+        f"{len(finished)} units done before; HTTP at {fleet.http_url}/v1",
+        highlight=False,
+        soft_wrap=True,
+    )
+    caller = CallerSettings(
+        run_id=plan.run_id,
+        config=config,
+        model_revision=pinned.revision,
+        app=fleet.app,
+        deployment=fleet.deployment,
+        chunk_rows=fleet.max_batch_rows,
+        credits=fleet.credits,
+    )
+    with _registered(config, plan, finished, before) as poll:
+        busy_before = fleet.stats().busy_seconds
+        started = time.monotonic()
+        with ProgressDisplay(poll, console):
+            labelled = label_units(read_units(plan, todo), caller)
+            sink = CommitSink(plan, on_commit=report_commit)
+            labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
+        wall = time.monotonic() - started
+    rows = sum(unit.row_count for unit in todo)
+    return Attempt(
+        rows=rows,
+        wall_seconds=wall,
+        start_seconds=started - began,
+        rows_per_second=rows / wall,
+        replicas=fleet.replicas,
+        replica_busy_share=_busy_share(fleet, busy_before, wall),
+    )
+
+
+def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
+    """None if a replica was replaced on the way: its counter started anew."""
+    spent = fleet.stats().busy_seconds - busy_before
+    return spent / (wall * fleet.replicas) if spent >= 0 else None
+
+
+@contextmanager
+def _registered(
+    config: RunConfig, plan: Plan, finished: set[str], before: RunLedger
+) -> Iterator[Callable[[], RunProgress | None]]:
+    """The run in the controller's view, from running to its end. Yields how to ask for progress.
+
+    Whatever goes wrong inside leaves as the RunError at its root, if there is one.
+    """
+    controller = get_controller()
+    register = dict(
+        meta={"kind": plan.kind, "output": plan.output_uri, "model": config.model,
+              "spec": config.spec.to_dict()},
+        units_total=len(plan.units),
+        rows_total=plan.rows,
+        units_done=sorted(finished),
+        ledger_so_far=before.total,
+        max_error_share=config.max_error_share,
+        error_share_after=config.error_share_after,
+    )  # fmt: skip
+    ray.get(controller.register.remote(plan.run_id, **register))
+
+    def poll() -> RunProgress | None:
+        try:
+            return ray.get(controller.progress.remote(plan.run_id), timeout=5)
+        except RayError as error:
+            logger.warning("controller_unreachable", error=type(error).__name__)
+            return None
+
+    state = "failed"
+    try:
+        yield poll
+        state = "completed"
+    except KeyboardInterrupt:
+        state = "stopped"
+        raise
+    except Exception as error:
+        cause = _run_error(error)
+        if cause is None:
+            raise
+        state = "stopped" if cause.exit_code == 4 else "failed"
+        raise cause from error
+    finally:
+        ray.get(controller.finish.remote(plan.run_id, state))
+
+
+def _run_error(error: BaseException | None) -> RunError | None:
+    """The RunError at the root of what Ray wrapped around it."""
+    while error is not None:
+        if isinstance(error, RunError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _quiet_ray_data() -> None:
+    """Ray Data's own bars and logs count blocks and operators; ours count rows and money."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

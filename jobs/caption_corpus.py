@@ -1,0 +1,28 @@
+"""Captions every image of a corpus, with visual-token pruning and a proof of what that saved.
+
+    python jobs/caption_corpus.py
+    python jobs/caption_corpus.py --input s3://bucket/images --output s3://bucket/captions
+    ray job submit --working-dir . -- python jobs/caption_corpus.py --input … --output …
+
+Run the same command again to resume. Exit codes: 0 done, 2 usage, 3 done with error rows,
+4 stopped because too many rows failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import Job
+from jobs.command import main as run_job
+from sppruner.tiny.questions import CAPTION_PROMPT
+
+JOB = Job(kind="caption", prompt=CAPTION_PROMPT, max_new_tokens=64, about=__doc__ or "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(JOB, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

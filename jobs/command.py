@@ -1,0 +1,122 @@
+"""What `caption_corpus.py` and `answer_vqa.py` share: their command line and their end.
+
+Without --input and --output they label an embedded corpus on an S3-speaking server they start
+themselves, with the embedded model: a demonstration, and the shortest proof that all works here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.config import Kind, RunConfig
+from cluster.errors import RunError, UsageError
+from cluster.local_s3 import LocalS3
+from cluster.logs import configure_logs
+from cluster.report import print_report
+from cluster.run import run
+from jobs.embedded import keep_results
+from jobs.make_corpus import make_corpus
+from sppruner import DENSE, Budget, PruneSpec
+from sppruner.engine import Generation
+from sppruner.engine.loading import EMBEDDED
+from sppruner.errors import SpecError
+
+_DEMO_ROWS = 384
+# Small units, so that the few rows of a demonstration still show progress and several commits.
+_DEMO_UNIT_ROWS = 64
+_UNIT_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One command: its kind, its default prompt and how long answers may get."""
+
+    kind: Kind
+    prompt: str
+    max_new_tokens: int
+    about: str
+
+
+def parser(job: Job) -> argparse.ArgumentParser:
+    """The frozen command line (tests/jobs/test_command.py)."""
+    made = argparse.ArgumentParser(
+        description=job.about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--input", help="corpus: Parquet or WebDataset under an s3:// or local path")
+    made.add_argument("--output", help="empty prefix for the results, or that of a run to resume")
+    made.add_argument("--model", default=EMBEDDED, help="folder or Hub name (%(default)s)")
+    made.add_argument("--method", default="sppruner", help="pruning method, or none (%(default)s)")
+    made.add_argument(
+        "--retain", type=float, default=0.222, help="share of visual tokens kept (%(default)s)"
+    )
+    made.add_argument("--prompt", default=job.prompt, help="(%(default)r)")
+    made.add_argument("--limit", type=int, help="only the first N rows")
+    made.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
+    return made
+
+
+def config_of(job: Job, arguments: argparse.Namespace, *, unit_rows: int) -> RunConfig:
+    """The run the command line asks for. Raises UsageError."""
+    try:
+        spec = (
+            DENSE
+            if arguments.method == "none"
+            else PruneSpec(method=arguments.method, budget=Budget(ratio=arguments.retain))
+        )
+    except SpecError as error:
+        raise UsageError(str(error)) from error
+    return RunConfig(
+        kind=job.kind,
+        input=arguments.input,
+        output=arguments.output,
+        model=arguments.model,
+        prompt=arguments.prompt,
+        spec=spec,
+        generation=Generation(max_new_tokens=job.max_new_tokens),
+        limit=arguments.limit,
+        replicas=arguments.replicas,
+        unit_rows=unit_rows,
+    )
+
+
+def main(job: Job, argv: Sequence[str] | None) -> int:
+    """The process boundary: every RunError becomes its message and its exit code."""
+    configure_logs()
+    arguments = parser(job).parse_args(argv)
+    try:
+        return _main(job, arguments)
+    except RunError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _main(job: Job, arguments: argparse.Namespace) -> int:
+    if (arguments.input is None) != (arguments.output is None):
+        raise UsageError("give both --input and --output, or neither for the embedded corpus")
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        demo = arguments.input is None
+        environment: Mapping[str, str] = {}
+        if demo:
+            server = stack.enter_context(LocalS3("demo"))
+            environment = server.environment
+            arguments.input = f"{server.uri}/corpus"
+            arguments.output = f"{server.uri}/labels"
+            rows = min(_DEMO_ROWS, arguments.limit or _DEMO_ROWS)
+            console.print(f"drawing {rows} scenes to {arguments.input}", highlight=False)
+            make_corpus(kind=job.kind, rows=rows, seed=0, format="parquet", output=arguments.input)
+        config = config_of(job, arguments, unit_rows=_DEMO_UNIT_ROWS if demo else _UNIT_ROWS)
+        outcome = run(config, console=console, environment=environment)
+        shown = Console()
+        print_report(outcome.summary, shown, note=outcome.note)
+        if demo:
+            kept = keep_results(job.kind, outcome.summary, Path("out"))
+            shown.print(kept, soft_wrap=True, highlight=False)
+        return outcome.exit_code

@@ -1,0 +1,163 @@
+"""Scores on held-out scenes: exact match per question kind, and how well the class token looks.
+
+`generated` is the claim (JPEG bytes, processor, `generate`); `teacher_forced` is the quick
+equivalent that also measures random visual-token subsets at original positions.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
+from sppruner.tiny.recipe.cache import SceneCache, scene_table
+from sppruner.tiny.recipe.packing import answer_logits, pack, random_keep
+from sppruner.tiny.recipe.space import Truth
+from sppruner.tiny.recipe.vision import pixels
+from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+
+__all__ = ["JPEG_QUALITY", "KIND_NAMES", "Score", "generated", "saliency_auc", "teacher_forced"]
+
+JPEG_QUALITY: Final = 92
+KIND_NAMES: Final = (*KINDS, "caption")
+_CPU: Final = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Score:
+    """Right answers among the asked."""
+
+    right: int = 0
+    asked: int = 0
+
+    def add(self, right: bool) -> None:
+        """Count one answer."""
+        self.right += right
+        self.asked += 1
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / max(1, self.asked)
+
+
+def _examples(seeds: Sequence[int]) -> Iterator[tuple[Image.Image, str, str, str]]:
+    """Decoded 192 px JPEG, kind, question and answer."""
+    for seed in seeds:
+        scene = sample_scene(seed)
+        buffer = io.BytesIO()
+        render(scene).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        image = Image.open(buffer)
+        for question in questions(scene):
+            yield image, question.kind, question.text, question.answer
+        if len(scene.objects) <= CAPTION_OBJECTS:
+            yield image, "caption", CAPTION_PROMPT, caption(scene)
+
+
+@torch.inference_mode()
+def generated(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    scenes: int,
+    first: int = HELD_OUT_SEED,
+    batch: int = 64,
+) -> dict[str, Score]:
+    """Exact match of greedy `generate` through chat template and processor, per kind."""
+    scores: dict[str, Score] = defaultdict(Score)
+    examples = list(_examples(range(first, first + scenes)))
+    examples.sort(key=lambda example: len(example[2]))
+    for start in range(0, len(examples), batch):
+        part = examples[start : start + batch]
+        prompts = [
+            processor.apply_chat_template(
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image"}, {"type": "text", "text": text}],
+                    }
+                ],
+                add_generation_prompt=True,
+            )
+            for _, _, text, _ in part
+        ]
+        images = [image for image, *_ in part]
+        inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
+        inputs = inputs.to(model.device, model.dtype)
+        output = model.generate(**inputs, max_new_tokens=48)
+        said = processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for (_, kind, _, answer), text in zip(part, said, strict=True):
+            scores[kind].add(text.strip() == answer)
+    return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: LlavaForConditionalGeneration,
+    scenes: int,
+    first: int = HELD_OUT_SEED,
+    kept: int | None = None,
+    batch: int = 20,
+) -> dict[str, Score]:
+    """Exact match when every answer token is predicted from the true ones before it.
+
+    Equal to greedy decoding; with `kept`, each image keeps that many random visual tokens.
+    """
+    cache = scene_table(first, scenes, JPEG_QUALITY)
+    generator = torch.Generator().manual_seed(kept or 0)
+    rng = np.random.default_rng(0)
+    scores: dict[str, Score] = defaultdict(Score)
+    for start in range(0, scenes, batch):
+        rows = np.arange(start, min(start + batch, scenes))
+        text = pack(cache, rows, rng, 1.0, _CPU)
+        seen = model.get_image_features(
+            pixel_values=pixels(cache, rows, _CPU).to(model.dtype), return_dict=True
+        )
+        keep = None if kept is None else random_keep(len(rows), kept, generator)
+        logits = answer_logits(model, torch.stack(list(seen.pooler_output)), text, keep)
+        wrong = logits.argmax(-1) != text.labels_A
+        count = int(text.questions_A.max()) + 1
+        missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
+        kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
+        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True):
+            scores[KIND_NAMES[kind]].add(not miss)
+    return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
+
+
+@torch.inference_mode()
+def saliency_auc(
+    model: LlavaForConditionalGeneration, scenes: int, first: int = HELD_OUT_SEED
+) -> list[float]:
+    """Per vision layer: how well the class token's attention ranks things above background.
+
+    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care.
+    """
+    cache: SceneCache = scene_table(first, scenes, JPEG_QUALITY)
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        everything = pixels(cache, np.arange(scenes), _CPU).to(model.dtype)
+        attentions = tower(everything, output_attentions=True, return_dict=True).attentions
+    finally:
+        tower.set_attn_implementation(before)
+    foreground = Truth(cache, np.arange(scenes), _CPU).foreground_BN
+    areas = []
+    for attention in attentions:
+        saliency = attention[:, :, 0, 1:].float().mean(1)
+        per_scene = []
+        for score, mask in zip(saliency, foreground, strict=True):
+            inside, outside = score[mask], score[~mask]
+            higher = (inside[:, None] > outside).float() + 0.5 * (inside[:, None] == outside)
+            per_scene.append(higher.mean())
+        areas.append(float(torch.stack(per_scene).mean()))
+    return areas

@@ -1,0 +1,129 @@
+"""Stage L: the language model learns to answer from oracle tokens, without any image.
+
+Its initialisation knows three things that are slow to discover: attention matches equal content,
+values copy, and text looks at visual tokens; two heads of layer 0 look at the previous token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from sppruner.tiny.model import VISUAL_TOKENS
+from sppruner.tiny.questions import KINDS
+from sppruner.tiny.recipe.cache import SceneCache
+from sppruner.tiny.recipe.loop import Draws
+from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, random_keep
+from sppruner.tiny.recipe.space import TokenSpace, Truth
+
+__all__ = ["init_language", "kind_weights", "language_loss", "sample_keep"]
+
+_STAGE: Final = 1
+_FOCUS_SHARE: Final = 0.3  # of the steps: all objects plus a few background tokens, for speed
+_FEWEST: Final = 8
+
+
+def init_language(model: LlavaForConditionalGeneration, space: TokenSpace) -> None:
+    """Freeze the embeddings at the token space and initialise the attention around it."""
+    generator = torch.Generator().manual_seed(21)
+    embedding: nn.Embedding = model.get_input_embeddings()
+    embedding.weight.data.copy_(space.embedding_VD)
+    embedding.weight.requires_grad_(False)
+    config = model.config.text_config
+    heads, width = config.num_attention_heads, config.hidden_size
+    look = torch.outer(space.visual_D, space.text_D).cpu()
+
+    def orthonormal(rows: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(width, rows, generator=generator)).Q.T
+
+    def noise(rows: int) -> Tensor:
+        return 0.02 * torch.randn(rows, width, generator=generator)
+
+    for index, layer in enumerate(model.model.language_model.layers):
+        attention = layer.self_attn
+        size = width // heads
+        match = [orthonormal(size) for _ in range(heads)]
+        keys = [1.4 * head for head in match]
+        queries = [1.4 * (head + head @ look) for head in match]
+        copy = orthonormal(width)
+        values, outputs = 0.3 * copy, 0.3 * copy.T
+        if index == 0:
+            for head in range(2):
+                queries[head], keys[head] = _previous_token(space.text_D.cpu(), size)
+            values[: 2 * size] *= 1.5
+            outputs[:, : 2 * size] *= 1.5
+        for projection, weight in (
+            (attention.q_proj, torch.cat(queries)),
+            (attention.k_proj, torch.cat(keys)),
+            (attention.v_proj, values),
+            (attention.o_proj, outputs),
+        ):
+            projection.weight.data.copy_(weight + noise(width))
+
+
+def _previous_token(text_D: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Query and key maps whose rotary phases cancel at distance one, on the fastest waves."""
+    query, key = torch.zeros(size, len(text_D)), torch.zeros(size, len(text_D))
+    half = size // 2
+    for wave in range(5):
+        frequency = torch.tensor(10_000.0 ** (-wave / half))
+        query[wave] = 1.2 * torch.cos(frequency) * text_D
+        query[wave + half] = -1.2 * torch.sin(frequency) * text_D
+        key[wave] = 1.2 * text_D
+    return query, key
+
+
+def kind_weights(device: torch.device, **weights: float) -> Tensor:
+    """Loss weight per question kind (captions last), 1 unless named."""
+    names = (*KINDS, "caption")
+    return torch.tensor([weights.get(name, 1.0) for name in names], device=device)
+
+
+def sample_keep(batch: int, generator: torch.Generator) -> Tensor | None:
+    """Unbiased visual-token dropout: all tokens half of the time, else 8-143 uniformly random."""
+    if torch.rand((), generator=generator) < 0.5:
+        return None
+    kept = int(torch.randint(_FEWEST, VISUAL_TOKENS, (), generator=generator))
+    return random_keep(batch, kept, generator)
+
+
+def _focus_keep(foreground_BN: Tensor, generator: torch.Generator) -> Tensor:
+    """All objects and at least eight random background tokens. Early steps only."""
+    foreground = foreground_BN.cpu()
+    kept = min(VISUAL_TOKENS, int(foreground.sum(1).max()) + 8)
+    score = torch.rand(foreground.shape, generator=generator) + foreground
+    return score.topk(kept, 1).indices.sort(1).values
+
+
+def language_loss(
+    model: LlavaForConditionalGeneration,
+    space: TokenSpace,
+    cache: SceneCache,
+    steps: int,
+    batch: int,
+    device: torch.device,
+) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
+    """The loss of stage L as a function of the step."""
+    weights = kind_weights(device, background=0.7, count=2.0, relation=2.0, text=0.7)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        draws = Draws(stage=_STAGE, step=step)
+        rng, generator = draws.numpy(), draws.torch()
+        scenes = draws.scenes(len(cache), batch)
+        truth = Truth(cache, scenes, device)
+        text = pack(cache, scenes, rng, 0.7, device)
+        if step < _FOCUS_SHARE * steps:
+            keep: Tensor | None = _focus_keep(truth.foreground_BN, generator)
+        else:
+            keep = sample_keep(batch, generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = answer_logits(model, space.noisy_oracle(truth, generator), text, keep)
+        loss = lm_loss(logits, text, weights)
+        right = (logits.argmax(-1) == text.labels_A).float().mean()
+        return loss, {"lm": loss.item(), "right": right.item()}
+
+    return loss_at

@@ -1,0 +1,132 @@
+"""Many questions per image in one sequence: the main economy of the recipe.
+
+Every question sees the image prefix and itself only and restarts its position ids right behind
+the image, which is exactly the layout at test time; one vision pass thus serves a dozen answers.
+Dropped visual tokens are simply absent, the kept ones keep their original positions.
+Shapes: B scenes, N = 144 patches, K kept, T text tokens, S = 2 + K + T, D = 128, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS
+from sppruner.tiny.recipe.cache import CAPTION_KIND, Array, SceneCache
+
+__all__ = ["Pack", "answer_logits", "lm_loss", "pack", "random_keep"]
+
+_PREFIX: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
+_TEXT_START: Final = len(_PREFIX) + VISUAL_TOKENS
+_ROUND: Final = 16  # text lengths are padded to a multiple, for fewer distinct shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """The text half of a batch; segment 0 is padding, questions count from 1."""
+
+    ids_BT: Tensor
+    segments_BT: Tensor
+    positions_BT: Tensor
+    rows_A: Tensor  # scene of each answer token
+    columns_A: Tensor  # text column whose logits predict it
+    labels_A: Tensor
+    kinds_A: Tensor
+    questions_A: Tensor  # running number of the question within the batch
+
+
+def pack(
+    cache: SceneCache,
+    scenes: Array,
+    rng: np.random.Generator,
+    caption_rate: float,
+    device: torch.device,
+) -> Pack:
+    """Tokenized questions of `scenes`; captions are asked with probability `caption_rate`."""
+    texts: list[Array] = []
+    answers: list[tuple[int, int, int, int, int]] = []
+    question = 0
+    for row, scene in enumerate(scenes):
+        spans = cache.spans[cache.starts[scene] : cache.starts[scene + 1]]
+        if rng.random() >= caption_rate:
+            spans = spans[spans[:, 3] != CAPTION_KIND]
+        parts = []
+        column = 0
+        for segment, (first, length, answer, kind) in enumerate(spans, start=1):
+            ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
+            place = np.arange(length)
+            parts.append(np.stack([ids, np.full(length, segment), _TEXT_START + place]))
+            for index in range(length - answer, length):
+                answers.append((row, column + index - 1, int(ids[index]), kind, question))
+            column += length
+            question += 1
+        texts.append(np.concatenate(parts, axis=1))
+    width = -(-max(text.shape[1] for text in texts) // _ROUND) * _ROUND
+    padded = np.zeros((len(texts), 3, width), dtype=np.int64)
+    for row, text in enumerate(texts):
+        padded[row, :, : text.shape[1]] = text
+    table = torch.from_numpy(padded).to(device)
+    rows, columns, labels, kinds, numbers = torch.tensor(answers, device=device).T
+    return Pack(
+        ids_BT=table[:, 0],
+        segments_BT=table[:, 1],
+        positions_BT=table[:, 2],
+        rows_A=rows,
+        columns_A=columns,
+        labels_A=labels,
+        kinds_A=kinds,
+        questions_A=numbers,
+    )
+
+
+def random_keep(batch: int, kept: int, generator: torch.Generator) -> Tensor:
+    """(B, K) sorted indices of uniformly random visual tokens."""
+    order = torch.rand(batch, VISUAL_TOKENS, generator=generator).argsort(1)
+    return order[:, :kept].sort(1).values
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration,
+    visual_BND: Tensor,
+    text: Pack,
+    keep_BK: Tensor | None = None,
+) -> Tensor:
+    """(A, V) logits of every answer token, teacher-forced, from projected visual tokens."""
+    batch, device = len(visual_BND), visual_BND.device
+    if keep_BK is None:
+        keep_BK = torch.arange(VISUAL_TOKENS, device=device).expand(batch, -1)
+    keep_BK = keep_BK.to(device)
+    visual = visual_BND.gather(1, keep_BK[..., None].expand(-1, -1, visual_BND.shape[-1]))
+    embed: nn.Embedding = model.get_input_embeddings()
+    prefix = embed(torch.tensor(_PREFIX, device=device)).expand(batch, -1, -1)
+    inputs_BSD = torch.cat([prefix, visual, embed(text.ids_BT)], 1)
+    head = torch.arange(len(_PREFIX), device=device).expand(batch, -1)
+    positions_BS = torch.cat([head, len(_PREFIX) + keep_BK, text.positions_BT], 1)
+    before = len(_PREFIX) + keep_BK.shape[1]
+    hidden_BSD = model.model.language_model(
+        inputs_embeds=inputs_BSD,
+        attention_mask=_block_mask(text.segments_BT, before),
+        position_ids=positions_BS,
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden_BSD[text.rows_A, before + text.columns_A])
+
+
+def _block_mask(segments_BT: Tensor, before: int) -> Tensor:
+    """(B, 1, S, S) bool: causal, and a question sees only the prefix and itself."""
+    segments = nn.functional.pad(segments_BT, (before, 0), value=-1)
+    same = segments[:, :, None] == segments[:, None, :]
+    same[:, :, :before] = True
+    return same.tril()[:, None]
+
+
+def lm_loss(logits_AV: Tensor, text: Pack, kind_weights: Tensor) -> Tensor:
+    """Cross-entropy over answer tokens, weighted by the question's kind."""
+    weights = kind_weights[text.kinds_A]
+    losses = nn.functional.cross_entropy(logits_AV.float(), text.labels_A, reduction="none")
+    return (weights * losses).sum() / weights.sum()

@@ -1,0 +1,94 @@
+"""The three stages as functions of a work folder: each builds, trains and checkpoints its part.
+
+`language` and `vision` are independent; `joint` starts from both and may run on several ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from sppruner.tiny.model import build_model, build_tokenizer
+from sppruner.tiny.recipe.cache import SceneCache
+from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.language import init_language, language_loss
+from sppruner.tiny.recipe.loop import Draws, Schedule, run_steps
+from sppruner.tiny.recipe.space import TokenSpace, Truth
+from sppruner.tiny.recipe.vision import DenseLoss, Eyes, init_vision, pixels
+
+__all__ = ["Workshop", "train_language", "train_vision"]
+
+_VISION: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """What every stage needs: the data, the device and the folder for checkpoints."""
+
+    folder: Path
+    cache: SceneCache
+    device: torch.device
+    scale: float = 1.0  # of all step counts
+    compiled: bool = True
+
+    def steps(self, full: int) -> int:
+        """A stage's step count at this scale."""
+        return max(2, round(full * self.scale))
+
+    def build(self) -> tuple[LlavaForConditionalGeneration, TokenSpace]:
+        """The initialised model, embeddings frozen at the token space."""
+        tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        space = TokenSpace(tokenizer, self.device)
+        model = build_model(tokenizer)
+        init_language(model, space)
+        init_vision(model, self.cache)
+        return model.to(self.device), space
+
+    def compile(self, module: nn.Module) -> Callable[..., Any]:
+        """Compile a module whose shapes never change."""
+        return torch.compile(module, dynamic=False) if self.compiled else module
+
+
+def train_language(shop: Workshop) -> None:
+    """Stage L, about 25 minutes on one contended core."""
+    model, space = shop.build()
+    batch = 16
+    schedule = Schedule(steps=shop.steps(3000), peak=2e-3, warmup=100, hold=0.5)
+    run_steps(
+        "language",
+        model.model.language_model,
+        schedule,
+        language_loss(model, space, shop.cache, schedule.steps, batch, shop.device),
+        shop.folder / "language.pt",
+    )
+
+
+def train_vision(shop: Workshop) -> None:
+    """Stage V, beside stage L on another core."""
+    model, space = shop.build()
+    torch.manual_seed(23)
+    eyes, contrast = Eyes(model), CaptionContrast().to(shop.device)
+    look = shop.compile(eyes)
+    dense = DenseLoss(space)
+    batch = 16
+    schedule = Schedule(steps=shop.steps(5000), peak=1.5e-3, warmup=100, floor=0.08)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        draws = Draws(stage=_VISION, step=step)
+        scenes = draws.scenes(len(shop.cache), batch)
+        with torch.autocast(shop.device.type, torch.bfloat16):
+            tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
+        # The full-token error counts more and more: the language model expects oracle tokens.
+        mse_weight = 5.0 + 20.0 * step / schedule.steps
+        loss, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), mse_weight)
+        contrastive = contrast(pooled.float(), shop.cache, scenes, draws.numpy())
+        return loss + 0.3 * contrastive, {**numbers, "contrast": contrastive.item()}
+
+    parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
+    run_steps("vision", parts, schedule, loss_at, shop.folder / "vision.pt")

@@ -1,0 +1,55 @@
+"""One training process: `python -m sppruner.tiny.recipe.worker STAGE --work DIR`.
+
+`jobs/train_tiny.py` starts these; a worker whose stage is finished returns at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import structlog
+import torch
+
+from sppruner.tiny.recipe.cache import SceneCache
+from sppruner.tiny.recipe.joint import Ranks, train_joint
+from sppruner.tiny.recipe.stages import Workshop, train_language, train_vision
+
+__all__: list[str] = []
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run one training stage.")
+    parser.add_argument("stage", choices=("language", "vision", "joint"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps-scale", type=float, default=1.0)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--world", type=int, default=1)
+    parser.add_argument("--rendezvous", type=Path, help="a new file path shared by all ranks")
+    arguments = parser.parse_args()
+    structlog.configure(
+        processors=[
+            structlog.processors.TimeStamper(fmt="%H:%M:%S"),
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "stage", "event"]),
+        ]
+    )
+    torch.set_num_threads(1)
+    shop = Workshop(
+        folder=arguments.work,
+        cache=SceneCache.load(arguments.work / "scenes"),
+        device=torch.device(arguments.device),
+        scale=arguments.steps_scale,
+        compiled=not arguments.no_compile,
+    )
+    if arguments.stage == "language":
+        train_language(shop)
+    elif arguments.stage == "vision":
+        train_vision(shop)
+    else:
+        with Ranks(arguments.rank, arguments.world, arguments.rendezvous) as ranks:
+            train_joint(shop, ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import ray
+
+from cluster.controller import RunController, RunProgress, get_controller, report_commit
+from cluster.ledger import UnitLedger
+
+UNIT = UnitLedger(
+    rows=10,
+    failed={"image_missing": 1},
+    visual_tokens=900,
+    visual_tokens_kept=200,
+    nanoseconds=2_000_000_000,
+    flops={"prefill": 5},
+    flops_dense={"prefill": 9},
+)
+
+
+def register(controller: RunController, **more: object) -> None:
+    values: dict[str, object] = {
+        "meta": {"output": "s3://out"},
+        "units_total": 4,
+        "rows_total": 40,
+        "units_done": [],
+        "ledger_so_far": UnitLedger(),
+        "max_error_share": 0.2,
+        "error_share_after": 10,
+    }
+    controller.register("run", **(values | more))  # type: ignore[arg-type]
+
+
+def progress(controller: RunController) -> RunProgress:
+    found = controller.progress("run")
+    assert found is not None
+    return found
+
+
+def test_a_unit_counts_once_however_often_its_commit_is_told() -> None:
+    controller = RunController()
+    register(controller)
+    for _ in range(3):
+        assert controller.unit_committed("run", "a", UNIT)
+
+    now = progress(controller)
+    assert (now.units_done, now.rows_done) == (1, 10)
+    assert now.rows_failed == {"image_missing": 1}
+    assert (now.visual_tokens, now.visual_tokens_kept) == (900, 200)
+    assert (now.seconds, now.flops, now.flops_dense) == (2.0, 5, 9)
+
+
+def test_rows_of_earlier_attempts_count_as_done_but_not_as_speed() -> None:
+    controller = RunController()
+    register(controller, units_done=["a", "b"], ledger_so_far=UNIT + UNIT)
+
+    resumed = progress(controller)
+    assert (resumed.rows_done, resumed.units_done) == (20, 2)
+    assert (resumed.rows_per_second, resumed.eta_seconds) == (0.0, None)
+
+    controller.unit_committed("run", "a", UNIT)
+    assert progress(controller).rows_done == 20
+
+    controller.unit_committed("run", "c", UNIT)
+    assert progress(controller).rows_per_second > 0
+    assert progress(controller).eta_seconds is not None
+
+
+def test_a_controller_that_lost_its_memory_is_rebuilt_by_registering_again() -> None:
+    restarted = RunController()
+    assert not restarted.unit_committed("run", "a", UNIT)
+    assert restarted.progress("run") is None
+    assert restarted.stop_reason("run") is None
+    restarted.finish("run", "completed")
+
+    register(restarted, units_done=["a"], ledger_so_far=UNIT)
+    assert progress(restarted).rows_done == 10
+
+
+@pytest.mark.parametrize(
+    ("failed", "rows", "stops"),
+    [(2, 10, False), (3, 10, True), (9, 9, False), (3, 20, False)],
+)
+def test_a_run_stops_only_above_its_error_share_and_after_enough_rows(
+    failed: int, rows: int, stops: bool
+) -> None:
+    controller = RunController()
+    register(controller)
+    controller.unit_committed("run", "a", UnitLedger(rows=rows, failed={"read_failed": failed}))
+    reason = controller.stop_reason("run")
+    assert (reason is not None) is stops
+    if reason is not None:
+        assert "3 of 10 rows failed" in reason
+        assert "20%" in reason
+
+
+def test_a_finished_run_keeps_its_state_summary_and_speed() -> None:
+    controller = RunController()
+    register(controller)
+    controller.unit_committed("run", "a", UnitLedger(rows=40))
+    assert progress(controller).state == "running"
+    controller.finish("run", "completed", {"note": "done"})
+
+    done = progress(controller)
+    assert (done.state, done.summary) == ("completed", {"note": "done"})
+    assert done.rows_per_second == progress(controller).rows_per_second
+    assert [run.run_id for run in controller.runs()] == ["run"]
+
+
+def test_completed_with_failed_rows_is_completed_with_errors() -> None:
+    controller = RunController()
+    register(controller)
+    controller.unit_committed("run", "a", UNIT)
+    controller.finish("run", "completed")
+    assert progress(controller).state == "completed_with_errors"
+
+
+def test_the_actor_is_one_for_the_cluster_and_commits_reach_it_by_name(local_ray: None) -> None:
+    controller = get_controller()
+    try:
+        assert get_controller() == controller
+        ray.get(
+            controller.register.remote(
+                "named",
+                meta={},
+                units_total=1,
+                rows_total=10,
+                units_done=[],
+                ledger_so_far=UnitLedger(),
+                max_error_share=1.0,
+                error_share_after=1,
+            )
+        )
+        report_commit("named", "a", UNIT)
+        assert ray.get(controller.progress.remote("named")).rows_done == 10
+    finally:
+        ray.kill(controller)
+
+
+def test_telling_of_a_commit_never_fails_where_there_is_no_controller(local_ray: None) -> None:
+    report_commit("nobody", "a", UNIT)

@@ -35,6 +35,7 @@ from sppruner.adapters import adapter_class
 from sppruner.engine.loading import image_backend, load_config, load_processor, resolve_model
 from sppruner.errors import SpprunerError
 from sppruner.pruner import check_spec
+from sppruner.selectors import selector_for
 
 logger = structlog.get_logger(__name__)
 
@@ -104,6 +105,7 @@ def run(
 def _pin(config: RunConfig) -> _Pinned:
     """The model's exact content and everything about the spec that can be checked without it."""
     try:
+        selector_for(config.spec)  # a misspelt method must not cost the download of a model
         identity = resolve_model(config.model)
         check_spec(config.spec, adapter_class(load_config(identity)))
         backend = image_backend(load_processor(identity))

@@ -1,0 +1,67 @@
+"""What must hold of any finished run, whatever happened on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.corpus.manifest import read_manifest
+from cluster.demo import Fault
+from cluster.store import open_store
+
+# Rows whose fault costs them their answer; all others must be answered.
+BY_ROW = ("unit_id", "unit_row")
+
+
+def committed(output: str) -> list[dict[str, Any]]:
+    """Every committed row, in corpus order, as any Parquet reader of the prefix sees them."""
+    store = open_store(output)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    order = {unit.unit_id: number for number, unit in enumerate(manifest.units)}
+    tables = [
+        pq.read_table(io.BytesIO(store.get(info.key)))
+        for info in store.list(suffixes=(".parquet",))
+    ]
+    rows = pa.concat_tables(tables).to_pylist()
+    return sorted(rows, key=lambda row: (order[row["unit_id"]], row["unit_row"]))
+
+
+def planted_faults(corpus: str) -> list[Fault]:
+    listing = json.loads(open_store(corpus).get("_faults.json"))
+    faults = listing["faults"] if isinstance(listing, dict) else listing
+    return [Fault(**fault) for fault in faults]
+
+
+def check_every_row_once(rows: list[dict[str, Any]], expected: int) -> None:
+    places = Counter(tuple(row[name] for name in BY_ROW) for row in rows)
+    assert max(places.values()) == 1
+    assert len(rows) == expected
+    for row in rows:
+        assert (row["text"] is None) != (row["error_code"] is None)
+        assert (row["error_stage"] is None) == (row["error_code"] is None)
+
+
+def check_pruned(rows: list[dict[str, Any]], *, tokens: int, kept: int) -> None:
+    answered = [row for row in rows if row["error_code"] is None]
+    assert answered
+    for row in answered:
+        assert (row["visual_tokens"], row["visual_tokens_kept"]) == (tokens, kept)
+        assert row["prune_method"] == "sppruner"
+
+
+def check_faults(rows: list[dict[str, Any]], faults: list[Fault]) -> None:
+    """Each planted fault became what it should; nothing else failed."""
+    expected = {fault.row: fault for fault in faults}
+    for number, row in enumerate(rows):
+        fault = expected.get(number)
+        if fault is not None:
+            assert row["error_code"] == fault.error_code, fault
+            assert row["key"] == fault.key, fault
+        elif row["error_code"] is not None:
+            assert row["error_code"] == "archive_truncated", row["key"]

@@ -1,0 +1,87 @@
+"""`ray job submit` against `ray start --head`, as a user of a cluster types it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.local_s3 import LocalS3
+from jobs.make_corpus import make_corpus
+from tests.integration.checks import check_every_row_once, check_pruned, committed
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+ROWS = 400
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
+    """A head node of our own; the value is its dashboard's address. The nodes get the store's
+    variables from their environment, as they would from an instance role."""
+    port, dashboard = free_port(), free_port()
+    command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4",
+               f"--port={port}", f"--dashboard-port={dashboard}",
+               "--object-store-memory=300000000"]  # fmt: skip
+    log = (tmp_path / "head.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if httpx.get(f"{url}/api/version", timeout=2).status_code == 200:
+                break
+        except httpx.HTTPError:
+            pass
+        assert process.poll() is None, (tmp_path / "head.log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+        time.sleep(0.5)
+    yield url
+    # --block takes its node down with it; the address it noted would mislead later drivers.
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    log.close()
+
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_labels_its_corpus_and_shows_progress(head: str, s3: str) -> None:
+    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+
+    def ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [RAY, "job", *arguments],
+            cwd=REPOSITORY,
+            env=environment | {"RAY_ADDRESS": head},
+            text=True,
+            capture_output=True,
+            timeout=400,
+        )
+
+    entry = ["python", "jobs/caption_corpus.py", "--input", f"{s3}/corpus",
+             "--output", f"{s3}/labels"]  # fmt: skip
+    submitted = ray("submit", "--working-dir", ".", "--submission-id", "labels-1", "--", *entry)
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    logs = ray("logs", "labels-1").stdout
+    assert f"progress  {ROWS}/{ROWS} rows" in logs
+    assert "ETA" in logs
+    assert "visual tokens" in logs
+    rows = committed(f"{s3}/labels")
+    check_every_row_once(rows, ROWS)
+    check_pruned(rows, tokens=144, kept=32)

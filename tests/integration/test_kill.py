@@ -1,0 +1,103 @@
+"""What is killed and what must still be true: the driver, a replica, over a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.corpus.plan import done_units
+from cluster.local_s3 import LocalS3
+from cluster.store import ObjectInfo, open_store
+from jobs.make_corpus import make_corpus
+from tests.integration.checks import check_every_row_once, check_pruned, committed
+
+pytestmark = pytest.mark.slow
+
+ROWS = 1200
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start_job(s3: str) -> subprocess.Popen[str]:
+    """The command as a user types it, with a Ray of its own."""
+    command = [sys.executable, "jobs/caption_corpus.py", "--input", f"{s3}/corpus",
+               "--output", f"{s3}/labels"]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.1)
+
+
+def units_committed(s3: str) -> dict[str, ObjectInfo]:
+    store = open_store(f"{s3}/labels")
+    ids = done_units(store)
+    return {i.key: i for i in store.list(suffixes=(".parquet",)) if i.key.split(".")[0] in ids}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_driver_is_resumed_by_the_same_command(s3: str, s3_server: LocalS3) -> None:
+    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")
+    job = start_job(s3)
+    wait_for(lambda: len(units_committed(s3)) >= 1, 240, "a first commit")
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+    time.sleep(3)  # writes that were under way when the driver died may still land
+    before = units_committed(s3)
+    assert 0 < len(before) < 5, "the run was over before it could be killed"
+
+    again = start_job(s3)
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed[-3000:]
+    assert f"{len(before)} units done before" in printed
+    labelled = set(re.findall(r"event=unit_labelled.* unit_id=(\w+)", printed))
+    done = {key.removesuffix(".parquet") for key in before}
+    assert labelled, "the caller's log lines are what shows which units were computed"
+    assert not labelled & done, "a finished unit was computed again"
+    after = units_committed(s3)
+    assert {key: after[key] for key in before} == before, "a finished unit was written again"
+    rows = committed(f"{s3}/labels")
+    check_every_row_once(rows, ROWS)
+    check_pruned(rows, tokens=144, kept=32)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_replica_costs_no_row(s3: str, s3_server: LocalS3) -> None:
+    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")
+    job = start_job(s3)
+    assert job.stdout is not None
+    printed: list[str] = []
+    reader = threading.Thread(target=lambda: printed.extend(job.stdout or ()))
+    reader.start()
+    wait_for(lambda: len(units_committed(s3)) >= 1, 240, "a first commit")
+    ready = [re.search(r"pid=(\d+)\).*event=replica_ready", line) for line in printed]
+    (replica,) = {int(found.group(1)) for found in ready if found}
+    os.kill(replica, signal.SIGKILL)
+    job.wait(timeout=400)
+    reader.join()
+    text = "".join(printed)
+    assert job.returncode == 0, text[-3000:]
+    assert "event=replica_died" in text, "no call was in flight: the kill tested nothing"
+    rows = committed(f"{s3}/labels")
+    check_every_row_once(rows, ROWS)
+    check_pruned(rows, tokens=144, kept=32)
+    assert max(row["attempts"] for row in rows) > 1

@@ -1,0 +1,174 @@
+"""The main job on a real Ray, a real S3 server and the model in the repository."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from typing import Any
+
+import openai
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.attach import serve_details
+from cluster.config import RunConfig
+from cluster.fleet import FleetSettings, open_fleet
+from cluster.replica import EngineSettings
+from cluster.store import open_store
+from cluster.summary import summarise
+from jobs import answer_vqa, caption_corpus, report
+from jobs.make_corpus import make_corpus
+from sppruner.engine.loading import EMBEDDED, resolve_model
+from tests.integration.checks import (
+    check_every_row_once,
+    check_faults,
+    check_pruned,
+    committed,
+    planted_faults,
+)
+
+ROWS = 200
+TOKENS, KEPT = 144, 32
+
+
+def arguments(s3: str, *extra: str) -> list[str]:
+    return ["--input", f"{s3}/corpus", "--output", f"{s3}/labels", *extra]
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
+    serving: str, s3: str, format: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus", format=format, faults=True)
+    assert caption_corpus.main(arguments(s3)) == 3
+    rows = committed(f"{s3}/labels")
+    check_every_row_once(rows, ROWS + (format == "webdataset"))
+    check_faults(rows, planted_faults(f"{s3}/corpus"))
+    check_pruned(rows, tokens=TOKENS, kept=KEPT)
+
+    printed = capfd.readouterr().out
+    for words in ("completed with errors", "image_undecodable", "visual tokens", "dense / pruned"):
+        assert words in printed
+
+    # Once more: nothing is left to do, and it says so without starting anything.
+    assert caption_corpus.main(arguments(s3)) == 3
+    again = capfd.readouterr()
+    assert "nothing was left to do" in again.out
+    assert "fleet_up" not in again.err
+    assert committed(f"{s3}/labels") == rows
+
+
+@pytest.mark.parametrize(
+    ("extra", "shown"),
+    [
+        (["--retain", "0.333"], "0.222"),
+        (["--prompt", "what is the background?"], "describe the image."),
+        (["--method", "grid"], '"sppruner" → "grid"'),
+        (["--limit", "8"], "limit"),
+    ],
+)
+def test_another_setting_on_the_same_output_is_refused_with_the_difference(
+    serving: str, s3: str, extra: list[str], shown: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_corpus(kind="caption", rows=4, output=f"{s3}/corpus")
+    assert caption_corpus.main(arguments(s3)) == 0
+    before = open_store(f"{s3}/labels").list()
+    assert caption_corpus.main(arguments(s3, *extra)) == 2
+    refusal = capfd.readouterr().err
+    assert shown in refusal
+    assert "--output" in refusal
+    assert open_store(f"{s3}/labels").list() == before
+
+
+def test_vqa_with_references_reports_accuracy(
+    serving: str, s3: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_corpus(kind="vqa", rows=64, output=f"{s3}/corpus")
+    assert answer_vqa.main(arguments(s3)) == 0
+    printed = capfd.readouterr().out
+    summary = summarise(f"{s3}/labels")
+    assert summary.accuracy is not None
+    assert summary.accuracy.scored == 64
+    assert f"{100 * summary.accuracy.mean:.1f} % of 64 rows" in printed
+    rows = committed(f"{s3}/labels")
+    assert all(row["question"] and row["answer"] == row["text"] for row in rows)
+    # The embedded model knows these questions: guessing would be right about a third of the time.
+    assert summary.accuracy.mean > 0.8
+
+
+def test_report_reads_the_same_figures_from_the_output_alone(
+    serving: str, s3: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_corpus(kind="caption", rows=24, output=f"{s3}/corpus")
+    assert caption_corpus.main(arguments(s3)) == 0
+    capfd.readouterr()
+    assert report.main([f"{s3}/labels", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    rows = committed(f"{s3}/labels")
+    assert told["rows"] == 24
+    assert told["visual_tokens"] == sum(row["visual_tokens"] for row in rows) == 24 * TOKENS
+    assert told["visual_tokens_kept"] == sum(row["visual_tokens_kept"] for row in rows)
+    assert told["measured"]["control_rows"] == sum(row["is_control"] for row in rows) > 0
+    seconds = sum(row["seconds"] for row in rows)
+    assert told["measured"]["seconds"] == pytest.approx(seconds, rel=1e-6)
+    flops = told["modelled"]
+    assert flops["flops"]["vision"] == flops["flops_dense"]["vision"] > 0
+    assert flops["flops"]["prefill"] < flops["flops_dense"]["prefill"]
+    store = open_store(f"{s3}/labels")
+    stored = json.loads(store.get("_run/summary.json"))
+    assert stored["modelled"] == flops
+
+
+def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
+    serving: str, s3: str
+) -> None:
+    """The official client asks for corpus images while the job runs on the same replica."""
+    make_corpus(kind="caption", rows=96, output=f"{s3}/corpus")
+    file = open_store(f"{s3}/corpus").get("00000.parquet")
+    images = {r["key"]: r["image"]["bytes"] for r in pq.read_table(io.BytesIO(file)).to_pylist()}
+    settings = FleetSettings(
+        engine=EngineSettings(
+            model=EMBEDDED,
+            revision=resolve_model(EMBEDDED).revision,
+            max_batch_rows=RunConfig.max_batch_rows,
+        )
+    )
+    with open_fleet(settings) as fleet:
+        replicas = {replica.pid for replica in fleet.stats().replicas}
+        codes: list[int] = []
+        job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))
+        job.start()
+        client = openai.OpenAI(base_url=f"{fleet.http_url}/v1", api_key="unused")
+        asked = {key: _caption(client, images[key]) for key in list(images)[::12]}
+        was_running = job.is_alive()
+        job.join()
+        assert codes == [0]
+        assert was_running, "the job was over before the client had asked: nothing was tested"
+        assert {replica.pid for replica in fleet.stats().replicas} == replicas
+        assert fleet.stats().rows >= 96 + len(asked)
+        details = serve_details()
+        assert details is not None
+        assert fleet.app in details.applications, "the job must leave what it did not start"
+    written = {row["key"]: row["text"] for row in committed(f"{s3}/labels")}
+    assert asked == {key: written[key] for key in asked}
+
+
+def _caption(client: openai.OpenAI, image: bytes) -> str | None:
+    url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+    answer = client.chat.completions.create(
+        model=EMBEDDED,
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": url}},
+                    {"type": "text", "text": caption_corpus.JOB.prompt},
+                ],
+            }
+        ],
+        max_tokens=caption_corpus.JOB.max_new_tokens,
+        extra_body={"prune": {"method": "sppruner", "retain": 0.222}},
+    )
+    return answer.choices[0].message.content

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from types import TracebackType
+from typing import Any
 
 import boto3
 import structlog
@@ -43,6 +44,7 @@ class LocalS3:
     def __init__(self, bucket: str = "local") -> None:
         self.bucket = bucket
         self._process: subprocess.Popen[str] | None = None
+        self._client: Any = None
         self._before: dict[str, str | None] = {}
 
     @property
@@ -91,20 +93,23 @@ class LocalS3:
 
     def create_bucket(self, name: str) -> None:
         """Makes an empty bucket on this server."""
-        client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id="local",
-            aws_secret_access_key="local",
-        )
-        client.create_bucket(Bucket=name)
-        client.close()
+        if self._client is None:
+            self._client = boto3.session.Session().client(
+                "s3",
+                endpoint_url=self.endpoint,
+                region_name="us-east-1",
+                aws_access_key_id="local",
+                aws_secret_access_key="local",
+            )
+        self._client.create_bucket(Bucket=name)
 
     def _stop(self) -> None:
         process = self._process
         if process is None:
             return
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,18 +53,18 @@ _ADVICE = {
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
     "NotImplemented": "this server lacks conditional writes (If-None-Match), which commits need",
 }
+_CLIENTS: dict[tuple[Any, ...], Any] = {}
+_LOCK = threading.Lock()
 _NO_ANSWER = (ConnectionError, HTTPClientError, ResponseStreamingError)
 
 
 class S3Store(Store):
-    """Keys under `s3://bucket/prefix`; the client is made on first use in each process."""
+    """Keys under `s3://bucket/prefix`; all stores of a process share its client."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
-        self._lock = threading.Lock()
-        self._made: Any = None
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[str, str]]:
         return S3Store, (self._bucket, self._prefix)
@@ -168,11 +169,7 @@ class S3Store(Store):
 
     @property
     def _client(self) -> Any:
-        with self._lock:
-            if self._made is None:
-                # A session of its own: boto3's default session is not safe to use from threads.
-                self._made = boto3.session.Session().client("s3", config=_CONFIG)
-            return self._made
+        return _shared_client()
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
@@ -199,6 +196,18 @@ class S3Store(Store):
             ) from error
         except BotoCoreError as error:
             raise StoreError(f"{uri}: {error}") from error
+
+
+def _shared_client() -> Any:
+    """The process's client for its present AWS_* variables: making one takes a second of CPU,
+    and every unit that is read brings a store of its own."""
+    variables = ((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    key = (os.getpid(), *sorted(variables))
+    with _LOCK:
+        if key not in _CLIENTS:
+            # A session of its own: boto3's default session is not safe to use from threads.
+            _CLIENTS[key] = boto3.session.Session().client("s3", config=_CONFIG)
+        return _CLIENTS[key]
 
 
 def _code(error: ClientError) -> str:

@@ -175,10 +175,10 @@ class Interrupted:
 
 
 def interrupted(uri: str, method: str, *failures: Exception, act: bool = False) -> S3Store:
-    store = open_store(uri)
-    assert isinstance(store, S3Store)
-    store._made = Interrupted(store._client, method, list(failures), act=act)
-    return store
+    class InterruptedStore(S3Store):
+        _client = Interrupted(S3Store("any", "")._client, method, list(failures), act=act)
+
+    return InterruptedStore(uri.removeprefix("s3://"), "")
 
 
 TIMEOUT = ReadTimeoutError(endpoint_url="http://store")

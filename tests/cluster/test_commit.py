@@ -1,0 +1,307 @@
+"""The commit: whole and honest units only, one object each, whoever else is writing."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.data import DataContext
+
+from cluster.commit import CommitSink, CommitTerms, commit_unit
+from cluster.config import Kind, MediaLimits
+from cluster.corpus import Plan, done_units
+from cluster.corpus.source import read_units
+from cluster.corpus.unit import Format, Unit
+from cluster.errors import CommitRefused, RowError
+from cluster.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers
+from cluster.local_s3 import LocalS3
+from cluster.media import decode_image
+from cluster.rows import COST_FIELD, is_internal, output_schema
+from cluster.store import LocalStore, Store, open_store
+from jobs.make_corpus import make_corpus
+from sppruner.types import DENSE, Budget, PruneSpec
+from tests.cluster.corpora import plan
+
+SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
+TERMS = CommitTerms(
+    run_id="run",
+    kind="caption",
+    source_schema=pa.schema([("note", pa.string())]),
+    rows={"unit": 3, "other": 1},
+)
+
+
+def row(number: int, **values: Any) -> dict[str, Any]:
+    answered = {
+        "note": f"n{number}",
+        "key": f"k{number}",
+        "text": f"t{number}",
+        "attempts": 1,
+        "visual_tokens": 100,
+        "visual_tokens_kept": 25,
+        "prune_method": SPEC.method,
+        "prune_spec": SPEC.to_json(),
+        "seconds": 0.5,
+        "is_control": False,
+        "run_id": "run",
+        "unit_id": "unit",
+        "unit_row": number,
+        "_in_unit": "unit",
+    }
+    return answered | values
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    schema = output_schema(TERMS.source_schema, TERMS.kind)
+    extra = [pa.field("_in_unit", pa.string()), COST_FIELD]
+    return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))
+
+
+WHOLE = table(row(2), row(0), row(1))
+
+
+@pytest.fixture
+def store(s3: str) -> Store:
+    return open_store(f"{s3}/out")
+
+
+def commit(committed: pa.Table, store: Store, writer: str = "w", **options: Any) -> bool:
+    return commit_unit(committed, terms=TERMS, store=store, writer=writer, **options).won
+
+
+def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: Store) -> None:
+    assert commit(WHOLE, store)
+    assert [info.key for info in store.list()] == ["unit.parquet"]
+    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert read["unit_row"].to_pylist() == [0, 1, 2]
+    assert read["note"].to_pylist() == ["n0", "n1", "n2"]
+    assert not any(is_internal(name) for name in read.column_names)
+    assert read.schema.remove_metadata() == output_schema(TERMS.source_schema, TERMS.kind)
+
+
+def test_the_ledger_lies_in_the_footer(store: Store) -> None:
+    commit(WHOLE, store)
+    (ledger,) = read_ledgers(store, ["unit"])
+    assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
+    footer = pq.read_metadata(io.BytesIO(store.get("unit.parquet"))).metadata
+    assert UnitLedger.from_json(footer[LEDGER_KEY.encode()]) == ledger
+
+
+def test_the_second_writer_loses_without_an_error_or_a_trace(store: Store) -> None:
+    assert commit(WHOLE, store, "first")
+    slower = table(row(0, seconds=9.0), row(1), row(2))
+    assert not commit(slower, store, "second")
+    (ledger,) = read_ledgers(store, ["unit"])
+    assert ledger.seconds == pytest.approx(1.5)
+
+
+def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: Store) -> None:
+    seen: list[tuple[str, str, UnitLedger]] = []
+
+    def attempt(number: int) -> bool:
+        timed = table(row(0, seconds=float(number)), row(1), row(2))
+        return commit(timed, store, f"w{number}", on_commit=lambda *facts: seen.append(facts))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(attempt, range(6))) == 1
+    assert set(map(str, seen)) == {str(("run", "unit", read_ledgers(store, ["unit"])[0]))}
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([row(0), row(1)], "2 rows"),
+        ([row(0), row(1), row(1)], "2 of them different"),
+        ([row(0), row(1), row(2), row(3)], "4 rows"),
+        ([row(0), row(1), row(3)], "exactly its 3 planned rows"),
+        ([row(0), row(1), row(None)], "exactly its 3 planned rows"),  # type: ignore[arg-type]
+        ([row(0), row(1), row(2, unit_id="other")], "in one commit"),
+        ([row(0, unit_id="alien")], "not planned"),
+        ([row(0), row(1), row(2, run_id="stale")], "other runs"),
+    ],
+)
+def test_only_whole_units_of_this_run_are_committed(
+    store: Store, rows: list[dict[str, Any]], says: str
+) -> None:
+    with pytest.raises(CommitRefused, match=says):
+        commit(table(*rows), store)
+    assert store.list() == []
+
+
+DENSE_ROW = {"prune_method": "none", "prune_spec": DENSE.to_json()}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"visual_tokens_kept": 100}, "kept 100 of 100 .* keeps 25"),
+        ({"visual_tokens_kept": 24}, "keeps 25"),
+        ({"visual_tokens_kept": None}, "does not say"),
+        ({"prune_spec": None}, "does not say"),
+        ({"prune_spec": "{}"}, "not a prune spec"),
+        ({"prune_spec": "{broken"}, "row 1"),
+        ({"prune_method": "fsr"}, "names method fsr beside sppruner"),
+        ({"text": None}, "neither a text nor an error"),
+        (DENSE_ROW, "kept 25 of 100 .* keeps 100"),
+    ],
+)
+def test_rows_that_were_not_pruned_as_they_say_are_refused(
+    store: Store, values: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CommitRefused, match=says):
+        commit(table(row(0), row(1, **values), row(2)), store)
+    assert store.list() == []
+
+
+def test_error_rows_and_dense_rows_need_no_pruning_proof(store: Store) -> None:
+    error = {
+        name: None
+        for name in ("text", "visual_tokens", "visual_tokens_kept", "prune_method", "prune_spec")
+    }
+    failed = row(0, error_code="image_missing", error_stage="decode", **error)
+    dense = row(1, visual_tokens_kept=100, **DENSE_ROW)
+    assert commit(table(failed, dense, row(2)), store)
+    assert read_ledgers(store, ["unit"])[0].failed == {"image_missing": 1}
+
+
+@given(n=st.integers(0, 4_000), ratio=st.floats(0.001, 1.0), off=st.integers(-2, 2))
+@settings(max_examples=50, deadline=None)
+def test_exactly_the_budgets_count_passes(
+    tmp_path_factory: pytest.TempPathFactory, n: int, ratio: float, off: int
+) -> None:
+    spec = PruneSpec(method="sppruner", budget=Budget(ratio=ratio))
+    kept = spec.budget.count(n) + off
+    values = {"visual_tokens": n, "visual_tokens_kept": kept, "prune_spec": spec.to_json()}
+    rows = table(row(0, **values), row(1), row(2))
+    local = LocalStore(tmp_path_factory.mktemp("out"))
+    if off == 0:
+        assert commit(rows, local)
+    else:
+        with pytest.raises(CommitRefused):
+            commit(rows, local)
+
+
+def test_columns_that_are_missing_or_unknown_are_named(store: Store) -> None:
+    with pytest.raises(CommitRefused, match=r"missing \['note'\], unknown \['extra'\]"):
+        commit(WHOLE.rename_columns(["extra", *WHOLE.column_names[1:]]), store)
+
+
+# From here on: the real Ray, from the corpus on S3 to committed units and back.
+
+
+@pytest.fixture(scope="module")
+def local_ray(s3_server: LocalS3) -> Iterator[None]:
+    """A Ray of our own, never one that happens to run here; workers inherit AWS_*."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
+    )
+    DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
+    """A stand-in for the caller: decodes each image and answers with its width."""
+    rows = []
+    for values in table.to_pylist():
+        answer = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
+        answer |= {"key": values["_in_key"], "_out_cost": None}
+        answer |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
+        answer |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
+        if answer["error_code"] is None:
+            try:
+                image = decode_image(values["_in_image"], MediaLimits())
+                answer |= {"text": f"{image.width}", "visual_tokens": 8, "visual_tokens_kept": 2}
+                answer |= {"prune_method": SPEC.method, "prune_spec": SPEC.to_json()}
+            except RowError as error:
+                answer |= {"error_code": error.code, "error_stage": error.stage}
+        source = {name: value for name, value in values.items() if not is_internal(name)}
+        asked = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
+        rows.append({**source, **answer, **asked})
+    source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
+    schema = pa.schema([*output_schema(source_schema, kind), COST_FIELD])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def run(planned: Plan, units: Sequence[Unit]) -> CommitSink:
+    """What a job does with units that are not done yet."""
+    sink = CommitSink(planned)
+    label = partial(labelled, run_id=planned.run_id, kind=planned.kind)
+    dataset = read_units(planned, units)
+    dataset.map_batches(label, batch_size=None, batch_format="pyarrow").write_datasink(sink)
+    return sink
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("format", "kind"), [("parquet", "caption"), ("webdataset", "vqa")])
+def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
+    s3: str, format: Format, kind: Kind
+) -> None:
+    faults = make_corpus(kind=kind, rows=260, output=f"{s3}/in", format=format, faults=True)
+    planned = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
+    store = open_store(planned.output_uri)
+
+    # Part of the run is there already: what a killed driver leaves behind.
+    first = planned.units[:2]
+    assert {o.unit_id for o in run(planned, first).outcomes} == {u.unit_id for u in first}
+    before = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
+
+    resumed = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
+    assert resumed.resumed
+    done = done_units(store)
+    sink = run(resumed, [unit for unit in resumed.units if unit.unit_id not in done])
+    assert len(sink.outcomes) == len(planned.units) - 2
+    assert all(outcome.won for outcome in sink.outcomes)
+    after = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
+    assert before.items() <= after.items()
+
+    # As any user would: the address alone, the AWS_* variables do the rest.
+    read = pq.read_table(planned.output_uri)
+    expected = {(unit.unit_id, n) for unit in planned.units for n in range(unit.row_count)}
+    places = list(zip(read["unit_id"].to_pylist(), read["unit_row"].to_pylist(), strict=True))
+    assert len(places) == len(set(places))
+    assert set(places) == expected
+
+    starts = {unit.unit_id: unit.row_start for unit in planned.units}
+    by_row = {starts[row["unit_id"]] + row["unit_row"]: row for row in read.to_pylist()}
+    broken = {fault.row: fault for fault in faults}
+    assert len(by_row) == 260 + (format == "webdataset")
+    for number, found in by_row.items():
+        fault = broken.get(number)
+        assert found["error_code"] == (fault.error_code if fault else None)
+        assert found["text"] == (None if found["error_code"] else "192")
+        assert fault is None or fault.key == found["key"]
+        assert kind == "caption" or bool(found["question"]) != (
+            found["error_code"] in ("prompt_invalid", "archive_truncated")
+        )
+
+    ledger = RunLedger.of(read_ledgers(store, done_units(store)))
+    counted = Counter(fault.error_code for fault in faults if fault.error_code)
+    assert ledger.units == len(planned.units)
+    assert ledger.total.rows == len(by_row)
+    assert ledger.total.failed == counted
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
+    """Ray reruns writes whose result it lost; the unit is there already then."""
+    make_corpus(kind="caption", rows=30, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
+    assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3
+    assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [False] * 3
+    assert len(open_store(planned.output_uri).list(suffixes=(".parquet",))) == 3

@@ -37,12 +37,18 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
             raise SpecError("a budget is either a ratio or a number of tokens: give exactly one")
-        if self.ratio is not None and not (0.0 < self.ratio <= 1.0):
-            raise SpecError(f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %")
-        if self.tokens is not None and self.tokens < 0:
-            raise SpecError(f"budget tokens {self.tokens!r} is negative")
-        if self.min_keep < 0:
-            raise SpecError(f"budget min_keep {self.min_keep!r} is negative")
+        if self.ratio is not None:
+            if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
+                raise SpecError(f"budget ratio {self.ratio!r} is not a number")
+            if not 0.0 < self.ratio <= 1.0:
+                raise SpecError(
+                    f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %"
+                )
+            # 1 and 1.0 are one budget, so they must also be written alike.
+            object.__setattr__(self, "ratio", float(self.ratio))
+        for name, number in (("tokens", self.tokens), ("min_keep", self.min_keep)):
+            if number is not None and (type(number) is not int or number < 0):
+                raise SpecError(f"budget {name} {number!r} is not a whole number from 0")
 
     def count(self, n: int) -> int:
         """Tokens kept out of `n`. A pure function of `n`, so a prompt's length is known early.
@@ -74,17 +80,29 @@ class PruneSpec:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise SpecError(f"method {self.method!r} is not a name")
         if self.positions not in ("keep", "renumber"):
             raise SpecError(f"positions {self.positions!r}: use 'keep' or 'renumber'")
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"options {self.options!r} is not a mapping of names to values")
         for name, value in self.options.items():
             if not isinstance(value, bool | int | float | str):
                 raise SpecError(f"option {name}={value!r} is not a bool, number or string")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SpecError(f"option {name}={value!r} is not finite: JSON cannot hold it")
         # A private copy in key order: equal specs print, hash and group alike.
         object.__setattr__(self, "options", dict(sorted(self.options.items())))
         if self.method == "none" and self.budget != DENSE_BUDGET:
             raise SpecError(
                 "method 'none' keeps every token: leave the budget out, or name a method"
             )
+
+    # Equal means written alike: 1, 1.0 and True are equal in a dict, but different in JSON.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PruneSpec):
+            return NotImplemented
+        return self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self.to_json())

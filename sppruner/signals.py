@@ -48,7 +48,7 @@ _active: dict[int, ClsRowProbe] = {}
 
 
 def _implementation(base: str, module: nn.Module) -> Any:
-    """The attention function called `base`; eager is not registered, each model file has its own."""
+    """The attention function called `base`; each model file has an eager one of its own."""
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     return ALL_ATTENTION_FUNCTIONS[base]
@@ -56,7 +56,7 @@ def _implementation(base: str, module: nn.Module) -> Any:
 
 def _probed(base: str) -> str:
     """The name of the attention function that probes around `base`; registered on first use."""
-    name = _PREFIX + base
+    name = base if base.startswith(_PREFIX) else _PREFIX + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
 
@@ -79,11 +79,16 @@ def probing(submodel: Any, probe: ClsRowProbe) -> Iterator[ClsRowProbe]:
     Works on the sub-model's own config, so sub-models that are not probed keep their functions.
     """
     config = submodel.config
-    before = config._attn_implementation_internal
-    _active[id(probe.module)] = probe
-    config._attn_implementation_internal = _probed(config._attn_implementation)
+    before, module = config._attn_implementation_internal, id(probe.module)
+    probed = _probed(config._attn_implementation)
+    outer = _active.get(module)
+    _active[module] = probe
+    config._attn_implementation_internal = probed
     try:
         yield probe
     finally:
         config._attn_implementation_internal = before
-        del _active[id(probe.module)]
+        if outer is None:
+            del _active[module]
+        else:
+            _active[module] = outer

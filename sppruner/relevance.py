@@ -85,17 +85,21 @@ class ClipText:
             raise MissingSignal("CLIP relevance needs the encoder's hidden states")
         length = self._clip.config.text_config.max_position_embeddings
         ids: Sequence[int] = self._tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        if not ids:
+            return None
         body = length - 2
         begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        device = image.hidden_NV.device
+        weight = self._clip.visual_projection.weight
+        device = weight.device
         texts = []
         for start in range(0, len(ids), body):
             chunk = torch.tensor([[begin, *ids[start : start + body], end]], device=device)
             pooled = self._clip.text_model(input_ids=chunk).pooler_output
             texts.append(self._clip.text_projection(pooled)[0])
         text_TD = torch.nn.functional.normalize(torch.stack(texts).float(), dim=-1)
-        normed_NV = self._clip.vision_model.post_layernorm(image.hidden_NV)
+        hidden_NV = image.hidden_NV.to(device, weight.dtype)
+        normed_NV = self._clip.vision_model.post_layernorm(hidden_NV)
         patch_ND = self._clip.visual_projection(normed_NV).float()
         cosine_NT = torch.nn.functional.normalize(patch_ND, dim=-1) @ text_TD.T
         joined = cosine_NT.amax(dim=1) if pool == "max" else cosine_NT.mean(dim=1)
-        return self._sign * joined
+        return self._sign * joined.to(image.hidden_NV.device)

@@ -16,7 +16,8 @@ sentence is our reconstruction, hence the R: the algebra, the constants and the 
     context C     greedy by novelty · (ε + proximity)^ω, after one pass over empty windows
     aggregation   the most similar dropped tokens are averaged into C, norms restored
 
-With λ=1, μ=0, ω=0, windows=0, redundancy=1 it is FSR's scheme; with focus 0 it is DivPrune's.
+With λ=1, μ=0, ω=0, windows=0, redundancy=1 it is FSR's scheme; with focus 0 it is farthest-point
+sampling as in DivPrune. An image without focus starts its context at the token of largest φ'.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class SPprunerSelector(Selector):
     saliency: "cls" or "feature". relevance: "embed", "clip" or "none"; relevance_pool: "mean",
     "max" or "top3". relevance_floor: below this spread (standard deviation of a cosine) the text
     says nothing about this image and saliency decides alone. percentile: saliency is clipped there,
-    since CLIP has a few outliers that squash all other values. sigma: reach of a subject, as a share
-    of the longer grid side. windows: the grid is split in windows × windows for the coverage pass.
-    kappa: dropped tokens merged per context token.
+    since CLIP has a few outliers that squash all other values. sigma: reach of a subject, as a
+    share of the longer grid side. windows: the grid is split in windows × windows for the coverage
+    pass. kappa: dropped tokens merged per context token.
     """
 
     name: ClassVar[str] = "sppruner"
@@ -87,8 +88,20 @@ class SPprunerSelector(Selector):
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise SpecError(f"{option}={getattr(self, option)!r}: use one of {allowed}")
-        if not 0 <= self.focus_min <= self.focus_max <= 1:
+        for option in ("percentile", "eta", "lam", "mu", "rho", "focus_min", "focus_max"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise SpecError(f"{option}={getattr(self, option)!r} is outside [0, 1]")
+        for option in ("alpha", "beta", "windows", "proximity_floor", "omega", "kappa"):
+            if getattr(self, option) < 0:
+                raise SpecError(f"{option}={getattr(self, option)!r} is negative")
+        if self.focus_min > self.focus_max:
             raise SpecError("focus_min and focus_max are shares with focus_min <= focus_max")
+        if self.alpha + self.beta == 0:
+            raise SpecError("alpha and beta are both 0: one of them must count")
+        if not -1 <= self.redundancy <= 1:
+            raise SpecError(f"redundancy={self.redundancy!r} is a cosine: use -1 to 1 (1 is off)")
+        if self.sigma <= 0:
+            raise SpecError(f"sigma={self.sigma!r} is a reach: use a share above 0")
 
     @property
     def signals(self) -> frozenset[str]:
@@ -103,33 +116,38 @@ class SPprunerSelector(Selector):
         return cast(Pool, self.relevance_pool)
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        features_IND = torch.stack([image.features_ND for image in images]).float()
-        unit_IND = normalize(features_IND, dim=-1)
         # Cells, not tokens: images of one size may still have grids of different shape.
         coords_IN2 = torch.stack([image.coords_N2 for image in images]).float()
         grid_I2 = coords_IN2.amax(dim=1) + 1
-        budget_I = torch.tensor(counts, device=features_IND.device)
+        squared_INN = _squared_distance(images)
+        unit_IND = torch.stack([normalize(im.features_ND.float(), dim=-1) for im in images])
+        cosine_INN = unit_IND @ unit_IND.transpose(1, 2)
+        budget_I = torch.tensor(counts, device=unit_IND.device)
 
-        phi_IN = self._interplay(images, coords_IN2)
-        focus_IN, nearest_IN = self._focus(phi_IN, unit_IND, budget_I)
+        phi_IN = self._interplay(images, squared_INN)
+        focus_IN, nearest_IN = self._focus(phi_IN, cosine_INN, budget_I)
+        reach_I11 = (self.sigma * grid_I2.amax(dim=1))[:, None, None]
+        near_INN = torch.exp(-squared_INN / (2 * reach_I11**2))
+        proximity_IN = (near_INN * (phi_IN * focus_IN)[:, None, :]).amax(dim=2)
         context_IN = self._context(
-            phi_IN, unit_IND, coords_IN2, grid_I2, focus_IN, nearest_IN, budget_I
+            phi_IN, cosine_INN, proximity_IN, coords_IN2, grid_I2, focus_IN, nearest_IN, budget_I
         )
-        merged_IND = self._aggregate(phi_IN, features_IND, unit_IND, coords_IN2, grid_I2,
-                                     focus_IN, context_IN)  # fmt: skip
         selections = []
         for i, image in enumerate(images):
             index_K = from_mask(focus_IN[i] | context_IN[i])
-            selections.append(
-                Selection(
-                    index_K=index_K,
-                    replace_KD=merged_IND[i, index_K].to(image.features_ND.dtype),
-                    focus_K=focus_IN[i, index_K],
+            replaced_KD = None
+            if self.kappa > 0:
+                # Aggregation reaches twice as far as proximity: the fourth root doubles σ.
+                alike_NN = cosine_INN[i] * near_INN[i % len(near_INN)] ** 0.25
+                replaced_KD = self._aggregate(
+                    phi_IN[i], image.features_ND, alike_NN, index_K, context_IN[i]
                 )
+            selections.append(
+                Selection(index_K=index_K, replace_KD=replaced_KD, focus_K=focus_IN[i, index_K])
             )
         return selections
 
-    def _interplay(self, images: Sequence[VisualTokens], coords_IN2: Tensor) -> Tensor:
+    def _interplay(self, images: Sequence[VisualTokens], squared_INN: Tensor) -> Tensor:
         """φ' of every token, [I, N]."""
         raw_IN = cls_saliency_IN(images) if self.saliency == "cls" else feature_saliency_IN(images)
         ceiling_I1 = raw_IN.quantile(self.percentile, dim=1, keepdim=True)
@@ -152,13 +170,14 @@ class SPprunerSelector(Selector):
 
         states = [im.features_ND if im.hidden_NV is None else im.hidden_NV for im in images]
         unit_INV = normalize(torch.stack(states).float(), dim=-1)
-        apart_INN = (coords_IN2[:, :, None] - coords_IN2[:, None]).abs().amax(dim=-1)
-        weight_INN = (unit_INV @ unit_INV.transpose(1, 2)).clamp(min=0) * (apart_INN == 1)
+        # Squared distances 1 and 2: the eight neighbours.
+        beside_INN = (squared_INN > 0) & (squared_INN <= 2)
+        weight_INN = (unit_INV @ unit_INV.transpose(1, 2)).clamp_(min=0).mul_(beside_INN)
         spread_IN = (weight_INN @ phi_IN[:, :, None])[:, :, 0]
         mean_IN = spread_IN / weight_INN.sum(dim=2).clamp(min=1e-12)
         return (1 - self.mu) * phi_IN + self.mu * mean_IN
 
-    def _focus(self, phi_IN: Tensor, unit_IND: Tensor, budget_I: Tensor) -> tuple[Tensor, Tensor]:
+    def _focus(self, phi_IN: Tensor, cosine_INN: Tensor, budget_I: Tensor) -> tuple[Tensor, Tensor]:
         """The subjects [I, N] bool, and every token's largest cosine to one of them [I, N]."""
         energy_IN = phi_IN.square().sort(dim=1, descending=True).values.cumsum(dim=1)
         enough_I = (energy_IN < self.rho * energy_IN[:, -1:]).sum(dim=1) + 1
@@ -168,17 +187,20 @@ class SPprunerSelector(Selector):
 
         taken_IN = torch.zeros_like(phi_IN, dtype=torch.bool)
         nearest_IN = torch.full_like(phi_IN, -1.0)
-        slack = max(1 - self.redundancy, 1e-6)
+        slack = 1 - self.redundancy
         for step in range(int(wanted_I.max())):
-            penalty_IN = ((nearest_IN - self.redundancy) / slack).clamp(0, 1)
-            score_IN = (phi_IN * (1 - penalty_IN)).masked_fill(taken_IN, _NEVER)
-            _take(score_IN, step < wanted_I, unit_IND, taken_IN, nearest_IN)
+            score_IN = phi_IN
+            if slack > 0:
+                score_IN = phi_IN * (1 - ((nearest_IN - self.redundancy) / slack).clamp(0, 1))
+            score_IN = score_IN.masked_fill(taken_IN, _NEVER)
+            _take(score_IN, step < wanted_I, cosine_INN, taken_IN, nearest_IN)
         return taken_IN, nearest_IN
 
     def _context(
         self,
         phi_IN: Tensor,
-        unit_IND: Tensor,
+        cosine_INN: Tensor,
+        proximity_IN: Tensor,
         coords_IN2: Tensor,
         grid_I2: Tensor,
         focus_IN: Tensor,
@@ -186,24 +208,24 @@ class SPprunerSelector(Selector):
         budget_I: Tensor,
     ) -> Tensor:
         """The context [I, N] bool: what is unlike everything kept so far, near a subject first."""
-        reach_I = self.sigma * grid_I2.amax(dim=1)
-        squared_INN = torch.cdist(coords_IN2, coords_IN2).square()
-        near_INN = torch.exp(-squared_INN / (2 * reach_I**2)[:, None, None])
-        proximity_IN = (near_INN * (phi_IN * focus_IN)[:, None, :]).amax(dim=2)
         weight_IN = (self.proximity_floor + proximity_IN) ** self.omega
-
         taken_IN, nearest_IN = focus_IN.clone(), nearest_IN.clone()
         wanted_I = budget_I - focus_IN.sum(dim=1)
 
-        # Coverage: windows without a subject, most salient first, give their best token.
+        # Without a subject every token is equally new; the most salient one is then the seed.
+        seeded_I = ~focus_IN.any(dim=1)
+        _take(phi_IN, seeded_I, cosine_INN, taken_IN, nearest_IN)
+        wanted_I = wanted_I - seeded_I.long()
+
+        # Coverage: windows without a kept token, most salient first, give their best token.
         if self.windows > 0:
             cell_IN2 = (coords_IN2 * self.windows / grid_I2[:, None]).long()
             window_IN = cell_IN2[..., 0] * self.windows + cell_IN2[..., 1]
             zeros_IW = phi_IN.new_zeros(len(phi_IN), self.windows**2)
             size_IW = zeros_IW.scatter_add(1, window_IN, torch.ones_like(phi_IN))
             mean_IW = zeros_IW.scatter_add(1, window_IN, phi_IN) / size_IW.clamp(min=1)
-            subjects_IW = zeros_IW.scatter_add(1, window_IN, focus_IN.float())
-            open_IW = (subjects_IW == 0) & (size_IW > 0)
+            kept_IW = zeros_IW.scatter_add(1, window_IN, taken_IN.float())
+            open_IW = (kept_IW == 0) & (size_IW > 0)
             order_IW = mean_IW.masked_fill(~open_IW, _NEVER).argsort(
                 dim=1, descending=True, stable=True
             )
@@ -211,67 +233,76 @@ class SPprunerSelector(Selector):
             for step in range(int(visits_I.max())):
                 inside_IN = window_IN == order_IW[:, step : step + 1]
                 score_IN = ((1 - nearest_IN) * weight_IN).masked_fill(taken_IN | ~inside_IN, _NEVER)
-                _take(score_IN, step < visits_I, unit_IND, taken_IN, nearest_IN)
+                _take(score_IN, step < visits_I, cosine_INN, taken_IN, nearest_IN)
             wanted_I = wanted_I - visits_I
 
         for step in range(int(wanted_I.max())):
             score_IN = ((1 - nearest_IN) * weight_IN).masked_fill(taken_IN, _NEVER)
-            _take(score_IN, step < wanted_I, unit_IND, taken_IN, nearest_IN)
+            _take(score_IN, step < wanted_I, cosine_INN, taken_IN, nearest_IN)
         return taken_IN & ~focus_IN
 
     def _aggregate(
         self,
-        phi_IN: Tensor,
-        features_IND: Tensor,
-        unit_IND: Tensor,
-        coords_IN2: Tensor,
-        grid_I2: Tensor,
-        focus_IN: Tensor,
-        context_IN: Tensor,
+        phi_N: Tensor,
+        features_ND: Tensor,
+        alike_NN: Tensor,
+        index_K: Tensor,
+        context_N: Tensor,
     ) -> Tensor:
-        """Features in which each context token also carries the dropped tokens most like it."""
-        if self.kappa == 0:
-            return features_IND
-        reach_I = 2 * self.sigma * grid_I2.amax(dim=1)
-        squared_INN = torch.cdist(coords_IN2, coords_IN2).square()
-        alike_INN = (unit_IND @ unit_IND.transpose(1, 2)) * torch.exp(
-            -squared_INN / (2 * reach_I**2)[:, None, None]
-        )
-        value_IN, home_IN = alike_INN.masked_fill(~context_IN[:, None, :], _NEVER).max(dim=2)
-        value_IN = value_IN.masked_fill(focus_IN | context_IN, _NEVER)
-        rank_IN = value_IN.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        merges_I1 = (self.kappa * context_IN.sum(dim=1, keepdim=True)).long()
-        joins_IN = (rank_IN < merges_I1) & value_IN.isfinite()
+        """Features [K, D] of the kept tokens of one image, in which each context token also carries
+        the dropped tokens most like it. One product instead of scattered additions: the same sum
+        in the same order on every device."""
+        kept_KD = features_ND[index_K]
+        among_C = context_N[index_K].nonzero().squeeze(1)
+        dropped_N = torch.ones_like(context_N)
+        dropped_N[index_K] = False
+        dropped_M = from_mask(dropped_N)
+        merges = min(int(self.kappa * len(among_C)), len(dropped_M))
+        if merges == 0:
+            return kept_KD
+        context_C = index_K[among_C]
+        value_M, home_M = alike_NN[dropped_M][:, context_C].max(dim=1)
+        best_M = value_M.argsort(descending=True, stable=True)[:merges]
+        joins_M, home_M = dropped_M[best_M], home_M[best_M]
 
-        weight_IN = phi_IN + 1e-6
-        given_IN = weight_IN * joins_IN
-        total_IN = weight_IN.scatter_add(1, home_IN, given_IN)
-        summed_IND = (weight_IN[:, :, None] * features_IND).scatter_add(
-            1, home_IN[:, :, None].expand_as(features_IND), given_IN[:, :, None] * features_IND
+        weight_N = phi_N + 1e-6
+        share_CM = weight_N[joins_M] * (
+            torch.arange(len(among_C), device=home_M.device)[:, None] == home_M
         )
-        merged_IND = summed_IND / total_IN[:, :, None]
+        own_C1 = weight_N[context_C, None]
+        before_CD = features_ND[context_C].float()
+        summed_CD = own_C1 * before_CD + share_CM @ features_ND[joins_M].float()
+        merged_CD = summed_CD / (own_C1 + share_CM.sum(dim=1, keepdim=True))
         if self.restore_norm:
-            merged_IND = normalize(merged_IND, dim=-1) * features_IND.norm(dim=-1, keepdim=True)
-        received_IN = (total_IN > weight_IN)[:, :, None]
-        return torch.where(received_IN, merged_IND, features_IND)
+            merged_CD = normalize(merged_CD, dim=-1) * before_CD.norm(dim=-1, keepdim=True)
+        received_C1 = (share_CM > 0).any(dim=1, keepdim=True)
+        merged_KD = kept_KD.clone()
+        merged_KD[among_C] = torch.where(received_C1, merged_CD, before_CD).to(kept_KD.dtype)
+        return merged_KD
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
-        """Cosine rows of the greedy passes, diffusion and merge similarities (2 · N² · D each at
-        most; here they are computed as full matrices)."""
-        greedy = 2 * kept * tokens * width
-        dense = 2 * tokens * tokens * width
-        return greedy + (dense if self.mu else 0) + (dense if self.kappa else 0)
+        """The cosines of all pairs: once for selection and, with diffusion, once more, counted as if
+        the encoder's states had the features' width."""
+        return (2 if self.mu else 1) * 2 * tokens * tokens * width
+
+
+def _squared_distance(images: Sequence[VisualTokens]) -> Tensor:
+    """Squared grid distances [I, N, N]; [1, N, N] where all images share one grid."""
+    first_N2 = images[0].coords_N2
+    shared = all(im.coords_N2 is first_N2 or im.coords_N2.equal(first_N2) for im in images[1:])
+    grids = [first_N2] if shared else [image.coords_N2 for image in images]
+    coords_GN2 = torch.stack(grids).float()
+    return (coords_GN2[:, :, None] - coords_GN2[:, None]).square().sum(dim=-1)
 
 
 def _take(
-    score_IN: Tensor, active_I: Tensor, unit_IND: Tensor, taken_IN: Tensor, nearest_IN: Tensor
+    score_IN: Tensor, active_I: Tensor, cosine_INN: Tensor, taken_IN: Tensor, nearest_IN: Tensor
 ) -> None:
     """Adds the best-scored token of every active image to `taken_IN` and updates, in place, each
     token's largest cosine to a taken one. No value leaves the device."""
     best_I1 = score_IN.argmax(dim=1, keepdim=True)
     active_I1 = active_I[:, None]
     taken_IN.scatter_(1, best_I1, taken_IN.gather(1, best_I1) | active_I1)
-    width = unit_IND.shape[2]
-    chosen_I1D = unit_IND.gather(1, best_I1[:, :, None].expand(-1, -1, width))
-    cosine_IN = (unit_IND @ chosen_I1D.transpose(1, 2))[:, :, 0]
+    row_I1N = best_I1[:, :, None].expand(-1, -1, cosine_INN.shape[2])
+    cosine_IN = cosine_INN.gather(1, row_I1N)[:, 0]
     nearest_IN.copy_(torch.where(active_I1, torch.maximum(nearest_IN, cosine_IN), nearest_IN))

@@ -75,9 +75,8 @@ class Selector(ABC):
         known = {field.name: type(field.default) for field in fields(cls)}
         for option, value in options.items():
             if option not in known:
-                raise SpecError(
-                    f"method {cls.name!r} has no option {option!r}; it has {sorted(known) or 'none'}"
-                )
+                names = ", ".join(sorted(known)) or "none"
+                raise SpecError(f"method {cls.name!r} has no option {option!r}; it has {names}")
             expected = known[option]
             numeric = expected is float and isinstance(value, int) and not isinstance(value, bool)
             if not numeric and type(value) is not expected:

@@ -23,6 +23,11 @@ class RandomSelector(Selector):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # The image's own number takes the bits above.
+        if not 0 <= self.seed < 2**16:
+            raise SpecError(f"seed {self.seed!r} is outside 0 to 65535")
+
     @property
     def signals(self) -> frozenset[str]:
         return frozenset({CONTENT_SEED})

@@ -47,10 +47,11 @@ class LoadedModel:
 def _content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.suffix == ".md" or any(part.startswith(".") for part in path.parts[-2:]):
+        inside = path.relative_to(folder)
+        if path.suffix == ".md" or any(part.startswith(".") for part in inside.parts):
             continue
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        digest.update(f"{inside}\0{size}\0".encode())
         with path.open("rb") as file:
             if size <= _WHOLE_FILE_BYTES:
                 digest.update(file.read())

@@ -144,8 +144,8 @@ class BatchEngine:
         longest = int(inputs["attention_mask"].sum(dim=1).max())
         if longest + generation.max_new_tokens > self._context:
             raise InputError(
-                f"{longest} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed the "
-                f"model's context of {self._context}: shorten one of them"
+                f"{longest} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed "
+                f"the model's context of {self._context}: shorten one of them"
             )
 
     def _generate_kwargs(self, generation: Generation) -> dict[str, Any]:
@@ -172,13 +172,15 @@ class BatchEngine:
         selector = selector_for(request.spec)
         visual, kept = report.visual_tokens, report.visual_tokens_kept
         width = self._cost.decoder.hidden
+        images = len(request.images)
+        per_image = (visual // max(1, images), kept // max(1, images))
         cost = self._cost.row(
-            images=len(request.images),
+            images=images,
             visual_tokens=visual,
             prompt_tokens=report.prompt_tokens,
             prompt_tokens_dense=report.prompt_tokens_dense,
             new_tokens=new_tokens,
-            pruner_flops=0 if selector is None else selector.flops(visual, kept, width),
+            pruner_flops=0 if selector is None else images * selector.flops(*per_image, width),
         )
         return Result(
             id=request.id,

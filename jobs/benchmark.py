@@ -47,7 +47,7 @@ _GENERATION = Generation(max_new_tokens=64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One timed pass. replica_busy_share: of a job, the share of its time in which an engine ran."""
+    """One timed pass. replica_busy_share: of a job, the share of time in which an engine ran."""
 
     name: str
     round: int
@@ -97,7 +97,7 @@ def engine_pass(engine: BatchEngine, images: Sequence[bytes], rows: int, number:
 
 
 def job_pass(corpus: str, output: str, model: str, console: Console, number: int) -> Case:
-    """The job on replicas that are up; its clock runs from the first read task to the last commit."""
+    """The job on replicas that are up; its clock runs from the first read to the last commit."""
     config = RunConfig(
         kind="caption",
         input=corpus,
@@ -123,12 +123,8 @@ def job_pass(corpus: str, output: str, model: str, console: Console, number: int
 def pipeline(model: str, rows: int, rounds: int, console: Console) -> dict[str, object]:
     about = machine()
     engine = BatchEngine(model)
-    batch_rows = RunConfig.max_batch_rows
-    settings = FleetSettings(
-        engine=EngineSettings(
-            model=model, revision=resolve_model(model).revision, max_batch_rows=batch_rows
-        )
-    )
+    served = EngineSettings(model=model, revision=resolve_model(model).revision)
+    batch_rows = served.max_batch_rows
     cases: list[Case] = []
     with LocalS3("benchmark") as server:
         corpus = f"{server.uri}/corpus"
@@ -138,7 +134,7 @@ def pipeline(model: str, rows: int, rounds: int, console: Console) -> dict[str, 
         for info in store.list(suffixes=(".parquet",)):
             column = pq.read_table(io.BytesIO(store.get(info.key)), columns=["image"])["image"]
             images += [value["bytes"] for value in column.to_pylist()]
-        with open_fleet(settings):
+        with open_fleet(FleetSettings(engine=served)):
             engine_pass(engine, images[: 2 * batch_rows], batch_rows, -1)  # warm-up, not counted
             for number in range(rounds):
                 cases.append(engine_pass(engine, images, batch_rows, number))

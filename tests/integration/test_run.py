@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.attach import serve_details
-from cluster.config import RunConfig
 from cluster.fleet import FleetSettings, open_fleet
 from cluster.replica import EngineSettings
 from cluster.store import open_store
@@ -128,14 +127,8 @@ def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
     make_corpus(kind="caption", rows=96, output=f"{s3}/corpus")
     file = open_store(f"{s3}/corpus").get("00000.parquet")
     images = {r["key"]: r["image"]["bytes"] for r in pq.read_table(io.BytesIO(file)).to_pylist()}
-    settings = FleetSettings(
-        engine=EngineSettings(
-            model=EMBEDDED,
-            revision=resolve_model(EMBEDDED).revision,
-            max_batch_rows=RunConfig.max_batch_rows,
-        )
-    )
-    with open_fleet(settings) as fleet:
+    served = EngineSettings(model=EMBEDDED, revision=resolve_model(EMBEDDED).revision)
+    with open_fleet(FleetSettings(engine=served)) as fleet:
         replicas = {replica.pid for replica in fleet.stats().replicas}
         codes: list[int] = []
         job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))

@@ -281,8 +281,8 @@ class SPprunerSelector(Selector):
         return merged_KD
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
-        """The cosines of all pairs: once for selection and, with diffusion, once more, counted as if
-        the encoder's states had the features' width."""
+        """The cosines of all pairs, once; with diffusion twice, counting the encoder's states as if
+        they had the features' width."""
         return (2 if self.mu else 1) * 2 * tokens * tokens * width
 
 

@@ -25,3 +25,8 @@ def s3(s3_server: LocalS3) -> str:
     name = f"bucket-{next(_NUMBERS)}"
     s3_server.create_bucket(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: LocalS3, local_ray: None) -> None:
+    """The session's Ray, started after the server: its workers inherit the AWS_* variables."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,10 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.data import DataContext
 
 from cluster.commit import CommitSink, CommitTerms, commit_unit
 from cluster.config import Kind, MediaLimits
@@ -24,7 +22,6 @@ from cluster.corpus.source import read_units
 from cluster.corpus.unit import Format, Unit
 from cluster.errors import CommitRefused, RowError
 from cluster.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers
-from cluster.local_s3 import LocalS3
 from cluster.media import decode_image
 from cluster.rows import COST_FIELD, is_internal, output_schema
 from cluster.store import LocalStore, Store, open_store
@@ -198,21 +195,6 @@ def test_columns_that_are_missing_or_unknown_are_named(store: Store) -> None:
 
 
 # From here on: the real Ray, from the corpus on S3 to committed units and back.
-
-
-@pytest.fixture(scope="module")
-def local_ray(s3_server: LocalS3) -> Iterator[None]:
-    """A Ray of our own, never one that happens to run here; workers inherit AWS_*."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=300_000_000,
-    )
-    DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
 
 
 def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:

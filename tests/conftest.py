@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from cluster.fleet import Fleet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,8 +55,6 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def serving(local_ray: None) -> Iterator[str]:
     """Serve on that Ray, on a free port; the value is the proxy's URL."""
-    from contextlib import ExitStack
-
     from cluster.attach import http_root, join_serve, serve_details
 
     with ExitStack() as stack:
@@ -59,3 +62,19 @@ def serving(local_ray: None) -> Iterator[str]:
         details = serve_details()
         assert details is not None
         yield http_root(details)
+
+
+@pytest.fixture(scope="session")
+def fleet(serving: str) -> Iterator[Fleet]:
+    """One replica of the fake engine, with its HTTP edge, shared by the tests of the session."""
+    from cluster.fleet import FleetSettings, open_fleet
+    from cluster.replica import EngineSettings
+
+    engine = EngineSettings(
+        model="fake-model",
+        engine="tests.cluster.fake_engine:FakeEngine",
+        max_batch_rows=4,
+        options={"seconds": 0.05},
+    )
+    with open_fleet(FleetSettings(engine=engine)) as opened:
+        yield opened

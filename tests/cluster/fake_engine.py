@@ -37,7 +37,11 @@ def expected_text(data: bytes, kept: int = VISUAL_TOKENS) -> str:
 
 class FakeEngine:
     """Prompts that do something: "raise" (the whole batch raises), "die" (SIGKILL to this
-    process), "bad" (an error result). `journal`: a file that gets one line per batch."""
+    process), "slow" (2 s), "bad" (an error result).
+
+    seconds: how long a batch takes. journal: a file that gets one line per batch, and a * after
+    the id of each control row.
+    """
 
     model_revision = "fake-1"
     image_backend = "pil"
@@ -62,7 +66,7 @@ class FakeEngine:
         if self.journal:
             with Path(self.journal).open("a") as file:
                 file.write(" ".join(f"{r.id}{'*' * r.control}" for r in requests) + "\n")
-        time.sleep(self.seconds)
+        time.sleep(2.0 if any(r.prompt == "slow" for r in requests) else self.seconds)
         if any(request.prompt == "die" for request in requests):
             os.kill(os.getpid(), signal.SIGKILL)
         if any(request.prompt == "raise" for request in requests):

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pytest
@@ -17,7 +17,7 @@ from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.config import Kind, RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded
-from cluster.fleet import Fleet, FleetSettings, open_fleet
+from cluster.fleet import Fleet
 from cluster.ledger import UnitLedger
 from cluster.replica import EngineSettings, VLMReplica
 from cluster.rows import input_schema, output_schema
@@ -179,15 +179,6 @@ def test_a_captions_own_prompt_goes_before_the_runs() -> None:
 
 
 # From here on with real Ray and real Serve.
-
-
-@pytest.fixture(scope="module")
-def fleet(serving: str) -> Iterator[Fleet]:
-    engine = EngineSettings(
-        model="caller-model", engine=ENGINE, max_batch_rows=4, options={"seconds": 0.05}
-    )
-    with open_fleet(FleetSettings(engine=engine)) as opened:
-        yield opened
 
 
 def label_on(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -18,21 +17,16 @@ from tests.cluster.fake_engine import expected_text, picture
 ENGINE = "tests.cluster.fake_engine:FakeEngine"
 
 
-def settings(model: str = "fleet-model", **more: object) -> FleetSettings:
-    engine = EngineSettings(model=model, engine=ENGINE, max_batch_rows=4)
+def settings(model: str = "fake-model", **more: object) -> FleetSettings:
+    """Of the session's fleet, for its model."""
+    options = {"seconds": 0.05}
+    engine = EngineSettings(model=model, engine=ENGINE, max_batch_rows=4, options=options)
     return FleetSettings(engine=engine, **more)  # type: ignore[arg-type]
 
 
 def applications() -> set[str]:
     details = serve_details()
     return set(details.applications) if details else set()
-
-
-@pytest.fixture(scope="module")
-def fleet(serving: str) -> Iterator[Fleet]:
-    with open_fleet(settings()) as opened:
-        yield opened
-    assert opened.app not in applications()
 
 
 def label(fleet: Fleet, *calls: RowCall) -> list[str | None]:
@@ -45,9 +39,9 @@ def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
     assert label(fleet, RowCall(id="a", prompt="p", images=(picture(3),))) == [
         expected_text(picture(3))
     ]
-    assert httpx.get(f"{fleet.http_url}/healthz").json()["model"] == "fleet-model"
+    assert httpx.get(f"{fleet.http_url}/healthz").json()["model"] == "fake-model"
     assert (fleet.deployed_here, fleet.replicas, fleet.max_batch_rows) == (True, 1, 4)
-    assert (fleet.model, fleet.model_revision) == ("fleet-model", "fake-1")
+    assert (fleet.model, fleet.model_revision) == ("fake-model", "fake-1")
     assert fleet.stats().rows >= 1
 
 
@@ -70,6 +64,7 @@ def test_another_model_gets_its_own_application_and_takes_only_that_away(fleet: 
     assert applications() == before
 
 
+@pytest.mark.slow
 def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> None:
     from cluster.fleet import application
 
@@ -83,6 +78,7 @@ def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> 
         serve.delete("my-endpoint")
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet: Fleet) -> None:
     before = applications()
     with (
@@ -93,6 +89,7 @@ def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet
     assert applications() == before
 
 
+@pytest.mark.slow
 def test_a_fleet_that_finds_no_room_says_so_after_its_timeout(fleet: Fleet) -> None:
     impossible = settings("too-many", replicas=50, start_timeout_seconds=3.0)
     with pytest.raises(FleetUnavailable, match="fewer replicas"), open_fleet(impossible):

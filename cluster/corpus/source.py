@@ -62,16 +62,14 @@ class UnitSource(Datasource):
 
 
 def read_units(plan: Plan, units: Sequence[Unit]) -> ray.data.Dataset:
-    """The dataset of `units`, each one block.
+    """The dataset of `units`, each one block, here and in the stages after it.
 
-    The number of blocks is given because Ray would otherwise split blocks to make more of them,
-    and a unit must reach the sink whole.
+    Ray would divide blocks to make more of them, or because one is large; a unit must reach the
+    sink whole, so the number of blocks is given and their size is not bounded but by the plan.
     """
-    return ray.data.read_datasource(
-        UnitSource(plan, units),
-        override_num_blocks=len(units),
-        num_cpus=_READER_CPUS,
-    )
+    dataset = ray.data.read_datasource(UnitSource(plan, units), override_num_blocks=len(units))
+    dataset.context.target_max_block_size = None
+    return dataset
 
 
 def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:

@@ -15,7 +15,6 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -23,6 +22,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
     TokenRetrievalError,
 )
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from cluster.errors import ObjectGone, StoreError
 from cluster.store.base import ObjectInfo, Store
@@ -55,7 +55,7 @@ _ADVICE = {
 }
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _LOCK = threading.Lock()
-_NO_ANSWER = (ConnectionError, HTTPClientError, ResponseStreamingError)
+_NO_ANSWER = (BotoConnectionError, HTTPClientError, ResponseStreamingError)
 
 
 class S3Store(Store):

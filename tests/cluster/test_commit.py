@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.data import DataContext
 
 from cluster.commit import CommitSink, CommitTerms, commit_unit
 from cluster.config import Kind, MediaLimits
@@ -287,3 +289,30 @@ def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [False] * 3
     assert len(open_store(planned.output_uri).list(suffixes=(".parquet",))) == 3
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("bound", [1_000, None])
+def test_ray_never_divides_a_unit(
+    s3: str, monkeypatch: pytest.MonkeyPatch, bound: int | None
+) -> None:
+    """Neither to keep blocks small nor, with fewer units than CPUs, to have more of them."""
+    if bound is not None:
+        monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", bound)
+    make_corpus(kind="caption", rows=60, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30)
+    outcomes = run(planned, planned.units).outcomes
+    assert [outcome.rows for outcome in outcomes] == [30, 30]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_refused_unit_stops_the_run_with_its_reason(s3: str) -> None:
+    make_corpus(kind="caption", rows=20, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
+    stale = dataclasses.replace(planned, run_id="0" * 16)
+    label = partial(labelled, run_id=planned.run_id, kind="caption")
+    dataset = read_units(planned, planned.units)
+    labelling = dataset.map_batches(label, batch_size=None, batch_format="pyarrow")
+    with pytest.raises(CommitRefused, match="other runs"):
+        labelling.write_datasink(CommitSink(stale))
+    assert done_units(open_store(planned.output_uri)) == set()

@@ -1,0 +1,131 @@
+"""Budgets count what the papers count; a spec survives writing, hashing and pickling."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sppruner.errors import SpecError
+from sppruner.types import DENSE, Budget, PruneSpec
+
+ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
+values = st.one_of(
+    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()
+)
+specs = st.builds(
+    PruneSpec,
+    method=st.sampled_from(["sppruner", "grid"]),
+    budget=st.one_of(
+        st.builds(Budget, ratio=ratios, min_keep=st.integers(0, 5)),
+        st.builds(Budget, tokens=st.integers(0, 4096)),
+    ),
+    positions=st.sampled_from(["keep", "renumber"]),
+    options=st.dictionaries(st.text(max_size=5), values, max_size=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [(0.333, 192), (0.222, 128), (0.111, 64), (1 / 3, 192), (2 / 9, 128), (1 / 9, 64), (1, 576)],
+)
+def test_ratios_of_576_give_the_counts_of_the_papers(ratio: float, kept: int) -> None:
+    assert Budget(ratio=ratio).count(576) == kept
+
+
+@given(ratios, ratios, st.integers(0, 5000), st.integers(0, 50))
+def test_a_count_stays_in_bounds_and_grows_with_ratio_and_image(
+    one: float, other: float, n: int, min_keep: int
+) -> None:
+    low, high = (Budget(ratio=r, min_keep=min_keep) for r in sorted((one, other)))
+    assert min(n, min_keep) <= low.count(n) <= high.count(n) <= n
+    assert low.count(n) <= low.count(n + 1)
+    assert Budget(ratio=1.0).count(n) == n
+
+
+@given(st.integers(0, 5000), st.integers(0, 5000))
+def test_a_token_budget_is_met_or_the_whole_image_is_kept(tokens: int, n: int) -> None:
+    assert Budget(tokens=tokens).count(n) == min(tokens, n)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"ratio": 0.5, "tokens": 3},
+        {"ratio": 0.0},
+        {"ratio": 1.01},
+        {"ratio": float("nan")},
+        {"ratio": "half"},
+        {"ratio": True},
+        {"tokens": -1},
+        {"tokens": 2.5},
+        {"tokens": True},
+        {"ratio": 0.5, "min_keep": -1},
+        {"ratio": 0.5, "min_keep": 1.5},
+    ],
+)
+def test_a_budget_that_cannot_mean_anything_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        Budget(**bad)
+
+
+@given(specs)
+def test_a_spec_survives_its_dictionary_and_its_pickle(spec: PruneSpec) -> None:
+    for copy in (PruneSpec.from_dict(spec.to_dict()), pickle.loads(pickle.dumps(spec))):
+        assert copy == spec
+        assert hash(copy) == hash(spec)
+        assert (copy.hash, copy.to_json()) == (spec.hash, spec.to_json())
+
+
+@given(specs, specs)
+def test_specs_are_equal_exactly_when_they_are_written_alike(a: PruneSpec, b: PruneSpec) -> None:
+    assert (a == b) == (a.to_json() == b.to_json())
+    assert (a.hash == b.hash) == (a == b)
+
+
+def test_numbers_equal_in_a_dict_but_not_in_json_do_not_break_the_hash() -> None:
+    whole = PruneSpec(method="grid", budget=Budget(ratio=1), options={"mu": 1})
+    for other in (1.0, True):
+        spec = PruneSpec(method="grid", options={"mu": other})
+        assert spec != whole, "equal specs must hash alike, and these are written differently"
+    assert whole == PruneSpec(method="grid", budget=Budget(ratio=1.0), options={"mu": 1})
+
+
+def test_option_order_does_not_matter_and_the_callers_mapping_is_copied() -> None:
+    options = {"mu": 0.1, "eta": 0.5}
+    spec = PruneSpec(method="sppruner", options=options)
+    assert spec == PruneSpec(method="sppruner", options=dict(reversed(options.items())))
+    before = spec.hash
+    options["mu"] = 0.9
+    assert spec.hash == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"method": "grid", "ratio": 0.5},
+        {"method": 7},
+        {"method": "grid", "budget": 0.5},
+        {"method": "grid", "budget": {"share": 0.5}},
+        {"method": "grid", "budget": {"ratio": "0.5"}},
+        {"method": "grid", "positions": "shift"},
+        {"method": "grid", "options": [1]},
+        {"method": "grid", "options": {"a": [1]}},
+        {"method": "grid", "options": {"a": float("inf")}},
+        {"method": "none", "budget": {"ratio": 0.5}},
+    ],
+)
+def test_a_dictionary_that_is_no_spec_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        PruneSpec.from_dict(bad)
+
+
+def test_dense_is_the_spec_of_method_none() -> None:
+    assert PruneSpec.from_dict({"method": "none"}) == DENSE
+    assert DENSE.is_dense
+    assert not PruneSpec(method="grid").is_dense

@@ -1,0 +1,396 @@
+"""Every method keeps exactly what it is asked to, alone or in company; SPpruner-R equals a plain
+reference and turns into its relatives where its options say so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sppruner.errors import SpecError, UnknownMethod
+from sppruner.selectors import available, selector_for
+from sppruner.selectors.sppruner import SPprunerSelector
+from sppruner.signals import CLS_ATTENTION, CONTENT_SEED
+from sppruner.types import PruneSpec, Selection, VisualTokens
+
+METHODS = [method for method in available() if method != "none"]
+Array = NDArray[np.float64]
+
+
+def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTokens:
+    generator = torch.Generator().manual_seed(seed)
+    n = rows * columns
+    return VisualTokens(
+        features_ND=torch.randn(n, width, generator=generator),
+        hidden_NV=torch.randn(n, 12, generator=generator),
+        coords_N2=torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(n, 2),
+        fixed_N=torch.zeros(n, dtype=torch.bool),
+        signals={
+            CLS_ATTENTION: torch.rand(n, generator=generator),
+            CONTENT_SEED: torch.tensor(seed),
+        },
+        relevance_N=torch.randn(n, generator=generator),
+    )
+
+
+def choose(method: str, images: list[VisualTokens], counts: list[int], **options: Any) -> Any:
+    selector = selector_for(PruneSpec(method=method, options=options))
+    assert selector is not None
+    return selector.select(images, counts)
+
+
+def same(a: Selection, b: Selection) -> bool:
+    if not a.index_K.equal(b.index_K) or (a.replace_KD is None) != (b.replace_KD is None):
+        return False
+    return a.replace_KD is None or torch.allclose(a.replace_KD, b.replace_KD, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 9), share=st.floats(0, 1.2), flat=st.booleans()
+)
+def test_exactly_k_sorted_unique_tokens_are_kept_of_any_grid(
+    method: str, rows: int, columns: int, share: float, flat: bool
+) -> None:
+    image = make(rows, columns, seed=rows * 10 + columns)
+    if flat:
+        constant = {CLS_ATTENTION: torch.ones(image.count), CONTENT_SEED: torch.tensor(3)}
+        image = replace(image, signals=constant, relevance_N=torch.ones(image.count))
+    for k in {0, 1, round(share * image.count), image.count, image.count + 3}:
+        index = choose(method, [image], [k])[0].index_K.tolist()
+        assert len(index) == min(k, image.count)
+        assert index == sorted(set(index))
+        assert all(0 <= i < image.count for i in index)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_of_equal_tokens_still_gives_exactly_k(method: str) -> None:
+    image = make(4, 4)
+    blank = replace(
+        image,
+        features_ND=torch.ones_like(image.features_ND),
+        hidden_NV=torch.ones(16, 12),
+        signals={CLS_ATTENTION: torch.zeros(16), CONTENT_SEED: torch.tensor(0)},
+        relevance_N=None,
+    )
+    assert choose(method, [blank], [5])[0].index_K.unique().numel() == 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_choice_does_not_depend_on_batch_mates_or_their_order(method: str) -> None:
+    images = [make(6, 6, seed=1), make(4, 9, seed=2), make(3, 5, seed=3), make(6, 6, seed=4)]
+    counts = [9, 12, 4, 30]
+    together = choose(method, images, counts)
+    backwards = choose(method, images[::-1], counts[::-1])[::-1]
+    for image, k, first, second in zip(images, counts, together, backwards, strict=True):
+        alone = choose(method, [image], [k])[0]
+        assert same(alone, first)
+        assert same(alone, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_values_in_bfloat16_and_float32_give_the_same_choice(method: str) -> None:
+    exact = make(6, 6)
+    states = exact.hidden_NV
+    assert states is not None
+    half = replace(exact, features_ND=exact.features_ND.bfloat16(), hidden_NV=states.bfloat16())
+    assert half.hidden_NV is not None
+    full = replace(exact, features_ND=half.features_ND.float(), hidden_NV=half.hidden_NV.float())
+    narrow, wide = choose(method, [half], [9])[0], choose(method, [full], [9])[0]
+    assert narrow.index_K.equal(wide.index_K)
+    if narrow.replace_KD is not None:
+        assert narrow.replace_KD.dtype == torch.bfloat16
+        assert narrow.replace_KD.equal(wide.replace_KD.bfloat16())
+
+
+def test_random_draws_differ_between_images_and_seeds_and_repeat_otherwise() -> None:
+    one, other = make(8, 8, seed=1), make(8, 8, seed=2)
+    draws = [choose("random", [one], [16], seed=s)[0].index_K for s in (0, 0, 1)]
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+    assert not draws[0].equal(choose("random", [other], [16])[0].index_K)
+
+
+@pytest.mark.parametrize("k", range(4, 60))
+def test_grid_reaches_every_quadrant_and_never_leaves_one_behind(k: int) -> None:
+    image = make(8, 8)
+    cells = image.coords_N2[choose("grid", [image], [k])[0].index_K] // 4
+    quadrants = torch.bincount(cells[:, 0] * 2 + cells[:, 1], minlength=4)
+    assert quadrants.min() >= 1
+    assert quadrants.max() - quadrants.min() <= max(2, k // 4)
+
+
+def test_topk_keeps_the_most_salient_and_the_first_of_equals() -> None:
+    image = make(4, 4)
+    saliency = torch.tensor([0.0, 5, 3, 5] + [3.0] * 12)
+    image = replace(image, signals={CLS_ATTENTION: saliency})
+    assert choose("topk", [image], [4])[0].index_K.tolist() == [1, 2, 3, 4]
+
+
+def test_feature_saliency_finds_the_region_unlike_the_rest() -> None:
+    image = make(6, 6)
+    features = torch.ones(36, 16)
+    odd = [14, 15, 20, 21]
+    features[odd] = -features[odd] + torch.arange(16) * 0.1
+    image = replace(image, features_ND=features, hidden_NV=None, signals={})
+    assert choose("topk", [image], [4], saliency="feature")[0].index_K.tolist() == odd
+
+
+def test_unknown_methods_and_options_name_what_there_is() -> None:
+    with pytest.raises(UnknownMethod, match="grid, random, sppruner, topk"):
+        selector_for(PruneSpec(method="gird"))
+    with pytest.raises(SpecError, match="has no option 'k'; it has seed"):
+        selector_for(PruneSpec(method="random", options={"k": 3}))
+    with pytest.raises(SpecError, match="is not a int"):
+        selector_for(PruneSpec(method="random", options={"seed": 1.5}))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seed": True}, {"seed": -1}, {"seed": 2**16}, {"saliency": "cls "}, {"relevance": "llm"},
+        {"alpha": 0, "beta": 0}, {"percentile": 1.5}, {"sigma": 0.0}, {"windows": -1},
+        {"kappa": -0.5}, {"redundancy": 1.1}, {"focus_min": 0.7}, {"mu": -0.1}, {"windows": 2.0},
+        {"restore_norm": 1},
+    ],
+)  # fmt: skip
+def test_options_that_cannot_mean_anything_fail_before_anything_runs(bad: dict[str, Any]) -> None:
+    method = "random" if "seed" in bad else "sppruner"
+    with pytest.raises(SpecError):
+        selector_for(PruneSpec(method=method, options=bad))
+
+
+# The reference: one image, plain loops, float64, written from the formulas of the module docstring.
+
+
+def unit(rows_ND: Array) -> Array:
+    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
+
+
+def scaled(values_N: Array) -> Array:
+    span = values_N.max() - values_N.min()
+    return (values_N - values_N.min()) / span if span > 0 else np.zeros_like(values_N)
+
+
+def reference_phi(image: VisualTokens, m: SPprunerSelector) -> Array:
+    raw = image.signals[CLS_ATTENTION].double().numpy()
+    s = scaled(np.minimum(raw, np.quantile(raw, m.percentile)))
+    r, lam = np.zeros_like(s), 0.0
+    if image.relevance_N is not None:
+        text = image.relevance_N.double().numpy()
+        if text.std(ddof=1) >= m.relevance_floor:
+            r, lam = scaled(text), m.lam
+    agreement = (s**m.beta * r**m.alpha) ** (1 / (m.alpha + m.beta))
+    phi = lam * agreement + (1 - lam) * (1 - (1 - s) * (1 - m.eta * r))
+    assert image.hidden_NV is not None
+    z = unit(image.hidden_NV.double().numpy())
+    spread = phi.copy()
+    for i, p in enumerate(image.coords_N2.tolist()):
+        weight = total = 0.0
+        for j, q in enumerate(image.coords_N2.tolist()):
+            if i != j and max(abs(p[0] - q[0]), abs(p[1] - q[1])) <= 1:
+                likeness = max(0.0, float(z[i] @ z[j]))
+                weight, total = weight + likeness, total + likeness * phi[j]
+        spread[i] = (1 - m.mu) * phi[i] + m.mu * (total / weight if weight else 0.0)
+    return spread
+
+
+def reference(
+    image: VisualTokens, k: int, m: SPprunerSelector
+) -> tuple[list[int], list[int], Array]:
+    """Focus and context in the order of picking, and every token's features after merging."""
+    phi = reference_phi(image, m)
+    features = image.features_ND.double().numpy()
+    v, coords = unit(features), image.coords_N2.double().numpy()
+    cosine = v @ v.T
+    apart = ((coords[:, None] - coords[None]) ** 2).sum(-1)
+    side = float(coords.max()) + 1
+
+    energy = np.cumsum(np.sort(phi**2)[::-1])
+    enough = int((energy < m.rho * energy[-1]).sum()) + 1
+    size = min(max(enough, round(m.focus_min * k)), round(m.focus_max * k))
+    focus: list[int] = []
+    for _ in range(size):
+        best, best_score = -1, -math.inf
+        for i in set(range(len(phi))) - set(focus):
+            near = max((cosine[i, j] for j in focus), default=-1.0)
+            penalty = max(0.0, near - m.redundancy) / (1 - m.redundancy) if m.redundancy < 1 else 0
+            score = phi[i] * (1 - min(penalty, 1))
+            if score > best_score:
+                best, best_score = i, score
+        focus.append(best)
+
+    sigma = m.sigma * side
+    proximity = [
+        max((phi[j] * math.exp(-apart[i, j] / (2 * sigma**2)) for j in focus), default=0.0)
+        for i in range(len(phi))
+    ]
+    context: list[int] = [] if focus else [int(phi.argmax())]
+
+    def add(candidates: set[int]) -> None:
+        kept = focus + context
+        score = {
+            i: (1 - cosine[i, kept].max()) * (m.proximity_floor + proximity[i]) ** m.omega
+            for i in candidates - set(kept)
+        }
+        context.append(max(score, key=lambda i: score[i]))
+
+    if m.windows:
+        extent = coords.max(axis=0) + 1
+        cell = (coords * m.windows // extent).astype(int)
+        windows: dict[tuple[int, ...], set[int]] = {}
+        for i, w in enumerate(map(tuple, cell.tolist())):
+            windows.setdefault(w, set()).add(i)
+        empty = [w for w in windows.values() if not w & set(focus + context)]
+        empty.sort(key=lambda w: -phi[list(w)].mean())
+        for window in empty[: (k - len(focus + context)) // 4]:
+            add(window)
+    while len(focus) + len(context) < k:
+        add(set(range(len(phi))))
+
+    merged = features.copy()
+    homes = []
+    for i in sorted(set(range(len(phi))) - set(focus + context)):
+        likeness = {j: cosine[i, j] * math.exp(-apart[i, j] / (8 * sigma**2)) for j in context}
+        if likeness:
+            home = max(likeness, key=lambda j: likeness[j])
+            homes.append((likeness[home], i, home))
+    homes.sort(reverse=True)
+    weight = phi + 1e-6
+    for c in context:
+        guests = [i for _, i, home in homes[: int(m.kappa * len(context))] if home == c]
+        if guests:
+            total = weight[c] * features[c] + sum(weight[i] * features[i] for i in guests)
+            merged[c] = total / (weight[c] + weight[guests].sum())
+            if m.restore_norm:
+                merged[c] *= np.linalg.norm(features[c]) / np.linalg.norm(merged[c])
+    return focus, context, merged
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (4, 9), (12, 12)])
+@pytest.mark.parametrize("share", [0.05, 0.222, 0.6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kappa": 3.0, "restore_norm": False, "redundancy": 0.2},
+        {"windows": 3, "omega": 2.0, "alpha": 3.0, "sigma": 0.3, "rho": 0.3, "focus_min": 0.0},
+        {"focus_min": 0.0, "focus_max": 0.0},
+    ],
+)
+def test_selection_and_merging_equal_the_plain_reference(
+    grid: tuple[int, int], share: float, options: dict[str, Any]
+) -> None:
+    for seed in (1, 2):
+        image = make(*grid, seed=seed)
+        k = max(1, round(share * image.count))
+        chosen = SPprunerSelector(**options).select([image], [k])[0]
+        focus, context, merged = reference(image, k, SPprunerSelector(**options))
+        assert chosen.index_K.tolist() == sorted(focus + context)
+        assert chosen.focus_K is not None
+        assert chosen.index_K[chosen.focus_K].tolist() == sorted(focus)
+        assert chosen.replace_KD is not None
+        np.testing.assert_allclose(
+            chosen.replace_KD.numpy(), merged[sorted(focus + context)], atol=1e-4
+        )
+
+
+PLAIN = {"omega": 0.0, "windows": 0, "redundancy": 1.0, "mu": 0.0, "percentile": 1.0, "kappa": 0.0}
+
+
+def farthest_points(image: VisualTokens, start: list[int], k: int) -> list[int]:
+    """Max-min selection that goes on from `start`: DivPrune's and FSR's scan."""
+    v = unit(image.features_ND.double().numpy())
+    chosen = list(start)
+    while len(chosen) < k:
+        distance = (1 - v @ v[chosen].T).min(axis=1)
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return sorted(chosen)
+
+
+def test_without_focus_it_is_farthest_point_sampling_from_the_largest_phi() -> None:
+    bare = PLAIN | {"focus_min": 0.0, "focus_max": 0.0, "lam": 0.0, "eta": 0.0}
+    for seed in range(3):
+        image = make(8, 8, seed=seed)
+        seed_token = int(image.signals[CLS_ATTENTION].argmax())
+        for k in (1, 2, 15, 40):
+            kept = choose("sppruner", [image], [k], **bare)[0]
+            assert kept.index_K.tolist() == farthest_points(image, [seed_token], k)
+            assert kept.focus_K is not None
+            assert not kept.focus_K.any()
+
+
+def test_focus_alone_without_text_is_the_top_k_of_saliency() -> None:
+    alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0, "lam": 0.0, "eta": 0.0}
+    for seed in range(3):
+        image = make(8, 8, seed=seed)
+        top = choose("topk", [image], [20])[0]
+        assert choose("sppruner", [image], [20], **alone)[0].index_K.equal(top.index_K)
+
+
+def test_redundancy_one_takes_identical_tokens_at_full_value() -> None:
+    image = make(5, 5)
+    twin = image.features_ND.clone()
+    twin[:] = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    image = replace(image, features_ND=twin, relevance_N=None)
+    alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0}
+    top = choose("topk", [image], [8])[0].index_K
+    assert choose("sppruner", [image], [8], **alone)[0].index_K.equal(top)
+
+
+def test_agreement_alone_ranks_and_scans_as_fsr_does() -> None:
+    fsr = PLAIN | {"lam": 1.0, "alpha": 3.0, "beta": 1.0, "focus_min": 0.5, "focus_max": 0.5}
+    for seed in range(3):
+        image = make(8, 8, seed=seed)
+        s = scaled(image.signals[CLS_ATTENTION].double().numpy())
+        assert image.relevance_N is not None
+        r = scaled(image.relevance_N.double().numpy())
+        focus = (-(r**3) * s).argsort(kind="stable")[:10].tolist()
+        kept = choose("sppruner", [image], [20], **fsr)[0]
+        assert kept.index_K[kept.focus_K].tolist() == sorted(focus)
+        assert kept.index_K.tolist() == farthest_points(image, focus, 20)
+
+
+def test_text_decides_only_where_it_tells_tokens_apart() -> None:
+    image = make(8, 8)
+    assert image.relevance_N is not None
+    silent = replace(image, relevance_N=None)
+    faint = replace(image, relevance_N=0.001 * image.relevance_N)
+    without = choose("sppruner", [silent], [16])[0]
+    assert same(choose("sppruner", [faint], [16])[0], without)
+    assert not same(choose("sppruner", [image], [16])[0], without)
+
+
+@given(k=st.integers(1, 63), seed=st.integers(0, 50))
+def test_the_focus_stays_within_its_share_of_the_budget(k: int, seed: int) -> None:
+    chosen = choose("sppruner", [make(8, 8, seed=seed)], [k])[0]
+    assert round(0.35 * k) <= int(chosen.focus_K.sum()) <= round(0.65 * k)
+
+
+def test_merging_changes_context_only_and_keeps_its_norms() -> None:
+    image = make(8, 8)
+    chosen = choose("sppruner", [image], [16], kappa=2.0)[0]
+    before, after = image.features_ND[chosen.index_K], chosen.replace_KD
+    assert after[chosen.focus_K].equal(before[chosen.focus_K])
+    changed = (after != before).any(dim=1)
+    assert changed.any()
+    assert not (changed & chosen.focus_K).any()
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
+    assert choose("sppruner", [image], [16], kappa=0.0)[0].index_K.equal(chosen.index_K)
+
+
+def test_selecting_leaves_the_image_as_it_was() -> None:
+    image = make(6, 6)
+    before = image.features_ND.clone(), image.signals[CLS_ATTENTION].clone()
+    for method in METHODS:
+        choose(method, [image, image], [9, 35])
+    assert image.features_ND.equal(before[0])
+    assert image.signals[CLS_ATTENTION].equal(before[1])

@@ -1,4 +1,4 @@
-"""The embedded demonstration model: a LLaVA-architecture VLM small enough to ship in the repository.
+"""The embedded demonstration model: a LLaVA small enough to ship in the repository.
 
 Procedural scenes, exact questions about them, the model builder, and the recipe that trained the
 weights in `MODEL_DIR`. Importing this package is cheap; torch is only imported by its modules.

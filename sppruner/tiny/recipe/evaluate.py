@@ -106,6 +106,7 @@ def teacher_forced(
     scenes: int,
     first: int = HELD_OUT_SEED,
     kept: int | None = None,
+    draw: int = 0,
     batch: int = 20,
 ) -> dict[str, Score]:
     """Exact match when every answer token is predicted from the true ones before it.
@@ -113,7 +114,7 @@ def teacher_forced(
     Equal to greedy decoding; with `kept`, each image keeps that many random visual tokens.
     """
     cache = scene_table(first, scenes, JPEG_QUALITY)
-    generator = torch.Generator().manual_seed(kept or 0)
+    generator = torch.Generator().manual_seed(draw)
     rng = np.random.default_rng(0)
     scores: dict[str, Score] = defaultdict(Score)
     for start in range(0, scenes, batch):

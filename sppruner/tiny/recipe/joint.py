@@ -64,9 +64,8 @@ class Ranks:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat)
         flat /= self.world
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        means = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
@@ -76,12 +75,13 @@ def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> n
     )
 
 
-def joint_model(checkpoint: Path) -> LlavaForConditionalGeneration:
-    """The whole model as of a checkpoint of this stage, in float32 on the CPU."""
+def joint_model(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, int]:
+    """The model as of a checkpoint of this stage, float32 on the CPU, and the steps it took."""
     model = build_model(build_tokenizer())
     parts = _parts(model, CaptionContrast())
-    parts.load_state_dict(load_checkpoint(checkpoint, torch.device("cpu"))["model"])
-    return model.eval()
+    state = load_checkpoint(checkpoint, torch.device("cpu"))
+    parts.load_state_dict(state["model"])
+    return model.eval(), state["step"]
 
 
 def train_joint(shop: Workshop, ranks: Ranks) -> None:
@@ -124,4 +124,5 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         shop.folder / "joint.pt",
         rank=ranks.rank,
         average=ranks.average,
+        save_seconds=shop.save_seconds,
     )

@@ -24,7 +24,6 @@ from sppruner.tiny.recipe.cache import Array
 
 __all__ = ["Draws", "Schedule", "load_checkpoint", "run_steps", "save_checkpoint"]
 
-_SAVE_SECONDS: Final = 60.0
 _LOG_STEPS: Final = 20
 
 
@@ -60,8 +59,8 @@ class Draws:
 
     def torch(self) -> torch.Generator:
         """Generator (on the CPU) for noise and token choices."""
-        seed = int(np.random.SeedSequence([self.stage, self.step, self.rank, 1]).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        state = np.random.SeedSequence([self.stage, self.step, self.rank, 1]).generate_state(1)
+        return torch.Generator().manual_seed(int(state[0]))
 
     def scenes(self, total: int, batch: int, world: int = 1) -> Array:
         """The scenes of this batch: epochs over a fresh permutation each, split among ranks."""
@@ -100,11 +99,12 @@ def run_steps(
     *,
     rank: int = 0,
     average: Callable[[list[Tensor]], None] | None = None,
+    save_seconds: float = 60.0,
 ) -> None:
     """Train `trained` to the end of its schedule, resuming from `checkpoint` if it exists.
 
     `loss_at(step)` returns the loss and numbers to log; `average` makes gradients equal on all
-    ranks. Only rank 0 writes.
+    ranks. Only rank 0 writes, every `save_seconds` and at the end.
     """
     log = structlog.get_logger().bind(stage=name, rank=rank)
     parameters = [p for p in trained.parameters() if p.requires_grad]
@@ -135,7 +135,7 @@ def run_steps(
             group["lr"] = schedule.rate(step)
         loss, numbers = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if average is not None:
             average(gradients)
@@ -148,7 +148,7 @@ def run_steps(
             log.info(
                 "step", step=step + 1, of=schedule.steps, eta_minutes=round(left / 60, 1), **rounded
             )
-        if now - saved > _SAVE_SECONDS:
+        if now - saved > save_seconds:
             save(step + 1)
             saved = now
     if first < schedule.steps:

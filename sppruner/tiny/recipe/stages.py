@@ -36,6 +36,7 @@ class Workshop:
     device: torch.device
     scale: float = 1.0  # of all step counts
     compiled: bool = True
+    save_seconds: float = 60.0  # between checkpoints
 
     def steps(self, full: int) -> int:
         """A stage's step count at this scale."""
@@ -66,6 +67,7 @@ def train_language(shop: Workshop) -> None:
         schedule,
         language_loss(model, space, shop.cache, schedule.steps, batch, shop.device),
         shop.folder / "language.pt",
+        save_seconds=shop.save_seconds,
     )
 
 
@@ -91,4 +93,11 @@ def train_vision(shop: Workshop) -> None:
         return loss + 0.3 * contrastive, {**numbers, "contrast": contrastive.item()}
 
     parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
-    run_steps("vision", parts, schedule, loss_at, shop.folder / "vision.pt")
+    run_steps(
+        "vision",
+        parts,
+        schedule,
+        loss_at,
+        shop.folder / "vision.pt",
+        save_seconds=shop.save_seconds,
+    )

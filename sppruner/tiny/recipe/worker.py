@@ -17,6 +17,7 @@ from sppruner.tiny.recipe.stages import Workshop, train_language, train_vision
 
 __all__: list[str] = []
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run one training stage.")
     parser.add_argument("stage", choices=("language", "vision", "joint"))
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--save-seconds", type=float, default=60.0)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--rendezvous", type=Path, help="a new file path shared by all ranks")
@@ -41,6 +43,7 @@ def main() -> None:
         device=torch.device(arguments.device),
         scale=arguments.steps_scale,
         compiled=not arguments.no_compile,
+        save_seconds=arguments.save_seconds,
     )
     if arguments.stage == "language":
         train_language(shop)

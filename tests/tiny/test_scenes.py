@@ -1,0 +1,73 @@
+"""Scenes are a pure function of their seed and keep the promises that questions rely on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sppruner.tiny.scenes import COLORS, SHAPES, SIZES, TEXTURES, render, sample_scene
+
+SEEDS = st.integers(0, 50_000_000)
+
+
+@given(SEEDS)
+def test_same_seed_same_scene(seed: int) -> None:
+    assert sample_scene(seed) == sample_scene(seed)
+
+
+@given(SEEDS)
+def test_objects_are_distinct_inside_and_apart(seed: int) -> None:
+    scene = sample_scene(seed)
+    assert 1 <= len(scene.objects) <= 4
+    assert len({item.name for item in scene.objects}) == len(scene.objects)
+    for index, item in enumerate(scene.objects):
+        assert item.color in COLORS
+        assert item.shape in SHAPES
+        assert item.size in SIZES
+        assert item.radius <= item.x <= 1 - item.radius
+        assert item.radius <= item.y <= 1 - item.radius
+        for other in scene.objects[:index]:
+            gap = math.hypot(item.x - other.x, item.y - other.y)
+            assert gap > item.radius + other.radius
+            assert abs(item.x - other.x) >= 0.04
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_rendering_is_deterministic(seed: int) -> None:
+    scene = sample_scene(seed)
+    assert render(scene).tobytes() == render(scene).tobytes()
+
+
+@pytest.mark.parametrize("pixels", [96, 192, 333])
+def test_rendering_has_the_asked_size(pixels: int) -> None:
+    assert render(sample_scene(3), pixels).size == (pixels, pixels)
+
+
+def test_objects_have_their_color_where_they_are() -> None:
+    channel = {"red": 0, "green": 1, "blue": 2}
+    checked = 0
+    for seed in range(60):
+        scene = sample_scene(seed)
+        image = np.asarray(render(scene), dtype=int)
+        for item in scene.objects:
+            pixel = image[int(item.y * 192), int(item.x * 192)]
+            if item.color in channel:
+                assert pixel.argmax() == channel[item.color]
+                checked += 1
+            elif item.color == "white":
+                assert pixel.min() > 230
+            elif item.color == "black":
+                assert pixel.max() < 40
+    assert checked > 20
+
+
+def test_every_texture_and_count_occurs() -> None:
+    scenes = [sample_scene(seed) for seed in range(300)]
+    assert {scene.texture for scene in scenes} == set(TEXTURES)
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
+    assert 0.5 < sum(scene.sign is not None for scene in scenes) / len(scenes) < 0.7

@@ -1,0 +1,62 @@
+"""The training command survives `kill -9` and ends in a loadable, described model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from sppruner.tiny.recipe.loop import load_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _start(output: Path) -> subprocess.Popen[str]:
+    options = "--steps-scale 0.004 --scenes 60 --evaluate-scenes 4 --save-seconds 0"
+    command = [sys.executable, "jobs/train_tiny.py", "--output", str(output), "--device", "cpu"]
+    return subprocess.Popen(
+        [*command, "--no-compile", *options.split()],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    work = tmp_path / "model.work"
+    first = _start(output)
+    try:
+        while first.poll() is None and not (work / "vision.pt").exists():
+            time.sleep(0.05)
+    finally:
+        # The whole group at once, as a machine that loses power would.
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    assert load_checkpoint(work / "vision.pt", torch.device("cpu"))["step"] > 0
+    assert not output.exists()
+
+    second = _start(output)
+    try:
+        log, _ = second.communicate(timeout=600)
+    finally:
+        second.kill()
+    assert second.returncode == 0, log
+    assert "resumed" in log
+    assert load_checkpoint(work / "joint.pt", torch.device("cpu"))["step"] == 10
+    AutoProcessor.from_pretrained(output)
+    LlavaForConditionalGeneration.from_pretrained(output)
+    card = (output / "README.md").read_text()
+    assert "| existence |" in card

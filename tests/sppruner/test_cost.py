@@ -1,0 +1,134 @@
+"""Modelled FLOPs and KV bytes equal what PyTorch counts, and the papers' figures come out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from sppruner import Budget, Pruner, PruneSpec
+from sppruner.cost import PARTS, DecoderCost, LlavaCost, RowCost
+from tests.sppruner.llava import IMAGE, TOKENS, batch, build
+
+NEW = 5
+GREEDY: dict[str, Any] = {"do_sample": False, "suppress_tokens": [2, IMAGE]}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("eager")  # The counter knows no CPU kernel of fused attention and counts 0.
+
+
+@pytest.fixture(scope="module")
+def cost(model: Any) -> LlavaCost:
+    return LlavaCost.from_config(model.config, bytes_per_value=4)
+
+
+def counted(call: Any) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: LlavaCost) -> None:
+    pixels = batch([1])["pixel_values"]
+    hidden = torch.randn(1, TOKENS, 32)
+    assert counted(lambda: model.model.vision_tower(pixel_values=pixels)) == cost.tower.forward()
+    assert counted(lambda: model.model.multi_modal_projector(hidden)) == cost.projector(TOKENS)
+
+
+def test_prefill_and_every_decode_step_equal_the_flop_counter(model: Any, cost: LlavaCost) -> None:
+    ids = torch.randint(6, 64, (1, 23), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config.get_text_config())
+    prompt = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    prefill = counted(lambda: model(input_ids=ids, logits_to_keep=1, **prompt))
+    assert prefill == cost.decoder.prefill(23)
+    for step in range(1, NEW):
+        grown = {"attention_mask": torch.ones(1, 23 + step), "past_key_values": cache}
+        flops = counted(lambda grown=grown: model(input_ids=ids[:, :1], **grown))
+        assert flops == cost.decoder.decode(23, step + 1) - cost.decoder.decode(23, step)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_a_whole_pruned_generation_costs_what_the_row_says(
+    model: Any, cost: LlavaCost, ratio: float
+) -> None:
+    inputs = batch([1])
+    spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
+    pruner = Pruner(model)
+    done: list[Any] = []
+    settings = GREEDY | {"return_dict_in_generate": True, "max_new_tokens": NEW}
+    total = counted(lambda: done.append(pruner.generate(inputs, spec, **settings)))
+    report, output = done[0].reports[0], done[0].output
+    row = cost.row(
+        images=1,
+        visual_tokens=report.visual_tokens,
+        prompt_tokens=report.prompt_tokens,
+        prompt_tokens_dense=report.prompt_tokens_dense,
+        new_tokens=NEW,
+        pruner_flops=0,
+    )
+    assert sum(row.flops.values()) == total
+    held = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    assert row.kv_bytes == sum(t.numel() * t.element_size() for pair in held for t in pair)
+    assert (row.flops == row.flops_dense) == (ratio == 1.0)
+
+
+VICUNA = DecoderCost(
+    layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
+    vocabulary=32064,
+)  # fmt: skip
+
+
+def macs(tokens: int) -> float:
+    """Multiply-adds of the layers alone, in units of 10¹²: what the papers print."""
+    return (VICUNA.prefill(tokens) - VICUNA.head) / 2 / 1e12
+
+
+def test_the_published_figure_of_llava_7b_comes_out() -> None:
+    assert macs(576) == pytest.approx(3.817, abs=5e-4)
+
+
+@pytest.mark.parametrize(("tokens", "tera"), [(679, 4.521), (176, 1.145)])
+def test_fsr_s_figures_with_text_are_those_of_the_nearest_whole_token(
+    tokens: int, tera: float
+) -> None:
+    """They are averages over prompts (arXiv 2602.05809), so half a token is as near as can be."""
+    assert abs(macs(tokens) - tera) <= (macs(tokens + 1) - macs(tokens)) / 2
+
+
+def test_a_third_of_the_tokens_saves_the_published_67_percent_without_text() -> None:
+    assert 1 - macs(192) / macs(576) == pytest.approx(0.672, abs=5e-4)
+    assert 1 - macs(192 + 60) / macs(576 + 60) == pytest.approx(0.610, abs=5e-4)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 64))
+def test_a_longer_prompt_never_costs_less(one: int, other: int, new: int) -> None:
+    short, long = sorted((one, other))
+    assert VICUNA.prefill(short) <= VICUNA.prefill(long)
+    assert VICUNA.decode(short, new) <= VICUNA.decode(long, new)
+    assert VICUNA.kv_bytes(short, new) <= VICUNA.kv_bytes(long, new)
+
+
+def test_the_first_token_comes_with_the_prefill() -> None:
+    assert VICUNA.decode(100, 1) == 0
+    assert VICUNA.kv_bytes(100, 1) == 100 * 512 * 1024  # Half a MiB a token in 16 bits.
+
+
+def test_a_row_survives_its_dictionary_and_the_pruner_counts_on_its_own_side(
+    cost: LlavaCost,
+) -> None:
+    row = cost.row(
+        images=2, visual_tokens=32, prompt_tokens=20, prompt_tokens_dense=40, new_tokens=3,
+        pruner_flops=7,
+    )  # fmt: skip
+    assert RowCost.from_dict(row.to_dict()) == row
+    assert tuple(row.flops) == tuple(row.flops_dense) == PARTS
+    assert (row.flops["pruner"], row.flops_dense["pruner"]) == (7, 0)
+    assert row.flops["vision"] == row.flops_dense["vision"] == 2 * cost.tower.forward()
+    assert row.kv_bytes < row.kv_bytes_dense

@@ -94,13 +94,14 @@ class BatchEngine:
         ]
 
     def _answer(self, batch: list[Request]) -> list[Result]:
-        """One batch; if it fails as a whole its rows are tried alone, so that one bad row is the
-        only one to become an error."""
+        """One batch; if it fails as a whole its halves are tried, down to single rows, so that a
+        bad row is the only one to become an error and most neighbours still share a batch."""
         try:
             return self._generate(batch)
         except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
             if len(batch) > 1:
-                return [result for request in batch for result in self._answer([request])]
+                half = len(batch) // 2
+                return self._answer(batch[:half]) + self._answer(batch[half:])
             return [_failed(batch[0], error)]
 
     def _generate(self, batch: list[Request]) -> list[Result]:
@@ -125,7 +126,16 @@ class BatchEngine:
         ]
 
     def _inputs(self, batch: Sequence[Request]) -> Any:
-        """The processor's tensors for the batch, rendered through the model's chat template."""
+        """The processor's tensors for the batch, rendered through the model's chat template.
+
+        Raises InputError for words that would read as one more image.
+        """
+        token = self._processor.image_token
+        for request in batch:
+            if token in request.prompt or token in (request.system or ""):
+                raise InputError(
+                    f"the prompt holds {token!r}, which stands for an image: remove it"
+                )
         texts = [
             self._processor.apply_chat_template(_messages(r), add_generation_prompt=True)
             for r in batch

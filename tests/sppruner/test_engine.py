@@ -1,0 +1,246 @@
+"""The engine answers in order, keeps bad rows to themselves, and reports what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from sppruner.adapters import Encoded, LlavaAdapter
+from sppruner.engine import BatchEngine, Generation, Request, Result
+from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.errors import SpecError
+from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
+from sppruner.types import DENSE, Budget, PruneSpec
+
+NEW = Generation(max_new_tokens=4)
+GRID = PruneSpec(method="grid", budget=Budget(ratio=0.25))
+SPP = PruneSpec(method="sppruner", budget=Budget(ratio=0.111))
+MOVED = PruneSpec(method="topk", budget=Budget(tokens=20), positions="renumber")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Random weights, larger than initialised so that answers depend on what is seen."""
+    folder = tmp_path_factory.mktemp("model")
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    save(model, processor, folder)
+    return load_model(str(folder))
+
+
+@pytest.fixture
+def engine(loaded: LoadedModel) -> BatchEngine:
+    return BatchEngine(loaded, max_batch_rows=4)
+
+
+def picture(seed: int) -> Image.Image:
+    noise = torch.randint(0, 256, (12, 12, 3), generator=torch.Generator().manual_seed(seed))
+    small = Image.fromarray(noise.to(torch.uint8).numpy())
+    return small.resize((96, 96), Image.Resampling.NEAREST)
+
+
+def request(name: str, *, images: int = 1, **changes: Any) -> Request:
+    seed = sum(map(ord, name))
+    seen = tuple(picture(seed + i) for i in range(images))
+    return replace(
+        Request(id=name, prompt=f"what color is the {name} ?", images=seen, generation=NEW),
+        **changes,
+    )
+
+
+def facts(result: Result) -> Result:
+    """Everything but the seconds."""
+    return replace(result, seconds=0.0, control_seconds=None)
+
+
+def mixed() -> list[Request]:
+    return [
+        request("cat", spec=GRID),
+        request("a dog", spec=SPP),
+        request("sky", images=0),
+        request("a", spec=DENSE),
+        request("two", images=2, spec=SPP),
+        request("red", spec=MOVED),
+        request("long", spec=GRID, generation=Generation(max_new_tokens=9)),
+        request("blue", spec=GRID, system="be brief"),
+        request("text", images=0, spec=GRID),
+    ]
+
+
+def test_mixed_requests_come_back_in_order_as_if_each_ran_alone(engine: BatchEngine) -> None:
+    requests = mixed()
+    together = engine.run(requests)
+    assert [r.id for r in together] == [r.id for r in requests]
+    assert not [r.error_message for r in together if r.error_code]
+    for one, result in zip(requests, together, strict=True):
+        assert facts(engine.run([one])[0]) == facts(result)
+
+
+def test_results_count_the_tokens_of_their_own_spec(engine: BatchEngine) -> None:
+    for one, result in zip(mixed(), engine.run(mixed()), strict=True):
+        n = len(one.images)
+        kept = n * one.spec.budget.count(VISUAL_TOKENS)
+        assert (result.visual_tokens, result.visual_tokens_kept) == (n * VISUAL_TOKENS, kept)
+        assert result.seconds > 0
+        assert result.cost is not None
+        pruned = result.visual_tokens_kept < result.visual_tokens
+        assert (result.cost.flops["prefill"] < result.cost.flops_dense["prefill"]) == pruned
+        assert (result.cost.flops["pruner"] > 0) == (one.spec == SPP)
+
+
+def test_selection_work_grows_with_the_images_not_with_their_square(engine: BatchEngine) -> None:
+    one, two = engine.run([request("a", spec=SPP), request("b", images=2, spec=SPP)])
+    assert one.cost is not None
+    assert two.cost is not None
+    assert two.cost.flops["pruner"] == 2 * one.cost.flops["pruner"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt": "word " * 3000},
+        {"prompt": "what is <image> ?"},
+        {"system": "<image>"},
+        {"spec": PruneSpec(method="gird")},
+        {"spec": PruneSpec(method="grid", options={"k": 1})},
+        {"spec": PruneSpec(method="sppruner", options={"relevance": "clip"})},
+    ],
+)
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_bad_request_becomes_an_error_and_its_neighbours_do_not_notice(
+    engine: BatchEngine, bad: dict[str, Any], images: int
+) -> None:
+    if "spec" in bad and images == 0:
+        images = 2
+    good = [request("cat", spec=GRID, images=images), request("red", spec=GRID, images=images)]
+    broken = request("bad", images=images, **({"spec": GRID} | bad))
+    first, failed, second = engine.run([good[0], broken, good[1]])
+    assert (failed.id, failed.text, failed.cost) == ("bad", None, None)
+    assert failed.error_code == "prompt_invalid"
+    assert failed.error_message
+    assert [facts(first), facts(second)] == [facts(engine.run([g])[0]) for g in good]
+
+
+def test_a_failure_of_the_model_is_not_blamed_on_the_prompt(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._model, "generate", broken)
+    results = engine.run([request("a"), request("b", spec=GRID)])
+    assert [r.error_code for r in results] == ["inference_failed"] * 2
+
+
+def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
+    engine: BatchEngine,
+) -> None:
+    plain = [request(name, spec=SPP) for name in ("cat", "red", "tall", "x", "yes")]
+    controls = engine.run([replace(r, control=True) for r in plain])
+    dense = engine.run([replace(r, spec=DENSE) for r in plain])
+    for control, alone, twin in zip(controls, engine.run(plain), dense, strict=True):
+        assert control.text == alone.text
+        assert control.control_text == twin.text
+        assert control.control_seconds is not None
+        assert control.control_seconds > 0
+        assert (alone.control_text, alone.control_seconds) == (None, None)
+
+
+def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: BatchEngine) -> None:
+    bad = request("bad", prompt="<image>", spec=SPP, control=True)
+    good = request("cat", spec=SPP, control=True)
+    failed, kept = engine.run([bad, good])
+    assert failed.error_code == "prompt_invalid"
+    assert failed.control_text is None
+    assert kept.control_text is not None
+
+
+def test_a_seed_samples_the_same_text_in_any_company(engine: BatchEngine) -> None:
+    def sampled(seed: int) -> Request:
+        chance = Generation(max_new_tokens=12, temperature=1.5, seed=seed)
+        return request("cat", spec=GRID, generation=chance)
+
+    alone = engine.run([sampled(3)])[0].text
+    torch.rand(5)
+    crowd = engine.run([request("a"), sampled(4), sampled(3), request("b", spec=GRID)])
+    assert crowd[2].text == alone
+    assert crowd[1].text != alone
+
+
+class IgnoresTheSelection(LlavaAdapter):
+    """Hands every feature on, whatever was selected."""
+
+    def pack(self, encoded: Encoded, features: Sequence[Any]) -> Any:
+        return super().pack(encoded, [image.features_ND for image in encoded.images])
+
+
+def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
+    engine: BatchEngine,
+) -> None:
+    engine._pruner.adapter = IgnoresTheSelection(engine._model)
+    pruned, dense = engine.run([request("a", spec=GRID), request("b")])
+    assert pruned.error_code == "pruning_no_effect"
+    assert dense.error_code is None
+
+
+def test_rows_end_at_the_end_token_or_at_their_limit(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = engine.run([request("a", generation=Generation(max_new_tokens=6))])[0]
+    assert (full.finish_reason, full.completion_tokens) == ("length", 6)
+    short = engine.run([request("a", generation=Generation(max_new_tokens=1))])[0]
+    assert (short.finish_reason, short.completion_tokens) == ("length", 1)
+
+    end = engine._model.generation_config.eos_token_id
+    original = engine._model.generate
+
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        sequences = original(*args, **kwargs)
+        sequences[0, -2] = end
+        return sequences
+
+    monkeypatch.setattr(engine._model, "generate", ending)
+    stopped, on = engine.run([request("a"), request("b")])
+    assert (stopped.finish_reason, stopped.completion_tokens) == ("stop", 3)
+    assert (on.finish_reason, on.completion_tokens) == ("length", 4)
+
+
+def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
+    engine: BatchEngine,
+) -> None:
+    dense = engine.run([request("a")])[0]
+    room = 2048 - dense.prompt_tokens
+    engine._model.generation_config.max_time = 0.01  # The limit is checked, not run to its end.
+    try:
+        fits = engine.run([request("a", spec=GRID, generation=Generation(max_new_tokens=room))])
+        over = engine.run([request("a", spec=GRID, generation=Generation(max_new_tokens=room + 1))])
+    finally:
+        engine._model.generation_config.max_time = None
+    assert fits[0].error_code is None
+    assert over[0].error_code == "prompt_invalid"
+
+
+@pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
+def test_generation_settings_that_cannot_mean_anything_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        Generation(**bad)
+
+
+def test_no_requests_give_no_results(engine: BatchEngine) -> None:
+    assert engine.run([]) == []
+
+
+def test_the_engine_names_its_model_by_content(engine: BatchEngine, loaded: LoadedModel) -> None:
+    assert Path(engine.model_id).is_dir()
+    assert engine.model_revision == loaded.identity.revision
+    assert engine.image_backend == "pil"

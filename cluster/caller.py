@@ -40,9 +40,11 @@ _QUESTION = "{question}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerSettings:
-    """What a caller is told. chunk_rows: rows per call; credits: calls in flight per actor."""
+    """What a caller is told. first_unit: the run's first, which always has control rows;
+    chunk_rows: rows per call; credits: calls in flight per actor."""
 
     run_id: str
+    first_unit: str
     config: RunConfig
     model_revision: str
     app: str
@@ -144,19 +146,28 @@ class Caller:
         return template.replace(_QUESTION, asked) if _QUESTION in template else asked
 
     def _controls(self, rows: Sequence[_Row]) -> frozenset[int]:
-        """Row numbers of the unit that also run dense: `control_share` of them by hash, the same
-        ones at every attempt, and at least one. A dense run is its own control."""
-        share = self._config.control_share
-        draws = {row.number: self._draw(row) for row in rows if row.error is None}
-        if not share or not draws or self._config.spec.is_dense:
-            return frozenset()
-        return frozenset({min(draws, key=draws.__getitem__)}) | {
-            number for number, draw in draws.items() if draw < share
-        }
+        """Row numbers of the unit that also run dense, the same ones at every attempt.
 
-    def _draw(self, row: _Row) -> float:
-        """A number in [0, 1) that depends on run, unit and row alone."""
-        digest = hashlib.sha256(f"{self._run_id}\0{row.unit}\0{row.number}".encode()).digest()
+        They come in whole calls: seconds measured on a batch of two would say nothing about
+        batches of sixteen. The share is kept over many units, a fraction of a call being drawn by
+        hash; the run's first unit always has one. A dense run is its own control.
+        """
+        share = self._config.control_share
+        numbers = [row.number for row in rows if row.error is None]
+        if not share or not numbers or self._config.spec.is_dense:
+            return frozenset()
+        unit = rows[0].unit
+        calls, rest = divmod(share * len(numbers) / self._settings.chunk_rows, 1)
+        calls += self._draw(unit, "calls") < rest
+        if unit == self._settings.first_unit:
+            calls = max(calls, 1)
+        drawn = sorted(numbers, key=lambda number: self._draw(unit, number))
+        return frozenset(drawn[: int(calls) * self._settings.chunk_rows])
+
+    def _draw(self, *what: object) -> float:
+        """A number in [0, 1) that depends on the run and on `what` alone."""
+        text = "\0".join(map(str, (self._run_id, *what)))
+        digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
     def _chunks(self, rows: Sequence[_Row]) -> list[Sequence[_Row]]:

@@ -31,7 +31,8 @@ class MediaLimits:
 class RunConfig:
     """Everything a run is told. `identity` is what may not change between resumes.
 
-    control_share: share of rows that also run dense, the base of every measured saving.
+    control_share: share of rows that also run dense, the base of every measured saving; they run
+    in whole batches, and the run's first unit always has one.
     max_error_share: the run stops once more than this share of at least `error_share_after`
     rows failed. unit_rows / unit_bytes bound the unit of work: one commit.
     """

@@ -136,6 +136,7 @@ def _label(
     )
     caller = CallerSettings(
         run_id=plan.run_id,
+        first_unit=plan.units[0].unit_id,
         config=config,
         model_revision=pinned.revision,
         app=fleet.app,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,9 +30,8 @@ from sppruner.engine.loading import EMBEDDED
 from sppruner.errors import SpecError
 
 _DEMO_ROWS = 384
-# Small units, so that the few rows of a demonstration still show progress and several commits.
-_DEMO_UNIT_ROWS = 64
-_UNIT_ROWS = 256
+# So that the few rows of a demonstration still show several commits and control batches.
+_DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def parser(job: Job) -> argparse.ArgumentParser:
     return made
 
 
-def config_of(job: Job, arguments: argparse.Namespace, *, unit_rows: int) -> RunConfig:
+def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConfig:
     """The run the command line asks for. Raises UsageError."""
     try:
         spec = (
@@ -82,7 +82,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, unit_rows: int) -> Run
         generation=Generation(max_new_tokens=job.max_new_tokens),
         limit=arguments.limit,
         replicas=arguments.replicas,
-        unit_rows=unit_rows,
+        **(_DEMO_BOUNDS if demo else {}),
     )
 
 
@@ -112,7 +112,7 @@ def _main(job: Job, arguments: argparse.Namespace) -> int:
             rows = min(_DEMO_ROWS, arguments.limit or _DEMO_ROWS)
             console.print(f"drawing {rows} scenes to {arguments.input}", highlight=False)
             make_corpus(kind=job.kind, rows=rows, seed=0, format="parquet", output=arguments.input)
-        config = config_of(job, arguments, unit_rows=_DEMO_UNIT_ROWS if demo else _UNIT_ROWS)
+        config = config_of(job, arguments, demo=demo)
         outcome = run(config, console=console, environment=environment)
         shown = Console()
         print_report(outcome.summary, shown, note=outcome.note)

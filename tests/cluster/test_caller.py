@@ -35,7 +35,7 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
 
 
 def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> CallerSettings:
-    values = {"app": "", "deployment": "", "chunk_rows": 4, **more}
+    values = {"first_unit": "first", "app": "", "deployment": "", "chunk_rows": 4, **more}
     return CallerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
 
@@ -120,15 +120,16 @@ def test_a_table_without_rows_keeps_the_schema() -> None:
     assert empty.num_rows == 0
 
 
-def test_control_rows_travel_alone_and_are_the_same_at_every_attempt() -> None:
+def test_control_rows_travel_in_whole_calls_and_are_the_same_at_every_attempt() -> None:
     first, replicas = label(config(control_share=0.3), unit("u", 40))
     again, _ = label(config(control_share=0.3), unit("u", 40))
     other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
 
     for calls in replicas.calls:
         assert len({call.control for call in calls}) == 1
+    assert {len(calls) for calls in replicas.calls if calls[0].control} == {4}
     chosen = first["is_control"].to_pylist()
-    assert 4 <= sum(chosen) <= 22
+    assert sum(chosen) == 12
     assert again["is_control"].to_pylist() == chosen != other["is_control"].to_pylist()
     row = first.to_pylist()[chosen.index(True)]
     assert row["control_text"].endswith("kept 100")
@@ -136,10 +137,24 @@ def test_control_rows_travel_alone_and_are_the_same_at_every_attempt() -> None:
     assert row["control_seconds"] == 0.02
 
 
-def test_every_unit_has_a_control_row_unless_the_run_is_dense_or_wants_none() -> None:
-    assert sum(label(config(control_share=0.001), unit("u", 5))[0]["is_control"].to_pylist()) == 1
-    assert not any(label(config(control_share=0.0), unit("u", 5))[0]["is_control"].to_pylist())
-    dense, _ = label(config(spec=DENSE), unit("u", 5))
+def controls(run: RunConfig, name: str, rows: int) -> int:
+    return sum(label(run, unit(name, rows))[0]["is_control"].to_pylist())
+
+
+def test_the_control_share_is_kept_over_units_too_small_for_a_whole_call() -> None:
+    found = [controls(config(control_share=0.1), f"unit {n}", 8) for n in range(60)]
+    assert set(found) == {0, 4}, "a call is whole or not there"
+    assert 20 <= sum(found) <= 80  # 10 % of 480 rows, drawn by hash
+
+
+def test_the_first_unit_always_has_control_rows() -> None:
+    assert controls(config(control_share=0.001), "first", 5) == 4
+    assert controls(config(control_share=0.001), "first", 2) == 2
+    assert controls(config(control_share=0.0), "first", 5) == 0
+
+
+def test_a_dense_run_needs_no_control() -> None:
+    dense, _ = label(config(spec=DENSE), unit("first", 5))
     assert not any(dense["is_control"].to_pylist())
     assert set(dense["prune_method"].to_pylist()) == {"none"}
 

@@ -336,14 +336,14 @@ def test_focus_alone_without_text_is_the_top_k_of_saliency() -> None:
         assert choose("sppruner", [image], [20], **alone)[0].index_K.equal(top.index_K)
 
 
-def test_redundancy_one_takes_identical_tokens_at_full_value() -> None:
-    image = make(5, 5)
-    twin = image.features_ND.clone()
-    twin[:] = torch.rand(16, generator=torch.Generator().manual_seed(0))
-    image = replace(image, features_ND=twin, relevance_N=None)
+def test_redundancy_one_takes_twins_at_full_value() -> None:
+    """The cosine of a token and its twin may exceed 1 by a rounding; that is no redundancy."""
+    image = make(8, 8, width=48)
+    twins = image.features_ND[:32].repeat_interleave(2, dim=0)
+    fading = torch.linspace(1, 0.5, 64)
+    image = replace(image, features_ND=twins, signals={CLS_ATTENTION: fading}, relevance_N=None)
     alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0}
-    top = choose("topk", [image], [8])[0].index_K
-    assert choose("sppruner", [image], [8], **alone)[0].index_K.equal(top)
+    assert choose("sppruner", [image], [20], **alone)[0].index_K.tolist() == list(range(20))
 
 
 def test_agreement_alone_ranks_and_scans_as_fsr_does() -> None:

@@ -6,6 +6,7 @@ with what the store says, so losing this actor loses nothing but the view of it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ logger = structlog.get_logger(__name__)
 
 CONTROLLER_NAME = "run-controller"
 CONTROLLER_NAMESPACE = "sppruner"
+_ANSWER_SECONDS = 10.0
 
 RunState: TypeAlias = Literal[
     "planned", "running", "completed", "completed_with_errors", "failed", "stopped"
@@ -196,8 +198,9 @@ async def stop_reason(run_id: str) -> str | None:
     if controller is None:
         return None
     try:
-        reason: str | None = await controller.stop_reason.remote(run_id)
-    except RayError as error:
+        asked = controller.stop_reason.remote(run_id)
+        reason: str | None = await asyncio.wait_for(asked, _ANSWER_SECONDS)
+    except (RayError, TimeoutError) as error:
         logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
         return None
     return reason
@@ -209,8 +212,8 @@ async def list_runs() -> list[RunProgress]:
     if controller is None:
         return []
     try:
-        runs: list[RunProgress] = await controller.runs.remote()
-    except RayError as error:
+        runs: list[RunProgress] = await asyncio.wait_for(controller.runs.remote(), _ANSWER_SECONDS)
+    except (RayError, TimeoutError) as error:
         logger.warning("controller_unreachable", error=type(error).__name__)
         return []
     return runs

@@ -135,7 +135,7 @@ class Delivery:
                 except REPLICA_FULL as error:
                     refusals += 1
                     logger.debug("replica_full", refusals=refusals, error=str(error))
-                    await self._pause(refusals)
+                    await self._pause(self._pause_seconds / 10, refusals)
                 except REPLICA_GONE as error:
                     logger.warning(
                         "replica_died",
@@ -146,9 +146,9 @@ class Delivery:
                         error=type(error).__name__,
                     )
                     break
-        await self._pause(attempt)
+        await self._pause(self._pause_seconds, attempt)
         return None
 
-    async def _pause(self, attempt: int) -> None:
-        longest = min(_LONGEST_PAUSE_SECONDS, self._pause_seconds * 2 ** min(attempt - 1, 10))
+    async def _pause(self, first_seconds: float, times: int) -> None:
+        longest = min(_LONGEST_PAUSE_SECONDS, first_seconds * 2 ** min(times - 1, 10))
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))

@@ -26,7 +26,8 @@ from ray.serve.schema import ApplicationDetails, ApplicationStatus
 from cluster.api import Api, ApiSettings
 from cluster.attach import http_root, join_ray, join_serve, serve_details
 from cluster.errors import FleetUnavailable, UsageError
-from cluster.replica import BATCHES_HELD, EngineSettings, ReplicaStats, VLMReplica
+from cluster.replica import BATCHES_SENT, EngineSettings, ReplicaStats, VLMReplica
+from sppruner.engine.loading import resolve_model
 from sppruner.types import Budget, PruneSpec
 
 logger = structlog.get_logger(__name__)
@@ -93,7 +94,7 @@ class Fleet:
 
     @property
     def credits(self) -> int:
-        return self.replicas * BATCHES_HELD
+        return self.replicas * BATCHES_SENT
 
     def stats(self) -> FleetStats:
         """Asks every replica now. Raises TimeoutError if one does not answer."""
@@ -144,7 +145,10 @@ def application(settings: FleetSettings) -> serve.Application:
 
 def build(args: Mapping[str, str]) -> serve.Application:
     """For `serve run cluster.fleet:build model=PATH [replicas=N] [max_batch_rows=N] [revision=R]
-    [dtype=D] [prune=METHOD retain=0.222]`; prune sets the default of online requests."""
+    [dtype=D] [prune=METHOD retain=0.222]`; prune sets the default of online requests.
+
+    The model is pinned to what it is now, as a job pins it: that is how the job finds it.
+    """
     known = {"model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain"}
     if "model" not in args or set(args) - known:
         raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(known)}")
@@ -152,9 +156,10 @@ def build(args: Mapping[str, str]) -> serve.Application:
     if "prune" in args:
         retain = Budget(ratio=float(args.get("retain", "0.222")))
         api = ApiSettings(default_spec=PruneSpec(method=args["prune"], budget=retain))
+    pinned = resolve_model(args["model"], args.get("revision"))
     engine = EngineSettings(
         model=args["model"],
-        revision=args.get("revision"),
+        revision=pinned.revision,
         max_batch_rows=int(args.get("max_batch_rows", "16")),
         dtype=args.get("dtype", "auto"),
     )

@@ -28,8 +28,10 @@ from sppruner.types import OptionValue
 
 logger = structlog.get_logger(__name__)
 
-# Batches a replica holds at once: one runs, one waits decoded, one is being decoded.
-BATCHES_HELD = 3
+# Batches a caller keeps with each replica: one runs, one waits decoded, one is being decoded. The
+# replica holds one more before it refuses: Serve spreads calls evenly only on average.
+BATCHES_SENT = 3
+_BATCHES_HELD = BATCHES_SENT + 1
 _BATCH_DECODERS = 2
 # So many batches in a row without one good row: the engine is broken, not the rows.
 _BROKEN_AFTER = 3
@@ -60,7 +62,7 @@ class EngineSettings:
     @property
     def batch_rows_held(self) -> int:
         """Batch rows one replica accepts before it answers Busy."""
-        return BATCHES_HELD * self.max_batch_rows
+        return _BATCHES_HELD * self.max_batch_rows
 
     def build(self) -> Engine:
         """Imports and calls the factory. Raises what the factory raises."""

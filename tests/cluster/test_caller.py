@@ -6,8 +6,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
@@ -209,6 +211,16 @@ def kill_once_busy(fleet: Fleet) -> None:
     while fleet.stats().rows < started + 20:
         time.sleep(0.1)
     os.kill(fleet.stats().replicas[0].pid, signal.SIGKILL)
+
+
+def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) -> None:
+    """Fused, every read would block the event loop that drives the calls."""
+    pq.write_table(unit("u", 6), tmp_path / "u.parquet")
+    settings = caller_settings(config(), app=fleet.app, deployment=fleet.deployment)
+    labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
+    assert labelled.count() == 6
+    assert "->MapBatches(Caller)" not in labelled.stats()
+    assert "MapBatches(Caller)" in labelled.stats()
 
 
 def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None:

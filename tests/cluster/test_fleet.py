@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
 
 import httpx
 import pytest
@@ -12,6 +16,7 @@ from cluster.calls import Priority, RowCall, ServeReplicas
 from cluster.errors import Busy, FleetUnavailable, UsageError
 from cluster.fleet import Fleet, FleetSettings, build, fingerprint, open_fleet
 from cluster.replica import EngineSettings
+from sppruner.engine.loading import resolve_model
 from tests.cluster.fake_engine import expected_text, picture
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"
@@ -123,8 +128,52 @@ def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
     assert len({fingerprint(engine) for engine in [base, *others]}) == 5
 
 
-def test_build_takes_the_command_lines_strings_and_refuses_unknown_ones() -> None:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.raises(UsageError, match="model=PATH"))
+def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    pinned = EngineSettings(
+        model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, max_batch_rows=8
+    )
+
+    built = build({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})
+
+    (replica,) = [
+        arg for arg in built._bound_deployment.init_args if hasattr(arg, "_bound_deployment")
+    ]
+    assert replica._bound_deployment.name == FleetSettings(engine=pinned).name
+    assert replica._bound_deployment.num_replicas == 2
+
+
+def test_build_refuses_arguments_it_does_not_know() -> None:
+    with pytest.raises(UsageError, match="model=PATH"):
         build({"modle": "x"})
-    assert isinstance(build({"model": "x", "replicas": "2", "prune": "grid"}), serve.Application)
+
+
+@pytest.mark.slow
+def test_without_a_cluster_a_fleet_starts_ray_and_takes_it_down_again(tmp_path: Path) -> None:
+    """In a process of its own: this one is connected to the session's Ray."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        dedent(
+            """
+            import os, ray
+            from cluster.fleet import FleetSettings, open_fleet
+            from cluster.replica import EngineSettings
+
+            @ray.remote(num_cpus=0)
+            def seen():
+                return os.environ.get("FROM_THE_JOB")
+
+            engine = EngineSettings(model="own", engine="tests.cluster.fake_engine:FakeEngine")
+            settings = FleetSettings(engine=engine, environment={"FROM_THE_JOB": "yes"})
+            with open_fleet(settings) as fleet:
+                assert fleet.stats().replicas[0].model == "own"
+                assert ray.get(seen.remote()) == "yes"
+            assert not ray.is_initialized()
+            """
+        )
+    )
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=120)

@@ -104,7 +104,7 @@ def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
 def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> RowAnswer:
         held = asyncio.create_task(
-            replica.label([call(n) for n in range(12)], priority=Priority.BATCH)
+            replica.label([call(n) for n in range(16)], priority=Priority.BATCH)
         )
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):

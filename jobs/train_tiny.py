@@ -79,14 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         return [*command, "--no-compile"] if arguments.no_compile else command
 
     if device == "cpu":
-        rendezvous = str((work / f"rendezvous-{uuid.uuid4().hex}").resolve())
-        group = ["--world", "2", "--rendezvous", rendezvous]
-        rounds = [
-            [worker("language"), worker("vision")],
-            [worker("joint", "--rank", str(rank), *group) for rank in range(2)],
-        ]
+        rounds = [[worker("language"), worker("vision")]]
+        for stage in ("sharpen", "joint"):
+            rendezvous = (work / f"rendezvous-{uuid.uuid4().hex}").resolve()
+            group = ["--world", "2", "--rendezvous", str(rendezvous)]
+            rounds.append([worker(stage, "--rank", str(rank), *group) for rank in range(2)])
     else:
-        rounds = [[worker(stage)] for stage in ("language", "vision", "joint")]
+        rounds = [[worker(stage)] for stage in ("language", "vision", "sharpen", "joint")]
     # Spinning OpenMP threads suffer badly on shared cores.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     for commands in rounds:

@@ -126,12 +126,12 @@ def _attempt(seed: int, rng: random.Random) -> Scene | None:
             return None
         taken.add((color, shape))
         size = rng.choice(SIZES)
-        radius = (rng.uniform(6.5, 8.5) if size == "small" else rng.uniform(13, 18)) / 96
+        radius = (rng.uniform(7.5, 9) if size == "small" else rng.uniform(13, 18)) / 96
         spot = _free_spot(rng, radius, placed, [item.x for item in objects])
         if spot is None:
             return None
         placed.append((*spot, radius))
-        rotation = rng.uniform(-0.35, 0.35)
+        rotation = rng.uniform(-0.15, 0.15)
         objects.append(
             SceneObject(
                 color=color,
@@ -222,7 +222,14 @@ def _draw_sign(draw: ImageDraw.ImageDraw, sign: Sign, side: int) -> None:
     draw.rectangle((left, top, right, bottom), fill=_CARD, outline=(90, 60, 30), width=side // 120)
     # Pillow's bundled font: the same glyphs on every machine.
     font = ImageFont.load_default(size=_GLYPH * side)
-    draw.text((sign.x * side, sign.y * side), sign.digit, font=font, fill=(20, 20, 20), anchor="mm")
+    draw.text(
+        (sign.x * side, sign.y * side),
+        sign.digit,
+        font=font,
+        fill=(20, 20, 20),
+        anchor="mm",
+        stroke_width=side / 240,
+    )
 
 
 def _background(scene: Scene, side: int, rng: random.Random) -> Image.Image:

@@ -1,18 +1,16 @@
 """Stage J: both halves meet and are trained together on pixels.
 
-On a CPU two single-thread ranks average their gradients, which is faster than two threads in one
-process. Visual tokens are dropped uniformly at random in half of the steps, for no pruner's
-benefit in particular; embeddings stay frozen.
+Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
+particular; embeddings stay frozen.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from sppruner.tiny.model import build_model, build_tokenizer
@@ -20,53 +18,15 @@ from sppruner.tiny.recipe.contrast import CaptionContrast
 from sppruner.tiny.recipe.language import kind_weights, sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack
+from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.stages import Workshop
 from sppruner.tiny.recipe.vision import DenseLoss, Eyes, pixels
 
-__all__ = ["Ranks", "joint_model", "train_joint"]
+__all__ = ["joint_model", "train_joint"]
 
 _JOINT: Final = 3
 _BATCH: Final = 24  # over all ranks
-
-
-class Ranks:
-    """Membership in a group of training processes that share gradients; one rank needs none."""
-
-    def __init__(self, rank: int, world: int, rendezvous: Path | None) -> None:
-        self.rank, self.world, self.rendezvous = rank, world, rendezvous
-
-    def __enter__(self) -> Ranks:
-        if self.world > 1:
-            if self.rendezvous is None:
-                raise ValueError("several ranks need a rendezvous file")
-            distributed.init_process_group(
-                "gloo",
-                init_method=f"file://{self.rendezvous.resolve()}",
-                rank=self.rank,
-                world_size=self.world,
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.world > 1:
-            distributed.destroy_process_group()
-
-    def average(self, gradients: list[Tensor]) -> None:
-        """Replace every gradient by its mean over ranks, in one message."""
-        if self.world == 1:
-            return
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        distributed.all_reduce(flat)
-        flat /= self.world
-        means = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
 
 
 def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> nn.ModuleDict:
@@ -85,17 +45,17 @@ def joint_model(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, int]:
 
 
 def train_joint(shop: Workshop, ranks: Ranks) -> None:
-    """Stage J, from the checkpoints of stages L and V."""
+    """Stage J, from the checkpoints of the stages before it."""
     model, space = shop.build()
     contrast = CaptionContrast().to(shop.device)
     parts = _parts(model, contrast)
     language = load_checkpoint(shop.folder / "language.pt", shop.device)
-    vision = load_checkpoint(shop.folder / "vision.pt", shop.device)
+    vision = load_checkpoint(shop.folder / "sharpen.pt", shop.device)
     parts["language"].load_state_dict(language["model"])
     nn.ModuleDict({"eyes": parts["eyes"], "contrast": contrast}).load_state_dict(vision["model"])
 
     look = shop.compile(parts["eyes"])
-    dense = DenseLoss(space)
+    dense = DenseLoss(space, sharp=True)
     weights = kind_weights(shop.device, background=0.5, count=3.0, relation=2.0)
     batch = _BATCH // ranks.world
 
@@ -119,7 +79,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     run_steps(
         "joint",
         parts,
-        Schedule(steps=shop.steps(2400), peak=8e-4, warmup=40, hold=0.25, floor=0.03),
+        Schedule(steps=shop.steps(1800), peak=8e-4, warmup=40, hold=0.25, floor=0.03),
         loss_at,
         shop.folder / "joint.pt",
         rank=ranks.rank,

@@ -1,6 +1,6 @@
-"""The three stages as functions of a work folder: each builds, trains and checkpoints its part.
+"""The stages before the joint one: each builds, trains and checkpoints its part in a work folder.
 
-`language` and `vision` are independent; `joint` starts from both and may run on several ranks.
+`language` and `vision` are independent; `sharpen` continues `vision` on several ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.cache import SceneCache
 from sppruner.tiny.recipe.contrast import CaptionContrast
 from sppruner.tiny.recipe.language import init_language, language_loss
-from sppruner.tiny.recipe.loop import Draws, Schedule, run_steps
+from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
+from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import TokenSpace, Truth
 from sppruner.tiny.recipe.vision import DenseLoss, Eyes, init_vision, pixels
 
-__all__ = ["Workshop", "train_language", "train_vision"]
+__all__ = ["Workshop", "sharpen_vision", "train_language", "train_vision"]
 
 _VISION: Final = 2
+_SHARPEN: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,31 +75,46 @@ def train_language(shop: Workshop) -> None:
 
 def train_vision(shop: Workshop) -> None:
     """Stage V, beside stage L on another core."""
+    schedule = Schedule(steps=shop.steps(5000), peak=1.5e-3, warmup=100, floor=0.08)
+    _look_and_tell(shop, Ranks(0, 1, None), "vision", schedule, 16)
+
+
+def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
+    """Stage S: the vision tower again, on all ranks, for what it learns last."""
+    schedule = Schedule(steps=shop.steps(1500), peak=1.2e-3, warmup=50, floor=0.15)
+    _look_and_tell(shop, ranks, "sharpen", schedule, 32 // ranks.world)
+
+
+def _look_and_tell(shop: Workshop, ranks: Ranks, name: str, schedule: Schedule, batch: int) -> None:
     model, space = shop.build()
     torch.manual_seed(23)
     eyes, contrast = Eyes(model), CaptionContrast().to(shop.device)
+    parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
+    sharp = name == "sharpen"
+    if sharp:
+        parts.load_state_dict(load_checkpoint(shop.folder / "vision.pt", shop.device)["model"])
     look = shop.compile(eyes)
-    dense = DenseLoss(space)
-    batch = 16
-    schedule = Schedule(steps=shop.steps(5000), peak=1.5e-3, warmup=100, floor=0.08)
+    dense = DenseLoss(space, sharp=sharp)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        draws = Draws(stage=_VISION, step=step)
-        scenes = draws.scenes(len(shop.cache), batch)
+        draws = Draws(stage=_SHARPEN if sharp else _VISION, step=step, rank=ranks.rank)
+        scenes = draws.scenes(len(shop.cache), batch, ranks.world)
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
         # The full-token error counts more and more: the language model expects oracle tokens.
-        mse_weight = 5.0 + 20.0 * step / schedule.steps
+        mse_weight = 25.0 if sharp else 5.0 + 20.0 * step / schedule.steps
         loss, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), mse_weight)
         contrastive = contrast(pooled.float(), shop.cache, scenes, draws.numpy())
-        return loss + 0.3 * contrastive, {**numbers, "contrast": contrastive.item()}
+        numbers |= {"contrast": contrastive.item()}
+        return loss + (0.1 if sharp else 0.3) * contrastive, numbers
 
-    parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
     run_steps(
-        "vision",
+        name,
         parts,
         schedule,
         loss_at,
-        shop.folder / "vision.pt",
+        shop.folder / f"{name}.pt",
+        rank=ranks.rank,
+        average=ranks.average,
         save_seconds=shop.save_seconds,
     )

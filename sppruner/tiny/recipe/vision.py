@@ -105,17 +105,21 @@ def _sine_positions(width: int) -> Tensor:
 
 
 class DenseLoss:
-    """How far projected patches are from their oracle tokens."""
+    """How far projected patches are from their oracle tokens.
 
-    def __init__(self, space: TokenSpace) -> None:
+    `sharp` puts the weight on what is learned last: digits, shapes and anchors.
+    """
+
+    def __init__(self, space: TokenSpace, *, sharp: bool = False) -> None:
         self.space = space
+        self.sharp = sharp
         weights = torch.ones(len(WORDS) + 1, device=space.marks_CD.device)
         for channel, word in enumerate(WORDS):
             if word in SHAPES:
-                weights[channel] = 2.0
+                weights[channel] = 3.0 if sharp else 2.0
             elif word.isdigit():
-                weights[channel] = 2.5
-        weights[-1] = 4.0  # a missed or doubled anchor is a miscount
+                weights[channel] = 6.0 if sharp else 2.5
+        weights[-1] = 10.0 if sharp else 4.0  # a missed or doubled anchor is a miscount
         self.channel_weights_C = weights
 
     def __call__(
@@ -128,7 +132,10 @@ class DenseLoss:
         bce = nn.functional.binary_cross_entropy_with_logits(
             8 * (marks - 0.5), truth.marks_BNC, reduction="none"
         )
-        words = ((bce * self.channel_weights_C).mean(2) * (0.4 + 4.0 * seen)).mean()
+        patch_weights = 0.4 + 4.0 * seen
+        if self.sharp:
+            patch_weights = patch_weights + 4.0 * (seen - truth.objects_BN.float())
+        words = ((bce * self.channel_weights_C).mean(2) * patch_weights).mean()
         places = ((xy - truth.xy_BN2).square().sum(2) * (0.1 + 2.0 * seen)).mean()
         mse = (tokens - self.space.oracle(truth)).square().mean()
         loss = words + places + mse_weight * mse

@@ -12,15 +12,16 @@ import structlog
 import torch
 
 from sppruner.tiny.recipe.cache import SceneCache
-from sppruner.tiny.recipe.joint import Ranks, train_joint
-from sppruner.tiny.recipe.stages import Workshop, train_language, train_vision
+from sppruner.tiny.recipe.joint import train_joint
+from sppruner.tiny.recipe.ranks import Ranks
+from sppruner.tiny.recipe.stages import Workshop, sharpen_vision, train_language, train_vision
 
 __all__: list[str] = []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run one training stage.")
-    parser.add_argument("stage", choices=("language", "vision", "joint"))
+    parser.add_argument("stage", choices=("language", "vision", "sharpen", "joint"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps-scale", type=float, default=1.0)
@@ -51,7 +52,7 @@ def main() -> None:
         train_vision(shop)
     else:
         with Ranks(arguments.rank, arguments.world, arguments.rendezvous) as ranks:
-            train_joint(shop, ranks)
+            (sharpen_vision if arguments.stage == "sharpen" else train_joint)(shop, ranks)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ def check_spec(spec: PruneSpec, adapter: type[Adapter], *, clip_text: bool = Fal
         )
 
 
+def _per_row(specs: PruneSpec | Sequence[PruneSpec], rows: int) -> list[PruneSpec]:
+    per_row = [specs] * rows if isinstance(specs, PruneSpec) else list(specs)
+    if len(per_row) != rows:
+        raise InputError(f"{len(per_row)} specs for {rows} prompts")
+    return per_row
+
+
 class Pruner:
     """Prunes visual tokens of one model instance. Not thread-safe: one call at a time.
 
@@ -89,8 +96,13 @@ class Pruner:
             )
         self.model = model
         self.adapter = adapter or adapter_for(model)
-        self._tokenizer = tokenizer
         self._clip_text = clip_text
+        self._words = None
+        if tokenizer is not None:
+            self._words = EmbeddingCosine(
+                self.adapter.input_embedding,
+                lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            )
 
     def check(self, spec: PruneSpec) -> None:
         """Raises now what `prepare` would raise later: unknown method, bad option, missing signal
@@ -114,10 +126,7 @@ class Pruner:
         Raises InputError for prompts that do not fit their images, SpecError for bad specs.
         """
         ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
-        rows = ids_BS.shape[0]
-        per_row = [specs] * rows if isinstance(specs, PruneSpec) else list(specs)
-        if len(per_row) != rows:
-            raise InputError(f"{len(per_row)} specs for {rows} prompts")
+        per_row = _per_row(specs, ids_BS.shape[0])
         for spec in set(per_row):
             self.check(spec)
         if inputs.get("pixel_values") is None:
@@ -171,13 +180,12 @@ class Pruner:
 
         A batch that is dense throughout goes to `generate` untouched: the honest control.
         """
-        per_row = [specs] if isinstance(specs, PruneSpec) else list(specs)
+        per_row = _per_row(specs, inputs["input_ids"].shape[0])
         if all(spec.is_dense for spec in per_row):
-            rows = inputs["input_ids"].shape[0]
-            reports = self._reports([DENSE] * rows, inputs, None, [], [])
+            reports = self._reports(per_row, inputs, None, [], [])
             output = self.model.generate(**inputs, **generate_kwargs)
             return self._generated(output, inputs["input_ids"].shape[1], reports)
-        prepared = self.prepare(inputs, specs, instructions)
+        prepared = self.prepare(inputs, per_row, instructions)
         output = self.model.generate(**prepared.inputs, **generate_kwargs)
         return self._generated(output, prepared.inputs["input_ids"].shape[1], prepared.reports)
 
@@ -195,16 +203,12 @@ class Pruner:
             clip = self._clip_text
             assert clip is not None, "check_spec has seen to it"
             return lambda image, text: clip.score(image, text, pool)
-        if self._tokenizer is None:
+        words = self._words
+        if words is None:
             raise MissingSignal(
                 "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'"
             )
-        tokenizer = self._tokenizer
-        embed = EmbeddingCosine(
-            self.adapter.input_embedding,
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        )
-        return lambda image, text: embed.score(image, text, pool)
+        return lambda image, text: words.score(image, text, pool)
 
     def _with_relevance(
         self,

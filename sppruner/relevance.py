@@ -6,6 +6,7 @@ methods must then fall back to what they can see.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -42,11 +43,14 @@ class EmbeddingCosine:
         self, embed: Callable[[Tensor], Tensor], tokenize: Callable[[str], list[int]]
     ) -> None:
         self._embed = embed
-        self._tokenize = tokenize
+        # A corpus asks one prompt, or a few, millions of times.
+        self._ids = functools.lru_cache(maxsize=4096)(
+            lambda instruction: tuple(tokenize(" ".join(_words(instruction))))
+        )
 
     def score(self, image: VisualTokens, instruction: str, pool: Pool) -> Tensor | None:
         """[N] relevance, or None where the instruction has no word that could be relevant."""
-        ids = self._tokenize(" ".join(_words(instruction)))
+        ids = self._ids(instruction)
         if not ids:
             return None
         device = image.features_ND.device

@@ -156,7 +156,6 @@ class VisualTokens:
     features_ND: projected features, as the language model will read them.
     hidden_NV: encoder states the features were projected from, or None.
     coords_N2: (row, column) of each token on the image's token grid, integer.
-    fixed_N: True for tokens no method may drop (newline tokens of tiled families).
     signals: what the method asked for, by name (`sppruner.signals`), each of shape [N].
     relevance_N: text relevance if the method asked for it and it could be computed, else None.
     row, image: which prompt of the batch, and which image within it.
@@ -165,7 +164,6 @@ class VisualTokens:
     features_ND: Tensor
     hidden_NV: Tensor | None
     coords_N2: Tensor
-    fixed_N: Tensor
     signals: Mapping[str, Tensor]
     relevance_N: Tensor | None = None
     row: int = 0

@@ -80,7 +80,6 @@ class LlavaAdapter(Adapter):
                     features_ND=features[i],
                     hidden_NV=hidden_INV[i],
                     coords_N2=coords_N2,
-                    fixed_N=torch.zeros(len(coords_N2), dtype=torch.bool, device=pixels.device),
                     signals=read,
                     row=row,
                     image=index,

@@ -98,6 +98,8 @@ class BatchEngine:
         bad row is the only one to become an error and most neighbours still share a batch."""
         try:
             return self._generate(batch)
+        except torch.AcceleratorError:
+            raise  # A faulted device answers nothing more: the engine is broken, not a row.
         except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
             if len(batch) > 1:
                 half = len(batch) // 2

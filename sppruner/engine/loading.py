@@ -91,6 +91,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
             f"no model {name!r}: not {EMBEDDED!r}, not a local folder, and not to be had from the "
             f"Hub ({type(error).__name__}). Give a folder, or check HF_HOME and HF_HUB_OFFLINE"
         ) from error
+    if not list(Path(path).glob("*.safetensors")):
+        raise UnsupportedModel(f"{name!r} has no *.safetensors: other formats are not loaded")
     # A snapshot's folder is named by its commit.
     return ModelIdentity(name=name, path=path, revision=Path(path).name)
 

@@ -38,7 +38,6 @@ def image(features_ND: Tensor, hidden_NV: Tensor | None = None) -> VisualTokens:
         features_ND=features_ND,
         hidden_NV=hidden_NV,
         coords_N2=torch.stack([torch.zeros(n, dtype=torch.long), torch.arange(n)], dim=1),
-        fixed_N=torch.zeros(n, dtype=torch.bool),
         signals={},
     )
 

@@ -31,7 +31,6 @@ def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTo
         features_ND=torch.randn(n, width, generator=generator),
         hidden_NV=torch.randn(n, 12, generator=generator),
         coords_N2=torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(n, 2),
-        fixed_N=torch.zeros(n, dtype=torch.bool),
         signals={
             CLS_ATTENTION: torch.rand(n, generator=generator),
             CONTENT_SEED: torch.tensor(seed),

@@ -120,18 +120,11 @@ class S3Store(Store):
         except ClientError as error:
             if _code(error) not in _TAKEN:
                 raise
-            # Not yet lost: the client resends a PUT whose answer never came, and the resent one
-            # is refused because of the first. The writer recorded in the object tells.
-            return self._written_by(key, writer)
-        except _NO_ANSWER:
-            if self._written_by(key, writer):
-                return True
-            raise
+            # Not lost yet: a PUT whose answer never came is resent, by botocore or by us, and is
+            # refused because of the first one. The writer recorded in the object tells.
+            present = self._head(key)
+            return present is not None and present.get("Metadata", {}).get("writer") == writer
         return True
-
-    def _written_by(self, key: str, writer: str) -> bool:
-        answer = self._head(key)
-        return answer is not None and answer.get("Metadata", {}).get("writer") == writer
 
     def _head(self, key: str) -> dict[str, Any] | None:
         with self._translated(key):

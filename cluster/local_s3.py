@@ -22,8 +22,9 @@ logger = structlog.get_logger(__name__)
 # Port 0 lets the system choose; the printed port says that the server is up; and the end of
 # stdin, which comes even when the parent is killed, says that it is time to go.
 _SERVER = """
-import sys
+import logging, sys
 from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)

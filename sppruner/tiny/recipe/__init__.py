@@ -1,7 +1,8 @@
-"""How the embedded model is trained: two decoupled stages side by side, then a joint one.
+"""How the embedded model is trained: two decoupled stages side by side, then joint ones.
 
 `space` fixes a common token space; `language` teaches the language model on tokens built from the
-truth; `vision` teaches the vision tower to emit such tokens; `joint` trains both on pixels.
+truth; `vision` teaches the vision tower to emit such tokens (`stages` runs both, and a second,
+sharper vision stage); `joint` trains everything on pixels; `evaluate` and `card` report.
 """
 
 from __future__ import annotations

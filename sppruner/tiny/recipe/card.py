@@ -75,9 +75,9 @@ yields the visual features).
 `python jobs/train_tiny.py --output DIR` makes these weights: 48,000 procedural scenes (seeds from
 0) drawn at 192 px, JPEG-compressed at random quality 85-97 and resized by the processor's bicubic
 filter. The language model first learns to answer from *oracle* tokens made from the truth (3,000
-steps of 16 scenes) while the vision tower learns to emit such tokens (5,000 x 16); then both
-train together on pixels ({joint} x 24). AdamW, bfloat16 autocast, one seed. About an
-hour on two CPU cores.
+steps of 16 scenes) while the vision tower learns to emit such tokens (5,000 x 16, then 1,500 x 32
+with more weight on digits, shapes and object centres); then both train together on pixels
+({joint} x 24). AdamW, bfloat16 autocast, one seed. About an hour on two CPU cores.
 
 ## What to know before comparing pruning methods on it
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,8 +35,15 @@ def render(summary: Summary, *, note: str | None = None) -> RenderableType:
     return Group(*parts)
 
 
-def print_report(summary: Summary, console: Console, *, note: str | None = None) -> None:
-    console.print(render(summary, note=note), soft_wrap=True)
+def console(*, stderr: bool = False) -> Console:
+    """A console that is wide where there is no terminal: logs and pipes have no width to fit."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 140)
+
+
+def print_report(summary: Summary, *, note: str | None = None) -> None:
+    """To stdout."""
+    console().print(render(summary, note=note))
 
 
 def _grid() -> Table:

@@ -33,6 +33,7 @@ from cluster.local_s3 import LocalS3
 from cluster.logs import configure_logs
 from cluster.media import decode_image
 from cluster.replica import EngineSettings
+from cluster.report import console
 from cluster.run import run
 from cluster.store import open_store
 from jobs.make_corpus import make_corpus
@@ -96,7 +97,7 @@ def engine_pass(engine: BatchEngine, images: Sequence[bytes], rows: int, number:
     )
 
 
-def job_pass(corpus: str, output: str, model: str, console: Console, number: int) -> Case:
+def job_pass(corpus: str, output: str, model: str, told: Console, number: int) -> Case:
     """The job on replicas that are up; its clock runs from the first read to the last commit."""
     config = RunConfig(
         kind="caption",
@@ -108,7 +109,7 @@ def job_pass(corpus: str, output: str, model: str, console: Console, number: int
         generation=_GENERATION,
         control_share=0.0,
     )
-    attempt = run(config, console=console).summary.attempt
+    attempt = run(config, console=told).summary.attempt
     assert attempt is not None
     return Case(
         name="job",
@@ -120,7 +121,7 @@ def job_pass(corpus: str, output: str, model: str, console: Console, number: int
     )
 
 
-def pipeline(model: str, rows: int, rounds: int, console: Console) -> dict[str, object]:
+def pipeline(model: str, rows: int, rounds: int, told: Console) -> dict[str, object]:
     about = machine()
     engine = BatchEngine(model)
     served = EngineSettings(model=model, revision=resolve_model(model).revision)
@@ -139,7 +140,7 @@ def pipeline(model: str, rows: int, rounds: int, console: Console) -> dict[str, 
             for number in range(rounds):
                 cases.append(engine_pass(engine, images, batch_rows, number))
                 output = f"{server.uri}/labels-{number}"
-                cases.append(job_pass(corpus, output, model, console, number))
+                cases.append(job_pass(corpus, output, model, told, number))
     ratios = [
         job.images_per_second / alone.images_per_second
         for alone, job in zip(cases[::2], cases[1::2], strict=True)
@@ -181,14 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args(argv)
     configure_logs()
-    console = Console(stderr=True)
+    told = console(stderr=True)
     rows, rounds = (256, 1) if arguments.quick else (2048, 3)
     try:
-        result = pipeline(arguments.model, rows, rounds, console)
+        result = pipeline(arguments.model, rows, rounds, told)
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
-    Console().print(shown(result), result["ratios"])
+    console().print(shown(result), result["ratios"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

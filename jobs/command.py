@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cluster.config import Kind, RunConfig
 from cluster.errors import RunError, UsageError
 from cluster.local_s3 import LocalS3
 from cluster.logs import configure_logs
-from cluster.report import print_report
+from cluster.report import console, print_report
 from cluster.run import run
 from jobs.embedded import keep_results
 from jobs.make_corpus import make_corpus
@@ -100,7 +98,7 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
 def _main(job: Job, arguments: argparse.Namespace) -> int:
     if (arguments.input is None) != (arguments.output is None):
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
-    console = Console(stderr=True)
+    told = console(stderr=True)
     with ExitStack() as stack:
         demo = arguments.input is None
         environment: Mapping[str, str] = {}
@@ -110,13 +108,12 @@ def _main(job: Job, arguments: argparse.Namespace) -> int:
             arguments.input = f"{server.uri}/corpus"
             arguments.output = f"{server.uri}/labels"
             rows = min(_DEMO_ROWS, arguments.limit or _DEMO_ROWS)
-            console.print(f"drawing {rows} scenes to {arguments.input}", highlight=False)
+            told.print(f"drawing {rows} scenes to {arguments.input}", highlight=False)
             make_corpus(kind=job.kind, rows=rows, seed=0, format="parquet", output=arguments.input)
         config = config_of(job, arguments, demo=demo)
-        outcome = run(config, console=console, environment=environment)
-        shown = Console()
-        print_report(outcome.summary, shown, note=outcome.note)
+        outcome = run(config, console=told, environment=environment)
+        print_report(outcome.summary, note=outcome.note)
         if demo:
             kept = keep_results(job.kind, outcome.summary, Path("out"))
-            shown.print(kept, soft_wrap=True, highlight=False)
+            print(kept)
         return outcome.exit_code

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster.report import console
 from sppruner import DENSE, Budget, PruneSpec, SpprunerError, available
 from sppruner.engine import BatchEngine
 from sppruner.engine.loading import EMBEDDED
@@ -91,7 +91,7 @@ def tables(rows: Sequence[dict[str, Any]], baseline: dict[str, float]) -> list[T
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    console = Console(stderr=True)
+    told = console(stderr=True)
     try:
         wanted = specs(arguments.methods, arguments.retain)
         if arguments.questions < 1:
@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for spec in wanted:
             engine.check(spec)
     except SpprunerError as error:
-        console.print(f"evaluate: {error}", style="red", markup=False)
+        told.print(f"evaluate: {error}", style="red", markup=False)
         return 2
     items = held_out(arguments.questions, first_scene=arguments.first_scene)
     scores: list[Score] = []
     columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:-1])
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=told) as progress:
         task = progress.add_task("dense", total=1 + len(wanted))
         for spec in [DENSE, *wanted]:
             progress.update(task, description=f"{spec.method} {spec.budget.ratio:.3f}")
@@ -114,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.advance(task)
     rows = [row(arguments.model, score, scores[0]) for score in scores]
     baseline = majority(items)
-    # Job logs and pipes have no width of their own: there a table must not be squeezed into 80.
-    Console(width=None if sys.stdout.isatty() else 140).print(*tables(rows, baseline))
+    console().print(*tables(rows, baseline))
     if arguments.json:
         document = {"rows": rows, "majority_by_type": baseline, "torch": torch.__version__}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

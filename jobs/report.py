@@ -10,8 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from cluster.errors import RunError
 from cluster.report import print_report
 from cluster.summary import summarise
@@ -30,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(summary.to_json())
     else:
-        print_report(summary, Console())
+        print_report(summary)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One real local Ray for the whole session; tests that need it ask for `local_ray` or `serving`.
+"""One real S3 server and one real local Ray for the whole session: `s3`, `local_ray`, `serving`.
 
 It never attaches to a cluster that happens to run on the machine, and leaves nothing behind in
 the home folder.
@@ -6,6 +6,7 @@ the home folder.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,8 +17,10 @@ import pytest
 
 if TYPE_CHECKING:
     from cluster.fleet import Fleet
+    from cluster.local_s3 import LocalS3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_BUCKETS = itertools.count()
 
 # Before anything imports Ray. Workers inherit the environment, and import test doubles by name.
 os.environ.update(
@@ -36,8 +39,26 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in _paths if path)
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Ray of our own: four logical CPUs, no dashboard."""
+def s3_server() -> Iterator[LocalS3]:
+    """An S3 server in a process of its own; AWS_* point at it until the session ends."""
+    from cluster.local_s3 import LocalS3
+
+    with LocalS3("first") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: LocalS3) -> str:
+    """The URI of a fresh, empty bucket."""
+    name = f"bucket-{next(_BUCKETS)}"
+    s3_server.create_bucket(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: LocalS3) -> Iterator[None]:
+    """A Ray of our own: four logical CPUs, no dashboard. It starts after the S3 server, so that
+    its workers inherit the AWS_* variables."""
     import ray
 
     ray.init(

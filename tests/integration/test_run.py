@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.attach import serve_details
-from cluster.fleet import FleetSettings, open_fleet
+from cluster.fleet import Fleet, FleetSettings, open_fleet
 from cluster.replica import EngineSettings
 from cluster.store import open_store
 from cluster.summary import summarise
 from jobs import answer_vqa, caption_corpus, report
 from jobs.make_corpus import make_corpus
 from sppruner.engine.loading import EMBEDDED, resolve_model
+from sppruner.tiny import MODEL_DIR
 from tests.integration.checks import (
     check_every_row_once,
     check_faults,
@@ -32,13 +34,21 @@ ROWS = 200
 TOKENS, KEPT = 144, 32
 
 
+@pytest.fixture(scope="module")
+def embedded(serving: str) -> Iterator[Fleet]:
+    """A running application of the embedded model, which the jobs find, use and leave running."""
+    served = EngineSettings(model=EMBEDDED, revision=resolve_model(EMBEDDED).revision)
+    with open_fleet(FleetSettings(engine=served)) as fleet:
+        yield fleet
+
+
 def arguments(s3: str, *extra: str) -> list[str]:
     return ["--input", f"{s3}/corpus", "--output", f"{s3}/labels", *extra]
 
 
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
-    serving: str, s3: str, format: Any, capfd: pytest.CaptureFixture[str]
+    embedded: Fleet, s3: str, format: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus", format=format, faults=True)
     assert caption_corpus.main(arguments(s3)) == 3
@@ -69,7 +79,7 @@ def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
     ],
 )
 def test_another_setting_on_the_same_output_is_refused_with_the_difference(
-    serving: str, s3: str, extra: list[str], shown: str, capfd: pytest.CaptureFixture[str]
+    embedded: Fleet, s3: str, extra: list[str], shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="caption", rows=4, output=f"{s3}/corpus")
     assert caption_corpus.main(arguments(s3)) == 0
@@ -82,7 +92,7 @@ def test_another_setting_on_the_same_output_is_refused_with_the_difference(
 
 
 def test_vqa_with_references_reports_accuracy(
-    serving: str, s3: str, capfd: pytest.CaptureFixture[str]
+    embedded: Fleet, s3: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="vqa", rows=64, output=f"{s3}/corpus")
     assert answer_vqa.main(arguments(s3)) == 0
@@ -98,7 +108,7 @@ def test_vqa_with_references_reports_accuracy(
 
 
 def test_report_reads_the_same_figures_from_the_output_alone(
-    serving: str, s3: str, capfd: pytest.CaptureFixture[str]
+    embedded: Fleet, s3: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="caption", rows=24, output=f"{s3}/corpus")
     assert caption_corpus.main(arguments(s3)) == 0
@@ -121,31 +131,42 @@ def test_report_reads_the_same_figures_from_the_output_alone(
 
 
 def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
-    serving: str, s3: str
+    embedded: Fleet, s3: str
 ) -> None:
     """The official client asks for corpus images while the job runs on the same replica."""
     make_corpus(kind="caption", rows=96, output=f"{s3}/corpus")
     file = open_store(f"{s3}/corpus").get("00000.parquet")
     images = {r["key"]: r["image"]["bytes"] for r in pq.read_table(io.BytesIO(file)).to_pylist()}
-    served = EngineSettings(model=EMBEDDED, revision=resolve_model(EMBEDDED).revision)
-    with open_fleet(FleetSettings(engine=served)) as fleet:
-        replicas = {replica.pid for replica in fleet.stats().replicas}
-        codes: list[int] = []
-        job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))
-        job.start()
-        client = openai.OpenAI(base_url=f"{fleet.http_url}/v1", api_key="unused")
-        asked = {key: _caption(client, images[key]) for key in list(images)[::12]}
-        was_running = job.is_alive()
-        job.join()
-        assert codes == [0]
-        assert was_running, "the job was over before the client had asked: nothing was tested"
-        assert {replica.pid for replica in fleet.stats().replicas} == replicas
-        assert fleet.stats().rows >= 96 + len(asked)
-        details = serve_details()
-        assert details is not None
-        assert fleet.app in details.applications, "the job must leave what it did not start"
+    before = embedded.stats()
+    codes: list[int] = []
+    job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))
+    job.start()
+    client = openai.OpenAI(base_url=f"{embedded.http_url}/v1", api_key="unused")
+    asked = {key: _caption(client, images[key]) for key in list(images)[::12]}
+    was_running = job.is_alive()
+    job.join()
+    assert codes == [0]
+    assert was_running, "the job was over before the client had asked: nothing was tested"
+    after = embedded.stats()
+    assert {r.pid for r in after.replicas} == {r.pid for r in before.replicas}
+    assert after.rows - before.rows >= 96 + len(asked)
     written = {row["key"]: row["text"] for row in committed(f"{s3}/labels")}
     assert asked == {key: written[key] for key in asked}
+
+
+def test_a_job_without_a_running_application_removes_the_one_it_deployed(
+    serving: str, s3: str
+) -> None:
+    make_corpus(kind="caption", rows=4, output=f"{s3}/corpus")
+    before = apps()
+    assert caption_corpus.main(arguments(s3, "--model", str(MODEL_DIR))) == 0
+    assert apps() == before
+
+
+def apps() -> set[str]:
+    details = serve_details()
+    assert details is not None
+    return set(details.applications)
 
 
 def _caption(client: openai.OpenAI, image: bytes) -> str | None:

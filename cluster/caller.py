@@ -110,7 +110,7 @@ class Caller:
         outcomes |= {
             row.number: Delivered(answer=row.error, attempts=0) for row in rows if row.error
         }
-        logger.info("unit_labelled", run_id=self._run_id, unit_id=rows[0].unit, rows=len(rows))
+        logger.debug("unit_labelled", run_id=self._run_id, unit_id=rows[0].unit, rows=len(rows))
         return self._outcome(table, rows, [outcomes[row.number] for row in rows])
 
     def _row(self, values: dict[str, Any]) -> _Row:

@@ -58,11 +58,18 @@ def configure_logs() -> None:
             *_renderers(log_format()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        # Written, not printed: Serve replaces print() in its processes.
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
     for name in _CHATTERERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Serve sets its logger's level anew when it is imported, which in workers is after this.
+    logging.getLogger("ray.serve").addFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def _renderers(chosen: LogFormat) -> list[Processor]:

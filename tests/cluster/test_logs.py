@@ -68,10 +68,16 @@ def test_an_unknown_format_is_refused_with_those_there_are(monkeypatch: pytest.M
         log_format()
 
 
-def test_libraries_that_chatter_are_heard_from_warning_up() -> None:
+def test_libraries_that_chatter_are_heard_from_warning_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     configure_logs()
     assert logging.getLogger("ray.serve").getEffectiveLevel() == logging.WARNING
     assert logging.getLogger("botocore").getEffectiveLevel() == logging.WARNING
+    # Serve does this when it is imported.
+    logging.getLogger("ray.serve").setLevel(logging.INFO)
+    logging.getLogger("ray.serve").info("Started Serve")
+    assert "Started Serve" not in caplog.text
 
 
 def test_the_worker_hook_names_a_function_that_needs_no_torch() -> None:

@@ -27,7 +27,7 @@ from cluster.controller import list_runs
 from cluster.delivery import REPLICA_GONE
 from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect
 from cluster.openai_types import ChatRequest, Refused, image_bytes, usage
-from sppruner.types import DENSE, PruneSpec
+from sppruner.spec import DENSE, PruneSpec
 
 logger = structlog.get_logger(__name__)
 

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import MediaLimits
 from cluster.errors import InferenceFailed, RowError
 from sppruner.engine.types import Generation, Result
-from sppruner.types import DENSE, PruneSpec
+from sppruner.spec import DENSE, PruneSpec
 
 
 class Priority(IntEnum):

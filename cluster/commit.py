@@ -26,7 +26,7 @@ from cluster.ledger import LEDGER_KEY, UnitLedger, read_ledgers, unit_ledger
 from cluster.rows import is_internal, output_schema
 from cluster.store import Store, open_store
 from sppruner.errors import SpecError
-from sppruner.types import PruneSpec
+from sppruner.spec import PruneSpec
 
 logger = structlog.get_logger(__name__)
 

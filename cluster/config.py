@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from cluster.errors import UsageError
 from sppruner.engine import Generation
-from sppruner.types import PruneSpec
+from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
 

@@ -28,7 +28,7 @@ from cluster.attach import http_root, join_ray, join_serve, serve_details
 from cluster.errors import FleetUnavailable, UsageError
 from cluster.replica import BATCHES_SENT, EngineSettings, ReplicaStats, VLMReplica
 from sppruner.engine.loading import resolve_model
-from sppruner.types import Budget, PruneSpec
+from sppruner.spec import Budget, PruneSpec
 
 logger = structlog.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from cluster.calls import RowAnswer
 from cluster.config import MediaLimits
 from sppruner.engine.types import Generation
 from sppruner.errors import SpecError
-from sppruner.types import Budget, OptionValue, PruneSpec
+from sppruner.spec import Budget, OptionValue, PruneSpec
 
 
 class Refused(Exception):

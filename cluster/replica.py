@@ -24,7 +24,7 @@ from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageE
 from cluster.media import decode_image
 from cluster.priority import QueuedRow, RowQueue
 from sppruner.engine.types import Engine, Request
-from sppruner.types import OptionValue
+from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sppruner.types import Positions
+from sppruner.spec import Positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sppruner.engine.types import Engine, Generation, Request, Result
+from sppruner.spec import PruneSpec
 from sppruner.tiny.questions import (
     CAPTION_OBJECTS,
     CAPTION_PROMPT,
@@ -24,7 +25,6 @@ from sppruner.tiny.questions import (
     questions,
 )
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
-from sppruner.types import PruneSpec
 
 CAPTION = "caption"
 _RESAMPLES = 2000

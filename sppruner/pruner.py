@@ -22,7 +22,8 @@ from sppruner.compact import Compacted, compact
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, UnsupportedModel
 from sppruner.relevance import ClipText, EmbeddingCosine
 from sppruner.selectors import Selector, selector_for
-from sppruner.types import DENSE, PruneReport, PruneSpec, Selection, VisualTokens
+from sppruner.spec import DENSE, PruneSpec
+from sppruner.types import PruneReport, Selection, VisualTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,7 +16,8 @@ from sppruner.errors import InputError, PruningHadNoEffect, SpprunerError
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
 from sppruner.selectors import selector_for
-from sppruner.types import DENSE, PruneReport, PruneSpec
+from sppruner.spec import DENSE, PruneSpec
+from sppruner.types import PruneReport
 
 
 class BatchEngine:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sppruner.cost import RowCost
 from sppruner.errors import SpecError
-from sppruner.types import DENSE, PruneSpec
+from sppruner.spec import DENSE, PruneSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from sppruner.errors import UnknownMethod
 from sppruner.selectors.base import Selector
 from sppruner.selectors.baselines import GridSelector, RandomSelector, TopKSelector
 from sppruner.selectors.sppruner import SPprunerSelector
-from sppruner.types import PruneSpec
+from sppruner.spec import PruneSpec
 
 _SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector

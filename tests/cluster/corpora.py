@@ -14,7 +14,7 @@ from cluster.config import RunConfig
 from cluster.corpus import Plan, plan_run
 from cluster.corpus.source import read_unit
 from cluster.store import Store, open_store
-from sppruner.types import DENSE
+from sppruner.spec import DENSE
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

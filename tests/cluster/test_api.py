@@ -23,7 +23,7 @@ from cluster.errors import Busy
 from cluster.fleet import Fleet
 from cluster.ledger import UnitLedger
 from cluster.replica import EngineSettings, VLMReplica
-from sppruner.types import Budget, PruneSpec
+from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import expected_text, picture
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"

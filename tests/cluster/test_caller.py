@@ -23,7 +23,7 @@ from cluster.fleet import Fleet
 from cluster.ledger import UnitLedger
 from cluster.replica import EngineSettings, VLMReplica
 from cluster.rows import input_schema, output_schema
-from sppruner.types import DENSE, Budget, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"

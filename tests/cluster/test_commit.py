@@ -29,7 +29,7 @@ from cluster.media import decode_image
 from cluster.rows import COST_FIELD, is_internal, output_schema
 from cluster.store import LocalStore, Store, open_store
 from jobs.make_corpus import make_corpus
-from sppruner.types import DENSE, Budget, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.corpora import plan
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))

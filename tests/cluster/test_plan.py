@@ -12,7 +12,7 @@ from cluster.corpus import done_units
 from cluster.corpus.manifest import MANIFEST_KEY, Manifest
 from cluster.errors import SettingsChanged, StoreError, UsageError
 from cluster.store import Store, open_store
-from sppruner.types import Budget, PruneSpec
+from sppruner.spec import Budget, PruneSpec
 from tests.cluster.corpora import IMAGE, image, plan, put_parquet, tar_bytes
 
 

@@ -12,7 +12,7 @@ from cluster.config import MediaLimits
 from cluster.errors import Busy, UsageError
 from cluster.replica import EngineBroken, EngineSettings, VLMReplica, run_isolated
 from sppruner.engine.types import Generation, Request
-from sppruner.types import Budget, PruneSpec
+from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import FakeEngine, expected_text, picture
 
 T = TypeVar("T")

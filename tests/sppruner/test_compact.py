@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sppruner.compact import Compacted, compact, full_positions
-from sppruner.types import Positions
+from sppruner.spec import Positions
 
 IMAGE, PAD = 5, 0
 

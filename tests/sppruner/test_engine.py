@@ -15,8 +15,8 @@ from sppruner.adapters import Encoded, LlavaAdapter
 from sppruner.engine import BatchEngine, Generation, Request, Result
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import SpecError
+from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
-from sppruner.types import DENSE, Budget, PruneSpec
 
 NEW = Generation(max_new_tokens=4)
 GRID = PruneSpec(method="grid", budget=Budget(ratio=0.25))

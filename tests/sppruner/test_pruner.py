@@ -13,7 +13,7 @@ from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import Encoded, LlavaAdapter
 from sppruner.compact import full_positions
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, SpecError, UnknownMethod
-from sppruner.types import DENSE
+from sppruner.spec import DENSE
 from tests.sppruner.llava import IMAGE, TOKENS, batch, build
 
 NEW = 8

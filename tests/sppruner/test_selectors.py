@@ -18,7 +18,8 @@ from sppruner.errors import SpecError, UnknownMethod
 from sppruner.selectors import available, selector_for
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.signals import CLS_ATTENTION, CONTENT_SEED
-from sppruner.types import PruneSpec, Selection, VisualTokens
+from sppruner.spec import PruneSpec
+from sppruner.types import Selection, VisualTokens
 
 METHODS = [method for method in available() if method != "none"]
 Array = NDArray[np.float64]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppruner.errors import SpecError
-from sppruner.types import DENSE, Budget, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
 values = st.one_of(

@@ -189,9 +189,14 @@ class VLMReplica:
             batch = await self._queue.take(self._settings.max_batch_rows)
             requests = [row.request for row in batch]
             begun = time.monotonic()
-            answers, raised = await loop.run_in_executor(
-                self._engine_thread, run_isolated, self._engine, requests
-            )
+            try:
+                answers, raised = await loop.run_in_executor(
+                    self._engine_thread, run_isolated, self._engine, requests
+                )
+            except torch.AcceleratorError as error:
+                logger.critical("device_fault", rows=len(batch), error=str(error))
+                _end_process()
+                raise
             self._busy_seconds += time.monotonic() - begun
             self._batches += 1
             self._rows += len(batch)
@@ -204,13 +209,16 @@ class VLMReplica:
 def run_isolated(engine: Engine, requests: Sequence[Request]) -> tuple[list[RowAnswer], int]:
     """Runs the batch; if the engine raises, its halves, down to the row that makes it raise.
 
-    Returns an answer per request, and how many rows the engine raised on.
+    Returns an answer per request, and how many rows the engine raised on. Raises
+    torch.AcceleratorError: a faulted device answers nothing more, so no row is to blame yet.
     """
     try:
         results = engine.run(list(requests))
         if [result.id for result in results] != [request.id for request in requests]:
             raise InferenceFailed(f"{len(results)} results for {len(requests)} requests")
         return [RowAnswer.from_result(result) for result in results], 0
+    except torch.AcceleratorError:
+        raise
     except Exception as error:
         failed = InferenceFailed(f"{type(error).__name__}: {error}")
     if len(requests) == 1:
@@ -221,6 +229,12 @@ def run_isolated(engine: Engine, requests: Sequence[Request]) -> tuple[list[RowA
     left, left_raised = run_isolated(engine, requests[:half])
     right, right_raised = run_isolated(engine, requests[half:])
     return left + right, left_raised + right_raised
+
+
+def _end_process() -> None:
+    # At once, not by the next failed health check: callers see a dead replica and send the rows
+    # to another, and Serve starts a new one with a fresh device context.
+    os._exit(1)
 
 
 def _decode(call: RowCall) -> Request | RowAnswer:

@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from sppruner.engine.types import Request, Result
@@ -36,8 +37,8 @@ def expected_text(data: bytes, kept: int = VISUAL_TOKENS) -> str:
 
 
 class FakeEngine:
-    """Prompts that do something: "raise" (the whole batch raises), "die" (SIGKILL to this
-    process), "slow" (2 s), "bad" (an error result).
+    """Prompts that do something: "raise" (the whole batch raises), "fault" (the device does),
+    "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
 
     seconds: how long a batch takes. journal: a file that gets one line per batch, and a * after
     the id of each control row.
@@ -69,6 +70,8 @@ class FakeEngine:
         time.sleep(2.0 if any(r.prompt == "slow" for r in requests) else self.seconds)
         if any(request.prompt == "die" for request in requests):
             os.kill(os.getpid(), signal.SIGKILL)
+        if any(request.prompt == "fault" for request in requests):
+            raise torch.AcceleratorError("the device is gone")
         if any(request.prompt == "raise" for request in requests):
             raise RuntimeError("the model raised")
         return [self._answer(request) for request in requests]

@@ -205,6 +205,23 @@ def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal
     run(settings(journal), scenario)
 
 
+def test_a_device_fault_ends_the_process_and_blames_no_row(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = asyncio.Event()
+    monkeypatch.setattr("cluster.replica._end_process", ended.set)
+
+    async def scenario(replica: VLMReplica) -> None:
+        calls = [call(0), call(1, "fault")]
+        waiting = asyncio.create_task(replica.label(calls, priority=Priority.BATCH))
+        await ended.wait()
+        assert not waiting.done()
+        with pytest.raises(EngineBroken):
+            await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
 def test_stats_count_engine_time_and_rows(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         await replica.label([call(n) for n in range(6)], priority=Priority.BATCH)

@@ -18,6 +18,7 @@ from cluster.store import Store, open_store
 from cluster.summary import Summary
 
 _TILES = 24
+_WRITTEN = ["text", "caption"]
 
 
 def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
@@ -35,8 +36,12 @@ def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
     (target / "summary.json").write_text(summary.to_json())
     labelled = pa.concat_tables(tables)
     sheet = write_contact_sheet(_tiles(kind, labelled, _images(corpus)), target / "sheet.png")
+    exact = ""
+    if kind == "caption":
+        equal = sum(r["text"] == r["caption"] for r in labelled.select(_WRITTEN).to_pylist())
+        exact = f"{equal} of {len(labelled)} captions describe their scene word for word. "
     return (
-        f"The embedded store ends with this command; the labelled rows are copied to {target}/, "
+        f"{exact}The embedded store ends with this command; the labelled rows are copied to {target}/, "
         f"images with their texts to {sheet}"
     )
 

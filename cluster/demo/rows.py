@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from cluster.config import Kind
-from sppruner.tiny.questions import caption, questions
+from sppruner.tiny.questions import CAPTION_OBJECTS, caption, questions
 from sppruner.tiny.scenes import HELD_OUT_SEED, Scene, render, sample_scene
 
 IMAGE_PIXELS = 192
@@ -32,14 +32,19 @@ class Row:
 
 
 def draw_rows(kind: Kind, seed: int) -> Iterator[Row]:
-    """One row per scene for captions, up to four questions on each scene for VQA."""
+    """One row per scene for captions, up to four questions on each scene for VQA.
+
+    Captions are asked only of scenes with few enough objects for the embedded model to have been
+    taught to list them.
+    """
     for number in count(HELD_OUT_SEED + seed * _SCENES_PER_SEED):
         scene = sample_scene(number)
-        image = _jpeg(scene)
         key = f"scene-{number}"
         if kind == "caption":
-            yield Row(key=key, image=image, caption=caption(scene))
+            if len(scene.objects) <= CAPTION_OBJECTS:
+                yield Row(key=key, image=_jpeg(scene), caption=caption(scene))
             continue
+        image = _jpeg(scene)
         asked = questions(scene)
         picked = random.Random(number).sample(asked, min(QUESTIONS_PER_SCENE, len(asked)))
         for index, question in enumerate(picked):

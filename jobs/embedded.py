@@ -41,8 +41,8 @@ def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
         equal = sum(r["text"] == r["caption"] for r in labelled.select(_WRITTEN).to_pylist())
         exact = f"{equal} of {len(labelled)} captions describe their scene word for word. "
     return (
-        f"{exact}The embedded store ends with this command; the labelled rows are copied to {target}/, "
-        f"images with their texts to {sheet}"
+        f"{exact}The embedded store ends with this command; the labelled rows are copied to "
+        f"{target}/, images with their texts to {sheet}"
     )
 
 

@@ -54,7 +54,7 @@ class RunConfig:
     max_batch_rows: int = 16
     max_error_share: float = 0.2
     error_share_after: int = 500
-    max_attempts: int = 4
+    max_attempts: int = 3
 
     def __post_init__(self) -> None:
         checks: list[tuple[bool, str]] = [

@@ -25,9 +25,7 @@ CONTROLLER_NAME = "run-controller"
 CONTROLLER_NAMESPACE = "sppruner"
 _ANSWER_SECONDS = 10.0
 
-RunState: TypeAlias = Literal[
-    "planned", "running", "completed", "completed_with_errors", "failed", "stopped"
-]
+RunState: TypeAlias = Literal["running", "completed", "completed_with_errors", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,6 @@ class RunProgress:
     flops: int
     flops_dense: int
     meta: Mapping[str, Any]
-    summary: Mapping[str, Any] | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +66,6 @@ class _Run:
     rows_before: int
     started: float = field(default_factory=time.monotonic)
     finished: float | None = None
-    summary: Mapping[str, Any] | None = None
 
 
 class RunController:
@@ -114,16 +110,14 @@ class RunController:
             run.ledger += ledger
         return True
 
-    def finish(
-        self, run_id: str, state: RunState, summary: Mapping[str, Any] | None = None
-    ) -> None:
+    def finish(self, run_id: str, state: RunState) -> None:
         """Ends the view of the run; "completed" with failed rows is "completed_with_errors"."""
         run = self._runs.get(run_id)
         if run is None:
             return
         if state == "completed" and run.ledger.rows_failed:
             state = "completed_with_errors"
-        run.state, run.summary, run.finished = state, summary, time.monotonic()
+        run.state, run.finished = state, time.monotonic()
 
     def stop_reason(self, run_id: str) -> str | None:
         """Why the run should stop: too many of its committed rows failed. None: go on."""
@@ -162,7 +156,6 @@ class RunController:
             flops=sum(run.ledger.flops.values()),
             flops_dense=sum(run.ledger.flops_dense.values()),
             meta=run.meta,
-            summary=run.summary,
         )
 
     def runs(self) -> list[RunProgress]:

@@ -7,37 +7,31 @@ crash goes on where the last commit left off.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import ray
-import structlog
 from ray.data import DataContext
-from ray.exceptions import RayError
 from rich.console import Console
 
 from cluster.caller import CallerSettings, label_units
 from cluster.commit import CommitSink
 from cluster.config import RunConfig
-from cluster.controller import RunProgress, get_controller, report_commit
+from cluster.controller import report_commit
 from cluster.corpus.plan import Plan, done_units, plan_run
 from cluster.corpus.source import read_units
 from cluster.corpus.unit import Unit
-from cluster.errors import RunError, UsageError
+from cluster.errors import UsageError
 from cluster.fleet import Fleet, FleetSettings, open_fleet
-from cluster.ledger import RunLedger, read_ledgers
 from cluster.progress import ProgressDisplay
 from cluster.replica import EngineSettings
 from cluster.store import Store, open_store
 from cluster.summary import SUMMARY_KEY, Attempt, Summary, summarise
+from cluster.watch import RunWatch, run_error
 from sppruner.adapters import adapter_class
 from sppruner.engine.loading import image_backend, load_config, load_processor, resolve_model
 from sppruner.errors import SpprunerError
 from sppruner.pruner import check_spec
 from sppruner.selectors import selector_for
-
-logger = structlog.get_logger(__name__)
 
 EXIT_DONE, EXIT_ERROR_ROWS = 0, 3
 
@@ -126,11 +120,9 @@ def _label(
 ) -> Attempt:
     """Labels and commits `todo`."""
     _quiet_ray_data()
-    finished = {unit.unit_id for unit in plan.units} - {unit.unit_id for unit in todo}
-    before = RunLedger.of(read_ledgers(store, sorted(finished)))
     console.print(
         f"run {plan.run_id}: {sum(u.row_count for u in todo)} rows in {len(todo)} units to do, "
-        f"{len(finished)} units done before; HTTP at {fleet.http_url}/v1",
+        f"{len(plan.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",
         highlight=False,
         soft_wrap=True,
     )
@@ -144,13 +136,19 @@ def _label(
         chunk_rows=fleet.max_batch_rows,
         credits=fleet.credits,
     )
-    with _registered(config, plan, finished, before) as poll:
+    labelled = label_units(read_units(plan, todo), caller)
+    sink = CommitSink(plan, on_commit=report_commit)
+    with RunWatch(config, plan, store) as watch:
         busy_before = fleet.stats().busy_seconds
         started = time.monotonic()
-        with ProgressDisplay(poll, console):
-            labelled = label_units(read_units(plan, todo), caller)
-            sink = CommitSink(plan, on_commit=report_commit)
-            labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
+        with ProgressDisplay(watch.progress, console):
+            try:
+                labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
+            except Exception as error:
+                cause = run_error(error)  # Ray wraps what its workers raise
+                if cause is None:
+                    raise
+                raise cause from error
         wall = time.monotonic() - started
     rows = sum(unit.row_count for unit in todo)
     return Attempt(
@@ -167,60 +165,6 @@ def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
     """None if a replica was replaced on the way: its counter started anew."""
     spent = fleet.stats().busy_seconds - busy_before
     return spent / (wall * fleet.replicas) if spent >= 0 else None
-
-
-@contextmanager
-def _registered(
-    config: RunConfig, plan: Plan, finished: set[str], before: RunLedger
-) -> Iterator[Callable[[], RunProgress | None]]:
-    """The run in the controller's view, from running to its end. Yields how to ask for progress.
-
-    Whatever goes wrong inside leaves as the RunError at its root, if there is one.
-    """
-    controller = get_controller()
-    register = dict(
-        meta={"kind": plan.kind, "output": plan.output_uri, "model": config.model,
-              "spec": config.spec.to_dict()},
-        units_total=len(plan.units),
-        rows_total=plan.rows,
-        units_done=sorted(finished),
-        ledger_so_far=before.total,
-        max_error_share=config.max_error_share,
-        error_share_after=config.error_share_after,
-    )  # fmt: skip
-    ray.get(controller.register.remote(plan.run_id, **register))
-
-    def poll() -> RunProgress | None:
-        try:
-            return ray.get(controller.progress.remote(plan.run_id), timeout=5)
-        except RayError as error:
-            logger.warning("controller_unreachable", error=type(error).__name__)
-            return None
-
-    state = "failed"
-    try:
-        yield poll
-        state = "completed"
-    except KeyboardInterrupt:
-        state = "stopped"
-        raise
-    except Exception as error:
-        cause = _run_error(error)
-        if cause is None:
-            raise
-        state = "stopped" if cause.exit_code == 4 else "failed"
-        raise cause from error
-    finally:
-        ray.get(controller.finish.remote(plan.run_id, state))
-
-
-def _run_error(error: BaseException | None) -> RunError | None:
-    """The RunError at the root of what Ray wrapped around it."""
-    while error is not None:
-        if isinstance(error, RunError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _quiet_ray_data() -> None:

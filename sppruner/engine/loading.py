@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -127,6 +129,8 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # a bar redraws itself into a job's log
     model = AutoModelForImageTextToText.from_pretrained(
         identity.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )

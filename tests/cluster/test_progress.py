@@ -30,7 +30,6 @@ def known(**more: Any) -> RunProgress:
         "flops": 1,
         "flops_dense": 2,
         "meta": {},
-        "summary": None,
     }
     return RunProgress(**(values | more))
 

@@ -218,6 +218,8 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     """Write a `from_pretrained` folder with bfloat16 weights; the model becomes bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
+    # The library writes it for its owner alone; services read it under other accounts.
+    (folder / "model.safetensors").chmod(0o644)
     processor.save_pretrained(folder)
 
 

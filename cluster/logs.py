@@ -16,6 +16,7 @@ from cluster.errors import UsageError
 
 LogFormat: TypeAlias = Literal["console", "keyvalue", "json"]
 LOG_FORMAT_VARIABLE = "SPPRUNER_LOG_FORMAT"
+LOG_LEVEL_VARIABLE = "SPPRUNER_LOG_LEVEL"
 
 # For `ray.init(runtime_env=...)`: a name, so that workers import it instead of unpickling it.
 WORKER_HOOK = {"worker_process_setup_hook": "cluster.logs.configure_logs"}
@@ -47,8 +48,17 @@ def log_format() -> LogFormat:
     raise UsageError(f"{LOG_FORMAT_VARIABLE}={chosen!r}: use one of {formats}")
 
 
+def log_level() -> int:
+    """SPPRUNER_LOG_LEVEL if set (debug tells of every unit read and labelled); else info."""
+    chosen = os.environ.get(LOG_LEVEL_VARIABLE, "info")
+    levels = logging.getLevelNamesMapping()
+    if chosen.upper() not in levels:
+        raise UsageError(f"{LOG_LEVEL_VARIABLE}={chosen!r}: use debug, info, warning or error")
+    return levels[chosen.upper()]
+
+
 def configure_logs() -> None:
-    """Logs go to stderr from INFO up; stdout stays free for what a command was asked to print."""
+    """Logs go to stderr; stdout stays free for what a command was asked to print."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -57,7 +67,7 @@ def configure_logs() -> None:
             structlog.processors.StackInfoRenderer(),
             *_renderers(log_format()),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(log_level()),
         # Written, not printed: Serve replaces print() in its processes.
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,

@@ -78,6 +78,7 @@ def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
     Raises StoreError only where the store gave up after its retries: such a unit may well be
     readable tomorrow, so its rows must not be committed as errors today.
     """
+    logger.debug("unit_read", unit_id=unit.unit_id, file=unit.file, rows=unit.row_count)
     read = read_parquet_unit if unit.format == "parquet" else read_tar_unit
     try:
         return read(store, unit, layout)

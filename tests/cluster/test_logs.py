@@ -10,7 +10,14 @@ import pytest
 import structlog
 
 from cluster.errors import UsageError
-from cluster.logs import LOG_FORMAT_VARIABLE, WORKER_HOOK, configure_logs, log_format
+from cluster.logs import (
+    LOG_FORMAT_VARIABLE,
+    LOG_LEVEL_VARIABLE,
+    WORKER_HOOK,
+    configure_logs,
+    log_format,
+    log_level,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +92,13 @@ def test_the_worker_hook_names_a_function_that_needs_no_torch() -> None:
     module, name = WORKER_HOOK["worker_process_setup_hook"].rsplit(".", 1)
     code = f"import sys; from {module} import {name}; {name}(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_level_is_info_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LOG_LEVEL_VARIABLE, raising=False)
+    assert log_level() == 20
+    monkeypatch.setenv(LOG_LEVEL_VARIABLE, "debug")
+    assert log_level() == 10
+    monkeypatch.setenv(LOG_LEVEL_VARIABLE, "loud")
+    with pytest.raises(UsageError, match="loud"):
+        log_level()

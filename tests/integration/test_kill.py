@@ -33,7 +33,7 @@ def start_job(s3: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=os.environ | {"RAY_ADDRESS": "local"},
+        env=os.environ | {"RAY_ADDRESS": "local", "SPPRUNER_LOG_LEVEL": "debug"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,11 +69,12 @@ def test_a_killed_driver_is_resumed_by_the_same_command(s3: str, s3_server: Loca
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed[-3000:]
     assert f"{len(before)} units done before" in printed
-    labelled = set(re.findall(r"event=unit_labelled.* unit_id=(\w+)", printed))
-    done = {key.removesuffix(".parquet") for key in before}
-    assert labelled, "the caller's log lines are what shows which units were computed"
-    assert not labelled & done, "a finished unit was computed again"
     after = units_committed(s3)
+    done = {key.removesuffix(".parquet") for key in before}
+    todo = {key.removesuffix(".parquet") for key in after} - done
+    for event in ("unit_read", "unit_labelled"):
+        units = set(re.findall(rf"event={event}.* unit_id=(\w+)", printed))
+        assert units == todo, f"{event}: finished units were not left alone"
     assert {key: after[key] for key in before} == before, "a finished unit was written again"
     rows = committed(f"{s3}/labels")
     check_every_row_once(rows, ROWS)

@@ -28,6 +28,7 @@ DEFAULT_PORT = 8000
 # Logical CPUs of a local Ray: its processes mostly wait for the one that runs the model, and on a
 # small machine a reader, a caller, a sink and a replica must still fit beside each other.
 _LOCAL_CPUS = 4
+_PROBE_SECONDS = 1.0
 
 
 def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> bool:
@@ -46,14 +47,11 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
         try:
             ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime)
         except ConnectionError as error:
-            if named:
-                raise FleetUnavailable(
-                    f"RAY_ADDRESS={named}: {error}. Unset it to use a local Ray."
-                ) from error
-            logger.info("stale_cluster_ignored", address=address)
-        else:
-            stack.callback(ray.shutdown)
-            return False
+            raise FleetUnavailable(
+                f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local"
+            ) from error
+        stack.callback(ray.shutdown)
+        return False
     ray.init(
         address="local",
         num_cpus=max(_LOCAL_CPUS, os.cpu_count() or 1),
@@ -67,10 +65,20 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
 
 
 def _current_cluster() -> str | None:
-    """The address `ray start` left on this machine. Ray's own "auto" would also take the private
-    cluster of any other process here, and lose it when that process ends."""
+    """The address `ray start` left on this machine, if anyone still listens there: Ray itself would
+    try for minutes. Its "auto" would also take the private cluster of any other process here, and
+    lose it when that process ends."""
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    return note.read_text().strip() if note.is_file() else None
+    if not note.is_file():
+        return None
+    address = note.read_text().strip()
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
+    except (OSError, ValueError):
+        logger.info("stale_cluster_ignored", address=address, noted_in=str(note))
+        return None
+    return address
 
 
 def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:

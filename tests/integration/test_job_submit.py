@@ -40,7 +40,9 @@ def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
                f"--port={port}", f"--dashboard-port={dashboard}",
                "--object-store-memory=300000000"]  # fmt: skip
     log = (tmp_path / "head.log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    # Submitted commands say `python`: on a node that is the one whose environment is active.
+    active = os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=active)
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 120
     while True:
@@ -53,8 +55,7 @@ def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
         assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
         time.sleep(0.5)
     yield url
-    # --block takes its node down with it; the address it noted would mislead later drivers.
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # --block takes its node down with it
     process.wait(timeout=60)
     log.close()
 

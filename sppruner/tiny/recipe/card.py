@@ -66,9 +66,9 @@ answer; "16 tokens" keeps a uniformly random ninth of the visual tokens at their
 
 {table}
 
-Attention of the class token ranks things above background with an area under the ROC curve of
-{areas} in layers 1 to {layers} (heads averaged; 0.5 is chance; pruners read the last layer, which
-yields the visual features).
+Attention of the class token ranks objects and signs above background with an area under the ROC
+curve of {areas} in layers 1 to {layers}
+(heads averaged; 0.5 is chance). Pruners read the last layer, which yields the visual features.
 
 ## Training
 
@@ -77,7 +77,7 @@ yields the visual features).
 filter. The language model first learns to answer from *oracle* tokens made from the truth (3,000
 steps of 16 scenes) while the vision tower learns to emit such tokens (5,000 x 16, then 1,500 x 32
 with more weight on digits, shapes and object centres); then both train together on pixels
-({joint} x 24). AdamW, bfloat16 autocast, one seed. About an hour on two CPU cores.
+({joint} x 24). AdamW, bfloat16 autocast, one seed. About an hour on two CPU cores.{note}
 
 ## What to know before comparing pruning methods on it
 
@@ -95,8 +95,11 @@ with more weight on digits, shapes and object centres); then both train together
 """
 
 
-def write_card(folder: Path, scenes: int, joint_steps: int) -> None:
-    """Evaluate the model in `folder` and write its `README.md`."""
+def write_card(folder: Path, scenes: int, joint_steps: int, note: str = "") -> None:
+    """Evaluate the model in `folder` and write its `README.md`.
+
+    `note` is for what only this run can say about itself.
+    """
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     full = generated(model, processor, scenes)
@@ -118,6 +121,7 @@ def write_card(folder: Path, scenes: int, joint_steps: int) -> None:
         areas=" ".join(f"{area:.2f}" for area in areas),
         layers=len(areas),
         joint=f"{joint_steps:,}",
+        note=f"\n\n{note}" if note else "",
     )
     (folder / "README.md").write_text(text.rstrip() + "\n")
 

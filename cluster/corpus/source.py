@@ -24,7 +24,8 @@ from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)
 
-# A reader waits for the store most of the time.
+# A reader waits for the store most of the time; a whole CPU each would leave it waiting for ever
+# beside replicas that hold all but one on a small machine.
 _READER_CPUS = 0.5
 
 
@@ -67,7 +68,9 @@ def read_units(plan: Plan, units: Sequence[Unit]) -> ray.data.Dataset:
     Ray would divide blocks to make more of them, or because one is large; a unit must reach the
     sink whole, so the number of blocks is given and their size is not bounded but by the plan.
     """
-    dataset = ray.data.read_datasource(UnitSource(plan, units), override_num_blocks=len(units))
+    dataset = ray.data.read_datasource(
+        UnitSource(plan, units), override_num_blocks=len(units), num_cpus=_READER_CPUS
+    )
     dataset.context.target_max_block_size = None
     return dataset
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.corpus.manifest import read_manifest
@@ -20,15 +18,10 @@ BY_ROW = ("unit_id", "unit_row")
 
 def committed(output: str) -> list[dict[str, Any]]:
     """Every committed row, in corpus order, as any Parquet reader of the prefix sees them."""
-    store = open_store(output)
-    manifest = read_manifest(store)
+    manifest = read_manifest(open_store(output))
     assert manifest is not None
     order = {unit.unit_id: number for number, unit in enumerate(manifest.units)}
-    tables = [
-        pq.read_table(io.BytesIO(store.get(info.key)))
-        for info in store.list(suffixes=(".parquet",))
-    ]
-    rows = pa.concat_tables(tables).to_pylist()
+    rows = pq.read_table(output).to_pylist()
     return sorted(rows, key=lambda row: (order[row["unit_id"]], row["unit_row"]))
 
 

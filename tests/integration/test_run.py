@@ -46,14 +46,15 @@ def arguments(s3: str, *extra: str) -> list[str]:
     return ["--input", f"{s3}/corpus", "--output", f"{s3}/labels", *extra]
 
 
+@pytest.mark.parametrize("count", [ROWS, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
-    embedded: Fleet, s3: str, format: Any, capfd: pytest.CaptureFixture[str]
+    embedded: Fleet, s3: str, format: Any, count: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus", format=format, faults=True)
+    make_corpus(kind="caption", rows=count, output=f"{s3}/corpus", format=format, faults=True)
     assert caption_corpus.main(arguments(s3)) == 3
     rows = committed(f"{s3}/labels")
-    check_every_row_once(rows, ROWS + (format == "webdataset"))
+    check_every_row_once(rows, count + (format == "webdataset"))
     check_faults(rows, planted_faults(f"{s3}/corpus"))
     check_pruned(rows, tokens=TOKENS, kept=KEPT)
 
@@ -76,6 +77,7 @@ def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
         (["--prompt", "what is the background?"], "describe the image."),
         (["--method", "grid"], '"sppruner" → "grid"'),
         (["--limit", "8"], "limit"),
+        (["--model", str(MODEL_DIR)], '"tiny-llava" →'),
     ],
 )
 def test_another_setting_on_the_same_output_is_refused_with_the_difference(
@@ -104,7 +106,7 @@ def test_vqa_with_references_reports_accuracy(
     rows = committed(f"{s3}/labels")
     assert all(row["question"] and row["answer"] == row["text"] for row in rows)
     # The embedded model knows these questions: guessing would be right about a third of the time.
-    assert summary.accuracy.mean > 0.8
+    assert summary.accuracy.mean > 0.9
 
 
 def test_report_reads_the_same_figures_from_the_output_alone(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 if TYPE_CHECKING:
     from cluster.fleet import Fleet
@@ -36,6 +37,13 @@ os.environ.update(
 os.environ.pop("RAY_ADDRESS", None)
 _paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in _paths if path)
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """Jobs run in this process point the logs at the stderr of their test, which ends with it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ logger = structlog.get_logger(__name__)
 _UNITS_AT_ONCE = 4
 # Anything but the reader's share of a CPU: with equal resources Ray Data would fuse the reader
 # into this stage, and every read would stall the event loop that drives the calls.
-_CALLER_CPUS = 0.25
+CALLER_CPUS = 0.25
 
 _UNIT_FIELD = INPUT_FIELDS[0]
 _QUESTION = "{question}"
@@ -255,5 +255,5 @@ def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -
             max_concurrent_calls_per_actor=_UNITS_AT_ONCE,
             max_tasks_in_flight_per_actor=2 * _UNITS_AT_ONCE,
         ),
-        num_cpus=_CALLER_CPUS,
+        num_cpus=CALLER_CPUS,
     )

@@ -10,15 +10,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import ray
 from ray.data import DataContext
 from rich.console import Console
 
-from cluster.caller import CallerSettings, label_units
+from cluster.caller import CALLER_CPUS, CallerSettings, label_units
 from cluster.commit import CommitSink
 from cluster.config import RunConfig
 from cluster.controller import report_commit
 from cluster.corpus.plan import Plan, done_units, plan_run
-from cluster.corpus.source import read_units
+from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
 from cluster.fleet import Fleet, FleetSettings, open_fleet
@@ -136,6 +137,7 @@ def _label(
         chunk_rows=fleet.max_batch_rows,
         credits=fleet.credits,
     )
+    _warn_if_starved(console)
     labelled = label_units(read_units(plan, todo), caller)
     sink = CommitSink(plan, on_commit=report_commit)
     with RunWatch(config, plan, store) as watch:
@@ -165,6 +167,18 @@ def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
     """None if a replica was replaced on the way: its counter started anew."""
     spent = fleet.stats().busy_seconds - busy_before
     return spent / (wall * fleet.replicas) if spent >= 0 else None
+
+
+def _warn_if_starved(console: Console) -> None:
+    """Ray waits without a word where reading, calling and writing do not fit beside what runs."""
+    free = ray.available_resources().get("CPU", 0.0)
+    needed = READER_CPUS + CALLER_CPUS + _SINK_CPUS
+    if free < needed:
+        console.print(
+            f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "
+            "its replicas: it waits until other work ends or a node joins",
+            style="yellow",
+        )
 
 
 def _quiet_ray_data() -> None:

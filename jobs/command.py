@@ -27,6 +27,7 @@ from sppruner.engine import Generation
 from sppruner.engine.loading import EMBEDDED
 from sppruner.errors import SpecError
 
+_INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _DEMO_ROWS = 384
 # So that the few rows of a demonstration still show several commits and control batches.
 _DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25}
@@ -93,6 +94,9 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: what is committed stays; the same command resumes", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _main(job: Job, arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ logger = structlog.get_logger(__name__)
 
 # A reader waits for the store most of the time; a whole CPU each would leave it waiting for ever
 # beside replicas that hold all but one on a small machine.
-_READER_CPUS = 0.5
+READER_CPUS = 0.5
 
 
 class UnitSource(Datasource):
@@ -69,7 +69,7 @@ def read_units(plan: Plan, units: Sequence[Unit]) -> ray.data.Dataset:
     sink whole, so the number of blocks is given and their size is not bounded but by the plan.
     """
     dataset = ray.data.read_datasource(
-        UnitSource(plan, units), override_num_blocks=len(units), num_cpus=_READER_CPUS
+        UnitSource(plan, units), override_num_blocks=len(units), num_cpus=READER_CPUS
     )
     dataset.context.target_max_block_size = None
     return dataset

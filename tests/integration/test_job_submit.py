@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from cluster.local_s3 import LocalS3
 from jobs.make_corpus import make_corpus
@@ -31,6 +31,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def takes_jobs(url: str) -> bool:
+    """Whether the node accepts jobs: its dashboard answers some seconds before its job agent."""
+    try:
+        JobSubmissionClient(url).submit_job(entrypoint="true")
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
+
+
 @pytest.fixture
 def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
     """A head node of our own; the value is its dashboard's address. The nodes get the store's
@@ -45,12 +54,7 @@ def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=active)
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 120
-    while True:
-        try:
-            if httpx.get(f"{url}/api/version", timeout=2).status_code == 200:
-                break
-        except httpx.HTTPError:
-            pass
+    while not takes_jobs(url):
         assert process.poll() is None, (tmp_path / "head.log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
         time.sleep(0.5)

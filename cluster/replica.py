@@ -258,4 +258,6 @@ def _decode(call: RowCall) -> Request | RowAnswer:
 def _build_engine(settings: EngineSettings, threads: int | None) -> Engine:
     if threads is not None:
         torch.set_num_threads(threads)
-    return settings.build()
+    engine = settings.build()
+    engine.warm_up()
+    return engine

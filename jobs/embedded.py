@@ -18,6 +18,7 @@ from cluster.store import Store, open_store
 from cluster.summary import Summary
 
 _TILES = 24
+_PRINTED = 8
 _WRITTEN = ["text", "caption"]
 
 
@@ -35,14 +36,16 @@ def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
         tables.append(pq.read_table(io.BytesIO(data)))
     (target / "summary.json").write_text(summary.to_json())
     labelled = pa.concat_tables(tables)
-    sheet = write_contact_sheet(_tiles(kind, labelled, _images(corpus)), target / "sheet.png")
+    tiles = _tiles(kind, labelled, _images(corpus))
+    sheet = write_contact_sheet(tiles, target / "sheet.png")
+    shown = "".join(f"{tile.title}  {tile.text}\n" for tile in tiles[:_PRINTED])
     exact = ""
     if kind == "caption":
         equal = sum(r["text"] == r["caption"] for r in labelled.select(_WRITTEN).to_pylist())
         exact = f"{equal} of {len(labelled)} captions describe their scene word for word. "
     return (
-        f"{exact}The embedded store ends with this command; the labelled rows are copied to "
-        f"{target}/, images with their texts to {sheet}"
+        f"\nthe first of {sheet}:\n{shown}\n{exact}The embedded store ends with this command; the "
+        f"labelled rows are copied to {target}/, images with their texts to {sheet}"
     )
 
 

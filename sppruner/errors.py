@@ -6,6 +6,7 @@ SpprunerError
 ├── UnsupportedModel     no adapter for the model, or a version without the needed interface
 ├── MissingSignal        the method needs a signal this family cannot give
 ├── InputError           a prompt the model cannot take: wrong image count, too long, no image
+├── EngineError          an engine that cannot answer even a blank image
 └── PruningHadNoEffect   the packed sequence does not hold the tokens the budget asked for
 """
 
@@ -34,6 +35,10 @@ class MissingSignal(SpprunerError):
 
 class InputError(SpprunerError, ValueError):
     """A prompt the model cannot take."""
+
+
+class EngineError(SpprunerError):
+    """An engine that cannot answer even a blank image."""
 
 
 class PruningHadNoEffect(SpprunerError):

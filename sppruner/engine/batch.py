@@ -9,15 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.engine.types import Generation, Request, Result
-from sppruner.errors import InputError, PruningHadNoEffect, SpprunerError
+from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpprunerError
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
 from sppruner.selectors import selector_for
-from sppruner.spec import DENSE, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import PruneReport
+
+_NO_EFFECT = "pruning_no_effect"
+_WARM_UP_ROWS = 4
 
 
 class BatchEngine:
@@ -61,6 +65,29 @@ class BatchEngine:
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec this model cannot run."""
         self._pruner.check(spec)
+
+    def warm_up(self) -> None:
+        """Answers blank images, dense and pruned: allocations and kernel choices of first calls are
+        then over. Raises PruningHadNoEffect where the model does not see a selection, before any
+        corpus has cost anything; EngineError where it cannot answer at all."""
+        blank = Image.new("RGB", (64, 64), "gray")
+        half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
+        for spec in (DENSE, half):
+            requests = [
+                Request(
+                    id=str(number),
+                    prompt="warm up",
+                    images=(blank,),
+                    spec=spec,
+                    generation=Generation(max_new_tokens=2),
+                )
+                for number in range(min(_WARM_UP_ROWS, self.max_batch_rows))
+            ]
+            for result in self.run(requests):
+                if result.error_code == _NO_EFFECT:
+                    raise PruningHadNoEffect(str(result.error_message))
+                if result.error_code is not None:
+                    raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")
 
     def run(self, requests: list[Request]) -> list[Result]:
         """Answers every request, in order; a bad request becomes an error result."""
@@ -220,7 +247,7 @@ def _messages(request: Request) -> list[dict[str, Any]]:
 
 def _failed(request: Request, error: Exception) -> Result:
     if isinstance(error, PruningHadNoEffect):
-        code = "pruning_no_effect"
+        code = _NO_EFFECT
     elif isinstance(error, SpprunerError):
         code = "prompt_invalid"
     else:

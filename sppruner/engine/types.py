@@ -79,6 +79,11 @@ class Engine(Protocol):
     # "pil" or "torchvision": their pixels differ slightly, so it is part of a run's identity.
     image_backend: str
 
+    def warm_up(self) -> None:
+        """Run once before the first request, so that what only first calls cost is not measured as
+        work. Raises where this engine could not keep its word on any request."""
+        ...
+
     def run(self, requests: list[Request]) -> list[Result]:
         """Answers every request, in order. A bad request gives an error result, never an
         exception; an exception means that the engine itself is broken."""

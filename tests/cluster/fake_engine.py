@@ -63,6 +63,9 @@ class FakeEngine:
         self.seconds = seconds
         self.journal = journal
 
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
     def run(self, requests: list[Request]) -> list[Result]:
         if self.journal:
             with Path(self.journal).open("a") as file:

@@ -14,7 +14,7 @@ from PIL import Image
 from sppruner.adapters import Encoded, LlavaAdapter
 from sppruner.engine import BatchEngine, Generation, Request, Result
 from sppruner.engine.loading import LoadedModel, load_model
-from sppruner.errors import SpecError
+from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
 
@@ -191,6 +191,23 @@ def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
     pruned, dense = engine.run([request("a", spec=GRID), request("b")])
     assert pruned.error_code == "pruning_no_effect"
     assert dense.error_code is None
+
+
+def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.warm_up()
+    monkeypatch.setattr(engine._pruner, "adapter", IgnoresTheSelection(engine._model))
+    with pytest.raises(PruningHadNoEffect, match="72 of 144"):
+        engine.warm_up()
+
+
+def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_context", 4)
+    with pytest.raises(EngineError, match="context"):
+        engine.warm_up()
 
 
 def test_rows_end_at_the_end_token_or_at_their_limit(

@@ -27,6 +27,9 @@ class Oracle:
         self._wrong = wrong
         self.asked: list[Request] = []
 
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
     def run(self, requests: list[Request]) -> list[Result]:
         self.asked += requests
         return [self._one(request) for request in requests]

@@ -44,9 +44,11 @@ def takes_jobs(url: str) -> bool:
 def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
     """A head node of our own; the value is its dashboard's address. The nodes get the store's
     variables from their environment, as they would from an instance role."""
-    port, dashboard = free_port(), free_port()
+    # Ports of its own for all that jobs need: the session's Ray may hold the usual ones.
+    port, dashboard, agent = free_port(), free_port(), free_port()
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4",
                f"--port={port}", f"--dashboard-port={dashboard}",
+               f"--dashboard-agent-listen-port={agent}",
                "--object-store-memory=300000000"]  # fmt: skip
     log = (tmp_path / "head.log").open("w")
     # Submitted commands say `python`: on a node that is the one whose environment is active.

@@ -74,6 +74,8 @@ def run(
     todo = [unit for unit in plan.units if unit.unit_id not in done]
     if not todo:
         summary = summarise(config.output)
+        if store.head(SUMMARY_KEY) is None:  # the driver died between the last commit and here
+            store.put(SUMMARY_KEY, summary.to_json().encode())
         return Outcome(summary=summary, note="finished before: nothing was left to do")
 
     settings = FleetSettings(

@@ -32,8 +32,8 @@ _THREADS = 16
 class Attempt:
     """How one invocation of a command went; the only part of a summary that is not in the store.
 
-    replica_busy_share: share of the replicas' time, from first to last unit, in which an engine
-    was working.
+    replica_busy_share: share of the replicas' time in which an engine was working, from the first
+    read to the last commit, the start of the calling actors included.
     """
 
     rows: int

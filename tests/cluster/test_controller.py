@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import ray
 
-from cluster.controller import RunController, RunProgress, get_controller, report_commit
+from cluster.controller import (
+    CONTROLLER_NAME,
+    CONTROLLER_NAMESPACE,
+    RunController,
+    RunProgress,
+    get_controller,
+    report_commit,
+)
 from cluster.ledger import UnitLedger
 
 UNIT = UnitLedger(
@@ -138,3 +145,5 @@ def test_the_actor_is_one_for_the_cluster_and_commits_reach_it_by_name(local_ray
 
 def test_telling_of_a_commit_never_fails_where_there_is_no_controller(local_ray: None) -> None:
     report_commit("nobody", "a", UNIT)
+    with pytest.raises(ValueError, match=CONTROLLER_NAME):
+        ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -130,6 +131,18 @@ def test_report_reads_the_same_figures_from_the_output_alone(
     store = open_store(f"{s3}/labels")
     stored = json.loads(store.get("_run/summary.json"))
     assert stored["modelled"] == flops
+
+
+def test_a_driver_that_died_before_its_summary_leaves_it_to_the_next(
+    embedded: Fleet, tmp_path: Path
+) -> None:
+    local = str(tmp_path)
+    make_corpus(kind="caption", rows=4, output=f"{local}/corpus")
+    assert caption_corpus.main(arguments(local)) == 0
+    summary = tmp_path / "labels" / "_run" / "summary.json"
+    summary.unlink()
+    assert caption_corpus.main(arguments(local)) == 0
+    assert json.loads(summary.read_text())["rows"] == 4
 
 
 def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(

@@ -28,7 +28,7 @@ from cluster.replica import EngineSettings
 from cluster.store import Store, open_store
 from cluster.summary import SUMMARY_KEY, Attempt, Summary, summarise
 from cluster.watch import RunWatch, run_error
-from sppruner.adapters import adapter_class
+from sppruner.adapters import capabilities
 from sppruner.engine.loading import image_backend, load_config, load_processor, resolve_model
 from sppruner.errors import SpprunerError
 from sppruner.pruner import check_spec
@@ -104,7 +104,7 @@ def _pin(config: RunConfig) -> _Pinned:
     try:
         selector_for(config.spec)  # a misspelt method must not cost the download of a model
         identity = resolve_model(config.model)
-        check_spec(config.spec, adapter_class(load_config(identity)))
+        check_spec(config.spec, capabilities(load_config(identity)))
         backend = image_backend(load_processor(identity))
     except SpprunerError as error:
         raise UsageError(str(error)) from error

@@ -11,29 +11,33 @@ re-packed at its shorter length, and `generate` gets the pruned features through
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sppruner.adapters import Adapter, Encoded, adapter_for
+from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
 from sppruner.compact import Compacted, compact
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, UnsupportedModel
 from sppruner.relevance import ClipText, EmbeddingCosine
 from sppruner.selectors import Selector, selector_for
-from sppruner.spec import DENSE, PruneSpec
+from sppruner.spec import DENSE, PruneSpec, shares
+from sppruner.stages import Schedule, StageDriver, StagePlan
 from sppruner.types import PruneReport, Selection, VisualTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
-    """A batch ready for `generate`: `inputs` are its keyword arguments. One report and, per image
-    in prompt order, one (tokens, selection) pair for pictures and statistics."""
+    """A batch ready for `generate`: `inputs` are its keyword arguments, to be used inside
+    `stages.driver(…)` where there are any. One report per prompt and, per image plane in prompt
+    order, one (tokens, selection) pair for pictures and statistics."""
 
     inputs: dict[str, Any]
     reports: list[PruneReport]
     selections: list[tuple[VisualTokens, Selection]]
+    stages: StagePlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,26 +49,26 @@ class Generated:
     output: Any
 
 
-def check_spec(spec: PruneSpec, adapter: type[Adapter], *, clip_text: bool = False) -> None:
-    """Whether a family can run `spec`, before any weights are loaded.
+def check_spec(spec: PruneSpec, can: Capabilities, *, clip_text: bool = False) -> None:
+    """Whether a model can run `spec`, before any weights are loaded.
 
-    Raises UnknownMethod, SpecError (a bad option) or MissingSignal (the family does not give a
-    signal, or there is no CLIP text tower for the relevance asked for).
+    Raises UnknownMethod, SpecError (a bad option) or MissingSignal (the family cannot do what the
+    method needs, or there is no CLIP text tower for the relevance asked for).
     """
     selector = selector_for(spec)
     if selector is None:
         return
-    missing = selector.signals - adapter.signals
+    missing = selector.signals - can.signals
     if missing:
-        raise MissingSignal(
-            f"method {spec.method!r} needs {sorted(missing)}; "
-            f"{adapter.family} gives {sorted(adapter.signals)}"
-        )
+        raise MissingSignal(f"method {spec.method!r} needs {', '.join(sorted(missing))}: not {can}")
+    if spec.positions not in can.positions:
+        raise MissingSignal(f"positions {spec.positions!r} cannot run on {can}")
     if selector.relevance_source == "clip" and not clip_text:
         raise MissingSignal(
             "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText"
             "(clip, tokenizer)), or choose relevance 'embed' or 'none'"
         )
+    selector.check(spec.budget, can)
 
 
 def _per_row(specs: PruneSpec | Sequence[PruneSpec], rows: int) -> list[PruneSpec]:
@@ -108,7 +112,7 @@ class Pruner:
     def check(self, spec: PruneSpec) -> None:
         """Raises now what `prepare` would raise later: unknown method, bad option, missing signal
         or missing text tower."""
-        check_spec(spec, type(self.adapter), clip_text=self._clip_text is not None)
+        check_spec(spec, self.adapter.capabilities, clip_text=self._clip_text is not None)
         selector = selector_for(spec)
         if selector is not None:
             self._relevance(selector)
@@ -132,22 +136,26 @@ class Pruner:
             self.check(spec)
         if inputs.get("pixel_values") is None:
             plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
-            return Prepared(inputs=plain, reports=self._reports(per_row, inputs, None, [], []),
-                            selections=[])  # fmt: skip
+            return Prepared(
+                inputs=plain, reports=self._dense_reports(per_row, inputs), selections=[]
+            )
 
         selectors = [selector_for(spec) for spec in per_row]
         wanted = frozenset[str]().union(*(s.signals for s in selectors if s is not None))
         encoded = self.adapter.encode(inputs, wanted)
-        images = self._with_relevance(encoded, selectors, instructions)
-        selections = self._select(images, per_row, selectors)
-
-        features = [
-            image.features_ND[chosen.index_K] if chosen.replace_KD is None else chosen.replace_KD
-            for image, chosen in zip(images, selections, strict=True)
+        encoded = self._with_relevance(encoded, selectors, instructions)
+        schedules = self._schedules(encoded.images, per_row, selectors)
+        selections = self._select(encoded.images, schedules, selectors)
+        kept = [
+            self._keep(image, schedule.before, chosen)
+            for image, schedule, chosen in zip(encoded.images, schedules, selections, strict=True)
         ]
+
         keep_BS = mask_BS.bool()
-        kept = [self._kept(image, chosen) for image, chosen in zip(images, selections, strict=True)]
-        keep_BS[self.adapter.placeholders(ids_BS) & keep_BS] = torch.cat(kept)
+        masks = [
+            _mask(image.count, k.index_K) for image, k in zip(encoded.images, kept, strict=True)
+        ]
+        keep_BS[self.adapter.placeholders(ids_BS) & keep_BS] = torch.cat(masks)
         compacted = compact(
             input_ids_BS=ids_BS,
             keep_BS=keep_BS,
@@ -155,18 +163,28 @@ class Pruner:
             policy=self._policy(per_row),
             pad_id=self._pad_id(),
         )
-        packed = self.adapter.pack(encoded, features)
-        reports = self._reports(per_row, inputs, compacted, images, packed.pooler_output)
+        packed = self.adapter.pack(encoded, kept)
         positions_RBL = compacted.positions_RBL
         return Prepared(
             inputs={
                 "input_ids": compacted.input_ids_BL,
                 "attention_mask": compacted.attention_mask_BL,
                 "position_ids": positions_RBL[0] if len(positions_RBL) == 1 else positions_RBL,
-                "mm_encoder_outputs": {"image": packed},
+                **self.adapter.prompt(packed, compacted),
             },
-            reports=reports,
-            selections=list(zip(images, selections, strict=True)),
+            reports=self._reports(
+                per_row, inputs, compacted, encoded.images, schedules, self.adapter.fed(packed)
+            ),
+            selections=[
+                (plane, choice)
+                for image, chosen in zip(encoded.images, selections, strict=True)
+                for plane, choice in zip(image.planes, chosen, strict=True)
+            ],
+            stages=StagePlan.of(
+                [image.row for image in encoded.images],
+                schedules,
+                visual_BL=self.adapter.placeholders(compacted.input_ids_BL),
+            ),
         )
 
     @torch.no_grad()
@@ -183,11 +201,13 @@ class Pruner:
         """
         per_row = _per_row(specs, inputs["input_ids"].shape[0])
         if all(spec.is_dense for spec in per_row):
-            reports = self._reports(per_row, inputs, None, [], [])
+            reports = self._dense_reports(per_row, inputs)
             output = self.model.generate(**inputs, **generate_kwargs)
             return self._generated(output, inputs["input_ids"].shape[1], reports)
         prepared = self.prepare(inputs, per_row, instructions)
-        output = self.model.generate(**prepared.inputs, **generate_kwargs)
+        stages = prepared.stages
+        with nullcontext() if stages is None else StageDriver(self.adapter, stages):
+            output = self.model.generate(**prepared.inputs, **generate_kwargs)
         return self._generated(output, prepared.inputs["input_ids"].shape[1], prepared.reports)
 
     @staticmethod
@@ -216,43 +236,91 @@ class Pruner:
         encoded: Encoded,
         selectors: Sequence[Selector | None],
         instructions: Sequence[str] | None,
-    ) -> list[VisualTokens]:
+    ) -> Encoded:
+        if instructions is None:
+            return encoded
+        if len(instructions) != len(selectors):
+            raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
         images = []
         for image in encoded.images:
             selector = selectors[image.row]
             score = None if selector is None else self._relevance(selector)
-            text = "" if instructions is None else instructions[image.row]
-            relevance_N = None if score is None else score(image, text)
-            images.append(replace(image, relevance_N=relevance_N))
-        return images
+            if score is not None:
+                text = instructions[image.row]
+                planes = tuple(replace(p, relevance_N=score(p, text)) for p in image.planes)
+                image = replace(image, planes=planes)
+            images.append(image)
+        return replace(encoded, images=tuple(images))
+
+    def _schedules(
+        self,
+        images: Sequence[EncodedImage],
+        specs: Sequence[PruneSpec],
+        selectors: Sequence[Selector | None],
+    ) -> list[Schedule]:
+        """How many tokens of each image enter the decoder, and how many stay at its stages."""
+        layers = self.adapter.capabilities.decoder_layers
+        by_row: dict[int, list[EncodedImage]] = {}
+        for image in images:
+            by_row.setdefault(image.row, []).append(image)
+        schedules = []
+        for row, members in by_row.items():
+            selector, budget = selectors[row], specs[row].budget
+            sizes = [image.count for image in members]
+            if selector is None:
+                schedules += [Schedule(before=n, counted=n) for n in sizes]
+                continue
+            for image, k in zip(members, budget.per_image(sizes), strict=True):
+                if budget.spread:
+                    k = budget.weighed(k, image.count, selector.information(image.planes))
+                schedules.append(selector.schedule(image.count, k, layers))
+        return schedules
 
     def _select(
         self,
-        images: Sequence[VisualTokens],
-        specs: Sequence[PruneSpec],
+        images: Sequence[EncodedImage],
+        schedules: Sequence[Schedule],
         selectors: Sequence[Selector | None],
-    ) -> list[Selection]:
-        """One selection per image; images that share a method go through it together."""
-        chosen: dict[int, Selection] = {}
-        groups: dict[Selector | None, list[int]] = {}
+    ) -> list[list[Selection]]:
+        """One selection per plane of each image; planes that share a method go through it
+        together. An image's tokens are divided among its planes by size."""
+        counts = []
+        for image, schedule in zip(images, schedules, strict=True):
+            sizes = [plane.count for plane in image.planes]
+            counts.append(shares(min(schedule.before, sum(sizes)), sizes))
+        groups: dict[Selector | None, list[tuple[int, int]]] = {}
         for i, image in enumerate(images):
-            groups.setdefault(selectors[image.row], []).append(i)
+            for p in range(len(image.planes)):
+                groups.setdefault(selectors[image.row], []).append((i, p))
+        chosen: dict[tuple[int, int], Selection] = {}
         for selector, members in groups.items():
-            group = [images[i] for i in members]
+            planes = [images[i].planes[p] for i, p in members]
             if selector is None:
-                device = images[0].features_ND.device
-                picked = [Selection(index_K=torch.arange(g.count, device=device)) for g in group]
+                device = planes[0].features_ND.device
+                picked = [Selection(index_K=torch.arange(g.count, device=device)) for g in planes]
             else:
-                counts = [specs[image.row].budget.count(image.count) for image in group]
-                picked = selector.select(group, counts)
+                picked = selector.select(planes, [counts[i][p] for i, p in members])
             chosen.update(zip(members, picked, strict=True))
-        return [chosen[i] for i in range(len(images))]
+        return [[chosen[i, p] for p in range(len(im.planes))] for i, im in enumerate(images)]
 
-    @staticmethod
-    def _kept(image: VisualTokens, chosen: Selection) -> Tensor:
-        keep_N = torch.zeros(image.count, dtype=torch.bool, device=image.features_ND.device)
-        keep_N[chosen.index_K] = True
-        return keep_N
+    def _keep(self, image: EncodedImage, count: int, chosen: Sequence[Selection]) -> Kept:
+        """What stays of an image's run. Row ends and the like stay, in order, only where the
+        budget has room left beside all of the planes."""
+        features_ND = image.run_ND.clone()
+        mask_N = torch.zeros(image.count, dtype=torch.bool, device=features_ND.device)
+        free_N = ~mask_N
+        for places_P, choice in zip(image.places, chosen, strict=True):
+            at_K = places_P[choice.index_K]
+            mask_N[at_K], free_N[places_P] = True, False
+            replaced_KD = choice.replace_KD
+            if choice.replace_KV is not None:
+                replaced_KD = self.adapter.project(choice.replace_KV.to(features_ND.dtype))
+            if replaced_KD is not None:
+                features_ND[at_K] = replaced_KD.to(features_ND.dtype)
+        room = count - sum(choice.count for choice in chosen)
+        mask_N[free_N.nonzero().squeeze(1)[: max(0, room)]] = True
+        index_K = mask_N.nonzero().squeeze(1)
+        return Kept(index_K=index_K, features_KD=features_ND[index_K])
 
     def _pad_id(self) -> int:
         """The model's padding id; any id but the placeholder's will do, masked as it is."""
@@ -266,12 +334,35 @@ class Pruner:
             raise InputError("one batch cannot mix positions 'keep' and 'renumber': split it")
         return policies.pop() if policies else "keep"
 
+    def _dense_reports(
+        self, specs: Sequence[PruneSpec], inputs: Mapping[str, Tensor]
+    ) -> list[PruneReport]:
+        visual_B = self.adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
+        length_B = inputs["attention_mask"].sum(dim=1).tolist()
+        shapes = self.adapter.shapes(inputs)
+        layers = self.adapter.capabilities.decoder_layers
+        return [
+            PruneReport(
+                spec=spec,
+                visual_tokens=visual,
+                visual_tokens_kept=visual,
+                prompt_tokens=length,
+                prompt_tokens_dense=length,
+                layer_tokens=(length,) * layers,
+                image_shapes=tuple(shape for at, shape in shapes if at == row),
+            )
+            for row, (spec, visual, length) in enumerate(
+                zip(specs, visual_B, length_B, strict=True)
+            )
+        ]
+
     def _reports(
         self,
         specs: Sequence[PruneSpec],
         inputs: Mapping[str, Tensor],
-        compacted: Compacted | None,
-        images: Sequence[VisualTokens],
+        compacted: Compacted,
+        images: Sequence[EncodedImage],
+        schedules: Sequence[Schedule],
         features: Sequence[Tensor],
     ) -> list[PruneReport]:
         """Counts on the tensors the model will see, held against what the budget asked for.
@@ -281,30 +372,37 @@ class Pruner:
         """
         before_B = self.adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
         length_B = inputs["attention_mask"].sum(dim=1).tolist()
-        after_B, short_B = before_B, length_B
-        if compacted is not None:
-            after_B = self.adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
-            short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
-            fed = [0] * len(specs)
-            due = [0] * len(specs)
-            for image, given in zip(images, features, strict=True):
-                spec = specs[image.row]
-                fed[image.row] += int(given.shape[0])
-                due[image.row] += image.count if spec.is_dense else spec.budget.count(image.count)
-            for row, spec in enumerate(specs):
-                if not after_B[row] == fed[row] == due[row]:
-                    raise PruningHadNoEffect(
-                        f"prompt {row}: {spec.method} was to leave {due[row]} of {before_B[row]} "
-                        f"visual tokens; the prompt holds {after_B[row]}, the encoder output "
-                        f"{fed[row]}"
-                    )
-        return [
-            PruneReport(
-                spec=spec,
-                visual_tokens=before_B[row],
-                visual_tokens_kept=after_B[row],
-                prompt_tokens=short_B[row],
-                prompt_tokens_dense=length_B[row],
+        after_B = self.adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
+        short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
+        layers = self.adapter.capabilities.decoder_layers
+        reports = []
+        for row, spec in enumerate(specs):
+            mine = [i for i, image in enumerate(images) if image.row == row]
+            due = sum(schedules[i].before for i in mine)
+            fed = sum(int(features[i].shape[0]) for i in mine)
+            if not after_B[row] == fed == due:
+                raise PruningHadNoEffect(
+                    f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual "
+                    f"tokens; the prompt holds {after_B[row]}, the encoder output {fed}"
+                )
+            text = short_B[row] - due
+            reports.append(
+                PruneReport(
+                    spec=spec,
+                    visual_tokens=before_B[row],
+                    visual_tokens_kept=sum(schedules[i].counted for i in mine),
+                    prompt_tokens=short_B[row],
+                    prompt_tokens_dense=length_B[row],
+                    layer_tokens=tuple(
+                        text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
+                    ),
+                    image_shapes=tuple(images[i].shape for i in mine),
+                )
             )
-            for row, spec in enumerate(specs)
-        ]
+        return reports
+
+
+def _mask(n: int, index_K: Tensor) -> Tensor:
+    mask_N = torch.zeros(n, dtype=torch.bool, device=index_K.device)
+    mask_N[index_K] = True
+    return mask_N

@@ -7,40 +7,66 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from sppruner.errors import SpecError
 
 Positions: TypeAlias = Literal["keep", "renumber"]
+Scope: TypeAlias = Literal["image", "prompt"]
 OptionValue: TypeAlias = bool | int | float | str
+
+
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` split in proportion to `sizes`, by largest remainder, earlier ones first on a tie.
+
+    No share exceeds its size; the shares sum to `total` or, if that is less, to all of `sizes`.
+    """
+    whole = sum(sizes)
+    if total >= whole:
+        return list(sizes)
+    floors = [total * size // whole for size in sizes]
+    by_rest = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in by_rest[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many visual tokens of one image stay: a share of them, or a number of them.
+    """How many visual tokens stay: a share of them, or a number of them.
 
     Exactly one of `ratio` (0..1] and `tokens` (≥ 0) is set. `min_keep` bounds a ratio from below,
-    so that a tiny image does not lose all its tokens by rounding.
+    so that a tiny image does not lose all its tokens by rounding. scope: whether the budget is
+    each image's own or the prompt's, whose images then share it by their token counts. spread:
+    with a method that measures how much an image holds (PruneSID), an image may get up to this
+    share more or less than its equal part; 0 keeps counts exact.
     """
 
     ratio: float | None = None
     tokens: int | None = None
     min_keep: int = 1
+    scope: Scope = "image"
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
             raise SpecError("a budget is either a ratio or a number of tokens: give exactly one")
-        if self.ratio is not None:
-            if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-                raise SpecError(f"budget ratio {self.ratio!r} is not a number")
-            if not 0.0 < self.ratio <= 1.0:
-                raise SpecError(
-                    f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %"
-                )
+        for name in ("ratio", "spread"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SpecError(f"budget {name} {value!r} is not a number")
             # 1 and 1.0 are one budget, so they must also be written alike.
-            object.__setattr__(self, "ratio", float(self.ratio))
+            object.__setattr__(self, name, float(value))
+        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
+            raise SpecError(f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %")
+        if not 0.0 <= self.spread < 1.0:
+            raise SpecError(f"budget spread {self.spread!r} is outside [0, 1): 0.5 is ± half")
+        if self.scope not in ("image", "prompt"):
+            raise SpecError(f"budget scope {self.scope!r}: use 'image' or 'prompt'")
         for name, number in (("tokens", self.tokens), ("min_keep", self.min_keep)):
             if number is not None and (type(number) is not int or number < 0):
                 raise SpecError(f"budget {name} {number!r} is not a whole number from 0")
@@ -54,6 +80,35 @@ class Budget:
             return min(n, self.tokens)
         assert self.ratio is not None
         return min(n, max(self.min_keep, math.floor(self.ratio * n + 0.5)))
+
+    def per_image(self, sizes: Sequence[int]) -> list[int]:
+        """Tokens kept of each image of one prompt, given the images' token counts."""
+        if self.scope == "prompt":
+            return shares(self.count(sum(sizes)), sizes)
+        return [self.count(n) for n in sizes]
+
+    def weighed(self, k: int, n: int, weight: float) -> int:
+        """`k` of `n` tokens times `weight`, an image's information over its usual value, held
+        within `spread`."""
+        low, high = 1.0 - self.spread, 1.0 + self.spread
+        return min(n, math.floor(k * min(high, max(low, weight)) + 0.5))
+
+    def bounds(self, n: int, images: int = 1) -> tuple[int, int]:
+        """Fewest and most tokens a prompt of `n` visual tokens in `images` images may keep.
+
+        One number twice for a single image without spread; several images round one by one.
+        """
+        if images > 1 and self.scope == "image":
+            if self.tokens is not None:
+                low, high = min(n, self.tokens), min(n, self.tokens * images)
+            else:
+                share = (self.ratio or 0.0) * n
+                low = max(0, math.floor(share - images / 2))
+                high = min(n, math.ceil(share + images * max(0.5, self.min_keep)))
+        else:
+            low = high = self.count(n)
+        slack = self.spread
+        return max(0, math.floor(low * (1 - slack))), min(n, math.ceil(high * (1 + slack)))
 
 
 DENSE_BUDGET = Budget(ratio=1.0)
@@ -107,10 +162,12 @@ class PruneSpec:
         return self.method == "none"
 
     def to_dict(self) -> dict[str, Any]:
-        budget = {k: getattr(self.budget, k) for k in ("ratio", "tokens", "min_keep")}
+        budget = {f.name: getattr(self.budget, f.name) for f in fields(Budget)}
+        plain = {"scope": "image", "spread": 0.0}
         return {
             "method": self.method,
-            "budget": {k: v for k, v in budget.items() if v is not None},
+            # What a budget does not use is not written: a spec's hash outlives new fields.
+            "budget": {k: v for k, v in budget.items() if v is not None and plain.get(k) != v},
             "positions": self.positions,
             "options": dict(self.options),
         }

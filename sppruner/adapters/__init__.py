@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from sppruner.adapters.base import Adapter, Encoded
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept
 from sppruner.adapters.llava import LlavaAdapter
+from sppruner.cost import ModelCost
 from sppruner.errors import UnsupportedModel
 
-_ADAPTERS: dict[str, type[Adapter]] = {LlavaAdapter.family: LlavaAdapter}
+_ADAPTERS: dict[str, type[Adapter]] = {
+    family: adapter for adapter in (LlavaAdapter,) for family in adapter.families
+}
+
+
+def families() -> list[str]:
+    """Every `model_type` there is an adapter for."""
+    return sorted(_ADAPTERS)
 
 
 def adapter_class(config: Any) -> type[Adapter]:
     """The adapter of a model config's family. Raises UnsupportedModel with the known families."""
     if config.model_type not in _ADAPTERS:
-        known = ", ".join(sorted(_ADAPTERS))
-        raise UnsupportedModel(f"no adapter for model type {config.model_type!r}; known: {known}")
+        raise UnsupportedModel(
+            f"no adapter for model type {config.model_type!r}; known: {', '.join(families())}"
+        )
     return _ADAPTERS[config.model_type]
+
+
+def capabilities(config: Any) -> Capabilities:
+    """What a model of this config can do. Raises UnsupportedModel."""
+    return adapter_class(config).capabilities_of(config)
+
+
+def cost_of(config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+    """The cost model of a config. Raises UnsupportedModel."""
+    return adapter_class(config).cost_of(config, bytes_per_value=bytes_per_value)
 
 
 def adapter_for(model: Any) -> Adapter:
@@ -24,4 +43,16 @@ def adapter_for(model: Any) -> Adapter:
     return adapter_class(model.config)(model)
 
 
-__all__ = ["Adapter", "Encoded", "LlavaAdapter", "adapter_class", "adapter_for"]
+__all__ = [
+    "Adapter",
+    "Capabilities",
+    "Encoded",
+    "EncodedImage",
+    "Kept",
+    "LlavaAdapter",
+    "adapter_class",
+    "adapter_for",
+    "capabilities",
+    "cost_of",
+    "families",
+]

@@ -5,54 +5,144 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from sppruner.cost import LlavaCost
+from sppruner.compact import Compacted, full_positions
+from sppruner.cost import ImageShape, ModelCost
 from sppruner.errors import InputError
+from sppruner.spec import Positions
 from sppruner.types import VisualTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a model of a family can do, known from its config alone.
+
+    signals: the signals it can give. attention: what its saliency signal is, the row of a CLS
+    token or the attention each token receives. positions: the policies it can run; M-RoPE only
+    keeps. hidden: whether its projector maps encoder states to features token by token.
+    decoder_layers: how many there are. stages_from: the first decoder layer in front of which
+    tokens may be pruned, or None where none may.
+    """
+
+    family: str
+    signals: frozenset[str]
+    attention: Literal["cls", "received"] | None
+    positions: tuple[Positions, ...]
+    hidden: bool
+    decoder_layers: int
+    stages_from: int | None
+
+    def __str__(self) -> str:
+        stages = "no stages" if self.stages_from is None else f"stages from {self.stages_from}"
+        return (
+            f"{self.family} (signals {', '.join(sorted(self.signals)) or 'none'}; positions "
+            f"{' or '.join(self.positions)}; {self.decoder_layers} decoder layers, {stages})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedImage:
+    """One image after the encoder.
+
+    run_ND: every feature of its placeholder run, in prompt order. planes: its selectable tokens,
+    grid by grid; places: for each plane, where its tokens stand in the run. What no plane holds
+    (row ends) is kept only by a budget that has room for all of the planes.
+    """
+
+    row: int
+    image: int
+    run_ND: Tensor
+    planes: tuple[VisualTokens, ...]
+    places: tuple[Tensor, ...]
+    shape: ImageShape
+
+    @property
+    def count(self) -> int:
+        return int(self.run_ND.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
-    """Images after the vision encoder: one VisualTokens per image in prompt order, and the
-    family's own output object, which `Adapter.pack` rebuilds with fewer features."""
+    """Images in prompt order, and the family's own output object that `Adapter.pack` rebuilds."""
 
-    images: tuple[VisualTokens, ...]
+    images: tuple[EncodedImage, ...]
     output: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """What stays of one image: sorted indices into its run, and the features to feed there."""
+
+    index_K: Tensor
+    features_KD: Tensor
 
 
 class Adapter(ABC):
     """One model instance of one family.
 
-    signals: the attention signals this family can give. image_token_id: the id that stands for
-    one visual token in the prompt.
+    families: the `model_type`s of configs it serves. image_token_id: the id that stands for one
+    visual token in the prompt.
     """
 
-    family: ClassVar[str]
-    signals: ClassVar[frozenset[str]]
+    families: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.capabilities = self.capabilities_of(model.config)
         self.image_token_id = int(model.config.image_token_id)
+
+    @classmethod
+    @abstractmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        """What a model of this config can do. Raises UnsupportedModel for a variant that cannot be
+        served."""
+
+    @classmethod
+    @abstractmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        """The cost model of a config."""
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
-        """Runs the vision encoder once and reads the wanted signals on the way."""
+        """Runs the vision encoder once over a processor's batch and reads the wanted signals on
+        the way. Raises InputError for prompts that do not fit their images."""
 
     @abstractmethod
-    def pack(self, encoded: Encoded, features: Sequence[Tensor]) -> Any:
-        """A fresh output object of the family's own type that holds `features`, one [K, D] tensor
-        per image. Fresh on every call: beam search rewrites these objects in place."""
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        """A fresh output object of the family's own type that holds what is kept of each image.
+        Fresh on every call: beam search rewrites these objects in place."""
 
     @abstractmethod
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        """(row, shape) of each image of a processor's batch, without running the encoder."""
+
+    def fed(self, packed: Any) -> list[Tensor]:
+        """[K, D] features of each image as the model will read them from a packed output."""
+        return list(packed.pooler_output)
+
+    def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
+        """`generate`'s arguments for a packed and compacted batch."""
+        return {"mm_encoder_outputs": {"image": packed}}
+
+    def project(self, states_KV: Tensor) -> Tensor:
+        """[K, D] features of encoder states; only where `capabilities.hidden`."""
+        raise NotImplementedError(f"{self.capabilities.family} does not project token by token")
+
     def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions of the unpruned prompt, [R, B, S]."""
+        """Positions of the unpruned prompt, [R, B, S]: one row, or four with M-RoPE."""
+        return full_positions(inputs["attention_mask"])
 
-    @abstractmethod
-    def cost(self) -> LlavaCost:
-        """The cost model of this model's config."""
+    def language_model(self) -> Any:
+        """The decoder: embeddings, `.layers`, norm; without the head."""
+        return self.model.model.language_model
+
+    def cost(self) -> ModelCost:
+        size = torch.finfo(self.model.dtype).bits // 8
+        return self.cost_of(self.model.config, bytes_per_value=size)
 
     def input_embedding(self, token_ids: Tensor) -> Tensor:
         """Rows of the language model's input embedding, for text relevance."""
@@ -85,3 +175,10 @@ class Adapter(ABC):
                 f"{len(counts)} images were given, the prompts have places for {image}"
             )
         return places
+
+
+def raster(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[rows · columns, 2] coordinates of a full grid in raster order."""
+    return torch.cartesian_prod(
+        torch.arange(rows, device=device), torch.arange(columns, device=device)
+    ).view(-1, 2)

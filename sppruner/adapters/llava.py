@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -10,23 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Encoded
-from sppruner.compact import full_positions
-from sppruner.cost import LlavaCost
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
+from sppruner.cost import DecoderCost, ImageShape, LlavaEncoderCost, ModelCost
 from sppruner.errors import UnsupportedModel
-from sppruner.signals import CLS_ATTENTION, CONTENT_SEED, ClsRowProbe, probing
+from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
+from sppruner.signals import content_seed as seed_of
 from sppruner.types import VisualTokens
 
 
 class LlavaAdapter(Adapter):
     """`LlavaForConditionalGeneration` with a CLIP tower and one image per placeholder run."""
 
-    family = "llava"
-    signals: ClassVar[frozenset[str]] = frozenset({CLS_ATTENTION, CONTENT_SEED})
+    families: ClassVar[tuple[str, ...]] = ("llava",)
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        config = model.config
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
         if config.vision_config.model_type != "clip_vision_model":
             raise UnsupportedModel(
                 f"LLaVA with a {config.vision_config.model_type} tower: only CLIP towers are known"
@@ -38,6 +35,22 @@ class LlavaAdapter(Adapter):
                 "vision_feature_select_strategy='full' hands the CLS token on as a patch: "
                 "load the model with 'default'"
             )
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="cls",
+            positions=("keep", "renumber"),
+            hidden=True,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=LlavaEncoderCost.from_config(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
 
     def _tower(self) -> Any:
         return self.model.model.vision_tower
@@ -51,48 +64,59 @@ class LlavaAdapter(Adapter):
         layers = self._tower().encoder.layers
         return layers[index if index < 0 else index - 1].self_attn
 
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def _shape(self) -> ImageShape:
+        side = self._side()
+        return ImageShape(tiles=1, rows=side, columns=side, tokens=side * side)
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        pixels = inputs.get("pixel_values")
+        counts = [] if pixels is None else [self._shape().tokens] * len(pixels)
+        places = self.assign_rows(counts, inputs["input_ids"])
+        return [(row, self._shape()) for row, _ in places]
+
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         pixels = inputs["pixel_values"].to(self.model.dtype)
-        tower = self._tower()
         probe = ClsRowProbe(self._feature_layer_attention())
-        probed = probing(tower, probe) if CLS_ATTENTION in signals else nullcontext()
-        with probed:
+        wanted = signals & {ATTENTION, CLS_ATTENTION, KEYS}
+        with probing(self._tower(), probe) if wanted else nullcontext():
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
         features = list(output.pooler_output)
         hidden_INV = output.hidden_states[self.model.config.vision_feature_layer][:, 1:]
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        cells = torch.arange(side, device=pixels.device)
-        coords_N2 = torch.cartesian_prod(cells, cells)
+        side = self._side()
+        coords_N2 = raster(side, side, pixels.device)
         places = self.assign_rows([f.shape[0] for f in features], inputs["input_ids"])
         images = []
         for i, (row, index) in enumerate(places):
-            read: dict[str, Tensor] = {}
-            if CLS_ATTENTION in signals:
-                assert probe.rows_IN is not None
-                read[CLS_ATTENTION] = probe.rows_IN[i]
+            read = probe.signals(i) if wanted else {}
             if CONTENT_SEED in signals:
-                raw = pixels[i].float().cpu().numpy().tobytes()
-                read[CONTENT_SEED] = torch.tensor(zlib.crc32(raw))
+                read[CONTENT_SEED] = seed_of(pixels[i])
+            plane = VisualTokens(
+                features_ND=features[i],
+                hidden_NV=hidden_INV[i],
+                coords_N2=coords_N2,
+                signals={name: read[name] for name in signals},
+                row=row,
+                image=index,
+            )
             images.append(
-                VisualTokens(
-                    features_ND=features[i],
-                    hidden_NV=hidden_INV[i],
-                    coords_N2=coords_N2,
-                    signals=read,
+                EncodedImage(
                     row=row,
                     image=index,
+                    run_ND=features[i],
+                    planes=(plane,),
+                    places=(torch.arange(plane.count, device=pixels.device),),
+                    shape=self._shape(),
                 )
             )
         return Encoded(images=tuple(images), output=output)
 
-    def pack(self, encoded: Encoded, features: Sequence[Tensor]) -> Any:
-        return type(encoded.output)(pooler_output=list(features))
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
-    def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return full_positions(inputs["attention_mask"])
-
-    def cost(self) -> LlavaCost:
-        size = torch.finfo(self.model.dtype).bits // 8
-        return LlavaCost.from_config(self.model.config, bytes_per_value=size)
+    def project(self, states_KV: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(states_KV)

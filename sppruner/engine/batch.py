@@ -215,9 +215,8 @@ class BatchEngine:
         images = len(request.images)
         per_image = (visual // max(1, images), kept // max(1, images))
         cost = self._cost.row(
-            images=images,
-            visual_tokens=visual,
-            prompt_tokens=report.prompt_tokens,
+            images=report.image_shapes,
+            layer_tokens=report.layer_tokens,
             prompt_tokens_dense=report.prompt_tokens_dense,
             new_tokens=new_tokens,
             pruner_flops=0 if selector is None else images * selector.flops(*per_image, width),

@@ -9,23 +9,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
 from sppruner.relevance import Pool, Source
-from sppruner.signals import CLS_ATTENTION
+from sppruner.signals import ATTENTION, CLS_ATTENTION, RECEIVED_ATTENTION
+from sppruner.spec import Budget
+from sppruner.stages import Schedule
 from sppruner.types import Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from sppruner.adapters.base import Capabilities
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selector(ABC):
     """One method with its options. `select` is pure: same tokens, same choice.
 
-    signals: attention signals to read. relevance: where text relevance comes from ("none": not
-    wanted). relevance_pool: how the words of an instruction are joined.
+    signals: signals to read. relevance_source: where text relevance comes from ("none": not
+    wanted). relevance_join: how the words of an instruction are joined.
     """
 
     name: ClassVar[str]
@@ -41,6 +46,24 @@ class Selector(ABC):
     @property
     def relevance_join(self) -> Pool:
         return "mean"
+
+    def check(self, budget: Budget, can: Capabilities) -> None:
+        """Raises SpecError for a budget this method cannot run on a model that can do `can`."""
+        if budget.spread:
+            raise SpecError(
+                f"method {self.name!r} does not measure what an image holds: a budget with spread "
+                "needs one that does, such as 'prunesid'"
+            )
+
+    def information(self, planes: Sequence[VisualTokens]) -> float:
+        """How much an image holds over what an image usually holds (1.0); for budgets with
+        spread, so only for methods whose `check` lets them pass."""
+        raise SpecError(f"method {self.name!r} does not measure what an image holds")
+
+    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+        """Where the budget of `k` of an image's `n` tokens is spent; in front of the decoder
+        unless the method prunes inside it."""
+        return Schedule(before=k, counted=k)
 
     def select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         """Keeps `counts[i]` tokens of image i. A count of 0 keeps nothing, a count of at least N
@@ -118,5 +141,19 @@ def feature_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
     return torch.stack(maps)
 
 
-def cls_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
-    return torch.stack([image.signals[CLS_ATTENTION].float() for image in images])
+# What a method's `saliency` option may say, and the signal each needs.
+SALIENCY: dict[str, frozenset[str]] = {
+    "attention": frozenset({ATTENTION}),
+    "cls": frozenset({CLS_ATTENTION}),
+    "received": frozenset({RECEIVED_ATTENTION}),
+    "feature": frozenset(),
+}
+
+
+def saliency_IN(images: Sequence[VisualTokens], source: str) -> Tensor:
+    """Saliency [I, N] by an entry of `SALIENCY`: "attention" is the family's own (the row of the
+    CLS token where there is one, else received attention), "feature" needs no attention."""
+    if source == "feature":
+        return feature_saliency_IN(images)
+    (signal,) = SALIENCY[source]
+    return torch.stack([image.signals[signal].float() for image in images])

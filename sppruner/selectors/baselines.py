@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
-from sppruner.selectors.base import Selector, cls_saliency_IN, feature_saliency_IN
-from sppruner.signals import CLS_ATTENTION, CONTENT_SEED
+from sppruner.selectors.base import SALIENCY, Selector, saliency_IN
+from sppruner.signals import CONTENT_SEED
 from sppruner.types import Selection, VisualTokens
 
 
@@ -84,25 +84,21 @@ class GridSelector(Selector):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKSelector(Selector):
-    """The k most salient tokens.
-
-    saliency: "cls" is the encoder's CLS attention row; "feature" the distance from the image's
-    mean state, for encoders without a CLS token.
-    """
+    """The k most salient tokens; `saliency` is one of `sppruner.selectors.base.SALIENCY`."""
 
     name: ClassVar[str] = "topk"
-    saliency: str = "cls"
+    saliency: str = "attention"
 
     def __post_init__(self) -> None:
-        if self.saliency not in ("cls", "feature"):
-            raise SpecError(f"saliency {self.saliency!r}: use 'cls' or 'feature'")
+        if self.saliency not in SALIENCY:
+            raise SpecError(f"saliency={self.saliency!r}: use one of {tuple(SALIENCY)}")
 
     @property
     def signals(self) -> frozenset[str]:
-        return frozenset({CLS_ATTENTION} if self.saliency == "cls" else ())
+        return SALIENCY[self.saliency]
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        read = cls_saliency_IN if self.saliency == "cls" else feature_saliency_IN
         # A stable sort: equal saliencies keep raster order on every device.
-        order_IN: Tensor = read(images).argsort(dim=1, descending=True, stable=True)
+        saliency: Tensor = saliency_IN(images, self.saliency)
+        order_IN = saliency.argsort(dim=1, descending=True, stable=True)
         return [Selection(index_K=order_IN[i, :k].sort().values) for i, k in enumerate(counts)]

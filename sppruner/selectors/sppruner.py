@@ -33,13 +33,12 @@ from torch.nn.functional import normalize
 from sppruner.errors import SpecError
 from sppruner.relevance import Pool, Source
 from sppruner.selectors.base import (
+    SALIENCY,
     Selector,
-    cls_saliency_IN,
-    feature_saliency_IN,
     from_mask,
     min_max_IN,
+    saliency_IN,
 )
-from sppruner.signals import CLS_ATTENTION
 from sppruner.types import Selection, VisualTokens
 
 _NEVER = float("-inf")
@@ -49,16 +48,16 @@ _NEVER = float("-inf")
 class SPprunerSelector(Selector):
     """Options, with the symbol of the module's docstring where there is one.
 
-    saliency: "cls" or "feature". relevance: "embed", "clip" or "none"; relevance_pool: "mean",
-    "max" or "top3". relevance_floor: below this spread (standard deviation of a cosine) the text
-    says nothing about this image and saliency decides alone. percentile: saliency is clipped there,
-    since CLIP has a few outliers that squash all other values. sigma: reach of a subject, as a
-    share of the longer grid side. windows: the grid is split in windows × windows for the coverage
-    pass. kappa: dropped tokens merged per context token.
+    saliency: one of `sppruner.selectors.base.SALIENCY`. relevance: "embed", "clip" or "none";
+    relevance_pool: "mean", "max" or "top3". relevance_floor: below this spread (standard deviation
+    of a cosine) the text says nothing about this image and saliency decides alone. percentile:
+    saliency is clipped there, since CLIP has a few outliers that squash all other values. sigma:
+    reach of a subject, as a share of the longer grid side. windows: the grid is split in windows ×
+    windows for the coverage pass. kappa: dropped tokens merged per context token.
     """
 
     name: ClassVar[str] = "sppruner"
-    saliency: str = "cls"
+    saliency: str = "attention"
     relevance: str = "embed"
     relevance_pool: str = "mean"
     relevance_floor: float = 0.02
@@ -81,7 +80,7 @@ class SPprunerSelector(Selector):
 
     def __post_init__(self) -> None:
         choices = {
-            "saliency": ("cls", "feature"),
+            "saliency": tuple(SALIENCY),
             "relevance": ("embed", "clip", "none"),
             "relevance_pool": ("mean", "max", "top3"),
         }
@@ -105,7 +104,7 @@ class SPprunerSelector(Selector):
 
     @property
     def signals(self) -> frozenset[str]:
-        return frozenset({CLS_ATTENTION} if self.saliency == "cls" else ())
+        return SALIENCY[self.saliency]
 
     @property
     def relevance_source(self) -> Source:
@@ -149,7 +148,7 @@ class SPprunerSelector(Selector):
 
     def _interplay(self, images: Sequence[VisualTokens], squared_INN: Tensor) -> Tensor:
         """φ' of every token, [I, N]."""
-        raw_IN = cls_saliency_IN(images) if self.saliency == "cls" else feature_saliency_IN(images)
+        raw_IN = saliency_IN(images, self.saliency)
         ceiling_I1 = raw_IN.quantile(self.percentile, dim=1, keepdim=True)
         salient_IN = min_max_IN(raw_IN.minimum(ceiling_I1))
 

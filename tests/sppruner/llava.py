@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -60,7 +62,7 @@ def build(
     return model
 
 
-def batch(images_per_row: list[int], *, seed: int = 1) -> dict[str, Tensor]:
+def batch(images_per_row: Sequence[int], *, seed: int = 1) -> dict[str, Tensor]:
     """A left-padded batch of random prompts; row i has `images_per_row[i]` images and a length of
     its own."""
     generator = torch.Generator().manual_seed(seed)

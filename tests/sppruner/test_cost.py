@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from sppruner import Budget, Pruner, PruneSpec
-from sppruner.cost import PARTS, DecoderCost, LlavaCost, RowCost
+from sppruner.adapters import cost_of
+from sppruner.cost import PARTS, DecoderCost, ImageShape, ModelCost, RowCost
 from tests.sppruner.llava import IMAGE, TOKENS, batch, build
 
 NEW = 5
+IMAGE_SHAPE = ImageShape(tiles=1, rows=4, columns=4, tokens=TOKENS)
 GREEDY: dict[str, Any] = {"do_sample": False, "suppress_tokens": [2, IMAGE]}
 
 
@@ -25,8 +27,8 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def cost(model: Any) -> LlavaCost:
-    return LlavaCost.from_config(model.config, bytes_per_value=4)
+def cost(model: Any) -> ModelCost:
+    return cost_of(model.config, bytes_per_value=4)
 
 
 def counted(call: Any) -> int:
@@ -35,28 +37,31 @@ def counted(call: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: LlavaCost) -> None:
+def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: ModelCost) -> None:
     pixels = batch([1])["pixel_values"]
     hidden = torch.randn(1, TOKENS, 32)
-    assert counted(lambda: model.model.vision_tower(pixel_values=pixels)) == cost.tower.forward()
-    assert counted(lambda: model.model.multi_modal_projector(hidden)) == cost.projector(TOKENS)
+    tower = counted(lambda: model.model.vision_tower(pixel_values=pixels))
+    assert tower == cost.encoder.vision(IMAGE_SHAPE)
+    projector = counted(lambda: model.model.multi_modal_projector(hidden))
+    assert projector == cost.encoder.projector(IMAGE_SHAPE)
 
 
-def test_prefill_and_every_decode_step_equal_the_flop_counter(model: Any, cost: LlavaCost) -> None:
+def test_prefill_and_every_decode_step_equal_the_flop_counter(model: Any, cost: ModelCost) -> None:
     ids = torch.randint(6, 64, (1, 23), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config.get_text_config())
     prompt = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
     prefill = counted(lambda: model(input_ids=ids, logits_to_keep=1, **prompt))
-    assert prefill == cost.decoder.prefill(23)
+    short = [23] * cost.decoder.layers
+    assert prefill == cost.decoder.prefill(short)
     for step in range(1, NEW):
         grown = {"attention_mask": torch.ones(1, 23 + step), "past_key_values": cache}
         flops = counted(lambda grown=grown: model(input_ids=ids[:, :1], **grown))
-        assert flops == cost.decoder.decode(23, step + 1) - cost.decoder.decode(23, step)
+        assert flops == cost.decoder.decode(short, step + 1) - cost.decoder.decode(short, step)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
 def test_a_whole_pruned_generation_costs_what_the_row_says(
-    model: Any, cost: LlavaCost, ratio: float
+    model: Any, cost: ModelCost, ratio: float
 ) -> None:
     inputs = batch([1])
     spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
@@ -66,9 +71,8 @@ def test_a_whole_pruned_generation_costs_what_the_row_says(
     total = counted(lambda: done.append(pruner.generate(inputs, spec, **settings)))
     report, output = done[0].reports[0], done[0].output
     row = cost.row(
-        images=1,
-        visual_tokens=report.visual_tokens,
-        prompt_tokens=report.prompt_tokens,
+        images=report.image_shapes,
+        layer_tokens=report.layer_tokens,
         prompt_tokens_dense=report.prompt_tokens_dense,
         new_tokens=NEW,
         pruner_flops=0,
@@ -87,7 +91,7 @@ VICUNA = DecoderCost(
 
 def macs(tokens: int) -> float:
     """Multiply-adds of the layers alone, in units of 10¹²: what the papers print."""
-    return (VICUNA.prefill(tokens) - VICUNA.head) / 2 / 1e12
+    return (VICUNA.prefill([tokens] * 32) - VICUNA.head) / 2 / 1e12
 
 
 def test_the_published_figure_of_llava_7b_comes_out() -> None:
@@ -109,26 +113,26 @@ def test_a_third_of_the_tokens_saves_the_published_67_percent_without_text() -> 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 64))
 def test_a_longer_prompt_never_costs_less(one: int, other: int, new: int) -> None:
-    short, long = sorted((one, other))
+    short, long = ([n] * 32 for n in sorted((one, other)))
     assert VICUNA.prefill(short) <= VICUNA.prefill(long)
     assert VICUNA.decode(short, new) <= VICUNA.decode(long, new)
     assert VICUNA.kv_bytes(short, new) <= VICUNA.kv_bytes(long, new)
 
 
 def test_the_first_token_comes_with_the_prefill() -> None:
-    assert VICUNA.decode(100, 1) == 0
-    assert VICUNA.kv_bytes(100, 1) == 100 * 512 * 1024  # Half a MiB a token in 16 bits.
+    assert VICUNA.decode([100] * 32, 1) == 0
+    assert VICUNA.kv_bytes([100] * 32, 1) == 100 * 512 * 1024  # Half a MiB a token in 16 bits.
 
 
 def test_a_row_survives_its_dictionary_and_the_pruner_counts_on_its_own_side(
-    cost: LlavaCost,
+    cost: ModelCost,
 ) -> None:
     row = cost.row(
-        images=2, visual_tokens=32, prompt_tokens=20, prompt_tokens_dense=40, new_tokens=3,
+        images=[IMAGE_SHAPE] * 2, layer_tokens=[20] * 3, prompt_tokens_dense=40, new_tokens=3,
         pruner_flops=7,
     )  # fmt: skip
     assert RowCost.from_dict(row.to_dict()) == row
     assert tuple(row.flops) == tuple(row.flops_dense) == PARTS
     assert (row.flops["pruner"], row.flops_dense["pruner"]) == (7, 0)
-    assert row.flops["vision"] == row.flops_dense["vision"] == 2 * cost.tower.forward()
+    assert row.flops["vision"] == row.flops_dense["vision"] == 2 * cost.encoder.vision(IMAGE_SHAPE)
     assert row.kv_bytes < row.kv_bytes_dense

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sppruner.adapters import Encoded, LlavaAdapter
+from sppruner.adapters import Encoded, Kept, LlavaAdapter
 from sppruner.engine import BatchEngine, Generation, Request, Result
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
@@ -180,8 +180,14 @@ def test_a_seed_samples_the_same_text_in_any_company(engine: BatchEngine) -> Non
 class IgnoresTheSelection(LlavaAdapter):
     """Hands every feature on, whatever was selected."""
 
-    def pack(self, encoded: Encoded, features: Sequence[Any]) -> Any:
-        return super().pack(encoded, [image.features_ND for image in encoded.images])
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return super().pack(
+            encoded,
+            [
+                Kept(index_K=torch.arange(image.count), features_KD=image.run_ND)
+                for image in encoded.images
+            ],
+        )
 
 
 def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sppruner import Budget, Pruner, PruneSpec
-from sppruner.adapters import Encoded, LlavaAdapter
+from sppruner.adapters import Encoded, Kept, LlavaAdapter
 from sppruner.compact import full_positions
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, SpecError, UnknownMethod
 from sppruner.spec import DENSE
@@ -161,8 +161,14 @@ def test_reports_count_what_the_model_is_given() -> None:
 class IgnoresTheSelection(LlavaAdapter):
     """Hands every feature on, whatever was selected."""
 
-    def pack(self, encoded: Encoded, features: Sequence[Tensor]) -> Any:
-        return super().pack(encoded, [image.features_ND for image in encoded.images])
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return super().pack(
+            encoded,
+            [
+                Kept(index_K=torch.arange(image.count), features_KD=image.run_ND)
+                for image in encoded.images
+            ],
+        )
 
 
 def test_an_adapter_that_ignores_the_selection_cannot_pass_as_pruned() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sppruner.errors import SpecError, UnknownMethod
 from sppruner.selectors import available, selector_for
 from sppruner.selectors.sppruner import SPprunerSelector
-from sppruner.signals import CLS_ATTENTION, CONTENT_SEED
+from sppruner.signals import ATTENTION, CONTENT_SEED
 from sppruner.spec import PruneSpec
 from sppruner.types import Selection, VisualTokens
 
@@ -33,7 +33,7 @@ def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTo
         hidden_NV=torch.randn(n, 12, generator=generator),
         coords_N2=torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(n, 2),
         signals={
-            CLS_ATTENTION: torch.rand(n, generator=generator),
+            ATTENTION: torch.rand(n, generator=generator),
             CONTENT_SEED: torch.tensor(seed),
         },
         relevance_N=torch.randn(n, generator=generator),
@@ -61,7 +61,7 @@ def test_exactly_k_sorted_unique_tokens_are_kept_of_any_grid(
 ) -> None:
     image = make(rows, columns, seed=rows * 10 + columns)
     if flat:
-        constant = {CLS_ATTENTION: torch.ones(image.count), CONTENT_SEED: torch.tensor(3)}
+        constant = {ATTENTION: torch.ones(image.count), CONTENT_SEED: torch.tensor(3)}
         image = replace(image, signals=constant, relevance_N=torch.ones(image.count))
     for k in {0, 1, round(share * image.count), image.count, image.count + 3}:
         index = choose(method, [image], [k])[0].index_K.tolist()
@@ -77,7 +77,7 @@ def test_an_image_of_equal_tokens_still_gives_exactly_k(method: str) -> None:
         image,
         features_ND=torch.ones_like(image.features_ND),
         hidden_NV=torch.ones(16, 12),
-        signals={CLS_ATTENTION: torch.zeros(16), CONTENT_SEED: torch.tensor(0)},
+        signals={ATTENTION: torch.zeros(16), CONTENT_SEED: torch.tensor(0)},
         relevance_N=None,
     )
     assert choose(method, [blank], [5])[0].index_K.unique().numel() == 5
@@ -130,7 +130,7 @@ def test_grid_reaches_every_quadrant_and_never_leaves_one_behind(k: int) -> None
 def test_topk_keeps_the_most_salient_and_the_first_of_equals() -> None:
     image = make(4, 4)
     saliency = torch.tensor([0.0, 5, 3, 5] + [3.0] * 12)
-    image = replace(image, signals={CLS_ATTENTION: saliency})
+    image = replace(image, signals={ATTENTION: saliency})
     assert choose("topk", [image], [4])[0].index_K.tolist() == [1, 2, 3, 4]
 
 
@@ -180,7 +180,7 @@ def scaled(values_N: Array) -> Array:
 
 
 def reference_phi(image: VisualTokens, m: SPprunerSelector) -> Array:
-    raw = image.signals[CLS_ATTENTION].double().numpy()
+    raw = image.signals[ATTENTION].double().numpy()
     s = scaled(np.minimum(raw, np.quantile(raw, m.percentile)))
     r, lam = np.zeros_like(s), 0.0
     if image.relevance_N is not None:
@@ -320,7 +320,7 @@ def test_without_focus_it_is_farthest_point_sampling_from_the_largest_phi() -> N
     bare = PLAIN | {"focus_min": 0.0, "focus_max": 0.0, "lam": 0.0, "eta": 0.0}
     for seed in range(3):
         image = make(8, 8, seed=seed)
-        seed_token = int(image.signals[CLS_ATTENTION].argmax())
+        seed_token = int(image.signals[ATTENTION].argmax())
         for k in (1, 2, 15, 40):
             kept = choose("sppruner", [image], [k], **bare)[0]
             assert kept.index_K.tolist() == farthest_points(image, [seed_token], k)
@@ -341,7 +341,7 @@ def test_redundancy_one_takes_twins_at_full_value() -> None:
     image = make(8, 8, width=48)
     twins = image.features_ND[:32].repeat_interleave(2, dim=0)
     fading = torch.linspace(1, 0.5, 64)
-    image = replace(image, features_ND=twins, signals={CLS_ATTENTION: fading}, relevance_N=None)
+    image = replace(image, features_ND=twins, signals={ATTENTION: fading}, relevance_N=None)
     alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0}
     assert choose("sppruner", [image], [20], **alone)[0].index_K.tolist() == list(range(20))
 
@@ -350,7 +350,7 @@ def test_agreement_alone_ranks_and_scans_as_fsr_does() -> None:
     fsr = PLAIN | {"lam": 1.0, "alpha": 3.0, "beta": 1.0, "focus_min": 0.5, "focus_max": 0.5}
     for seed in range(3):
         image = make(8, 8, seed=seed)
-        s = scaled(image.signals[CLS_ATTENTION].double().numpy())
+        s = scaled(image.signals[ATTENTION].double().numpy())
         assert image.relevance_N is not None
         r = scaled(image.relevance_N.double().numpy())
         focus = (-(r**3) * s).argsort(kind="stable")[:10].tolist()
@@ -389,8 +389,8 @@ def test_merging_changes_context_only_and_keeps_its_norms() -> None:
 
 def test_selecting_leaves_the_image_as_it_was() -> None:
     image = make(6, 6)
-    before = image.features_ND.clone(), image.signals[CLS_ATTENTION].clone()
+    before = image.features_ND.clone(), image.signals[ATTENTION].clone()
     for method in METHODS:
         choose(method, [image, image], [9, 35])
     assert image.features_ND.equal(before[0])
-    assert image.signals[CLS_ATTENTION].equal(before[1])
+    assert image.signals[ATTENTION].equal(before[1])

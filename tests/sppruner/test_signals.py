@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from sppruner import signals
-from sppruner.adapters import LlavaAdapter
+from sppruner.adapters import Encoded, LlavaAdapter
 from sppruner.signals import CLS_ATTENTION, CONTENT_SEED, ClsRowProbe, probing
+from sppruner.types import VisualTokens
 from tests.sppruner.llava import SIDE, TOKENS, batch, build
 
 LAYERS = [-1, -2, 2]
+
+
+def planes(encoded: Encoded) -> list[VisualTokens]:
+    return [plane for image in encoded.images for plane in image.planes]
 
 
 def eager_rows(feature_layer: int, pixels: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ def test_the_probe_reads_the_eager_row_of_the_feature_layer(
         adapter = LlavaAdapter(build(attention, feature_layer=feature_layer))
         encoded = adapter.encode(inputs, frozenset({CLS_ATTENTION}))
         expected = eager_rows(feature_layer, inputs["pixel_values"])
-    read = torch.stack([image.signals[CLS_ATTENTION] for image in encoded.images])
+    read = torch.stack([image.signals[CLS_ATTENTION] for image in planes(encoded)])
     torch.testing.assert_close(read, expected, atol=1e-6, rtol=0)
 
 
@@ -47,7 +52,7 @@ def test_features_are_bit_equal_with_and_without_probing(
     inputs = batch([1, 1])
     plain = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
     encoded = LlavaAdapter(model).encode(inputs, frozenset({CLS_ATTENTION, CONTENT_SEED}))
-    for image, features in zip(encoded.images, plain.pooler_output, strict=True):
+    for image, features in zip(planes(encoded), plain.pooler_output, strict=True):
         assert image.features_ND.equal(features)
 
 
@@ -55,7 +60,7 @@ def test_features_are_bit_equal_with_and_without_probing(
 @torch.no_grad()
 def test_hidden_states_are_those_the_features_were_projected_from(feature_layer: int) -> None:
     model = build(feature_layer=feature_layer)
-    for image in LlavaAdapter(model).encode(batch([2]), frozenset()).images:
+    for image in planes(LlavaAdapter(model).encode(batch([2]), frozenset())):
         assert image.hidden_NV is not None
         projected = model.model.multi_modal_projector(image.hidden_NV)
         torch.testing.assert_close(projected, image.features_ND, atol=1e-5, rtol=1e-5)
@@ -64,15 +69,15 @@ def test_hidden_states_are_those_the_features_were_projected_from(feature_layer:
 @torch.no_grad()
 def test_only_what_is_asked_for_is_read() -> None:
     adapter = LlavaAdapter(build())
-    assert not adapter.encode(batch([1]), frozenset()).images[0].signals
-    seeds = adapter.encode(batch([2]), frozenset({CONTENT_SEED})).images
+    assert not planes(adapter.encode(batch([1]), frozenset()))[0].signals
+    seeds = planes(adapter.encode(batch([2]), frozenset({CONTENT_SEED})))
     assert seeds[0].signals.keys() == {CONTENT_SEED}
     assert seeds[0].signals[CONTENT_SEED] != seeds[1].signals[CONTENT_SEED]
 
 
 @torch.no_grad()
 def test_tokens_carry_their_place_on_the_grid_in_raster_order() -> None:
-    image = LlavaAdapter(build()).encode(batch([1]), frozenset()).images[0]
+    image = planes(LlavaAdapter(build()).encode(batch([1]), frozenset()))[0]
     assert image.grid == (SIDE, SIDE)
     assert image.coords_N2.tolist() == [[i // SIDE, i % SIDE] for i in range(TOKENS)]
 

@@ -1,0 +1,22 @@
+"""Modelled cost of a prompt, from the model's config alone: FLOPs by part and KV-cache bytes.
+
+A multiply-add counts as 2. Attention counts every query-key pair (no causal discount), as
+`torch.utils.flop_counter.FlopCounterMode` does, with which the parts agree to the integer under
+eager attention. Norms, softmax and activations are not counted. Modelled figures say what the
+arithmetic is; they never stand in for measured seconds.
+"""
+
+from sppruner.cost.decoder import DecoderCost
+from sppruner.cost.encoders import ClipTowerCost, LlavaEncoderCost
+from sppruner.cost.model import PARTS, EncoderCost, ImageShape, ModelCost, RowCost
+
+__all__ = [
+    "PARTS",
+    "ClipTowerCost",
+    "DecoderCost",
+    "EncoderCost",
+    "ImageShape",
+    "LlavaEncoderCost",
+    "ModelCost",
+    "RowCost",
+]

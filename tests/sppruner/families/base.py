@@ -1,0 +1,76 @@
+"""Random tiny models of every family and left-padded batches for them, from configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PAD, BOS, EOS = 0, 1, 2
+
+
+class Build(Protocol):
+    def __call__(self, attention: str = "sdpa", *, seed: int = 0) -> Any:
+        """A random model in float32 and eval mode, with weights large enough that its answers
+        depend on what it sees."""
+
+
+class Batch(Protocol):
+    def __call__(self, images_per_row: Sequence[int], *, seed: int = 1) -> dict[str, Tensor]:
+        """What the family's processor would give for prompts of different length with so many
+        images each: left-padded, images of different sizes where the family can. Rows may have
+        no image; a batch without any image has no pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family under test. image_id: its visual placeholder."""
+
+    name: str
+    build: Build
+    batch: Batch
+    image_id: int
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """input_ids and attention_mask of prompts of different length."""
+    longest = max(map(len, rows))
+    ids_BS = torch.tensor([[PAD] * (longest - len(r)) + list(r) for r in rows])
+    mask_BS = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    return {"input_ids": ids_BS, "attention_mask": mask_BS}
+
+
+def prompts(
+    runs_per_row: Sequence[Sequence[Sequence[int]]], *, seed: int, first_word: int = 8
+) -> list[list[int]]:
+    """Prompts around image runs: a start token, each run followed by two words, then a question
+    that is longer in every row. runs_per_row: for each row, the placeholder ids of each image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(first_word, 64, (count,), generator=generator).tolist()
+
+    rows = []
+    for row, runs in enumerate(runs_per_row):
+        ids = [BOS]
+        for run in runs:
+            ids += [*run, *words(2)]
+        rows.append([*ids, *words(3 + 2 * row)])
+    return rows
+
+
+def enlarge(model: Any, language: float = 8.0, other: float = 4.0) -> Any:
+    """Scales matrices up, so that a random model does not answer alike whatever it sees."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(language if "language_model" in name else other)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = EOS
+    return model.eval()
+
+
+__all__ = ["BOS", "EOS", "PAD", "Batch", "Build", "Family", "enlarge", "left_padded", "prompts"]

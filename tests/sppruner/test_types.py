@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppruner.errors import SpecError
-from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec, shares
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
 values = st.one_of(
@@ -66,6 +66,9 @@ def test_a_token_budget_is_met_or_the_whole_image_is_kept(tokens: int, n: int) -
         {"tokens": True},
         {"ratio": 0.5, "min_keep": -1},
         {"ratio": 0.5, "min_keep": 1.5},
+        {"ratio": 0.5, "scope": "batch"},
+        {"ratio": 0.5, "spread": 1.0},
+        {"ratio": 0.5, "spread": -0.1},
     ],
 )
 def test_a_budget_that_cannot_mean_anything_is_refused(bad: dict[str, Any]) -> None:
@@ -129,3 +132,47 @@ def test_dense_is_the_spec_of_method_none() -> None:
     assert PruneSpec.from_dict({"method": "none"}) == DENSE
     assert DENSE.is_dense
     assert not PruneSpec(method="grid").is_dense
+
+
+sizes_of_images = st.lists(st.integers(0, 3000), min_size=1, max_size=6)
+
+
+@given(st.integers(0, 20_000), sizes_of_images)
+def test_shares_sum_to_the_total_and_follow_the_sizes(total: int, sizes: list[int]) -> None:
+    parts = shares(total, sizes)
+    assert sum(parts) == min(total, sum(sizes))
+    assert all(0 <= part <= size for part, size in zip(parts, sizes, strict=True))
+    if total < sum(sizes):
+        exact = [total * size / sum(sizes) for size in sizes]
+        assert all(abs(part - due) < 1 for part, due in zip(parts, exact, strict=True))
+
+
+@given(sizes_of_images, ratios, st.integers(0, 500), st.sampled_from(["image", "prompt"]))
+def test_a_prompt_keeps_what_its_budget_bounds_say(
+    sizes: list[int], ratio: float, tokens: int, scope: Any
+) -> None:
+    for budget in (Budget(ratio=ratio, scope=scope), Budget(tokens=tokens, scope=scope)):
+        kept = budget.per_image(sizes)
+        low, high = budget.bounds(sum(sizes), len(sizes))
+        assert low <= sum(kept) <= high
+        if scope == "prompt" or len(sizes) == 1:
+            assert low == high == budget.count(sum(sizes))
+
+
+@given(st.integers(0, 1000), st.integers(0, 500), st.floats(0, 10), st.floats(0, 0.99))
+def test_information_moves_a_budget_no_further_than_its_spread(
+    n: int, tokens: int, weight: float, spread: float
+) -> None:
+    budget = Budget(tokens=tokens, spread=spread)
+    k = budget.count(n)
+    low, high = budget.bounds(n)
+    assert low <= budget.weighed(k, n, weight) <= high
+    assert budget.weighed(k, n, 1.0) == k
+
+
+def test_a_written_budget_names_its_scope_and_spread_only_where_they_matter() -> None:
+    plain = PruneSpec(method="grid", budget=Budget(ratio=0.5)).to_dict()["budget"]
+    assert plain == {"ratio": 0.5, "min_keep": 1}
+    shared = PruneSpec(method="grid", budget=Budget(tokens=9, scope="prompt", spread=0.5))
+    assert shared.to_dict()["budget"]["scope"] == "prompt"
+    assert PruneSpec.from_dict(shared.to_dict()) == shared

@@ -1,195 +1,76 @@
-"""Speed, side by side in one run: the job against the bare engine on the same images.
+"""Speed, side by side in one run.
 
     python jobs/benchmark.py --suite pipeline --json pipeline.json
+    python jobs/benchmark.py --suite selection --dtype bfloat16
 
-`pipeline` labels one corpus in turns: with the engine alone in this process, fed from memory, and
-with the job (S3 server, Ray Data, a Serve replica, commits). Replicas are up before any clock
-starts. Ratios are medians over the rounds with their smallest and largest value.
+`pipeline`: the job against the bare engine on the same images. `selection`: what choosing tokens
+costs beside the prefill it shortens, at the widths of 7B models. Ratios are medians over the rounds
+with their smallest and largest value.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
-import platform
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from cluster.config import MediaLimits, RunConfig
 from cluster.errors import RunError
-from cluster.fleet import FleetSettings, open_fleet
-from cluster.local_s3 import LocalS3
 from cluster.logs import configure_logs
-from cluster.media import decode_image
-from cluster.replica import EngineSettings
 from cluster.report import console
-from cluster.run import run
-from cluster.store import open_store
-from jobs.make_corpus import make_corpus
-from sppruner import Budget, PruneSpec
-from sppruner.engine import BatchEngine, Generation, Request
-from sppruner.engine.loading import EMBEDDED, resolve_model
-from sppruner.tiny.questions import CAPTION_PROMPT
-
-_SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
-_GENERATION = Generation(max_new_tokens=64)
+from jobs.suites.pipeline import pipeline
+from jobs.suites.selection import selection
+from sppruner.engine.loading import EMBEDDED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One timed pass. replica_busy_share: of a job, the share of time in which an engine ran."""
-
-    name: str
-    round: int
-    images: int
-    seconds: float
-    images_per_second: float
-    replica_busy_share: float | None = None
-
-
-def machine() -> dict[str, object]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpus": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-    }
+def shown(result: dict[str, Any]) -> list[Table]:
+    """The cases and the ratios as tables."""
+    cases = Table(title=f"suite {result['suite']}", title_justify="left")
+    for column in result["cases"][0]:
+        cases.add_column(column.replace("_", " "))
+    for case in result["cases"]:
+        cases.add_row(*map(_figure, case.values()))
+    ratios = Table(title="ratios", title_justify="left")
+    for column in ("ratio", "median", "low", "high"):
+        ratios.add_column(column)
+    for name, value in result["ratios"].items():
+        ratios.add_row(name, *map(_figure, value.values()))
+    return [cases, ratios]
 
 
-def engine_pass(engine: BatchEngine, images: Sequence[bytes], rows: int, number: int) -> Case:
-    """The engine alone: decode and answer, in batches of `rows`."""
-    limits = MediaLimits()
-    began = time.monotonic()
-    for start in range(0, len(images), rows):
-        batch = [
-            Request(
-                id=str(start + i),
-                prompt=CAPTION_PROMPT,
-                images=(decode_image(data, limits),),
-                spec=_SPEC,
-                generation=_GENERATION,
-            )
-            for i, data in enumerate(images[start : start + rows])
-        ]
-        failed = [result for result in engine.run(batch) if result.error_code is not None]
-        assert not failed, failed[0]
-    seconds = time.monotonic() - began
-    return Case(
-        name="engine",
-        round=number,
-        images=len(images),
-        seconds=seconds,
-        images_per_second=len(images) / seconds,
-    )
-
-
-def job_pass(corpus: str, output: str, model: str, told: Console, number: int) -> Case:
-    """The job on replicas that are up; its clock runs from the first read to the last commit."""
-    config = RunConfig(
-        kind="caption",
-        input=corpus,
-        output=output,
-        model=model,
-        prompt=CAPTION_PROMPT,
-        spec=_SPEC,
-        generation=_GENERATION,
-        control_share=0.0,
-    )
-    attempt = run(config, console=told).summary.attempt
-    assert attempt is not None
-    return Case(
-        name="job",
-        round=number,
-        images=attempt.rows,
-        seconds=attempt.wall_seconds,
-        images_per_second=attempt.rows_per_second,
-        replica_busy_share=attempt.replica_busy_share,
-    )
-
-
-def pipeline(model: str, rows: int, rounds: int, told: Console) -> dict[str, object]:
-    about = machine()
-    engine = BatchEngine(model)
-    served = EngineSettings(model=model, revision=resolve_model(model).revision)
-    batch_rows = served.max_batch_rows
-    cases: list[Case] = []
-    with LocalS3("benchmark") as server:
-        corpus = f"{server.uri}/corpus"
-        make_corpus(kind="caption", rows=rows, output=corpus)
-        store = open_store(corpus)
-        images: list[bytes] = []
-        for info in store.list(suffixes=(".parquet",)):
-            column = pq.read_table(io.BytesIO(store.get(info.key)), columns=["image"])["image"]
-            images += [value["bytes"] for value in column.to_pylist()]
-        with open_fleet(FleetSettings(engine=served)):
-            engine_pass(engine, images[: 2 * batch_rows], batch_rows, -1)  # warm-up, not counted
-            for number in range(rounds):
-                cases.append(engine_pass(engine, images, batch_rows, number))
-                output = f"{server.uri}/labels-{number}"
-                cases.append(job_pass(corpus, output, model, told, number))
-    ratios = [
-        job.images_per_second / alone.images_per_second
-        for alone, job in zip(cases[::2], cases[1::2], strict=True)
-    ]
-    return {
-        "suite": "pipeline",
-        "machine": about,
-        "cases": [asdict(case) for case in cases],
-        "ratios": {
-            "ray_vs_engine": {"value": median(ratios), "low": min(ratios), "high": max(ratios)}
-        },
-    }
-
-
-def shown(result: dict[str, object]) -> Table:
-    table = Table(title=f"suite {result['suite']}", title_justify="left")
-    for column in ("case", "round", "images", "seconds", "images/s", "replica busy"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    cases = result["cases"]
-    assert isinstance(cases, list)
-    for case in cases:
-        busy = case["replica_busy_share"]
-        table.add_row(
-            case["name"],
-            str(case["round"]),
-            str(case["images"]),
-            f"{case['seconds']:.1f}",
-            f"{case['images_per_second']:.1f}",
-            "" if busy is None else f"{100 * busy:.0f} %",
-        )
-    return table
+def _figure(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Speed, side by side in one run.")
-    parser.add_argument("--suite", choices=["pipeline"], required=True)
-    parser.add_argument("--quick", action="store_true", help="few images, one round")
-    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--suite", choices=["pipeline", "selection"], required=True)
+    parser.add_argument("--quick", action="store_true", help="few images, few rounds")
+    parser.add_argument("--model", default=EMBEDDED, help="suite pipeline: folder or Hub name")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="suite selection"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args(argv)
     configure_logs()
     told = console(stderr=True)
-    rows, rounds = (256, 1) if arguments.quick else (2048, 3)
     try:
-        result = pipeline(arguments.model, rows, rounds, told)
+        if arguments.suite == "pipeline":
+            result = pipeline(arguments.model, quick=arguments.quick, told=told)
+        else:
+            dtype = getattr(torch, arguments.dtype)
+            result = selection(quick=arguments.quick, told=told, dtype=dtype)
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
-    console().print(shown(result), result["ratios"])
+    console().print(*shown(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -6,12 +6,15 @@ from typing import Any
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept
 from sppruner.adapters.llava import LlavaAdapter
+from sppruner.adapters.llava_next import LlavaNextAdapter
 from sppruner.cost import ModelCost
 from sppruner.errors import UnsupportedModel
 
-_ADAPTERS: dict[str, type[Adapter]] = {
-    family: adapter for adapter in (LlavaAdapter,) for family in adapter.families
-}
+_CLASSES: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+)
+_ADAPTERS = {family: adapter for adapter in _CLASSES for family in adapter.families}
 
 
 def families() -> list[str]:
@@ -50,6 +53,7 @@ __all__ = [
     "EncodedImage",
     "Kept",
     "LlavaAdapter",
+    "LlavaNextAdapter",
     "adapter_class",
     "adapter_for",
     "capabilities",

@@ -1,8 +1,12 @@
 """Every family under test, by name."""
 
-from tests.sppruner.families import llava
+from tests.sppruner.families import llava, llava_next
 from tests.sppruner.families.base import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava,)}
+_MODULES = (
+    llava,
+    llava_next,
+)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 __all__ = ["FAMILIES", "Family"]

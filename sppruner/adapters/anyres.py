@@ -1,0 +1,235 @@
+"""Any-resolution images (LLaVA-NeXT, LLaVA-OneVision): the whole image at low resolution, then a
+grid of tiles at high resolution, cut to the image's aspect ratio, with a newline after every row.
+
+An image is two planes: its low-resolution view, and the unpadded high-resolution grid across all
+tiles. Newline tokens belong to no plane.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.tiles import layer_before, read
+from sppruner.cost import ImageShape
+from sppruner.signals import CONTENT_SEED, content_seed, probing
+from sppruner.types import VisualTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnyresLayout:
+    """Where the tokens of one image come from. side: patches along a tile.
+
+    grid: (rows, columns) of high-resolution tiles; (0, 0) where there is the low-resolution view
+    only. crop: (top, left) of the image on the padded grid; unpadded: its (rows, columns) there.
+    size: (rows, columns) of tokens after pooling, which is `unpadded` where nothing is pooled.
+    """
+
+    side: int
+    grid: tuple[int, int] = (0, 0)
+    crop: tuple[int, int] = (0, 0)
+    unpadded: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(
+        cls,
+        image_size: Sequence[int],
+        *,
+        pinpoints: Any,
+        tile: int,
+        side: int,
+        most_tiles: int | None = None,
+    ) -> AnyresLayout:
+        """The layout of an image of (height, width) pixels.
+
+        pinpoints: the resolutions the processor chooses from. tile: pixels along a tile.
+        most_tiles: grids that hold clearly more tokens than so many tiles are pooled to about as
+        many; the bound and its slack of 1.1 are the model's.
+        """
+        height, width = image_size
+        best = select_best_resolution((height, width), pinpoints)
+        grid = best[0] // tile, best[1] // tile
+        rows, columns = grid[0] * side, grid[1] * side
+        top = left = 0
+        # The processor pads the image to the grid's aspect ratio; int(round(…, 7)) is how the
+        # model finds the padding again.
+        if width / height > columns / rows:
+            top = (rows - int(round(height * (columns / width), 7))) // 2
+        else:
+            left = (columns - int(round(width * (rows / height), 7))) // 2
+        unpadded = size = rows - 2 * top, columns - 2 * left
+        if most_tiles is not None:
+            ratio = math.sqrt(unpadded[0] * unpadded[1] / (most_tiles * side**2))
+            if ratio > 1.1:
+                size = int(unpadded[0] // ratio), int(unpadded[1] // ratio)
+        return cls(side=side, grid=grid, crop=(top, left), unpadded=unpadded, size=size)
+
+    @property
+    def tiles(self) -> int:
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens in the prompt, newlines included."""
+        rows, columns = self.size
+        newlines = 1 if self.tiles == 1 else rows
+        return self.side**2 + rows * columns + newlines
+
+    def shape(self) -> ImageShape:
+        return ImageShape(tiles=self.tiles, rows=self.side, columns=self.side, tokens=self.tokens)
+
+    def places(self, device: torch.device) -> list[Tensor]:
+        """Where each plane's tokens stand in the run."""
+        base = self.side**2
+        places = [torch.arange(base, device=device)]
+        rows, columns = self.size
+        if rows * columns:
+            line = torch.arange(rows, device=device)[:, None] * (columns + 1)
+            column = torch.arange(columns, device=device)
+            places.append((base + line + column).flatten())
+        return places
+
+    def assemble(self, values_TPC: Tensor) -> Tensor:
+        """[rows · columns, C] of the high-resolution plane from its tiles' values [T, P, C], by
+        the reshapes, the crop and the bilinear pooling that the model puts features through."""
+        width = values_TPC.shape[-1]
+        grid = values_TPC.reshape(*self.grid, self.side, self.side, width)
+        whole = grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+        (top, left), (rows, columns) = self.crop, self.unpadded
+        cut = whole[:, top : top + rows, left : left + columns]
+        if self.size != self.unpadded:
+            cut = torch.nn.functional.interpolate(cut[None], list(self.size), mode="bilinear")[0]
+        return cut.flatten(1).T
+
+
+class AnyresAdapter(Adapter):
+    """What LLaVA-NeXT and LLaVA-OneVision share; they differ in tower, probe and layout."""
+
+    @abstractmethod
+    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+        """The layout of each image of a batch."""
+
+    @abstractmethod
+    def _probe(self, attention: torch.nn.Module) -> Any:
+        """The probe of the tower's saliency."""
+
+    @abstractmethod
+    def _patch_states(self, output: Any) -> Tensor:
+        """[T, P, V] states of all tiles that the projector reads, without a CLS token."""
+
+    @property
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        layouts = [] if inputs.get("pixel_values") is None else self._layouts(inputs)
+        rows = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
+        return [(row, layout.shape()) for (row, _), layout in zip(rows, layouts, strict=True)]
+
+    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
+        layouts = self._layouts(inputs)
+        owners = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
+        pixels = inputs["pixel_values"].to(self.model.dtype)
+        tower = self.model.model.vision_tower
+        layers = tower.encoder.layers
+        probe = self._probe(layer_before(layers, self.model.config.vision_feature_layer).self_attn)
+        wanted = signals - {CONTENT_SEED}
+        sizes = {k: inputs[k] for k in ("image_sizes", "batch_num_images") if k in inputs}
+        with probing(tower, probe) if wanted else nullcontext():
+            output = self.model.model.get_image_features(
+                pixel_values=pixels, return_dict=True, **sizes
+            )
+        states_TPV = self._patch_states(output)
+        tiles = _tile_pixels(pixels, layouts)
+        images, first = [], 0
+        for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):
+            own = range(first, first + layout.tiles)
+            first += layout.tiles
+            images.append(
+                self._image(
+                    layout,
+                    row=row,
+                    image=index,
+                    run_ND=output.pooler_output[i],
+                    states_TPV=states_TPV[own.start : own.stop],
+                    read=read(probe, own) if wanted else {},
+                    pixels=tiles[i],
+                    signals=signals,
+                )
+            )
+        return Encoded(images=tuple(images), output=output)
+
+    def _image(
+        self,
+        layout: AnyresLayout,
+        *,
+        row: int,
+        image: int,
+        run_ND: Tensor,
+        states_TPV: Tensor,
+        read: Mapping[str, Tensor],
+        pixels: Tensor,
+        signals: frozenset[str],
+    ) -> EncodedImage:
+        places = layout.places(run_ND.device)
+        planes = []
+        for p, places_N in enumerate(places):
+            low = p == 0
+            rows, columns = (layout.side, layout.side) if low else layout.size
+            known = {
+                name: tiles[0] if low else _assembled(layout, tiles[1:])
+                for name, tiles in read.items()
+            }
+            if CONTENT_SEED in signals:
+                known[CONTENT_SEED] = content_seed(pixels[0] if low else pixels[1:])
+            hidden_NV = None
+            if self.capabilities.hidden:
+                hidden_NV = states_TPV[0] if low else layout.assemble(states_TPV[1:])
+            planes.append(
+                VisualTokens(
+                    features_ND=run_ND[places_N],
+                    hidden_NV=hidden_NV,
+                    coords_N2=raster(rows, columns, run_ND.device),
+                    signals={name: known[name] for name in signals},
+                    row=row,
+                    image=image,
+                    plane=p,
+                )
+            )
+        return EncodedImage(
+            row=row,
+            image=image,
+            run_ND=run_ND,
+            planes=tuple(planes),
+            places=tuple(places),
+            shape=layout.shape(),
+        )
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
+
+
+def _assembled(layout: AnyresLayout, values: Tensor) -> Tensor:
+    if values.dim() == 2:
+        return layout.assemble(values[..., None])[:, 0]
+    return layout.assemble(values)
+
+
+def _tile_pixels(pixels: Tensor, layouts: Sequence[AnyresLayout]) -> list[Tensor]:
+    """Each image's own tiles: the processor pads images to one number of tiles, or, unbatched,
+    puts all tiles in a row."""
+    counts = [layout.tiles for layout in layouts]
+    if pixels.dim() == 5:
+        return [image[:count] for image, count in zip(pixels, counts, strict=True)]
+    return list(pixels.split(counts))

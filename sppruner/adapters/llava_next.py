@@ -1,0 +1,64 @@
+"""LLaVA-NeXT (LLaVA-1.6): LLaVA's CLIP tower and projector on any-resolution tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
+from sppruner.adapters.base import Capabilities
+from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
+from sppruner.cost import DecoderCost, LlavaEncoderCost, ModelCost
+from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe
+
+
+class LlavaNextAdapter(AnyresAdapter):
+    """`LlavaNextForConditionalGeneration` with a CLIP tower."""
+
+    families: ClassVar[tuple[str, ...]] = ("llava_next",)
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        require_tower(config, "clip_vision_model")
+        require_features(config, "default")
+        require_dense_decoder(config)
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="cls",
+            positions=("keep", "renumber"),
+            hidden=True,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=LlavaEncoderCost.from_config(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
+
+    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+        config = self.model.config
+        return [
+            AnyresLayout.of(
+                size,
+                pinpoints=config.image_grid_pinpoints,
+                tile=config.vision_config.image_size,
+                side=self._side,
+            )
+            for size in inputs["image_sizes"].tolist()
+        ]
+
+    def _probe(self, attention: torch.nn.Module) -> ClsRowProbe:
+        return ClsRowProbe(attention)
+
+    def _patch_states(self, output: Any) -> Tensor:
+        return output.hidden_states[self.model.config.vision_feature_layer][:, 1:]
+
+    def project(self, states_KV: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(states_KV)

@@ -1,0 +1,45 @@
+"""Checks that variants of several families share: what none of them can serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sppruner.errors import UnsupportedModel
+
+# Decoders that `sppruner.cost.DecoderCost` counts exactly: SwiGLU and grouped-query attention.
+DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def require_dense_decoder(config: Any) -> None:
+    """Raises UnsupportedModel for a decoder whose cost is not modelled, such as one with experts:
+    its savings could not be stated."""
+    kind = config.text_config.model_type
+    if kind not in DENSE_DECODERS:
+        raise UnsupportedModel(
+            f"{config.model_type} with a {kind} decoder: its cost is not modelled; load a "
+            f"checkpoint with one of {', '.join(DENSE_DECODERS)}"
+        )
+
+
+def require_tower(config: Any, kind: str) -> None:
+    """Raises UnsupportedModel for a vision tower other than the family's own."""
+    found = config.vision_config.model_type
+    if found != kind:
+        raise UnsupportedModel(
+            f"{config.model_type} with a {found} tower: load a checkpoint with a {kind} one"
+        )
+
+
+def require_features(config: Any, strategy: str) -> None:
+    """Raises UnsupportedModel where a feature is not one patch of one layer: several layers
+    concatenated, or a select strategy that takes the CLS token for a patch or a patch for it."""
+    if not isinstance(config.vision_feature_layer, int):
+        raise UnsupportedModel(
+            f"{config.model_type} that concatenates vision layers {config.vision_feature_layer} is "
+            "not supported: load a checkpoint that reads one layer"
+        )
+    if config.vision_feature_select_strategy != strategy:
+        raise UnsupportedModel(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}: "
+            f"load the model with {strategy!r}, which is what its tower needs"
+        )

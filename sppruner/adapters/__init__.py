@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept
+from sppruner.adapters.internvl import InternVLAdapter
 from sppruner.adapters.llava import LlavaAdapter
 from sppruner.adapters.llava_next import LlavaNextAdapter
 from sppruner.cost import ModelCost
@@ -13,6 +14,7 @@ from sppruner.errors import UnsupportedModel
 _CLASSES: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
+    InternVLAdapter,
 )
 _ADAPTERS = {family: adapter for adapter in _CLASSES for family in adapter.families}
 
@@ -51,6 +53,7 @@ __all__ = [
     "Capabilities",
     "Encoded",
     "EncodedImage",
+    "InternVLAdapter",
     "Kept",
     "LlavaAdapter",
     "LlavaNextAdapter",

@@ -36,6 +36,14 @@ def read(probe: TileProbe, tiles: range) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
+def runs(mask_BS: Tensor) -> list[tuple[int, int]]:
+    """(row, length) of each unbroken run of True, in reading order."""
+    edges = torch.nn.functional.pad(mask_BS.to(torch.int8), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+    lengths = ends[:, 1] - starts[:, 1]
+    return list(zip(starts[:, 0].tolist(), lengths.tolist(), strict=True))
+
+
 def merged(values_TPC: Tensor, factor: int) -> Tensor:
     """[T, P / factor², factor², C]: the patches behind each token, both in raster order.
 

@@ -8,6 +8,7 @@ arithmetic is; they never stand in for measured seconds.
 
 from sppruner.cost.decoder import DecoderCost
 from sppruner.cost.encoders import ClipTowerCost, LlavaEncoderCost
+from sppruner.cost.encoders_tiled import SiglipTowerCost, TiledEncoderCost
 from sppruner.cost.model import PARTS, EncoderCost, ImageShape, ModelCost, RowCost
 
 __all__ = [
@@ -19,4 +20,6 @@ __all__ = [
     "LlavaEncoderCost",
     "ModelCost",
     "RowCost",
+    "SiglipTowerCost",
+    "TiledEncoderCost",
 ]

@@ -1,0 +1,146 @@
+"""InternVL (the `transformers` port): square tiles through a ViT with a CLS token, 2×2 patches
+shuffled into a token, a Qwen-like decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
+from sppruner.adapters.tiles import (
+    layer_before,
+    merged,
+    merged_signals,
+    read,
+    runs,
+    tiled_image,
+)
+from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
+from sppruner.compact import Compacted
+from sppruner.cost import DecoderCost, ImageShape, ModelCost, TiledEncoderCost
+from sppruner.errors import InputError, UnsupportedModel
+from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
+
+
+class InternVLAdapter(Adapter):
+    """`InternVLForConditionalGeneration`; every tile of an image is a plane. Video frames are
+    images of one tile.
+
+    A batch names tiles only, not which image they are of: an image is an unbroken run of
+    placeholders, since the processor puts a start and an end token around each.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("internvl",)
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        require_tower(config, "internvl_vision")
+        require_features(config, "default")
+        require_dense_decoder(config)
+        height, width = config.vision_config.image_size
+        if height != width:
+            raise UnsupportedModel(
+                f"InternVL with tiles of {height}×{width} pixels: its pixel shuffle needs square "
+                "tiles, load a checkpoint whose vision_config.image_size is square"
+            )
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="cls",
+            positions=("keep", "renumber"),
+            hidden=True,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=TiledEncoderCost.internvl(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
+
+    @property
+    def _factor(self) -> int:
+        return int(1 / self.model.config.downsample_ratio)
+
+    def _shape(self, tiles: int) -> ImageShape:
+        vision = self.model.config.vision_config
+        side = vision.image_size[0] // vision.patch_size[0]
+        tokens = tiles * (side // self._factor) ** 2
+        return ImageShape(tiles=tiles, rows=side, columns=side, tokens=tokens)
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        per_tile = self._shape(1).tokens
+        found = []
+        for row, length in runs(self.placeholders(inputs["input_ids"])):
+            if length % per_tile:
+                raise InputError(
+                    f"prompt {row} has {length} places for visual tokens in a row, a tile has "
+                    f"{per_tile}: is the prompt cut off, or not made by this model's processor?"
+                )
+            found.append((row, self._shape(length // per_tile)))
+        pixels = inputs.get("pixel_values")
+        given, places = 0 if pixels is None else len(pixels), sum(s.tiles for _, s in found)
+        if given != places:
+            raise InputError(
+                f"{given} tiles were given, the prompts have places for {places}: is there one "
+                "image placeholder per image?"
+            )
+        return found
+
+    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
+        shapes = self.shapes(inputs)
+        config, factor = self.model.config, self._factor
+        pixels = inputs["pixel_values"].to(self.model.dtype)
+        tower = self.model.model.vision_tower
+        probe = ClsRowProbe(
+            layer_before(tower.encoder.layer, config.vision_feature_layer).attention
+        )
+        wanted = signals - {CONTENT_SEED}
+        with probing(tower, probe) if wanted else nullcontext():
+            output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
+        if config.vision_feature_layer == -1:
+            states = output.last_hidden_state
+        else:
+            states = output.hidden_states[config.vision_feature_layer]
+        hidden_TNV = merged(states[:, 1:], factor).flatten(2)
+        images, first, held = [], 0, {}
+        for row, shape in shapes:
+            own = slice(first, first + shape.tiles)
+            known = read(probe, range(own.start, own.stop)) if wanted else {}
+            images.append(
+                tiled_image(
+                    row=row,
+                    image=held.setdefault(row, 0),
+                    features_TND=output.pooler_output[own],
+                    hidden_TNV=hidden_TNV[own],
+                    pixels=pixels[own],
+                    read=merged_signals(known, factor),
+                    signals=signals,
+                    shape=shape,
+                )
+            )
+            first, held[row] = own.stop, held[row] + 1
+        return Encoded(images=tuple(images), output=output)
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        """Features image by image; the model itself reads one tensor of equal tiles, which pruned
+        images no longer fill, so `prompt` merges them into the embeddings."""
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
+
+    def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
+        """The embedded prompt. As an encoder output in one tensor, ragged images would pass greedy
+        decoding, but beams would split it by tiles and silently mix prompts up."""
+        ids_BL = compacted.input_ids_BL
+        embeds_BLD = self.input_embedding(ids_BL)
+        features_KD = torch.cat(packed.pooler_output).to(embeds_BLD)
+        places_BL1 = self.placeholders(ids_BL).unsqueeze(-1)
+        return {"inputs_embeds": embeds_BLD.masked_scatter(places_BL1, features_KD)}
+
+    def project(self, states_KV: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(states_KV)

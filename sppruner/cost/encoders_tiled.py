@@ -1,0 +1,103 @@
+"""The encoders of families that cut images into tiles and merge patches before the projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from sppruner.cost.encoders import ClipTowerCost
+from sppruner.cost.model import ImageShape
+
+
+class TowerCost(Protocol):
+    """FLOPs of a vision tower."""
+
+    def forward(self, patches: int) -> int:
+        """FLOPs of one tile of `patches`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiglipTowerCost:
+    """A SigLIP vision tower: patches only. pooled: whether its attention-pooling head runs too,
+    although nobody reads it."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    patch: int
+    channels: int = 3
+    pooled: bool = False
+
+    @classmethod
+    def from_config(cls, vision: Any) -> SiglipTowerCost:
+        return cls(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            patch=vision.patch_size,
+            channels=vision.num_channels,
+            pooled=getattr(vision, "vision_use_head", False),
+        )
+
+    def forward(self, patches: int) -> int:
+        """FLOPs of one tile of `patches`."""
+        d, n, wide = self.hidden, patches, self.intermediate
+        embed = 2 * n * self.channels * self.patch**2 * d
+        total = embed + self.layers * (8 * n * d * d + 4 * n * d * wide + 4 * n * n * d)
+        if self.pooled:
+            # One query over all patches, then an MLP on the one token that comes out.
+            total += 4 * (n + 1) * d * d + 4 * n * d + 4 * d * wide
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledEncoderCost:
+    """A tower on every tile; `merge` patches become a token, which a projector of linear layers
+    maps through `widths`, input first. Pixel shuffle and pooling of features are not counted."""
+
+    tower: TowerCost
+    merge: int
+    widths: tuple[int, ...]
+
+    @classmethod
+    def onevision(cls, config: Any) -> TiledEncoderCost:
+        """LLaVA-OneVision: SigLIP, a two-layer projector on every patch."""
+        vision, width = config.vision_config, config.text_config.hidden_size
+        return cls(
+            tower=SiglipTowerCost.from_config(vision),
+            merge=1,
+            widths=(vision.hidden_size, width, width),
+        )
+
+    @classmethod
+    def internvl(cls, config: Any) -> TiledEncoderCost:
+        """InternVL: a ViT with a CLS token, pixel shuffle, a two-layer projector."""
+        vision, width = config.vision_config, config.text_config.hidden_size
+        merge = int(1 / config.downsample_ratio) ** 2
+        tower = ClipTowerCost(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            patch=vision.patch_size[0],
+            channels=vision.num_channels,
+        )
+        return cls(tower=tower, merge=merge, widths=(merge * vision.hidden_size, width, width))
+
+    @classmethod
+    def idefics3(cls, config: Any) -> TiledEncoderCost:
+        """Idefics3 and SmolVLM: SigLIP, pixel shuffle, one linear layer."""
+        vision, merge = config.vision_config, config.scale_factor**2
+        return cls(
+            tower=SiglipTowerCost.from_config(vision),
+            merge=merge,
+            widths=(merge * vision.hidden_size, config.text_config.hidden_size),
+        )
+
+    def vision(self, image: ImageShape) -> int:
+        return image.tiles * self.tower.forward(image.rows * image.columns)
+
+    def projector(self, image: ImageShape) -> int:
+        tokens = image.tiles * image.rows * image.columns // self.merge
+        return 2 * tokens * sum(a * b for a, b in pairwise(self.widths))

@@ -1,0 +1,81 @@
+"""InternVL: images of one to three tiles, 16 tokens of 2×2 patches a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    Qwen2Config,
+    set_seed,
+)
+
+from tests.sppruner.families.base import (
+    BOS,
+    EOS,
+    PAD,
+    Family,
+    enlarge,
+    left_padded,
+    prompts,
+)
+
+IMAGE, START, END = 5, 6, 7
+SIDE, TILE = 8, 32
+TOKENS = (SIDE // 2) ** 2
+TILES = [3, 1, 2]  # Of the images in turn.
+
+
+def build(attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
+    set_seed(seed)
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=TILE,
+            patch_size=TILE // SIDE,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        ),
+        image_token_id=IMAGE,
+        image_seq_length=TOKENS,
+        attn_implementation=attention,
+        **options,
+    )
+    model = InternVLForConditionalGeneration(config)
+    # Both start at zero; patches would not know where they are, nor the CLS token what to ask.
+    embeddings = model.model.vision_tower.embeddings
+    torch.nn.init.normal_(embeddings.position_embeddings)
+    torch.nn.init.normal_(embeddings.cls_token)
+    return enlarge(model)
+
+
+def batch(images_per_row: Sequence[int], *, seed: int = 1) -> dict[str, Tensor]:
+    tiles = [TILES[i % len(TILES)] for i in range(sum(images_per_row))]
+    run = iter([[START, *[IMAGE] * (TOKENS * count), END] for count in tiles])
+    rows = prompts([[next(run) for _ in range(count)] for count in images_per_row], seed=seed)
+    inputs = left_padded(rows)
+    if tiles:
+        generator = torch.Generator().manual_seed(seed)
+        inputs["pixel_values"] = torch.randn(sum(tiles), 3, TILE, TILE, generator=generator)
+    return inputs
+
+
+FAMILY = Family(name="internvl", build=build, batch=batch, image_id=IMAGE)

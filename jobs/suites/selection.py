@@ -48,7 +48,8 @@ class Shape:
         return self.grid**2
 
 
-def _shapes() -> list[Shape]:
+def published_shapes() -> list[Shape]:
+    """576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
     llava = {
         "model": "LLaVA-1.5-7B", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 32,
         "intermediate": 11008, "encoder_width": 1024, "text_tokens": 60,
@@ -139,7 +140,12 @@ def _prefill(model: LlamaModel, tokens: int, dtype: torch.dtype) -> Callable[[],
 
 @torch.no_grad()
 def selection(
-    *, quick: bool, told: Console, dtype: torch.dtype = torch.float32, methods: Sequence[str] = ()
+    *,
+    quick: bool,
+    told: Console,
+    dtype: torch.dtype = torch.float32,
+    methods: Sequence[str] = METHODS,
+    shapes: Sequence[Shape] | None = None,
 ) -> dict[str, Any]:
     """Every method at every shape; `ratios` holds the share of the dense prefill per case, and
     `pruner_share` the largest one of `sppruner`."""
@@ -147,14 +153,14 @@ def selection(
     about = machine()
     cases: list[Case] = []
     shares: dict[str, dict[str, float]] = {}
-    for shape in _shapes():
+    for shape in shapes or published_shapes():
         told.print(f"{shape.model}, {shape.visual_tokens} visual tokens", highlight=False)
         image = _image(shape, dtype)
         kept = Budget(ratio=_RATIO).count(shape.visual_tokens)
         layer = _layer(shape, dtype)
         dense = _prefill(layer, shape.visual_tokens + shape.text_tokens, dtype)
         pruned = _prefill(layer, kept + shape.text_tokens, dtype)
-        selectors = {name: _select(name, image, kept) for name in methods or METHODS}
+        selectors = {name: _select(name, image, kept) for name in methods}
         times = _in_turns({"dense": dense, "pruned": pruned} | selectors, rounds)
         for name in selectors:
             part = ratio(

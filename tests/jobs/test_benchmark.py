@@ -1,0 +1,54 @@
+"""The benchmark's result has the shape its readers rely on, and its figures fit together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs.suites.selection import Shape, published_shapes, selection
+
+SMALL = Shape(
+    model="small",
+    layers=3,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    intermediate=96,
+    encoder_width=32,
+    grid=8,
+    text_tokens=5,
+)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    methods = ("sppruner", "topk")
+    return selection(quick=True, told=Console(quiet=True), methods=methods, shapes=[SMALL])
+
+
+def test_every_method_is_timed_at_every_shape_beside_the_same_prefill(
+    result: dict[str, Any],
+) -> None:
+    assert result["suite"] == "selection"
+    assert [case["method"] for case in result["cases"]] == ["sppruner", "topk"]
+    assert len({case["prefill_seconds"] for case in result["cases"]}) == 1
+    for case in result["cases"]:
+        assert case["visual_tokens"] == 64
+        assert 0 < case["share_low"] <= case["share_of_prefill"] <= case["share_high"]
+
+
+def test_the_headline_ratio_is_the_worst_shape_of_sppruner(result: dict[str, Any]) -> None:
+    ratios = result["ratios"]
+    assert ratios["pruner_share"] == ratios["sppruner small 64"]
+
+
+def test_the_published_shapes_are_those_of_the_models() -> None:
+    shapes = {(s.model, s.visual_tokens): s for s in published_shapes()}
+    assert set(shapes) == {
+        (model, n) for model in ("LLaVA-1.5-7B", "Qwen2.5-VL-7B") for n in (576, 1296)
+    }
+    llava, qwen = shapes["LLaVA-1.5-7B", 576], shapes["Qwen2.5-VL-7B", 1296]
+    assert (llava.hidden, llava.layers, llava.intermediate) == (4096, 32, 11008)
+    assert (qwen.hidden, qwen.layers, qwen.intermediate, qwen.kv_heads) == (3584, 28, 18944, 4)

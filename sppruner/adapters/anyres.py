@@ -151,19 +151,20 @@ class AnyresAdapter(Adapter):
                 pixel_values=pixels, return_dict=True, **sizes
             )
         states_TPV = self._patch_states(output)
+        known = read(probe, len(states_TPV)) if wanted else {}
         tiles = _tile_pixels(pixels, layouts)
         images, first = [], 0
         for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):
-            own = range(first, first + layout.tiles)
-            first += layout.tiles
+            own = slice(first, first + layout.tiles)
+            first = own.stop
             images.append(
                 self._image(
                     layout,
                     row=row,
                     image=index,
                     run_ND=output.pooler_output[i],
-                    states_TPV=states_TPV[own.start : own.stop],
-                    read=read(probe, own) if wanted else {},
+                    states_TPV=states_TPV[own],
+                    read={name: values[own] for name, values in known.items()},
                     pixels=tiles[i],
                     signals=signals,
                 )

@@ -14,10 +14,10 @@ from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
 from sppruner.adapters.tiles import (
     layer_before,
     merged,
-    merged_signals,
+    merged_signal,
     read,
     runs,
-    tiled_image,
+    tiled_images,
 )
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.compact import Compacted
@@ -77,13 +77,14 @@ class InternVLAdapter(Adapter):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         per_tile = self._shape(1).tokens
         found = []
-        for row, length in runs(self.placeholders(inputs["input_ids"])):
-            if length % per_tile:
+        for row, start, stop in runs(self.placeholders(inputs["input_ids"])):
+            tiles, rest = divmod(stop - start, per_tile)
+            if rest:
                 raise InputError(
-                    f"prompt {row} has {length} places for visual tokens in a row, a tile has "
-                    f"{per_tile}: is the prompt cut off, or not made by this model's processor?"
+                    f"prompt {row} has {stop - start} places for visual tokens in a row, a tile "
+                    f"has {per_tile}: is the prompt cut off, or not made by this model's processor?"
                 )
-            found.append((row, self._shape(length // per_tile)))
+            found.append((row, self._shape(tiles)))
         pixels = inputs.get("pixel_values")
         given, places = 0 if pixels is None else len(pixels), sum(s.tiles for _, s in found)
         if given != places:
@@ -108,25 +109,16 @@ class InternVLAdapter(Adapter):
             states = output.last_hidden_state
         else:
             states = output.hidden_states[config.vision_feature_layer]
-        hidden_TNV = merged(states[:, 1:], factor).flatten(2)
-        images, first, held = [], 0, {}
-        for row, shape in shapes:
-            own = slice(first, first + shape.tiles)
-            known = read(probe, range(own.start, own.stop)) if wanted else {}
-            images.append(
-                tiled_image(
-                    row=row,
-                    image=held.setdefault(row, 0),
-                    features_TND=output.pooler_output[own],
-                    hidden_TNV=hidden_TNV[own],
-                    pixels=pixels[own],
-                    read=merged_signals(known, factor),
-                    signals=signals,
-                    shape=shape,
-                )
-            )
-            first, held[row] = own.stop, held[row] + 1
-        return Encoded(images=tuple(images), output=output)
+        known = read(probe, len(states)) if wanted else {}
+        images = tiled_images(
+            shapes,
+            features_TND=output.pooler_output,
+            hidden_TNV=merged(states[:, 1:], factor).flatten(2),
+            pixels=pixels,
+            read={name: merged_signal(values, factor) for name, values in known.items()},
+            signals=signals,
+        )
+        return Encoded(images=images, output=output)
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         """Features image by image; the model itself reads one tensor of equal tiles, which pruned

@@ -30,18 +30,20 @@ def layer_before(layers: nn.ModuleList, index: int) -> nn.Module:
     return layers[index if index < 0 else index - 1]
 
 
-def read(probe: TileProbe, tiles: range) -> dict[str, Tensor]:
-    """What a probe read of some tiles, by signal name: [T, P] or [T, P, C]."""
-    each = [probe.signals(tile) for tile in tiles]
+def read(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
+    """What a probe read of the tiles of a batch, by signal name: [T, P] or [T, P, C]."""
+    each = [probe.signals(tile) for tile in range(tiles)]
     return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
-def runs(mask_BS: Tensor) -> list[tuple[int, int]]:
-    """(row, length) of each unbroken run of True, in reading order."""
+def runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of each unbroken run of True, in reading order."""
     edges = torch.nn.functional.pad(mask_BS.to(torch.int8), (1, 1)).diff(dim=1)
-    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
-    lengths = ends[:, 1] - starts[:, 1]
-    return list(zip(starts[:, 0].tolist(), lengths.tolist(), strict=True))
+    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return [
+        (row, start, stop)
+        for (row, start), (_, stop) in zip(starts.tolist(), stops.tolist(), strict=True)
+    ]
 
 
 def merged(values_TPC: Tensor, factor: int) -> Tensor:
@@ -55,53 +57,61 @@ def merged(values_TPC: Tensor, factor: int) -> Tensor:
     return grid.reshape(tiles, side * side, factor * factor, width)
 
 
-def merged_signals(signals: Mapping[str, Tensor], factor: int) -> dict[str, Tensor]:
-    """Signals of patches as signals of tokens: the mean over the patches merged into each."""
-    return {
-        name: merged(values[..., None], factor).mean(dim=2)[..., 0]
-        if values.dim() == 2
-        else merged(values, factor).mean(dim=2)
-        for name, values in signals.items()
-    }
+def merged_signal(values: Tensor, factor: int) -> Tensor:
+    """A signal of tokens from one of patches, [T, P] or [T, P, C]: the mean over the patches
+    merged into each token."""
+    values_TPC = values if values.dim() == 3 else values[..., None]
+    mean_TNC = merged(values_TPC, factor).mean(dim=2)
+    return mean_TNC if values.dim() == 3 else mean_TNC[..., 0]
 
 
-def tiled_image(
+def tiled_images(
+    shapes: Sequence[tuple[int, ImageShape]],
     *,
-    row: int,
-    image: int,
     features_TND: Tensor,
     hidden_TNV: Tensor,
     pixels: Sequence[Tensor],
     read: Mapping[str, Tensor],
     signals: frozenset[str],
-    shape: ImageShape,
-) -> EncodedImage:
-    """An image whose run is its tiles' tokens one after the other: each tile is a plane."""
-    tiles, count = features_TND.shape[:2]
+) -> tuple[EncodedImage, ...]:
+    """Images whose runs are their tiles' tokens one after the other: each tile is a plane.
+
+    shapes: (row, shape) of each image, which take the tiles in order. read: what was read of all
+    tiles, token by token.
+    """
+    count = features_TND.shape[1]
     side = math.isqrt(count)
-    device = features_TND.device
-    coords_N2 = raster(side, side, device)
-    planes = []
-    for tile in range(tiles):
-        known = {name: values[tile] for name, values in read.items()}
-        if CONTENT_SEED in signals:
-            known[CONTENT_SEED] = content_seed(pixels[tile])
-        planes.append(
-            VisualTokens(
-                features_ND=features_TND[tile],
-                hidden_NV=hidden_TNV[tile],
-                coords_N2=coords_N2,
-                signals={name: known[name] for name in signals},
+    coords_N2 = raster(side, side, features_TND.device)
+    images: list[EncodedImage] = []
+    held: dict[int, int] = {}
+    first = 0
+    for row, shape in shapes:
+        image = held.setdefault(row, 0)
+        planes = []
+        for tile in range(first, first + shape.tiles):
+            known = {name: values[tile] for name, values in read.items()}
+            if CONTENT_SEED in signals:
+                known[CONTENT_SEED] = content_seed(pixels[tile])
+            planes.append(
+                VisualTokens(
+                    features_ND=features_TND[tile],
+                    hidden_NV=hidden_TNV[tile],
+                    coords_N2=coords_N2,
+                    signals={name: known[name] for name in signals},
+                    row=row,
+                    image=image,
+                    plane=tile - first,
+                )
+            )
+        images.append(
+            EncodedImage(
                 row=row,
                 image=image,
-                plane=tile,
+                run_ND=features_TND[first : first + shape.tiles].flatten(0, 1),
+                planes=tuple(planes),
+                places=torch.arange(shape.tokens, device=features_TND.device).split(count),
+                shape=shape,
             )
         )
-    return EncodedImage(
-        row=row,
-        image=image,
-        run_ND=features_TND.flatten(0, 1),
-        planes=tuple(planes),
-        places=torch.arange(tiles * count, device=device).split(count),
-        shape=shape,
-    )
+        first, held[row] = first + shape.tiles, image + 1
+    return tuple(images)

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +48,13 @@ class Probe(Protocol):
     def read(
         self, query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None, scaling: float
     ) -> None:
-        """Called once per forward of the module, with what its attention function was given."""
+        """Called for each forward of the module with what its attention function was given: once,
+        or, where a tower packs several images into one sequence, once per image in their order.
+
+        Keys have fewer heads than queries where the module groups queries. mask: bool (True: may
+        look), or additive, broadcastable to [I, H, N, N]; [I, N] of valid keys from flash
+        attention; None where every query sees every key, or, in a decoder, every earlier one.
+        """
 
 
 class ClsRowProbe:
@@ -78,6 +85,63 @@ class ClsRowProbe:
         return {ATTENTION: row_N, CLS_ATTENTION: row_N, KEYS: self.keys_INV[image]}
 
 
+# Scores a received-attention probe holds at a time: 64 MiB in float32.
+_SCORES_AT_A_TIME = 2**24
+
+
+class ReceivedProbe:
+    """The attention each token receives in one bidirectional module, for towers without a CLS
+    token: the eager attention map's mean over heads and queries. And the head-mean keys.
+
+    The map is made in chunks of queries and never held whole: O(N² · width) time, O(N) kept. Reads
+    images in the order of the tower's calls, whether it stacks them or runs them one by one; a
+    probe serves one encoding.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.received: list[Tensor] = []
+        self.keys: list[Tensor] = []
+
+    def read(
+        self, query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None, scaling: float
+    ) -> None:
+        images, heads, queries, _ = query_IHND.shape
+        groups = key_IHND.shape[1]
+        # [I, groups, queries of a group, N, D] against [I, groups, 1, D, N].
+        query = query_IHND.float().unflatten(1, (groups, heads // groups))
+        key = key_IHND.float().transpose(-1, -2).unsqueeze(2)
+        bias = None if mask is None else _additive(mask, images, key.shape[-1])
+        total_IN = query.new_zeros(images, key.shape[-1])
+        chunk = max(1, _SCORES_AT_A_TIME // (images * heads * key.shape[-1]))
+        for start in range(0, queries, chunk):
+            rows = slice(start, start + chunk)
+            scores = (query[..., rows, :] @ key).flatten(1, 2) * scaling
+            if bias is not None:
+                scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])
+            total_IN += torch.softmax(scores, dim=-1).sum(dim=(1, 2))
+        self.received += (total_IN / (heads * queries)).unbind()
+        self.keys += key_IHND.float().mean(dim=1).unbind()
+
+    def signals(self, image: int) -> dict[str, Tensor]:
+        """What was read of one image, by signal name."""
+        assert self.received, "no forward ran inside `probing`"
+        row_N = self.received[image]
+        return {ATTENTION: row_N, RECEIVED_ATTENTION: row_N, KEYS: self.keys[image]}
+
+
+def _additive(mask: Tensor, images: int, keys: int) -> Tensor:
+    """A mask of any of the forms `Probe.read` names, to be added to scores [I, H, N, N]."""
+    if mask.dim() == 2:
+        mask = mask.bool()[:, None, None]
+    mask = mask[..., :keys].expand(images, -1, -1, -1)
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(
+        ~mask, torch.finfo(torch.float32).min
+    )
+
+
 _active: dict[int, Probe] = {}
 
 
@@ -86,6 +150,14 @@ def _implementation(base: str, module: nn.Module) -> Any:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _images(query_IHND: Tensor, borders: Tensor | None) -> list[slice]:
+    """The spans of a sequence that attend to themselves alone: towers that pack images into one
+    sequence name the borders to flash attention, and call any other one span by span."""
+    if borders is None:
+        return [slice(0, query_IHND.shape[2])]
+    return [slice(start, stop) for start, stop in pairwise(borders.tolist())]
 
 
 def _probed(base: str) -> str:
@@ -98,7 +170,8 @@ def _probed(base: str) -> str:
         probe = _active.get(id(module))
         if probe is not None:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            probe.read(query, key, mask, kwargs["scaling"])
+            for part in _images(query, kwargs.get("cu_seq_lens_q")):
+                probe.read(query[:, :, part], key[:, :, part], mask, kwargs["scaling"])
         return _implementation(base, module)(module, query, key, *args, **kwargs)
 
     AttentionInterface.register(name, attention)

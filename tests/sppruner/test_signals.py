@@ -6,11 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AttentionInterface, Idefics3VisionConfig, set_seed
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from sppruner import signals
 from sppruner.adapters import Encoded, LlavaAdapter
-from sppruner.signals import CLS_ATTENTION, CONTENT_SEED, ClsRowProbe, probing
+from sppruner.signals import (
+    ATTENTION,
+    CLS_ATTENTION,
+    CONTENT_SEED,
+    KEYS,
+    RECEIVED_ATTENTION,
+    ClsRowProbe,
+    ReceivedProbe,
+    probing,
+)
 from sppruner.types import VisualTokens
 from tests.sppruner.llava import SIDE, TOKENS, batch, build
 
@@ -139,3 +152,103 @@ def test_models_that_are_not_probed_are_not_read() -> None:
     with probing(tower, probe):
         run_tower(other)
         assert probe.rows_IN is None
+
+
+def eager_map(query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None) -> Tensor:
+    """[I, H, N, N], the textbook way."""
+    key_IHND = key_IHND.repeat_interleave(query_IHND.shape[1] // key_IHND.shape[1], dim=1)
+    scores = query_IHND @ key_IHND.transpose(-1, -2) * 0.3
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+
+
+@given(
+    images=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    group=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    form=st.sampled_from(["none", "bool", "additive", "flash"]),
+    at_a_time=st.sampled_from([1, 30, 2**24]),
+)
+def test_received_attention_is_the_column_mean_of_the_eager_map(
+    images: int, groups: int, group: int, tokens: int, form: str, at_a_time: int
+) -> None:
+    """Whatever the chunk of queries, with grouped keys, under every form a mask comes in."""
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(images, groups * group, tokens, 4, generator=generator)
+    key = torch.randn(images, groups, tokens, 4, generator=generator)
+    valid = torch.rand(images, 1, 1, tokens, generator=generator) < 0.6
+    valid[..., 0] = True
+    low = torch.zeros(valid.shape).masked_fill(~valid, torch.finfo(torch.float32).min)
+    square = (images, 1, tokens, tokens)
+    given_mask = {
+        "none": None,
+        "bool": valid.expand(square),
+        "additive": low.expand(square),
+        "flash": valid[:, 0, 0].long(),
+    }[form]
+    probe = ReceivedProbe(nn.Identity())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "_SCORES_AT_A_TIME", at_a_time)
+        probe.read(query, key, given_mask, 0.3)
+    expected_IN = eager_map(query, key, None if form == "none" else low).mean(dim=(1, 2))
+    for image in range(images):
+        read = probe.signals(image)
+        torch.testing.assert_close(read[ATTENTION], expected_IN[image], atol=1e-6, rtol=0)
+        assert read[RECEIVED_ATTENTION].equal(read[ATTENTION])
+        torch.testing.assert_close(read[KEYS], key[image].mean(dim=0))
+
+
+@torch.no_grad()
+def test_received_attention_honours_the_mask_of_a_real_tower() -> None:
+    set_seed(0)
+    config = Idefics3VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+    )
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    mask[1, 2:] = False
+    pixels = torch.randn(2, 3, 16, 16)
+    config._attn_implementation = "eager"
+    tower = Idefics3VisionTransformer(config).eval()
+    maps = tower(pixels, patch_attention_mask=mask, output_attentions=True).attentions
+    for implementation in ("eager", "sdpa"):
+        tower.config._attn_implementation = implementation
+        probe = ReceivedProbe(tower.encoder.layers[-1].self_attn)
+        with probing(tower, probe):
+            tower(pixels, patch_attention_mask=mask)
+        read = torch.stack(probe.received)
+        torch.testing.assert_close(read, maps[-1].mean(dim=(1, 2)), atol=1e-6, rtol=0)
+        assert not read[1, 8:].any()
+
+
+class Packed(nn.Module):
+    """A tower of one attention module that hands two images to flash attention as one sequence."""
+
+    def __init__(self, borders: Tensor) -> None:
+        super().__init__()
+        self.config = Idefics3VisionConfig()
+        self.config._attn_implementation = "flash_in_test"
+        self.borders = borders
+
+    def forward(self, query: Tensor, key: Tensor) -> None:
+        function = AttentionInterface()[self.config._attn_implementation]
+        function(
+            self, query, key, key, attention_mask=None, scaling=0.3, cu_seq_lens_q=self.borders
+        )
+
+
+def test_images_packed_into_one_sequence_are_read_one_by_one() -> None:
+    AttentionInterface.register("flash_in_test", lambda module, query, *rest, **more: (query, None))
+    signals.AttentionMaskInterface.register("flash_in_test", lambda *given, **more: None)
+    query, key = torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4)
+    tower = Packed(torch.tensor([0, 3, 7]))
+    probe = ReceivedProbe(tower)
+    with probing(tower, probe):
+        tower(query, key)
+    for image, span in enumerate([slice(0, 3), slice(3, 7)]):
+        alone = eager_map(query[:, :, span], key[:, :, span], None).mean(dim=(1, 2))[0]
+        torch.testing.assert_close(probe.signals(image)[ATTENTION], alone, atol=1e-6, rtol=0)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept
+from sppruner.adapters.idefics3 import Idefics3Adapter
 from sppruner.adapters.internvl import InternVLAdapter
 from sppruner.adapters.llava import LlavaAdapter
 from sppruner.adapters.llava_next import LlavaNextAdapter
+from sppruner.adapters.llava_onevision import LlavaOnevisionAdapter
 from sppruner.cost import ModelCost
 from sppruner.errors import UnsupportedModel
 
 _CLASSES: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
+    LlavaOnevisionAdapter,
     InternVLAdapter,
+    Idefics3Adapter,
 )
 _ADAPTERS = {family: adapter for adapter in _CLASSES for family in adapter.families}
 
@@ -53,10 +57,12 @@ __all__ = [
     "Capabilities",
     "Encoded",
     "EncodedImage",
+    "Idefics3Adapter",
     "InternVLAdapter",
     "Kept",
     "LlavaAdapter",
     "LlavaNextAdapter",
+    "LlavaOnevisionAdapter",
     "adapter_class",
     "adapter_for",
     "capabilities",

@@ -1,12 +1,15 @@
 """Every family under test, by name."""
 
-from tests.sppruner.families import internvl, llava, llava_next
+from tests.sppruner.families import idefics3, internvl, llava, llava_next, llava_onevision, smolvlm
 from tests.sppruner.families.base import Family
 
 _MODULES = (
     llava,
     llava_next,
+    llava_onevision,
     internvl,
+    idefics3,
+    smolvlm,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 

@@ -1,0 +1,131 @@
+"""Idefics3 and SmolVLM: square tiles through SigLIP, patches shuffled into tokens, one linear
+layer, a Llama decoder. Text such as <row_1_col_2> stands between the tiles of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
+from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
+from sppruner.adapters.variants import require_dense_decoder
+from sppruner.cost import DecoderCost, ImageShape, ModelCost, TiledEncoderCost
+from sppruner.errors import InputError
+from sppruner.signals import (
+    ATTENTION,
+    CONTENT_SEED,
+    KEYS,
+    RECEIVED_ATTENTION,
+    ReceivedProbe,
+    probing,
+)
+
+
+class Idefics3Adapter(Adapter):
+    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; every tile of an
+    image is a plane, and its placeholder run is those of its tiles together.
+
+    A batch holds tiles by prompt, not by image. The processor frames every tile with a token of
+    its own (<fake_token_around_image>), once between two tiles of an image and, closing one and
+    opening the next, twice between two images: that is how images are told apart.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        require_dense_decoder(config)
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="received",
+            positions=("keep", "renumber"),
+            hidden=True,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=TiledEncoderCost.idefics3(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
+
+    def language_model(self) -> Any:
+        return self.model.model.text_model
+
+    def _shape(self, tiles: int) -> ImageShape:
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        tokens = tiles * (side // self.model.config.scale_factor) ** 2
+        return ImageShape(tiles=tiles, rows=side, columns=side, tokens=tokens)
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        ids = inputs["input_ids"].tolist()
+        spans = runs(self.placeholders(inputs["input_ids"]))
+        per_tile = self._shape(1).tokens
+        for row, start, stop in spans:
+            if stop - start != per_tile:
+                raise InputError(
+                    f"prompt {row} has {stop - start} places for visual tokens in a row, a tile "
+                    f"has {per_tile}: is the prompt cut off, or not made by this model's processor?"
+                )
+        found = []
+        for row, own in groupby(spans, key=itemgetter(0)):
+            tiles = [(start, stop) for _, start, stop in own]
+            if tiles[-1][1] == len(ids[row]):
+                raise InputError(f"prompt {row} ends inside its last image: is it cut off?")
+            frame, count = ids[row][tiles[-1][1]], 1
+            for (_, stop), (start, _) in pairwise(tiles):
+                if ids[row][stop:start].count(frame) > 1:
+                    found.append((row, self._shape(count)))
+                    count = 0
+                count += 1
+            found.append((row, self._shape(count)))
+        return found
+
+    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
+        shapes, factor = self.shapes(inputs), self.model.config.scale_factor
+        pixels = inputs["pixel_values"].to(self.model.dtype)
+        # What fills a prompt up to the most tiles of the batch is all zeros; the model drops it.
+        tiles = pixels.flatten(0, 1)[(pixels != 0).flatten(2).any(dim=2).flatten()]
+        places = sum(shape.tiles for _, shape in shapes)
+        if len(tiles) != places:
+            raise InputError(
+                f"{len(tiles)} tiles were given, the prompts have places for {places}: is there "
+                "one image placeholder per image?"
+            )
+        tower = self.model.model.vision_model
+        probe = ReceivedProbe(tower.encoder.layers[-1].self_attn)
+        wanted = signals - {CONTENT_SEED}
+        with probing(tower, probe) if wanted else nullcontext():
+            output = self.model.model.get_image_features(
+                pixel_values=pixels,
+                pixel_attention_mask=inputs.get("pixel_attention_mask"),
+                return_dict=True,
+            )
+        hidden_TNV = merged(output.last_hidden_state, factor).flatten(2)
+        known = read(probe, len(hidden_TNV)) if wanted else {}
+        images = tiled_images(
+            shapes,
+            features_TND=torch.cat(output.pooler_output).unflatten(0, hidden_TNV.shape[:2]),
+            hidden_TNV=hidden_TNV,
+            pixels=tiles,
+            read={name: merged_signal(values, factor) for name, values in known.items()},
+            signals=signals,
+        )
+        return Encoded(images=images, output=output)
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        """Features image by image; the model's own list goes by prompt, and it reads both alike."""
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
+
+    def project(self, states_KV: Tensor) -> Tensor:
+        return self.model.model.connector.modality_projection(states_KV)

@@ -1,0 +1,88 @@
+"""LLaVA-OneVision: a SigLIP tower on any-resolution tiles, pooled where there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
+from sppruner.adapters.base import Capabilities
+from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
+from sppruner.cost import DecoderCost, ModelCost, TiledEncoderCost
+from sppruner.errors import UnsupportedModel
+from sppruner.signals import ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION, ReceivedProbe
+
+_ANYRES = "anyres_max_"
+
+
+class LlavaOnevisionAdapter(AnyresAdapter):
+    """`LlavaOnevisionForConditionalGeneration`, images only.
+
+    Features of a large image are interpolated after the projector, so encoder states do not map to
+    them one by one. Prompts of several images, where the processor says so (`batch_num_images`),
+    hold their low-resolution views only.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        require_tower(config, "siglip_vision_model")
+        require_features(config, "full")
+        require_dense_decoder(config)
+        most_tiles(config)
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="received",
+            positions=("keep", "renumber"),
+            hidden=False,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=TiledEncoderCost.onevision(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
+
+    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+        config, sizes = self.model.config, inputs["image_sizes"].tolist()
+        per_prompt = inputs.get("batch_num_images")
+        counts = [1] * len(sizes) if per_prompt is None else [int(n) for n in per_prompt]
+        alone = [count == 1 for count in counts for _ in range(count)]
+        return [
+            AnyresLayout.of(
+                size,
+                pinpoints=config.image_grid_pinpoints,
+                tile=config.vision_config.image_size,
+                side=self._side,
+                most_tiles=most_tiles(config),
+            )
+            if cut
+            else AnyresLayout(side=self._side)
+            for size, cut in zip(sizes, alone, strict=True)
+        ]
+
+    def _probe(self, attention: torch.nn.Module) -> ReceivedProbe:
+        return ReceivedProbe(attention)
+
+    def _patch_states(self, output: Any) -> Tensor:
+        return output.hidden_states[self.model.config.vision_feature_layer]
+
+
+def most_tiles(config: Any) -> int:
+    """The number in a config's "anyres_max_9". Raises UnsupportedModel where there is none."""
+    policy = config.vision_aspect_ratio
+    number = policy.removeprefix(_ANYRES)
+    if not policy.startswith(_ANYRES) or not number.isdecimal():
+        raise UnsupportedModel(
+            f"vision_aspect_ratio={policy!r}: load a checkpoint with 'anyres_max_9' or another "
+            "number of tiles"
+        )
+    return int(number)

@@ -24,6 +24,10 @@ from sppruner.types import Selection, VisualTokens
 if TYPE_CHECKING:
     from sppruner.adapters.base import Capabilities
 
+# Pairs of tokens that go through a method at once, over all its images: many methods hold a
+# matrix of them, and at 4 bytes each this one takes 256 MiB.
+_PAIRS = 2**26
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selector(ABC):
@@ -34,6 +38,10 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for an option's value that cannot mean anything."""
+        return None
 
     @property
     def signals(self) -> frozenset[str]:
@@ -73,20 +81,23 @@ class Selector(ABC):
             whole = k >= image.count
             kept = torch.arange(image.count if whole else 0, device=image.features_ND.device)
             chosen.append(Selection(index_K=kept) if whole or k <= 0 else None)
-        # Images of one size go through the method together: its small kernels then run once.
-        groups: dict[int, list[int]] = {}
+        # Images of one grid go through the method together: its small kernels then run once.
+        groups: dict[tuple[int, int], list[int]] = {}
         for i, done in enumerate(chosen):
             if done is None:
-                groups.setdefault(images[i].count, []).append(i)
+                groups.setdefault(images[i].grid, []).append(i)
         for members in groups.values():
-            picked = self._select([images[i] for i in members], [counts[i] for i in members])
-            for i, selection in zip(members, picked, strict=True):
-                chosen[i] = selection
+            together = max(1, _PAIRS // images[members[0]].count ** 2)
+            for start in range(0, len(members), together):
+                part = members[start : start + together]
+                picked = self._select([images[i] for i in part], [counts[i] for i in part])
+                for i, selection in zip(part, picked, strict=True):
+                    chosen[i] = selection
         return [selection for selection in chosen if selection is not None]
 
     @abstractmethod
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        """The method itself, for images of one size N with 0 < k < N each."""
+        """The method itself, for images of one grid with 0 < k < N each."""
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
         """Modelled work of selecting `kept` of `tokens` with `width` features."""

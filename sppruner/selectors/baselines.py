@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
-from sppruner.selectors.base import SALIENCY, Selector, saliency_IN
+from sppruner.selectors.base import Selector, saliency_IN
+from sppruner.selectors.cues import SaliencyOption
 from sppruner.signals import CONTENT_SEED
 from sppruner.types import Selection, VisualTokens
 
@@ -83,19 +84,10 @@ class GridSelector(Selector):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKSelector(Selector):
-    """The k most salient tokens; `saliency` is one of `sppruner.selectors.base.SALIENCY`."""
+class TopKSelector(SaliencyOption):
+    """The k most salient tokens."""
 
     name: ClassVar[str] = "topk"
-    saliency: str = "attention"
-
-    def __post_init__(self) -> None:
-        if self.saliency not in SALIENCY:
-            raise SpecError(f"saliency={self.saliency!r}: use one of {tuple(SALIENCY)}")
-
-    @property
-    def signals(self) -> frozenset[str]:
-        return SALIENCY[self.saliency]
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         # A stable sort: equal saliencies keep raster order on every device.

@@ -185,9 +185,13 @@ def reference_phi(image: VisualTokens, m: SPprunerSelector) -> Array:
     r, lam = np.zeros_like(s), 0.0
     if image.relevance_N is not None:
         text = image.relevance_N.double().numpy()
-        if text.std(ddof=1) >= m.relevance_floor:
+        features = unit(image.features_ND.double().numpy())
+        chance = math.sqrt(features.var(axis=0).mean())
+        if text.std(ddof=1) > m.relevance_floor * chance:
             r, lam = scaled(text), m.lam
-    agreement = (s**m.beta * r**m.alpha) ** (1 / (m.alpha + m.beta))
+    agreement = s**m.beta * r**m.alpha
+    if m.root:
+        agreement **= 1 / (m.alpha + m.beta)
     phi = lam * agreement + (1 - lam) * (1 - (1 - s) * (1 - m.eta * r))
     assert image.hidden_NV is not None
     z = unit(image.hidden_NV.double().numpy())
@@ -213,7 +217,7 @@ def reference(
     apart = ((coords[:, None] - coords[None]) ** 2).sum(-1)
     side = float(coords.max()) + 1
 
-    energy = np.cumsum(np.sort(phi**2)[::-1])
+    energy = np.cumsum(np.sort(phi**m.energy)[::-1])
     enough = int((energy < m.rho * energy[-1]).sum()) + 1
     size = min(max(enough, round(m.focus_min * k)), round(m.focus_max * k))
     focus: list[int] = []

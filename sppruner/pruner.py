@@ -30,9 +30,9 @@ from sppruner.types import PruneReport, Selection, VisualTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
-    """A batch ready for `generate`: `inputs` are its keyword arguments, to be used inside
-    `stages.driver(…)` where there are any. One report per prompt and, per image plane in prompt
-    order, one (tokens, selection) pair for pictures and statistics."""
+    """A batch ready for `generate`: `inputs` are its keyword arguments, to be used inside a
+    `StageDriver` of `stages` where there are any. One report per prompt and, per image plane in
+    prompt order, one (tokens, selection) pair for pictures and statistics."""
 
     inputs: dict[str, Any]
     reports: list[PruneReport]
@@ -183,6 +183,7 @@ class Pruner:
             stages=StagePlan.of(
                 [image.row for image in encoded.images],
                 schedules,
+                attention_mask_BL=compacted.attention_mask_BL,
                 visual_BL=self.adapter.placeholders(compacted.input_ids_BL),
             ),
         )

@@ -7,12 +7,21 @@ import functools
 from sppruner.errors import UnknownMethod
 from sppruner.selectors.base import Selector
 from sppruner.selectors.baselines import GridSelector, RandomSelector, TopKSelector
+from sppruner.selectors.fastv import FastVSelector
+from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.spec import PruneSpec
 
 _SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
-    for selector in (SPprunerSelector, RandomSelector, GridSelector, TopKSelector)
+    for selector in (
+        SPprunerSelector,
+        RandomSelector,
+        GridSelector,
+        TopKSelector,
+        FastVSelector,
+        PyramidDropSelector,
+    )
 }
 
 

@@ -1,5 +1,4 @@
-"""Every method keeps exactly what it is asked to, alone or in company; SPpruner-R equals a plain
-reference and turns into its relatives where its options say so."""
+"""SPpruner-R equals a plain reference and turns into its relatives where its options say so."""
 
 from __future__ import annotations
 
@@ -12,171 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from sppruner.errors import SpecError, UnknownMethod
-from sppruner.selectors import available, selector_for
 from sppruner.selectors.sppruner import SPprunerSelector
-from sppruner.signals import ATTENTION, CONTENT_SEED
-from sppruner.spec import PruneSpec
-from sppruner.types import Selection, VisualTokens
-
-METHODS = [method for method in available() if method != "none"]
-Array = NDArray[np.float64]
-
-
-def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTokens:
-    generator = torch.Generator().manual_seed(seed)
-    n = rows * columns
-    return VisualTokens(
-        features_ND=torch.randn(n, width, generator=generator),
-        hidden_NV=torch.randn(n, 12, generator=generator),
-        coords_N2=torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(n, 2),
-        signals={
-            ATTENTION: torch.rand(n, generator=generator),
-            CONTENT_SEED: torch.tensor(seed),
-        },
-        relevance_N=torch.randn(n, generator=generator),
-    )
-
-
-def choose(method: str, images: list[VisualTokens], counts: list[int], **options: Any) -> Any:
-    selector = selector_for(PruneSpec(method=method, options=options))
-    assert selector is not None
-    return selector.select(images, counts)
-
-
-def same(a: Selection, b: Selection) -> bool:
-    if not a.index_K.equal(b.index_K) or (a.replace_KD is None) != (b.replace_KD is None):
-        return False
-    return a.replace_KD is None or torch.allclose(a.replace_KD, b.replace_KD, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@given(
-    rows=st.integers(1, 9), columns=st.integers(1, 9), share=st.floats(0, 1.2), flat=st.booleans()
+from sppruner.signals import ATTENTION
+from sppruner.types import VisualTokens
+from tests.sppruner.selectors.images import (
+    Array,
+    choose,
+    farthest_points,
+    make,
+    same,
+    scaled,
+    unit,
 )
-def test_exactly_k_sorted_unique_tokens_are_kept_of_any_grid(
-    method: str, rows: int, columns: int, share: float, flat: bool
-) -> None:
-    image = make(rows, columns, seed=rows * 10 + columns)
-    if flat:
-        constant = {ATTENTION: torch.ones(image.count), CONTENT_SEED: torch.tensor(3)}
-        image = replace(image, signals=constant, relevance_N=torch.ones(image.count))
-    for k in {0, 1, round(share * image.count), image.count, image.count + 3}:
-        index = choose(method, [image], [k])[0].index_K.tolist()
-        assert len(index) == min(k, image.count)
-        assert index == sorted(set(index))
-        assert all(0 <= i < image.count for i in index)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_image_of_equal_tokens_still_gives_exactly_k(method: str) -> None:
-    image = make(4, 4)
-    blank = replace(
-        image,
-        features_ND=torch.ones_like(image.features_ND),
-        hidden_NV=torch.ones(16, 12),
-        signals={ATTENTION: torch.zeros(16), CONTENT_SEED: torch.tensor(0)},
-        relevance_N=None,
-    )
-    assert choose(method, [blank], [5])[0].index_K.unique().numel() == 5
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_choice_does_not_depend_on_batch_mates_or_their_order(method: str) -> None:
-    images = [make(6, 6, seed=1), make(4, 9, seed=2), make(3, 5, seed=3), make(6, 6, seed=4)]
-    counts = [9, 12, 4, 30]
-    together = choose(method, images, counts)
-    backwards = choose(method, images[::-1], counts[::-1])[::-1]
-    for image, k, first, second in zip(images, counts, together, backwards, strict=True):
-        alone = choose(method, [image], [k])[0]
-        assert same(alone, first)
-        assert same(alone, second)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_values_in_bfloat16_and_float32_give_the_same_choice(method: str) -> None:
-    exact = make(6, 6)
-    states = exact.hidden_NV
-    assert states is not None
-    half = replace(exact, features_ND=exact.features_ND.bfloat16(), hidden_NV=states.bfloat16())
-    assert half.hidden_NV is not None
-    full = replace(exact, features_ND=half.features_ND.float(), hidden_NV=half.hidden_NV.float())
-    narrow, wide = choose(method, [half], [9])[0], choose(method, [full], [9])[0]
-    assert narrow.index_K.equal(wide.index_K)
-    if narrow.replace_KD is not None:
-        assert narrow.replace_KD.dtype == torch.bfloat16
-        assert narrow.replace_KD.equal(wide.replace_KD.bfloat16())
-
-
-def test_random_draws_differ_between_images_and_seeds_and_repeat_otherwise() -> None:
-    one, other = make(8, 8, seed=1), make(8, 8, seed=2)
-    draws = [choose("random", [one], [16], seed=s)[0].index_K for s in (0, 0, 1)]
-    assert draws[0].equal(draws[1])
-    assert not draws[0].equal(draws[2])
-    assert not draws[0].equal(choose("random", [other], [16])[0].index_K)
-
-
-@pytest.mark.parametrize("k", range(4, 60))
-def test_grid_reaches_every_quadrant_and_never_leaves_one_behind(k: int) -> None:
-    image = make(8, 8)
-    cells = image.coords_N2[choose("grid", [image], [k])[0].index_K] // 4
-    quadrants = torch.bincount(cells[:, 0] * 2 + cells[:, 1], minlength=4)
-    assert quadrants.min() >= 1
-    assert quadrants.max() - quadrants.min() <= max(2, k // 4)
-
-
-def test_topk_keeps_the_most_salient_and_the_first_of_equals() -> None:
-    image = make(4, 4)
-    saliency = torch.tensor([0.0, 5, 3, 5] + [3.0] * 12)
-    image = replace(image, signals={ATTENTION: saliency})
-    assert choose("topk", [image], [4])[0].index_K.tolist() == [1, 2, 3, 4]
-
-
-def test_feature_saliency_finds_the_region_unlike_the_rest() -> None:
-    image = make(6, 6)
-    features = torch.ones(36, 16)
-    odd = [14, 15, 20, 21]
-    features[odd] = -features[odd] + torch.arange(16) * 0.1
-    image = replace(image, features_ND=features, hidden_NV=None, signals={})
-    assert choose("topk", [image], [4], saliency="feature")[0].index_K.tolist() == odd
-
-
-def test_unknown_methods_and_options_name_what_there_is() -> None:
-    with pytest.raises(UnknownMethod, match="grid, random, sppruner, topk"):
-        selector_for(PruneSpec(method="gird"))
-    with pytest.raises(SpecError, match="has no option 'k'; it has seed"):
-        selector_for(PruneSpec(method="random", options={"k": 3}))
-    with pytest.raises(SpecError, match="is not a int"):
-        selector_for(PruneSpec(method="random", options={"seed": 1.5}))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"seed": True}, {"seed": -1}, {"seed": 2**16}, {"saliency": "cls "}, {"relevance": "llm"},
-        {"alpha": 0, "beta": 0}, {"percentile": 1.5}, {"sigma": 0.0}, {"windows": -1},
-        {"kappa": -0.5}, {"redundancy": 1.1}, {"focus_min": 0.7}, {"mu": -0.1}, {"windows": 2.0},
-        {"restore_norm": 1},
-    ],
-)  # fmt: skip
-def test_options_that_cannot_mean_anything_fail_before_anything_runs(bad: dict[str, Any]) -> None:
-    method = "random" if "seed" in bad else "sppruner"
-    with pytest.raises(SpecError):
-        selector_for(PruneSpec(method=method, options=bad))
-
-
-# The reference: one image, plain loops, float64, written from the formulas of the module docstring.
-
-
-def unit(rows_ND: Array) -> Array:
-    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
-
-
-def scaled(values_N: Array) -> Array:
-    span = values_N.max() - values_N.min()
-    return (values_N - values_N.min()) / span if span > 0 else np.zeros_like(values_N)
 
 
 def reference_phi(image: VisualTokens, m: SPprunerSelector) -> Array:
@@ -309,17 +156,6 @@ def test_selection_and_merging_equal_the_plain_reference(
 PLAIN = {"omega": 0.0, "windows": 0, "redundancy": 1.0, "mu": 0.0, "percentile": 1.0, "kappa": 0.0}
 
 
-def farthest_points(image: VisualTokens, start: list[int], k: int) -> list[int]:
-    """Max-min selection that goes on from `start`: DivPrune's and FSR's scan."""
-    v = unit(image.features_ND.double().numpy())
-    chosen = list(start)
-    while len(chosen) < k:
-        distance = (1 - v @ v[chosen].T).min(axis=1)
-        distance[chosen] = -1
-        chosen.append(int(distance.argmax()))
-    return sorted(chosen)
-
-
 def test_without_focus_it_is_farthest_point_sampling_from_the_largest_phi() -> None:
     bare = PLAIN | {"focus_min": 0.0, "focus_max": 0.0, "lam": 0.0, "eta": 0.0}
     for seed in range(3):
@@ -373,6 +209,27 @@ def test_text_decides_only_where_it_tells_tokens_apart() -> None:
     assert not same(choose("sppruner", [image], [16])[0], without)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.01, 100.0])
+def test_a_named_subject_counts_and_the_mean_of_unrelated_words_does_not(scale: float) -> None:
+    """Whatever the spread of cosines that a model's spaces happen to give."""
+    image = make(8, 8, width=64)
+    generator = torch.Generator().manual_seed(5)
+    background, subject = torch.randn(2, 64, generator=generator)
+    features = background + scale * 0.3 * image.features_ND
+    features[20:26] += scale * subject
+    words = torch.randn(40, 64, generator=generator)
+
+    def cosine(word_D: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cosine_similarity(features, word_D, dim=1)
+
+    silent = replace(image, features_ND=features, relevance_N=None)
+    named = replace(silent, relevance_N=cosine(subject))
+    vague = replace(silent, relevance_N=torch.stack([cosine(w) for w in words]).mean(dim=0))
+    without = choose("sppruner", [silent], [12])[0]
+    assert same(choose("sppruner", [vague], [12])[0], without)
+    assert not same(choose("sppruner", [named], [12])[0], without)
+
+
 @given(k=st.integers(1, 63), seed=st.integers(0, 50))
 def test_the_focus_stays_within_its_share_of_the_budget(k: int, seed: int) -> None:
     chosen = choose("sppruner", [make(8, 8, seed=seed)], [k])[0]
@@ -389,12 +246,3 @@ def test_merging_changes_context_only_and_keeps_its_norms() -> None:
     assert not (changed & chosen.focus_K).any()
     torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
     assert choose("sppruner", [image], [16], kappa=0.0)[0].index_K.equal(chosen.index_K)
-
-
-def test_selecting_leaves_the_image_as_it_was() -> None:
-    image = make(6, 6)
-    before = image.features_ND.clone(), image.signals[ATTENTION].clone()
-    for method in METHODS:
-        choose(method, [image, image], [9, 35])
-    assert image.features_ND.equal(before[0])
-    assert image.signals[ATTENTION].equal(before[1])

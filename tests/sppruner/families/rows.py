@@ -9,6 +9,7 @@ from torch import Tensor
 from sppruner.adapters import Adapter
 
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+_STACKED_BY_PROMPT = ("idefics3", "smolvlm")
 
 
 def one_row(adapter: Adapter, inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -19,8 +20,8 @@ def one_row(adapter: Adapter, inputs: Mapping[str, Tensor], row: int) -> dict[st
     if not mine:
         return alone
     first, last = mine[0], mine[-1] + 1
-    rows, images = inputs["input_ids"].shape[0], len(shapes)
-    # Pixels are stacked by prompt, by image, by tile or by patch.
+    images = len(shapes)
+    # Elsewhere pixels are stacked by image, by tile or by patch.
     sizes = [
         [1] * images,
         [shape.tiles for _, shape in shapes],
@@ -29,7 +30,7 @@ def one_row(adapter: Adapter, inputs: Mapping[str, Tensor], row: int) -> dict[st
     for name, value in inputs.items():
         if name in _PER_TOKEN:
             continue
-        if value.shape[0] == rows and value.dim() == 5 and rows != images:
+        if adapter.capabilities.family in _STACKED_BY_PROMPT:
             alone[name] = value[row : row + 1]
             continue
         size = next(s for s in sizes if sum(s) == value.shape[0])

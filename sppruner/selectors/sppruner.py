@@ -32,7 +32,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from math import gcd
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +51,13 @@ from sppruner.selectors.similarity import (
     cosines_INN,
     encoder_states,
 )
+from sppruner.selectors.staged import check_stages
+from sppruner.spec import Budget
+from sppruner.stages import Schedule
 from sppruner.types import Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from sppruner.adapters.base import Capabilities
 
 # Each pair of neighbours once: right, down, and both diagonals down.
 _BESIDE = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -63,10 +70,14 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
     percentile: saliency is clipped there, since CLIP has a few outliers that squash all other
     values. relevance_floor: see above; 0 always counts the text. sigma: reach of a subject, as a
     share of the longer grid side. windows: the grid is split in windows × windows for the coverage
-    pass. kappa: dropped tokens merged per context token.
+    pass. kappa: dropped tokens merged per context token. mode: "pre" spends the budget in front of
+    the decoder; with "pre+mid" it is the average over the decoder's layers: 1.5 times as many
+    tokens enter, and in front of the middle layer the attention of the last prompt token leaves
+    0.5 times as many, the split of VScan.
     """
 
     name: ClassVar[str] = "sppruner"
+    mode: str = "pre"
     relevance_floor: float = 1.0
     percentile: float = 0.99
     alpha: float = 1.0
@@ -99,6 +110,28 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
             raise SpecError("alpha and beta are both 0: one of them must count")
         if self.sigma <= 0:
             raise SpecError(f"sigma={self.sigma!r} is a reach: use a share above 0")
+        if self.mode not in ("pre", "pre+mid"):
+            raise SpecError(f"mode={self.mode!r} of 'sppruner': use 'pre' or 'pre+mid'")
+
+    def check(self, budget: Budget, can: Capabilities) -> None:
+        super().check(budget, can)
+        if self.mode == "pre+mid":
+            check_stages(self.name, [can.decoder_layers // 2], can)
+
+    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+        """With "pre+mid", 1.5 k tokens up to the middle layer and 0.5 k from there on.
+
+        The average is k to the token: where halves do not come out, or fewer than 1.5 k tokens are
+        there, the two are as far apart as whole numbers of that average can be.
+        """
+        if self.mode == "pre" or k >= n:
+            return super().schedule(n, k, layers)
+        middle = layers // 2
+        common = gcd(middle, layers - middle)
+        more, fewer = (layers - middle) // common, middle // common
+        moves = min(k // (2 * more), (n - k) // more)
+        stages = ((middle, k - moves * fewer),) if moves else ()
+        return Schedule(before=k + moves * more, counted=k, stages=stages)
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         grid = images[0].grid

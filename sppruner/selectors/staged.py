@@ -26,8 +26,8 @@ def check_stages(method: str, layers: Sequence[int], can: Capabilities) -> None:
     first, end = can.stages_from, can.decoder_layers
     if first is None:
         raise MissingSignal(
-            f"method {method!r} prunes inside the decoder, which {can} does not allow: use one that "
-            "prunes before it, such as 'sppruner'"
+            f"method {method!r} prunes inside the decoder, which {can} does not allow: use one "
+            "that prunes before it, such as 'sppruner'"
         )
     wrong = [layer for layer in layers if not first <= layer < end]
     if wrong:
@@ -60,15 +60,16 @@ class StagedSelector(Selector):
             return
         if budget.ratio is None:
             raise SpecError(
-                f"method {self.name!r} with count='average' needs a budget ratio: how few tokens it "
-                "can reach on average depends on the image's size"
+                f"method {self.name!r} with count='average' needs a budget ratio: how few tokens "
+                "it can reach on average depends on the image's size"
             )
-        least = self.stage_layers(can.decoder_layers)[0] / can.decoder_layers
+        first = self.stage_layers(can.decoder_layers)[0]
+        least = first / can.decoder_layers
         if budget.ratio < least:
             raise SpecError(
-                f"method {self.name!r} cannot keep {budget.ratio:.3g} of the tokens on average: all "
-                f"of them pass its layers before {self.stage_layers(can.decoder_layers)[0]}. Ask "
-                f"for a ratio of at least {least:.3g}, for an earlier layer, or for count='final'"
+                f"method {self.name!r} cannot keep {budget.ratio:.3g} of the tokens on average: "
+                f"all of them pass {first} of {can.decoder_layers} layers. Use a ratio of at "
+                f"least {least:.3g}, an earlier layer, or count='final'"
             )
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:

@@ -10,6 +10,7 @@ from sppruner.adapters.internvl import InternVLAdapter
 from sppruner.adapters.llava import LlavaAdapter
 from sppruner.adapters.llava_next import LlavaNextAdapter
 from sppruner.adapters.llava_onevision import LlavaOnevisionAdapter
+from sppruner.adapters.qwen_vl import Qwen2_5_VLAdapter, Qwen2VLAdapter, Qwen3VLAdapter
 from sppruner.cost import ModelCost
 from sppruner.errors import UnsupportedModel
 
@@ -19,6 +20,9 @@ _CLASSES: tuple[type[Adapter], ...] = (
     LlavaOnevisionAdapter,
     InternVLAdapter,
     Idefics3Adapter,
+    Qwen2VLAdapter,
+    Qwen2_5_VLAdapter,
+    Qwen3VLAdapter,
 )
 _ADAPTERS = {family: adapter for adapter in _CLASSES for family in adapter.families}
 
@@ -63,6 +67,9 @@ __all__ = [
     "LlavaAdapter",
     "LlavaNextAdapter",
     "LlavaOnevisionAdapter",
+    "Qwen2VLAdapter",
+    "Qwen2_5_VLAdapter",
+    "Qwen3VLAdapter",
     "adapter_class",
     "adapter_for",
     "capabilities",

@@ -8,6 +8,7 @@ arithmetic is; they never stand in for measured seconds.
 
 from sppruner.cost.decoder import DecoderCost
 from sppruner.cost.encoders import ClipTowerCost, LlavaEncoderCost
+from sppruner.cost.encoders_qwen import QwenEncoderCost
 from sppruner.cost.encoders_tiled import SiglipTowerCost, TiledEncoderCost
 from sppruner.cost.model import PARTS, EncoderCost, ImageShape, ModelCost, RowCost
 
@@ -19,6 +20,7 @@ __all__ = [
     "ImageShape",
     "LlavaEncoderCost",
     "ModelCost",
+    "QwenEncoderCost",
     "RowCost",
     "SiglipTowerCost",
     "TiledEncoderCost",

@@ -1,0 +1,262 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, 2 × 2 patches to a token,
+M-RoPE positions in time, height and width."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.tiles import runs
+from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost, QwenEncoderCost
+from sppruner.errors import InputError, UnsupportedModel
+from sppruner.signals import (
+    ATTENTION,
+    CONTENT_SEED,
+    KEYS,
+    RECEIVED_ATTENTION,
+    ReceivedProbe,
+    content_seed,
+    probing,
+)
+from sppruner.types import VisualTokens
+
+
+class QwenVLAdapter(Adapter):
+    """What the three families share. Every image is one plane.
+
+    `pixel_values` holds the patches of all images one after the other, [patches, values], and
+    `image_grid_thw` each image's grid. The patches of a token follow each other, so that hidden
+    states of a token are those of its patches, concatenated, [N, 4V]. M-RoPE positions stay those
+    of the unpruned prompt: they say where on the image a token lies.
+    """
+
+    @classmethod
+    @abstractmethod
+    def _encoder_cost(cls, config: Any) -> EncoderCost:
+        """The cost of the family's tower and mergers."""
+
+    @abstractmethod
+    def _saliency_block(self) -> nn.Module:
+        """The last block of the tower in which every patch of an image sees every other."""
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        text = config.text_config
+        if set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
+            raise UnsupportedModel(
+                f"{config.model_type} with sliding-window attention: its cost is not modelled; "
+                "load the model with use_sliding_window=False"
+            )
+        return Capabilities(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
+            attention="received",
+            positions=("keep",),
+            hidden=True,
+            decoder_layers=text.num_hidden_layers,
+            stages_from=1,
+        )
+
+    @classmethod
+    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
+        return ModelCost(
+            encoder=cls._encoder_cost(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
+
+    @property
+    def _merge(self) -> int:
+        """Patches of a token."""
+        return int(self.model.config.vision_config.spatial_merge_size) ** 2
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
+        return [(row, shape) for row, _, shape in self._owners(inputs)]
+
+    def _owners(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int, ImageShape]]:
+        """(row, index in row, shape) of each image.
+
+        Raises InputError for videos, and for images without a token between them: M-RoPE would
+        take them for one image.
+        """
+        ids_BS = inputs["input_ids"]
+        grids = inputs.get("image_grid_thw")
+        shapes = []
+        for frames, rows, columns in [] if grids is None else grids.tolist():
+            if frames != 1:
+                raise InputError(f"an image of {frames} frames: videos are not pruned, send images")
+            tokens = rows * columns // self._merge
+            shapes.append(ImageShape(tiles=1, rows=rows, columns=columns, tokens=tokens))
+        if inputs.get("pixel_values_videos") is not None or self._video(ids_BS).any():
+            raise InputError("the prompts hold a video: videos are not pruned, send images only")
+        places = self.assign_rows([shape.tokens for shape in shapes], ids_BS)
+        spans = runs(self.placeholders(ids_BS))
+        for row in range(len(ids_BS)):
+            held = [stop - start for at, start, stop in spans if at == row]
+            given = [s.tokens for (at, _), s in zip(places, shapes, strict=True) if at == row]
+            if held != given:
+                raise InputError(
+                    f"prompt {row} has runs of {held} places for visual tokens, its images give "
+                    f"{given}: put a token such as <|vision_start|> in front of every image"
+                )
+        return [(row, index, s) for (row, index), s in zip(places, shapes, strict=True)]
+
+    def _video(self, input_ids_BS: Tensor) -> Tensor:
+        return input_ids_BS == self.model.config.video_token_id
+
+    def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[4, B, S]: the text row, then time, height and width."""
+        ids_BS = inputs["input_ids"]
+        grid_3BS, _ = self.model.model.get_rope_index(
+            ids_BS,
+            mm_token_type_ids=self.placeholders(ids_BS).int(),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=inputs["attention_mask"],
+        )
+        return torch.cat([super().positions(inputs), grid_3BS])
+
+    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
+        owners = self._owners(inputs)
+        pixels = inputs["pixel_values"]
+        probe = ReceivedProbe(self._saliency_block().attn)
+        wanted = signals - {CONTENT_SEED}
+        with probing(self.model.model.visual, probe) if wanted else nullcontext():
+            output = self.model.model.get_image_features(
+                pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
+            )
+        patches = [shape.rows * shape.columns for _, _, shape in owners]
+        own_pixels, states = pixels.split(patches), output.last_hidden_state.split(patches)
+        images = []
+        for i, (row, index, shape) in enumerate(owners):
+            features_ND = output.pooler_output[i]
+            read = probe.signals(i) if wanted else {}
+            known = {name: self._by_token(v, shape).mean(dim=1) for name, v in read.items()}
+            if CONTENT_SEED in signals:
+                known[CONTENT_SEED] = content_seed(own_pixels[i])
+            plane = VisualTokens(
+                features_ND=features_ND,
+                hidden_NV=self._by_token(states[i], shape).flatten(1),
+                coords_N2=raster(*self._grid(shape), pixels.device),
+                signals={name: known[name] for name in signals},
+                row=row,
+                image=index,
+            )
+            images.append(
+                EncodedImage(
+                    row=row,
+                    image=index,
+                    run_ND=features_ND,
+                    planes=(plane,),
+                    places=(torch.arange(plane.count, device=pixels.device),),
+                    shape=shape,
+                )
+            )
+        return Encoded(images=tuple(images), output=output)
+
+    def _grid(self, shape: ImageShape) -> tuple[int, int]:
+        """(rows, columns) of tokens."""
+        side = self.model.config.vision_config.spatial_merge_size
+        return shape.rows // side, shape.columns // side
+
+    def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
+        """[N, M, …]: the tower's values of one image's patches, [P, …], by token in raster order
+        with its M patches."""
+        return values.unflatten(0, (-1, self._merge))
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
+
+    def project(self, states_KV: Tensor) -> Tensor:
+        return self.model.model.visual.merger(
+            states_KV.unflatten(1, (self._merge, -1)).flatten(0, 1)
+        )
+
+
+class Qwen2VLAdapter(QwenVLAdapter):
+    """`Qwen2VLForConditionalGeneration`, images only."""
+
+    families: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+
+    @classmethod
+    def _encoder_cost(cls, config: Any) -> EncoderCost:
+        return QwenEncoderCost.qwen2(config)
+
+    def _saliency_block(self) -> nn.Module:
+        return self.model.model.visual.blocks[-1]
+
+
+class Qwen2_5_VLAdapter(QwenVLAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`, images only. Most blocks of its tower attend within
+    windows, and the tower holds tokens window by window; its features are back in raster order."""
+
+    families: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        if not config.vision_config.fullatt_block_indexes:
+            raise UnsupportedModel(
+                "a Qwen2.5-VL tower without a full-attention block gives no saliency: "
+                "load a checkpoint with fullatt_block_indexes"
+            )
+        return super().capabilities_of(config)
+
+    @classmethod
+    def _encoder_cost(cls, config: Any) -> EncoderCost:
+        return QwenEncoderCost.qwen2_5(config)
+
+    def _saliency_block(self) -> nn.Module:
+        vision = self.model.config.vision_config
+        return self.model.model.visual.blocks[max(vision.fullatt_block_indexes)]
+
+    def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
+        vision = self.model.config.vision_config
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        order_N = _window_order(*self._grid(shape), side, values.device)
+        return super()._by_token(values, shape)[order_N.argsort()]
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """`Qwen3VLForConditionalGeneration`, images only, with DeepStack: states of earlier tower
+    layers are added to the visual tokens behind the first decoder layers.
+
+    A token keeps its own DeepStack states also where a method merges others into it.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> Capabilities:
+        plain = super().capabilities_of(config)
+        # Pruning in front of a layer must come after the last addition, which counts the tokens.
+        first = max(1, len(config.vision_config.deepstack_visual_indexes))
+        return replace(plain, stages_from=first if first < plain.decoder_layers else None)
+
+    @classmethod
+    def _encoder_cost(cls, config: Any) -> EncoderCost:
+        return QwenEncoderCost.qwen3(config)
+
+    def _saliency_block(self) -> nn.Module:
+        return self.model.model.visual.blocks[-1]
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        return type(encoded.output)(
+            pooler_output=[image.features_KD for image in kept],
+            deepstack_features=[
+                [states[image.index_K] for states, image in zip(layer, kept, strict=True)]
+                for layer in encoded.output.deepstack_features
+            ],
+        )
+
+
+def _window_order(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
+    """[rows · columns] raster indices in the order in which windows of side × side tokens hold
+    them: windows in raster order, tokens of a window in raster order."""
+    row_N, column_N = raster(rows, columns, device).unbind(1)
+    windows_across = -(-columns // side)
+    return (row_N // side * windows_across + column_N // side).argsort(stable=True)

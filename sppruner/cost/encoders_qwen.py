@@ -1,0 +1,97 @@
+"""The encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, patches merged 2 × 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sppruner.cost.model import ImageShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QwenEncoderCost:
+    """A vision tower at an image's own resolution, and mergers: MLPs of two layers, each from
+    `merge` concatenated patches to one token.
+
+    patch_values: pixel values of one patch, over its frames. gated: whether the tower's MLP is a
+    SwiGLU. windowed_layers: layers that attend within windows of window × window patches, smaller
+    at the right and bottom edges. mergers: one for the features, and one for each layer that
+    DeepStack feeds (Qwen3-VL).
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    patch_values: int
+    merge: int
+    width: int
+    windowed_layers: int = 0
+    window: int = 1
+    mergers: int = 1
+
+    @classmethod
+    def qwen2(cls, config: Any) -> QwenEncoderCost:
+        vision = config.vision_config
+        return cls(
+            layers=vision.depth,
+            hidden=vision.embed_dim,
+            intermediate=int(vision.embed_dim * vision.mlp_ratio),
+            gated=False,
+            patch_values=_patch_values(vision),
+            merge=vision.spatial_merge_size**2,
+            width=vision.hidden_size,
+        )
+
+    @classmethod
+    def qwen2_5(cls, config: Any) -> QwenEncoderCost:
+        vision = config.vision_config
+        full = sum(1 for layer in range(vision.depth) if layer in vision.fullatt_block_indexes)
+        side = vision.spatial_merge_size
+        return cls(
+            layers=vision.depth,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            gated=True,
+            patch_values=_patch_values(vision),
+            merge=side**2,
+            width=vision.out_hidden_size,
+            windowed_layers=vision.depth - full,
+            window=vision.window_size // side // vision.patch_size * side,
+        )
+
+    @classmethod
+    def qwen3(cls, config: Any) -> QwenEncoderCost:
+        vision = config.vision_config
+        return cls(
+            layers=vision.depth,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            gated=False,
+            patch_values=_patch_values(vision),
+            merge=vision.spatial_merge_size**2,
+            width=vision.out_hidden_size,
+            mergers=1 + len(vision.deepstack_visual_indexes),
+        )
+
+    def vision(self, image: ImageShape) -> int:
+        d, n = self.hidden, image.rows * image.columns
+        linear = 2 * n * d * (4 * d + (3 if self.gated else 2) * self.intermediate)
+        # Windows are a grid of spans along both axes: the squares of their areas add up to this.
+        pairs = _squares(image.rows, self.window) * _squares(image.columns, self.window)
+        attention = (self.layers - self.windowed_layers) * n * n + self.windowed_layers * pairs
+        return 2 * n * self.patch_values * d + self.layers * linear + 4 * d * attention
+
+    def projector(self, image: ImageShape) -> int:
+        merged = self.merge * self.hidden
+        return self.mergers * 2 * image.tokens * merged * (merged + self.width)
+
+
+def _patch_values(vision: Any) -> int:
+    return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+
+
+def _squares(length: int, window: int) -> int:
+    """The sum of squares of `length` cut into spans of `window` and a shorter last one."""
+    whole, rest = divmod(length, window)
+    return whole * window**2 + rest**2

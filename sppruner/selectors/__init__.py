@@ -8,6 +8,7 @@ from sppruner.errors import UnknownMethod
 from sppruner.selectors.base import Selector
 from sppruner.selectors.baselines import GridSelector, RandomSelector, TopKSelector
 from sppruner.selectors.fastv import FastVSelector
+from sppruner.selectors.fsr import FSRSelector
 from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.spec import PruneSpec
@@ -19,6 +20,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         RandomSelector,
         GridSelector,
         TopKSelector,
+        FSRSelector,
         FastVSelector,
         PyramidDropSelector,
     )

@@ -157,7 +157,7 @@ def test_an_unknown_option_or_a_value_of_another_type_is_one_clear_error(method:
         with pytest.raises(SpecError, match=re.escape(field.name)):
             selector_for(PruneSpec(method=method, options={field.name: value}))
         if isinstance(field.default, str):
-            with pytest.raises(SpecError, match=f"{field.name}='nonsense' of '{method}': use one"):
+            with pytest.raises(SpecError, match=f"{field.name}='nonsense'.*: use "):
                 selector_for(PruneSpec(method=method, options={field.name: "nonsense"}))
 
 

@@ -1,0 +1,31 @@
+"""DivPrune equals the plain greedy from the loneliest token on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.sppruner.selectors.images import choose, doubled, farthest_points, make, unit
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (1, 30), (12, 12)])
+def test_it_starts_at_the_loneliest_token_and_goes_on_farthest_first(grid: tuple[int, int]) -> None:
+    for seed in range(3):
+        image = make(*grid, seed=seed)
+        v = unit(doubled(image.features_ND))
+        distance = 1 - v @ v.T
+        np.fill_diagonal(distance, np.inf)
+        first = int(distance.min(axis=1).argmax())
+        for k in (1, 2, image.count // 3, image.count - 1):
+            kept = choose("divprune", [image], [k])[0].index_K.tolist()
+            assert kept == farthest_points(image, [first], k)
+
+
+def test_of_twins_one_is_kept_before_anything_else_is_doubled() -> None:
+    image = make(4, 4)
+    twins = image.features_ND.clone()
+    twins[8:] = twins[:8]
+    kept = choose("divprune", [replace(image, features_ND=twins)], [8])[0].index_K
+    assert sorted((kept % 8).tolist()) == list(range(8))

@@ -185,6 +185,16 @@ def test_llava_next_reads_cls_rows_tile_by_tile_and_unpads_them_like_features(
     check_planes(images, NEXT, known)
 
 
+@pytest.mark.parametrize("feature_layer", [-1, -3, 1, 3])
+@torch.no_grad()
+def test_saliency_is_read_at_the_depth_of_the_features(feature_layer: int) -> None:
+    inputs = llava_next.batch([1])
+    adapter = adapter_for(llava_next.build(feature_layer=feature_layer))
+    read = adapter.encode(inputs, frozenset({ATTENTION})).images[0].planes[0].signals[ATTENTION]
+    layer = feature_layer if feature_layer < 0 else feature_layer - 1
+    close(read, eager_map("llava_next", inputs, layer)[0, 0, 1:])
+
+
 @attentions
 @torch.no_grad()
 def test_llava_onevision_pools_received_attention_and_keys_like_features(attention: str) -> None:

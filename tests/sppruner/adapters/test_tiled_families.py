@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MixtralConfig
+from transformers import MixtralConfig, SiglipVisionConfig, SiglipVisionModel
 
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import Adapter, Encoded, adapter_class, adapter_for, capabilities, cost_of
 from sppruner.adapters.base import raster
+from sppruner.cost import SiglipTowerCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import CONTENT_SEED
 from tests.sppruner.families import FAMILIES
@@ -180,6 +181,41 @@ def test_encoder_costs_equal_the_flop_counter(family: str) -> None:
     vision = by_module[next(n for n in by_module if n.endswith(type(tower).__name__))]
     assert sum(map(cost.vision, shapes)) == vision
     assert sum(map(cost.projector, shapes)) == by_module["Global"] - vision
+
+
+@families
+def test_a_whole_pruned_generation_costs_what_its_row_says(family: str) -> None:
+    adapter = adapter_of(family, "eager")
+    model, inputs = adapter.model, FAMILIES[family].batch([2])
+    spec = PruneSpec(method="grid", budget=Budget(ratio=0.25))
+    pruner = Pruner(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        done = pruner.generate(inputs, spec, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    report = done.reports[0]
+    row = adapter.cost().row(
+        images=report.image_shapes,
+        layer_tokens=report.layer_tokens,
+        prompt_tokens_dense=report.prompt_tokens_dense,
+        new_tokens=4,
+        pruner_flops=0,
+    )
+    assert sum(row.flops.values()) == counter.get_total_flops()
+
+
+def test_a_pooling_head_that_runs_for_nothing_is_counted() -> None:
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        attn_implementation="eager",
+    )
+    tower, pixels = SiglipVisionModel(vision).eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(pixel_values=pixels)
+    assert 2 * SiglipTowerCost.from_config(vision).forward(16) == counter.get_total_flops()
 
 
 @families

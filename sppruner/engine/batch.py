@@ -22,6 +22,7 @@ from sppruner.types import PruneReport
 
 _NO_EFFECT = "pruning_no_effect"
 _WARM_UP_ROWS = 4
+_VISUAL = ("image", "video")
 
 
 class BatchEngine:
@@ -59,8 +60,12 @@ class BatchEngine:
         self._cost = self._pruner.adapter.cost()
         ends = loaded.model.generation_config.eos_token_id
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        text = loaded.model.config.get_text_config()
-        self._context = int(text.max_position_embeddings)
+        config = loaded.model.config
+        self._context = int(config.get_text_config().max_position_embeddings)
+        ids = {getattr(config, f"{kind}_token_id", None) for kind in _VISUAL}
+        self._placeholder_ids = sorted(ids - {None})
+        tokens = {getattr(loaded.processor, f"{kind}_token", None) for kind in _VISUAL}
+        self._placeholder_tokens = sorted(tokens - {None})
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec this model cannot run."""
@@ -158,14 +163,15 @@ class BatchEngine:
     def _inputs(self, batch: Sequence[Request]) -> Any:
         """The processor's tensors for the batch, rendered through the model's chat template.
 
-        Raises InputError for words that would read as one more image.
+        Raises InputError for words that would read as one more image, or as a video.
         """
-        token = self._processor.image_token
         for request in batch:
-            if token in request.prompt or token in (request.system or ""):
-                raise InputError(
-                    f"the prompt holds {token!r}, which stands for an image: remove it"
-                )
+            words = f"{request.system}\n{request.prompt}"
+            for token in self._placeholder_tokens:
+                if token in words:
+                    raise InputError(
+                        f"the prompt holds {token!r}, which stands for an image or video: remove it"
+                    )
         texts = [
             self._processor.apply_chat_template(_messages(r), add_generation_prompt=True)
             for r in batch
@@ -189,10 +195,10 @@ class BatchEngine:
             )
 
     def _generate_kwargs(self, generation: Generation) -> dict[str, Any]:
-        # A generated image placeholder would be read as a visual token later: never emit one.
+        # A generated placeholder would be read as a visual token later: never emit one.
         common = {
             "max_new_tokens": generation.max_new_tokens,
-            "suppress_tokens": [self._pruner.adapter.image_token_id],
+            "suppress_tokens": self._placeholder_ids,
         }
         if generation.temperature == 0:
             return common | {"do_sample": False}

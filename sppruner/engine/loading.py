@@ -16,8 +16,9 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+from sppruner.engine.processors import processor_of
 from sppruner.errors import UnsupportedModel
 from sppruner.tiny import MODEL_DIR
 
@@ -106,7 +107,7 @@ def image_backend(processor: Any) -> str:
 
 def load_processor(identity: ModelIdentity) -> Any:
     """The model's processor, set to pad on the left as generation needs."""
-    processor = AutoProcessor.from_pretrained(identity.path, trust_remote_code=False)
+    processor = processor_of(load_config(identity), identity.path)
     processor.tokenizer.padding_side = "left"
     return processor
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from PIL import Image
 
-from sppruner.engine.loading import load_processor, resolve_model
-from sppruner.errors import UnsupportedModel
+from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine.loading import load_model, load_processor, resolve_model
+from sppruner.errors import InputError, UnsupportedModel
+from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import build_model, build_processor, save
+from tests.sppruner.families import FAMILIES
+from tests.sppruner.families.folders import write_folder
 
 
 @pytest.fixture
@@ -94,3 +101,80 @@ def test_the_processor_pads_on_the_left_whatever_was_saved(tmp_path: Path) -> No
     processor.tokenizer.padding_side = "right"
     save(build_model(processor.tokenizer), processor, tmp_path)
     assert load_processor(resolve_model(str(tmp_path))).tokenizer.padding_side == "left"
+
+
+def drawn(seed: int, width: int, height: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator).to(torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def requests(spec: PruneSpec) -> list[Request]:
+    """Images of different sizes and shapes, one row with two of them, one with none."""
+    images = [(drawn(1, 50, 30),), (drawn(2, 24, 60), drawn(3, 33, 33)), ()]
+    return [
+        Request(
+            id=str(len(seen)),
+            prompt=f"what is in {len(seen)}?",
+            images=seen,
+            spec=spec,
+            generation=Generation(max_new_tokens=4),
+        )
+        for seen in images
+    ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BatchEngine:
+    loaded = load_model(str(write_folder(request.param, tmp_path_factory.mktemp(request.param))))
+    assert loaded.image_backend == "pil"
+    assert loaded.processor.tokenizer.padding_side == "left"
+    return BatchEngine(loaded)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.25])
+def test_a_folder_of_every_family_loads_without_torchvision_and_answers(
+    engine: BatchEngine, ratio: float | None
+) -> None:
+    """Together and alone alike, which needs padding on the left and pixels in prompt order."""
+    spec = DENSE if ratio is None else PruneSpec(method="grid", budget=Budget(ratio=ratio))
+    asked = requests(spec)
+    together = engine.run(asked)
+    for one, result in zip(asked, together, strict=True):
+        assert result.error_message is None
+        assert result.visual_tokens >= 16 * len(one.images)
+        if ratio is None:
+            assert result.visual_tokens_kept == result.visual_tokens
+        else:
+            wanted = ratio * result.visual_tokens
+            assert abs(result.visual_tokens_kept - wanted) <= 0.5 * len(one.images)
+        (alone,) = engine.run([one])
+        assert alone.text == result.text
+        assert alone.prompt_tokens == result.prompt_tokens
+
+
+def test_every_family_warms_up(engine: BatchEngine) -> None:
+    engine.warm_up()
+
+
+def test_words_that_stand_for_an_image_or_a_video_are_refused_and_never_said(
+    engine: BatchEngine,
+) -> None:
+    processor, config = engine._processor, engine._model.config
+    (one, *_) = requests(DENSE)
+    never_said = engine._generate_kwargs(one.generation)["suppress_tokens"]
+    assert config.image_token_id in never_said
+    assert getattr(config, "video_token_id", config.image_token_id) in never_said
+    words = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
+    for word in filter(None, words):
+        for hostile in (replace(one, prompt=f"what is {word}?"), replace(one, system=word)):
+            (result,) = engine.run([hostile])
+            assert result.error_code == "prompt_invalid"
+            assert word in str(result.error_message)
+
+
+def test_a_processor_without_torchvision_says_that_it_takes_no_videos(tmp_path: Path) -> None:
+    processor = load_processor(resolve_model(str(write_folder("qwen2_vl", tmp_path))))
+    video = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(InputError, match="images only"):
+        processor(text=["<|video_pad|>"], videos=[video], return_tensors="pt")

@@ -25,6 +25,7 @@ from sppruner.signals import (
     ReceivedProbe,
     probing,
 )
+from sppruner.stages import stages_from
 
 
 class Idefics3Adapter(Adapter):
@@ -48,7 +49,7 @@ class Idefics3Adapter(Adapter):
             positions=("keep", "renumber"),
             hidden=True,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=1,
+            stages_from=stages_from(config.text_config),
         )
 
     @classmethod
@@ -115,7 +116,7 @@ class Idefics3Adapter(Adapter):
         known = read(probe, len(hidden_TNV)) if wanted else {}
         images = tiled_images(
             shapes,
-            features_TND=torch.cat(output.pooler_output).unflatten(0, hidden_TNV.shape[:2]),
+            features_TND=torch.cat(output.pooler_output).view(*hidden_TNV.shape[:2], -1),
             hidden_TNV=hidden_TNV,
             pixels=tiles,
             read={name: merged_signal(values, factor) for name, values in known.items()},

@@ -24,6 +24,7 @@ from sppruner.compact import Compacted
 from sppruner.cost import DecoderCost, ImageShape, ModelCost, TiledEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
+from sppruner.stages import stages_from
 
 
 class InternVLAdapter(Adapter):
@@ -54,7 +55,7 @@ class InternVLAdapter(Adapter):
             positions=("keep", "renumber"),
             hidden=True,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=1,
+            stages_from=stages_from(config.text_config),
         )
 
     @classmethod

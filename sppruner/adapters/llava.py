@@ -14,6 +14,7 @@ from sppruner.cost import DecoderCost, ImageShape, LlavaEncoderCost, ModelCost
 from sppruner.errors import UnsupportedModel
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
 from sppruner.signals import content_seed as seed_of
+from sppruner.stages import stages_from
 from sppruner.types import VisualTokens
 
 
@@ -42,7 +43,7 @@ class LlavaAdapter(Adapter):
             positions=("keep", "renumber"),
             hidden=True,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=1,
+            stages_from=stages_from(config.text_config),
         )
 
     @classmethod

@@ -13,6 +13,7 @@ from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import DecoderCost, LlavaEncoderCost, ModelCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe
+from sppruner.stages import stages_from
 
 
 class LlavaNextAdapter(AnyresAdapter):
@@ -32,7 +33,7 @@ class LlavaNextAdapter(AnyresAdapter):
             positions=("keep", "renumber"),
             hidden=True,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=1,
+            stages_from=stages_from(config.text_config),
         )
 
     @classmethod

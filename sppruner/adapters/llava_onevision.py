@@ -14,6 +14,7 @@ from sppruner.adapters.variants import require_dense_decoder, require_features, 
 from sppruner.cost import DecoderCost, ModelCost, TiledEncoderCost
 from sppruner.errors import UnsupportedModel
 from sppruner.signals import ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION, ReceivedProbe
+from sppruner.stages import stages_from
 
 _ANYRES = "anyres_max_"
 
@@ -41,7 +42,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
             positions=("keep", "renumber"),
             hidden=False,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=1,
+            stages_from=stages_from(config.text_config),
         )
 
     @classmethod

@@ -19,7 +19,7 @@ from tests.sppruner.families.rows import one_row
 
 TEXTS = ["where is the red cross", "count stars", "is there a blue circle left of the sign"]
 # The decoders under test have three or four layers: an early stage, or there is nothing to prune.
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"pyramiddrop": {"layers": "2"}}
 
 
 def words(text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:

@@ -76,7 +76,7 @@ def new_tokens(output: Any) -> Tensor:
 
 
 def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=2e-4, rtol=5e-5)
+    torch.testing.assert_close(one, other, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

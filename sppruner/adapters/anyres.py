@@ -233,4 +233,4 @@ def _tile_pixels(pixels: Tensor, layouts: Sequence[AnyresLayout]) -> list[Tensor
     counts = [layout.tiles for layout in layouts]
     if pixels.dim() == 5:
         return [image[:count] for image, count in zip(pixels, counts, strict=True)]
-    return list(pixels.split(counts))
+    return list(torch.split(pixels, counts))

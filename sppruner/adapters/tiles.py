@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class TileProbe(Protocol):
     def signals(self, image: int) -> dict[str, Tensor]: ...
 
 
-def layer_before(layers: nn.ModuleList, index: int) -> nn.Module:
+def layer_before(layers: nn.ModuleList, index: int) -> Any:
     """The layer whose output is hidden state `index`: state 0 is the embeddings, -1 the last.
 
     Saliency is read at the depth of the features (pruners such as VisionZip do the same).
@@ -70,7 +70,7 @@ def tiled_images(
     *,
     features_TND: Tensor,
     hidden_TNV: Tensor,
-    pixels: Sequence[Tensor],
+    pixels: Tensor,
     read: Mapping[str, Tensor],
     signals: frozenset[str],
 ) -> tuple[EncodedImage, ...]:
@@ -87,6 +87,7 @@ def tiled_images(
     first = 0
     for row, shape in shapes:
         image = held.setdefault(row, 0)
+        places_N = torch.arange(shape.tokens, device=features_TND.device)
         planes = []
         for tile in range(first, first + shape.tiles):
             known = {name: values[tile] for name, values in read.items()}
@@ -109,7 +110,7 @@ def tiled_images(
                 image=image,
                 run_ND=features_TND[first : first + shape.tiles].flatten(0, 1),
                 planes=tuple(planes),
-                places=torch.arange(shape.tokens, device=features_TND.device).split(count),
+                places=places_N.view(-1, count).unbind(),
                 shape=shape,
             )
         )

@@ -1,8 +1,11 @@
-"""Accuracy of pruning methods on held-out scenes, with paired bootstrap intervals.
+"""Accuracy of pruning methods, with paired bootstrap intervals and fidelity to the full model.
 
-    python jobs/evaluate.py --methods sppruner,random --retain 0.333,0.222,0.111 --questions 1000
+    python jobs/evaluate.py --methods sppruner,random --retain 0.333,0.222,0.111
+    python jobs/evaluate.py --methods "sppruner,sppruner:kappa=0,fastv:layer=1" --plot kept.png
+    python jobs/evaluate.py --model llava-hf/llava-1.5-7b-hf --data pope.jsonl --images val2014
 
 Dense always runs too: it is what every method is held against. `random` runs with three seeds.
+Without --data the questions are about held-out drawn scenes.
 """
 
 from __future__ import annotations
@@ -10,114 +13,231 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster.config import MediaLimits
+from cluster.errors import RowError
+from cluster.media import decode_image
 from cluster.report import console
-from sppruner import DENSE, Budget, PruneSpec, SpprunerError, available
-from sppruner.engine import BatchEngine
-from sppruner.engine.loading import EMBEDDED
-from sppruner.errors import SpecError
-from sppruner.evaluation import Score, evaluate, held_out, majority, row
+from jobs.method_specs import parse_methods, parse_shares, specs_of
+from jobs.overlays import write_overlays
+from sppruner import PruneSpec, SpprunerError
+from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.errors import EvaluationError, SpecError
+from sppruner.evaluation import (
+    FORMATS,
+    Comparison,
+    Dataset,
+    ahead_of,
+    answers_due,
+    cannot,
+    compare,
+    drawn_scenes,
+    read_dataset,
+    rows,
+)
+from sppruner.evaluation.plot import check_plot, plot
+from sppruner.evaluation.tables import (
+    ACCURACY,
+    COLUMNS,
+    FIDELITY,
+    comma_separated,
+    markdown,
+    percent,
+    written,
+)
 
-RANDOM_SEEDS = (0, 1, 2)
 
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument(
-        "--methods", default="sppruner,topk,grid,random", help="names, comma between"
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--retain", default="0.333,0.222,0.111", help="shares kept, comma between")
-    parser.add_argument("--questions", type=int, default=1000, help="at least so many questions")
-    parser.add_argument("--model", default=EMBEDDED, help="folder or Hub name")
-    parser.add_argument(
-        "--first-scene", type=int, default=0, help="offset into the held-out scenes"
+    made.add_argument(
+        "--methods",
+        default="sppruner,topk,grid,random",
+        help="comma between methods, options after colons: name:option=value (%(default)s)",
     )
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    return parser.parse_args(argv)
+    made.add_argument(
+        "--retain",
+        default="0.333,0.222,0.111",
+        help="shares of visual tokens kept, comma between (%(default)s)",
+    )
+    made.add_argument(
+        "--model",
+        action="append",
+        help=f"folder or Hub name; several times for several models ({EMBEDDED})",
+    )
+    made.add_argument(
+        "--questions", type=int, default=1000, help="ask at least so many (%(default)s)"
+    )
+    asked = made.add_argument_group("drawn scenes (the default)")
+    asked.add_argument(
+        "--split",
+        choices=["report", "tuning"],
+        default="report",
+        help="scenes that are reported, or those that constants are chosen on (%(default)s)",
+    )
+    asked.add_argument("--first-scene", type=int, default=0, help="offset into the split")
+    data = made.add_argument_group("your files")
+    data.add_argument("--data", type=Path, help="a benchmark's file of questions")
+    data.add_argument("--images", type=Path, help="the folder of its images")
+    data.add_argument("--format", choices=list(FORMATS), help="where the file does not tell")
+    data.add_argument("--annotations", type=Path, help="the file of answers (vqav2)")
+    data.add_argument(
+        "--instruction", help="what follows each question; '' for nothing (the format's own)"
+    )
+    out = made.add_argument_group("results")
+    out.add_argument("--json", type=Path, help="rows, differences between methods, versions")
+    out.add_argument("--markdown", type=Path, help="the table")
+    out.add_argument("--csv", type=Path, help="the rows, flat")
+    out.add_argument("--plot", type=Path, help="accuracy against kept tokens: .png, .pdf or .svg")
+    out.add_argument("--overlay", type=Path, help="folder for pictures of what is kept")
+    return made
 
 
-def specs(methods: str, retain: str) -> list[PruneSpec]:
-    """Every method at every budget. Raises SpecError."""
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    for name in names:
-        if name not in available():
-            raise SpecError(f"no pruning method {name!r}; there are {', '.join(available())}")
-    try:
-        ratios = [float(share) for share in retain.split(",")]
-    except ValueError as error:
-        raise SpecError(f"--retain {retain!r}: give shares such as 0.333,0.222") from error
-    return [
-        PruneSpec(method=name, budget=Budget(ratio=ratio))
-        for name in names
-        if name != "none"
-        for ratio in ratios
-    ]
-
-
-def percent(value: object) -> str:
-    return "–" if value is None else f"{100 * float(str(value)):.1f}"
-
-
-def tables(rows: Sequence[dict[str, Any]], baseline: dict[str, float]) -> list[Table]:
-    """Overall accuracy with intervals, and accuracy by question type beside its baseline."""
-    overall = Table(title="accuracy in %, 95 % intervals over scenes; captions apart")
-    for column in ("method", "kept", "n", "accuracy", "interval", "of dense", "interval of it"):
-        overall.add_column(column, justify="left" if column == "method" else "right")
-    by_type = Table(title="exact answers by question type, %")
-    for column in ("method", "kept", *baseline):
-        by_type.add_column(column, justify="left" if column == "method" else "right")
-    by_type.add_row("majority answer", "", *map(percent, baseline.values()))
-    for entry in rows:
-        name, kept = str(entry["method"]), percent(entry["kept_share"])
-        overall.add_row(
-            name,
-            kept,
-            str(entry["n"]),
-            percent(entry["accuracy"]),
-            f"{percent(entry['low'])} – {percent(entry['high'])}",
-            percent(entry["relative_to_dense"]),
-            f"{percent(entry['relative_low'])} – {percent(entry['relative_high'])}",
+def dataset_of(arguments: argparse.Namespace) -> Dataset:
+    """What to ask. Raises SpecError or EvaluationError."""
+    if arguments.questions < 1:
+        raise SpecError(f"--questions {arguments.questions}: ask at least 1")
+    if arguments.data is None:
+        for option in ("images", "format", "annotations", "instruction"):
+            if getattr(arguments, option) is not None:
+                raise SpecError(f"--{option} goes with --data: give the file of questions too")
+        return drawn_scenes(
+            arguments.questions, first_scene=arguments.first_scene, split=arguments.split
         )
-        by_type.add_row(name, kept, *(percent(entry["by_type"][kind]) for kind in baseline))
-    return [overall, by_type]
+    if arguments.images is None:
+        raise SpecError("--data needs --images: the folder that holds the file's images")
+    return read_dataset(
+        arguments.data,
+        images=arguments.images,
+        decode=decoded,
+        format=arguments.format,
+        annotations=arguments.annotations,
+        instruction=arguments.instruction,
+        limit=arguments.questions,
+    )
+
+
+def decoded(file: Path) -> Any:
+    """An image file under the same limits as a corpus's images. Raises EvaluationError."""
+    try:
+        return decode_image(file.read_bytes(), MediaLimits())
+    except (OSError, RowError) as error:
+        raise EvaluationError(f"{file}: cannot be used: {error}") from error
+
+
+@contextmanager
+def progress(told: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    bars = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:-1])
+    with Progress(*bars, TimeRemainingColumn(), console=told) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda answers: bar.advance(task, answers)
+
+
+def tables(document: dict[str, Any]) -> Iterator[Table]:
+    """Per model: accuracy with intervals, fidelity to dense, and accuracy by kind of question
+    beside what always giving the most frequent answer would score."""
+    for model in document["models"]:
+        entries = [entry for entry in document["rows"] if entry["model"] == model]
+        metric, majority = entries[0]["metric"], document["majority_by_type"]
+        for title, names in (
+            (f"{model}: {metric} with 95 % intervals over images", ACCURACY),
+            (f"{model}: fidelity to dense", FIDELITY),
+        ):
+            table = _table(title, [name.format(metric=metric) for name in names])
+            for entry in entries:
+                table.add_row(*(COLUMNS[name](entry) for name in names))
+            yield table
+        kinds = list(entries[0]["by_type"])
+        if len(kinds) > 1:
+            table = _table(
+                f"{model}: {metric} by kind of question, %", ["method", "kept %", *kinds]
+            )
+            if majority:
+                guessed = (percent(majority[kind]) for kind in kinds)
+                table.add_row("majority answer", "", *guessed)
+            for entry in entries:
+                by_type = (percent(entry["by_type"][kind]) for kind in kinds)
+                table.add_row(written(entry), percent(entry["kept_share"]), *by_type)
+            yield table
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    return table
+
+
+def run(
+    models: Sequence[LoadedModel], dataset: Dataset, specs: Sequence[PruneSpec], told: Console
+) -> dict[str, Any]:
+    """The document of `--json`."""
+    document: dict[str, Any] = {"rows": [], "ahead_of": [], "cannot": []}
+    for loaded in models:
+        name = loaded.identity.name
+        with progress(told, name, answers_due(dataset, specs)) as advance:
+            comparison: Comparison = compare(loaded, dataset, specs, advance=advance)
+        document["rows"] += rows(name, comparison)
+        document["ahead_of"] += ahead_of(name, comparison.scores)
+        document["cannot"] += cannot(name, comparison)
+    return document | {
+        "dataset": dataset.name,
+        "majority_by_type": dataset.majority(),
+        "models": {m.identity.name: m.identity.revision for m in models},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The files that were asked for."""
+    entries, failed = document["rows"], document["cannot"]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(entries, failed))
+    if arguments.csv:
+        arguments.csv.write_text(comma_separated(entries))
+    if arguments.plot:
+        plot(entries, arguments.plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+    arguments = parser().parse_args(argv)
     told = console(stderr=True)
     try:
-        wanted = specs(arguments.methods, arguments.retain)
-        if arguments.questions < 1:
-            raise SpecError(f"--questions {arguments.questions}: ask at least 1")
-        engine = BatchEngine(arguments.model)
-        for spec in wanted:
-            engine.check(spec)
+        methods = parse_methods(arguments.methods)
+        specs = specs_of(methods, parse_shares(arguments.retain))
+        if arguments.plot:
+            check_plot()
+        for file in (arguments.json, arguments.markdown, arguments.csv, arguments.plot):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise EvaluationError(f"{file}: its folder does not exist; make it first")
+        dataset = dataset_of(arguments)
+        models = [load_model(name) for name in dict.fromkeys(arguments.model or [EMBEDDED])]
+        document = run(models, dataset, specs, told)
+        console().print(*tables(document))
+        for failed in document["cannot"]:
+            kept = percent(failed["retained"])
+            line = f"{failed['model']}, {failed['method']} at {kept} %: cannot: {failed['reason']}"
+            told.print(line, style="yellow", markup=False)
+        write(document, arguments)
+        if arguments.overlay:
+            write_overlays(models, dataset, specs, arguments.overlay)
     except SpprunerError as error:
         told.print(f"evaluate: {error}", style="red", markup=False)
         return 2
-    items = held_out(arguments.questions, first_scene=arguments.first_scene)
-    scores: list[Score] = []
-    columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:-1])
-    with Progress(*columns, TimeRemainingColumn(), console=told) as progress:
-        task = progress.add_task("dense", total=1 + len(wanted))
-        for spec in [DENSE, *wanted]:
-            progress.update(task, description=f"{spec.method} {spec.budget.ratio:.3f}")
-            seeds = RANDOM_SEEDS if spec.method == "random" else ()
-            scores.append(evaluate(engine, items, spec, seeds=seeds))
-            progress.advance(task)
-    rows = [row(arguments.model, score, scores[0]) for score in scores]
-    baseline = majority(items)
-    console().print(*tables(rows, baseline))
-    if arguments.json:
-        document = {"rows": rows, "majority_by_type": baseline, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

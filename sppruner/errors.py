@@ -7,6 +7,7 @@ SpprunerError
 ├── MissingSignal        the method needs a signal this family cannot give
 ├── InputError           a prompt the model cannot take: wrong image count, too long, no image
 ├── EngineError          an engine that cannot answer even a blank image
+├── EvaluationError      a dataset, image or output an evaluation cannot work with
 └── PruningHadNoEffect   the packed sequence does not hold the tokens the budget asked for
 """
 
@@ -39,6 +40,10 @@ class InputError(SpprunerError, ValueError):
 
 class EngineError(SpprunerError):
     """An engine that cannot answer even a blank image."""
+
+
+class EvaluationError(SpprunerError):
+    """A dataset, image or output that an evaluation cannot work with; names it and what to do."""
 
 
 class PruningHadNoEffect(SpprunerError):

@@ -1,0 +1,69 @@
+"""Pictures of what methods keep: a few images × every method, one sheet per model and budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from cluster.contact_sheet import Tile, write_contact_sheet
+from sppruner.engine.loading import LoadedModel
+from sppruner.errors import SpprunerError
+from sppruner.evaluation import Dataset, Item, label
+from sppruner.geometry import seen
+from sppruner.overlay import overlay_of
+from sppruner.pruner import Pruner
+from sppruner.spec import PruneSpec
+
+_IMAGES = 4
+_SIDE = 240  # of a tile on the sheet
+
+
+def write_overlays(
+    models: Sequence[LoadedModel], dataset: Dataset, specs: Sequence[PruneSpec], folder: Path
+) -> list[Path]:
+    """Sheets `<model>-<retained>.png`: a row per image, the image itself and then each method.
+
+    A method that a model cannot run leaves an empty frame with the reason.
+    """
+    written = []
+    for loaded in models:
+        pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+        name = re.sub(r"[^\w.-]+", "-", loaded.identity.name).strip("-")
+        for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
+            members = [spec for spec in specs if spec.budget.ratio == budget]
+            tiles = []
+            for item in _one_per_image(dataset)[:_IMAGES]:
+                image = seen(item.image(), loaded.processor.image_processor)
+                tiles.append(Tile(image=_fitted(image), title=item.prompt, text=""))
+                tiles += [_tile(pruner, loaded, item, spec) for spec in members]
+            path = folder / f"{name}-{budget}.png"
+            written.append(write_contact_sheet(tiles, path, columns=1 + len(members)))
+    return written
+
+
+def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
+    title = label(spec.method, spec.options)
+    try:
+        picture = overlay_of(
+            pruner, loaded.processor, item.image(), item.prompt, spec, side=_SIDE, key=True
+        )
+    except SpprunerError as error:
+        return Tile(image=None, title=title, text=f"cannot: {error}", failed=True)
+    return Tile(image=picture, title=title, text="")
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (_SIDE, _SIDE))
+
+
+def _one_per_image(dataset: Dataset) -> list[Item]:
+    """The first question of each image that asks about something known, or else its first."""
+    first: dict[str, Item] = {}
+    for item in dataset.items:
+        held = first.setdefault(item.group, item)
+        if item.subjects and not held.subjects:
+            first[item.group] = item
+    return list(first.values())

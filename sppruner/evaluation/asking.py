@@ -1,0 +1,235 @@
+"""Asking one model the same questions under many specs.
+
+A batch of questions is processed once and encoded once per set of signals, however many methods
+and budgets are asked of it: on small models the encoder is most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from sppruner.adapters import Adapter, Encoded, Kept, adapter_for
+from sppruner.chat import ask_about
+from sppruner.engine.loading import LoadedModel
+from sppruner.evaluation.items import Item
+from sppruner.evaluation.reading import AnswerReader, divergence_B, up_to_end
+from sppruner.geometry import covered, plane_boxes, seen
+from sppruner.pruner import Pruner
+from sppruner.relevance import ClipText
+from sppruner.spec import DENSE, PruneSpec
+from sppruner.types import PruneReport
+
+
+class _EncodedOnce:
+    """An adapter that encodes a batch once for every spec asked of it, and remembers what was kept.
+
+    Encoded images are never changed in place: `pack` builds a fresh output on every call.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._inputs: Mapping[str, Tensor] | None = None
+        self._encoded: dict[frozenset[str], Encoded] = {}
+        self.last: tuple[Encoded, Sequence[Kept]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
+        if inputs is not self._inputs:
+            self._inputs, self._encoded = inputs, {}
+        if signals not in self._encoded:
+            self._encoded[signals] = self._adapter.encode(inputs, signals)
+        return self._encoded[signals]
+
+    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        self.last = encoded, kept
+        return self._adapter.pack(encoded, kept)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dense:
+    """The full model's answers to a batch, which pruned ones are held against. first_BV:
+    log-probabilities of the first token."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    first_BV: Tensor
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer and how faithful it is.
+
+    kept, total: visual tokens as the budget counts them. kept_layers: mean share of them over the
+    decoder's layers. agrees: the dense answer, token by token. first_kl: KL of the first token to
+    dense, in nats. dense_logprob: mean log-probability per token of the dense answer under this
+    spec. found: (all subjects keep a token, share of their tokens kept), where subjects are known.
+    """
+
+    text: str
+    kept: int
+    total: int
+    kept_layers: float
+    agrees: bool
+    first_kl: float
+    dense_logprob: float
+    found: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Items with the processor's tensors for them; sizes: each image as the encoder sees it."""
+
+    items: Sequence[Item]
+    inputs: Mapping[str, Tensor]
+    sizes: Sequence[tuple[int, int]]
+
+
+class Asker:
+    """Asks one loaded model, greedily. clip_text: needed by methods with "clip" relevance."""
+
+    def __init__(
+        self, loaded: LoadedModel, *, max_new_tokens: int, clip_text: ClipText | None = None
+    ) -> None:
+        self._model, self._processor = loaded.model, loaded.processor
+        self._once = _EncodedOnce(adapter_for(loaded.model))
+        # Everything but two methods is the adapter's own.
+        adapter = cast(Adapter, self._once)
+        tokenizer = loaded.processor.tokenizer
+        self._pruner = Pruner(
+            loaded.model, adapter=adapter, tokenizer=tokenizer, clip_text=clip_text
+        )
+        self._max_new_tokens = max_new_tokens
+        ends = loaded.model.generation_config.eos_token_id
+        self._ends = frozenset(ends if isinstance(ends, list) else [ends])
+
+    def check(self, spec: PruneSpec) -> None:
+        """Raises SpprunerError for a spec this model cannot run."""
+        self._pruner.check(spec)
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """The processor's tensors for the items, one image each. Raises InputError for words that
+        would read as one more image."""
+        images = [item.image() for item in items]
+        inputs = ask_about(self._processor, [item.prompt for item in items], images)
+        inputs = inputs.to(self._model.device)
+        sizes = [seen(image, self._processor.image_processor).size for image in images]
+        return Batch(items=items, inputs=inputs, sizes=sizes)
+
+    def dense(self, batch: Batch) -> tuple[Dense, list[Answer]]:
+        """The full model's answers, twice: as what others are held against, and as answers."""
+        reader = AnswerReader()
+        tokens, reports = self._generate(batch, DENSE, reader, self._max_new_tokens)
+        logprobs = reader.mean_logprobs([len(row) for row in tokens])
+        assert reader.first_BV is not None
+        dense = Dense(
+            texts=self._decode(tokens), tokens=tokens, first_BV=reader.first_BV, logprobs=logprobs
+        )
+        answers = [
+            Answer(
+                text=text,
+                kept=report.visual_tokens_kept,
+                total=report.visual_tokens,
+                kept_layers=1.0,
+                agrees=True,
+                first_kl=0.0,
+                dense_logprob=logprob,
+                found=(1.0, 1.0) if item.subjects else None,
+            )
+            for item, text, report, logprob in zip(
+                batch.items, dense.texts, reports, logprobs, strict=True
+            )
+        ]
+        return dense, answers
+
+    def pruned(self, batch: Batch, spec: PruneSpec, dense: Dense) -> list[Answer]:
+        """Answers under a spec. Raises SpprunerError where the model cannot run it."""
+        reader = AnswerReader(dense.tokens)
+        tokens, reports = self._generate(batch, spec, reader, self._max_new_tokens)
+        found = self._found(batch)
+        agrees = [row == due for row, due in zip(tokens, dense.tokens, strict=True)]
+        lengths = [len(row) for row in dense.tokens]
+        assert reader.first_BV is not None
+        kl_B = divergence_B(dense.first_BV, reader.first_BV)
+        if not all(agrees):
+            reader = AnswerReader(dense.tokens, force=True)
+            self._generate(batch, spec, reader, max(lengths))
+        return [
+            Answer(
+                text=text,
+                kept=report.visual_tokens_kept,
+                total=report.visual_tokens,
+                kept_layers=_kept_layers(report),
+                agrees=agree,
+                first_kl=kl,
+                dense_logprob=logprob,
+                found=share,
+            )
+            for text, report, agree, kl, logprob, share in zip(
+                self._decode(tokens),
+                reports,
+                agrees,
+                kl_B.tolist(),
+                reader.mean_logprobs(lengths),
+                found,
+                strict=True,
+            )
+        ]
+
+    def _generate(
+        self, batch: Batch, spec: PruneSpec, reader: AnswerReader, length: int
+    ) -> tuple[list[list[int]], list[PruneReport]]:
+        generated = self._pruner.generate(
+            batch.inputs,
+            spec,
+            [item.prompt for item in batch.items],
+            max_new_tokens=length,
+            do_sample=False,
+            # A generated placeholder would be read as a visual token.
+            suppress_tokens=[self._once.image_token_id],
+            logits_processor=LogitsProcessorList([reader]),
+        )
+        tokens = [up_to_end(row, self._ends) for row in generated.tokens_BT.tolist()]
+        return tokens, generated.reports
+
+    def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        decode = self._processor.tokenizer.decode
+        return [decode(row, skip_special_tokens=True).strip() for row in tokens]
+
+    def _found(self, batch: Batch) -> list[tuple[float, float] | None]:
+        """What is left of each item's subjects among the tokens that enter the decoder."""
+        assert self._once.last is not None
+        encoded, kept = self._once.last
+        found: list[tuple[float, float] | None] = [None] * len(batch.items)
+        for image, stays in zip(encoded.images, kept, strict=True):
+            subjects = batch.items[image.row].subjects
+            if not subjects:
+                continue
+            stays_N = torch.zeros(image.count, dtype=torch.bool)
+            stays_N[stays.index_K.cpu()] = True
+            kept_PN = [stays_N[place.cpu()].numpy() for place in image.places]
+            boxes = plane_boxes(image.planes, batch.sizes[image.row])
+            shares = []
+            for subject in subjects:
+                mask_N = np.concatenate(covered(subject, image.planes, boxes))
+                shares.append(float(np.concatenate(kept_PN)[mask_N].mean()))
+            found[image.row] = float(all(shares)), float(np.mean(shares))
+        return found
+
+
+def _kept_layers(report: PruneReport) -> float:
+    """Mean share of visual tokens over the decoder's layers."""
+    if report.visual_tokens == 0:
+        return 1.0
+    text = report.prompt_tokens_dense - report.visual_tokens
+    visual = [tokens - text for tokens in report.layer_tokens]
+    return sum(visual) / len(visual) / report.visual_tokens

@@ -1,0 +1,79 @@
+"""Accuracy against kept tokens, one panel per model, with 95 % bands. Needs matplotlib, which is
+the extra `evaluate` of this package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sppruner.errors import EvaluationError
+from sppruner.evaluation.tables import written
+
+# Okabe and Ito's colours, told apart by most readers; then line styles tell methods apart.
+_COLOURS = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
+_STYLES = ("-", "--", ":")
+_MARKERS = "osD^vPX"
+
+
+def check_plot() -> None:
+    """Raises EvaluationError where matplotlib is missing, before anything is computed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvaluationError("--plot needs matplotlib: pip install 'sppruner[evaluate]'")
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes a picture of the rows; the suffix (.png, .pdf, .svg) chooses its format."""
+    check_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(1.6 + 4.6 * len(models), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    methods = list(dict.fromkeys(written(row) for row in rows if row["method"] != "none"))
+    for panel, model in zip(panels, models, strict=True):
+        _panel(panel, model, [row for row in rows if row["model"] == model], methods)
+    panels[0].set_ylabel(f"{rows[0]['metric']}, %")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=200)
+
+
+def _panel(
+    panel: Any, model: str, rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
+) -> None:
+    panel.set_title(model)
+    panel.set_xscale("log")
+    for row in rows:
+        if row["method"] == "none":
+            panel.axhline(100 * row["accuracy"], color="0.35", lw=1, label="dense")
+            panel.axhspan(100 * row["low"], 100 * row["high"], color="0.35", alpha=0.12, lw=0)
+    shares: set[float] = set()
+    for number, method in enumerate(methods):
+        mine = sorted(
+            (row for row in rows if written(row) == method), key=lambda row: row["kept_share"]
+        )
+        kept = [100 * row["kept_share"] for row in mine]
+        shares.update(round(share, 1) for share in kept)
+        colour = _COLOURS[number % len(_COLOURS)]
+        panel.plot(
+            kept,
+            [100 * row["accuracy"] for row in mine],
+            color=colour,
+            linestyle=_STYLES[number // len(_COLOURS) % len(_STYLES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4,
+            lw=1.5,
+            label=method,
+        )
+        low, high = ([100 * row[end] for row in mine] for end in ("low", "high"))
+        panel.fill_between(kept, low, high, color=colour, alpha=0.15, lw=0)
+    panel.set_xticks(sorted(shares), [f"{share:g}" for share in sorted(shares)])
+    panel.minorticks_off()
+    panel.set_xlabel("visual tokens kept, %")
+    panel.grid(color="0.92", lw=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,102 @@
+"""Held-out drawn scenes as a dataset: exact answers, and outlines of what is asked about.
+
+Scenes are numbered by seed. Those that methods' constants are chosen on and those that are
+reported are disjoint, and neither was trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import Literal, TypeAlias
+
+from PIL import Image
+
+from sppruner.errors import SpecError
+from sppruner.evaluation.items import Dataset, Item, Outline
+from sppruner.evaluation.metrics import ExactMatch
+from sppruner.tiny.questions import (
+    CAPTION_OBJECTS,
+    CAPTION_PROMPT,
+    Question,
+    caption,
+    questions,
+)
+from sppruner.tiny.scenes import HELD_OUT_SEED, Scene, Sign, outline, render, sample_scene
+
+Split: TypeAlias = Literal["report", "tuning"]
+
+CAPTION = "caption"
+SPLIT_SCENES = 1_000_000
+"""Scenes in each split: reporting from HELD_OUT_SEED on, tuning so many further on."""
+_JPEG_QUALITY = 92
+
+
+def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -> Dataset:
+    """At least `count` questions, whole scenes only, plus a caption, reported apart, for every
+    scene with few enough objects to have been taught one.
+
+    first_scene: offset into the split. Raises SpecError where the split ends.
+    """
+    start = HELD_OUT_SEED + (SPLIT_SCENES if split == "tuning" else 0)
+    items: list[Item] = []
+    asked, number = 0, first_scene
+    while asked < count:
+        if not 0 <= number < SPLIT_SCENES:
+            raise SpecError(f"scene {number} is outside the {SPLIT_SCENES:,} of split {split!r}")
+        scene = sample_scene(start + number)
+        about = questions(scene)
+        asked += len(about)
+        items += [_item(scene, i, question) for i, question in enumerate(about)]
+        if len(scene.objects) <= CAPTION_OBJECTS:
+            told = Question(CAPTION, CAPTION_PROMPT, caption(scene))
+            items.append(_item(scene, len(about), told))
+        number += 1
+    return Dataset(
+        name=f"drawn scenes ({split})", items=items, metric=ExactMatch(), max_new_tokens=48
+    )
+
+
+def _item(scene: Scene, index: int, question: Question) -> Item:
+    return Item(
+        id=f"{scene.seed}-{index}",
+        group=str(scene.seed),
+        kind=question.kind,
+        prompt=question.text,
+        answers=(question.answer,),
+        image=functools.partial(_decoded, scene.seed),
+        subjects=subjects(scene, question),
+        apart=question.kind == CAPTION,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(seed: int) -> Image.Image:
+    """What a user's JPEG of the scene would decode to."""
+    buffer = io.BytesIO()
+    render(sample_scene(seed)).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return Image.open(buffer).convert("RGB")
+
+
+def subjects(scene: Scene, question: Question) -> tuple[Outline, ...]:
+    """Outlines of what a question names: objects, or the sign. Empty where it asks about the whole
+    image, or about something that is not there."""
+    if question.kind == "text" and scene.sign is not None:
+        return (_card(scene.sign),)
+    if question.kind not in {"size", "existence", "shape", "colour", "relation", "position"}:
+        return ()
+    text = question.text
+    named = [item for item in scene.objects if f"the {item.name}" in text]
+    if question.kind == "existence":
+        named = [item for item in scene.objects if f"a {item.name}?" in text]
+    elif question.kind == "shape":
+        named = [item for item in scene.objects if f"the {item.color} object" in text]
+    elif question.kind == "colour":
+        named = [item for item in scene.objects if f"the {item.shape}?" in text]
+    return tuple(tuple(outline(item)) for item in named)
+
+
+def _card(sign: Sign) -> Outline:
+    left, right = sign.x - sign.side / 2, sign.x + sign.side / 2
+    top, bottom = sign.y - sign.side / 2, sign.y + sign.side / 2
+    return ((left, top), (right, top), (right, bottom), (left, bottom))

@@ -1,0 +1,205 @@
+"""Benchmark files are read as their publishers wrote them, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sppruner.errors import EvaluationError
+from sppruner.evaluation.formats import FORMATS, SHORT_ANSWER, detect, read_dataset
+from sppruner.evaluation.items import Dataset
+
+TEN = ["red"] * 4 + ["dark red"] * 6
+
+# format → (document, image names, annotations)
+FILES: dict[str, tuple[Any, list[str], Any]] = {
+    "vqav2": (
+        {
+            "data_subtype": "val2014",
+            "questions": [{"image_id": 42, "question": "What colour?", "question_id": 420}],
+        },
+        ["COCO_val2014_000000000042.jpg"],
+        {
+            "annotations": [
+                {
+                    "question_id": 420,
+                    "answer_type": "other",
+                    "answers": [{"answer": answer} for answer in TEN],
+                }
+            ]
+        },
+    ),
+    "gqa": (
+        {
+            "201": {
+                "question": "Is it red?",
+                "imageId": "n16",
+                "answer": "yes",
+                "types": {"structural": "verify"},
+            }
+        },
+        ["n16.jpg"],
+        None,
+    ),
+    "pope": (
+        [{"question_id": 1, "image": "x.jpg", "text": "Is there a dog?", "label": "no"}],
+        ["x.jpg"],
+        None,
+    ),
+    "textvqa": (
+        {
+            "data": [
+                {"question_id": 3, "image_id": "00f", "question": "What colour?", "answers": TEN}
+            ]
+        },
+        ["00f.jpg"],
+        None,
+    ),
+    "llava": (
+        [
+            {
+                "id": "a1",
+                "image": "sub/y.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": "A dog."},
+                ],
+            }
+        ],
+        ["sub/y.png"],
+        None,
+    ),
+    "coco-captions": (
+        {
+            "images": [{"id": 7, "file_name": "c.jpg"}, {"id": 8, "file_name": "unasked.jpg"}],
+            "annotations": [
+                {"image_id": 7, "caption": "a dog"},
+                {"image_id": 7, "caption": "one dog"},
+            ],
+        },
+        ["c.jpg"],
+        None,
+    ),
+}
+
+
+def decode(path: Path) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+def write(folder: Path, name: str) -> dict[str, Any]:
+    """The files of a format, and the arguments that read them."""
+    document, images, annotations = FILES[name]
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(document))
+    for image in images:
+        (folder / image).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(folder / image)
+    arguments: dict[str, Any] = {"file": file, "images": folder, "decode": decode}
+    if annotations is not None:
+        arguments["annotations"] = folder / "annotations.json"
+        arguments["annotations"].write_text(json.dumps(annotations))
+    return arguments
+
+
+def read(folder: Path, name: str, **more: Any) -> Dataset:
+    return read_dataset(**{**write(folder, name), **more})
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "coco-captions"])
+def test_a_right_answer_scores_full_and_a_wrong_one_nothing(name: str, tmp_path: Path) -> None:
+    dataset = read(tmp_path, name)
+    (item,) = dataset.items
+    assert dataset.metric.score(item.answers[-1], item.answers) == 1.0
+    assert dataset.metric.score("yes" if name == "pope" else "zebra", item.answers) == 0.0
+    assert item.image().size == (4, 4)
+
+
+def test_captions_are_scored_against_all_of_their_image(tmp_path: Path) -> None:
+    dataset = read(tmp_path, "coco-captions")
+    (item,) = dataset.items
+    assert item.answers == ("a dog", "one dog")
+    assert dataset.max_new_tokens == 64
+    assert dataset.metric.summary(["a dog"], [item.answers]).keys() == {"bleu4"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_is_told_by_its_keys(name: str) -> None:
+    assert detect(FILES[name][0]) == name
+
+
+def test_every_format_is_tested() -> None:
+    assert set(FILES) == set(FORMATS)
+
+
+def test_pope_is_read_from_lines(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "pope")
+    lines = [json.dumps(FILES["pope"][0][0])] * 3
+    arguments["file"].write_text("\n".join(lines) + "\n")
+    dataset = read_dataset(**arguments)
+    assert len(dataset.items) == 3
+    assert dataset.metric.score("No, it is not.", dataset.items[0].answers) == 1.0
+
+
+def test_prompts_end_with_the_instruction(tmp_path: Path) -> None:
+    assert read(tmp_path, "gqa").items[0].prompt == f"Is it red?\n{SHORT_ANSWER}"
+    assert read(tmp_path, "gqa", instruction="Be brief.").items[0].prompt.endswith("Be brief.")
+    assert read(tmp_path, "gqa", instruction="").items[0].prompt == "Is it red?"
+    assert read(tmp_path, "llava").items[0].prompt == "What is it?"
+
+
+def test_questions_about_one_image_are_one_group(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "pope")
+    asked = FILES["pope"][0][0]
+    arguments["file"].write_text(json.dumps([asked, {**asked, "question_id": 2}]))
+    assert len({item.group for item in read_dataset(**arguments).items}) == 1
+    assert len(read_dataset(**arguments, limit=1).items) == 1
+
+
+def refusal(**arguments: Any) -> str:
+    with pytest.raises(EvaluationError) as caught:
+        read_dataset(**arguments)
+    return str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "gone.json" in refusal(file=tmp_path / "gone.json", images=tmp_path, decode=decode)
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text('{"a": 1\n "b"}')
+    told = refusal(file=file, images=tmp_path, decode=decode)
+    assert "broken.json" in told
+    assert "line 2" in told
+
+
+def test_an_unknown_file_asks_for_its_format(tmp_path: Path) -> None:
+    file = tmp_path / "odd.json"
+    file.write_text('{"a": 1}')
+    assert "give --format vqav2|gqa" in refusal(file=file, images=tmp_path, decode=decode)
+
+
+def test_a_file_of_another_format_says_what_was_expected(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "gqa")
+    told = refusal(**arguments, format="textvqa")
+    assert "gqa.json: not textvqa, which is an object with 'data'" in told
+
+
+def test_answers_apart_are_asked_for(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "vqav2")
+    del arguments["annotations"]
+    assert "--annotations" in refusal(**arguments)
+
+
+def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "gqa")
+    (tmp_path / "n16.jpg").unlink()
+    told = refusal(**arguments)
+    assert "n16.jpg" in told
+    assert "--images" in told
+    assert "not a folder" in refusal(**{**arguments, "images": tmp_path / "nowhere"})

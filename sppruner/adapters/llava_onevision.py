@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
 from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import DecoderCost, ModelCost, TiledEncoderCost
-from sppruner.errors import UnsupportedModel
+from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION, ReceivedProbe
 from sppruner.stages import stages_from
 
@@ -51,6 +51,12 @@ class LlavaOnevisionAdapter(AnyresAdapter):
             encoder=TiledEncoderCost.onevision(config),
             decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
         )
+
+    def assign_rows(self, counts: Sequence[int], input_ids_BS: Tensor) -> list[tuple[int, int]]:
+        """As for every family; raises InputError for videos too."""
+        if (input_ids_BS == self.model.config.video_token_id).any():
+            raise InputError("the prompts hold a video: videos are not pruned, send images only")
+        return super().assign_rows(counts, input_ids_BS)
 
     def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
         config, sizes = self.model.config, inputs["image_sizes"].tolist()

@@ -16,7 +16,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import LlavaNextAdapter, LlavaOnevisionAdapter, capabilities
 from sppruner.adapters.anyres import AnyresLayout
-from sppruner.errors import UnsupportedModel
+from sppruner.errors import InputError, UnsupportedModel
 from tests.sppruner.families import llava_next, llava_onevision
 
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -137,6 +137,15 @@ def test_prompts_of_several_images_hold_low_resolution_views_and_one_newline_eac
     kept = Pruner(model).generate(inputs, whole, **settings)
     assert kept.tokens_BT.equal(plain[:, 38:])
     assert [report.visual_tokens_kept for report in kept.reports] == [28, 34]
+
+
+@pytest.mark.parametrize("images", [[1], [0]])
+def test_videos_are_refused_rather_than_dropped(images: list[int]) -> None:
+    inputs = llava_onevision.batch(images)
+    inputs["input_ids"][0, -2] = llava_onevision.VIDEO
+    spec = PruneSpec(method="grid", budget=Budget(ratio=0.5))
+    with pytest.raises(InputError, match="videos are not pruned"):
+        Pruner(llava_onevision.build()).prepare(inputs, spec)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,23 @@ shapes that are the model's own, costs to the last multiply-add."""
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MixtralConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Idefics3Config,
+    InternVLConfig,
+    LlavaNextConfig,
+    MixtralConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SmolVLMConfig,
+)
 
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import Adapter, Encoded, adapter_class, adapter_for, capabilities, cost_of
@@ -229,6 +239,23 @@ def test_prompts_that_do_not_fit_their_images_are_refused_with_the_numbers(famil
     cut = inputs | {"input_ids": inputs["input_ids"][:, :-12]}
     with pytest.raises(InputError):
         adapter.encode(cut, frozenset())
+
+
+def released(config: Any) -> Any:
+    """An adapter that knows a released size without its weights."""
+    return adapter_class(config)(SimpleNamespace(config=config))
+
+
+def test_tiles_of_released_sizes_have_the_tokens_their_processors_are_set_to() -> None:
+    assert released(InternVLConfig())._shape(1).tokens == InternVLConfig().image_seq_length == 256
+    idefics3 = Idefics3Config(vision_config={"image_size": 364, "patch_size": 14})
+    assert released(idefics3)._shape(1).tokens == 169
+    smolvlm = SmolVLMConfig(vision_config={"image_size": 512, "patch_size": 16}, scale_factor=4)
+    assert released(smolvlm)._shape(1).tokens == 64
+    # 2880 patches of five tiles and a newline after each of 48 rows.
+    inputs = {"image_sizes": torch.tensor([[672, 672]])}
+    (layout,) = released(LlavaNextConfig())._layouts(inputs)
+    assert layout.tokens == 2880 + 48
 
 
 @families

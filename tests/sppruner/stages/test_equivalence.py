@@ -144,14 +144,19 @@ def test_static_caches_equal_a_growing_one(family: str, own_lengths: bool) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) -> None:
     pruner = pruner_of(family)
-    inputs = FAMILIES[family].batch([1, 2, 1, 1, 0, 1])
+    inputs = FAMILIES[family].batch([1, 2, 1, 1, 0, 1, 2])
     layer = stage_layers(family, 1)[0]
     fastv = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layer})
     nothing = PruneSpec(method="fastv", budget=Budget(tokens=0), options={"layer": layer})
     pyramid = PruneSpec(
         method="pyramiddrop", budget=Budget(tokens=2), options={"layers": str(layer)}
     )
-    specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing]
+    progressive = PruneSpec(
+        method="sppruner",
+        budget=Budget(ratio=0.4),
+        options={"mode": "pre+mid", "relevance": "none"},
+    )
+    specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing, progressive]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, spec in enumerate(specs):
         alone = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))

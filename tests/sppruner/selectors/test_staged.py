@@ -1,0 +1,159 @@
+"""Schedules of the methods that prune inside the decoder: what their budgets mean, layer by layer,
+and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sppruner import Budget, PruneSpec
+from sppruner.adapters import capabilities
+from sppruner.errors import SpecError
+from sppruner.pruner import check_spec
+from sppruner.selectors import Selector, selector_for
+from sppruner.stages import Schedule
+from tests.sppruner.llava import build
+
+CAN = replace(capabilities(build().config), decoder_layers=32)
+
+
+def selector(method: str, **options: Any) -> Selector:
+    chosen = selector_for(PruneSpec(method=method, budget=Budget(ratio=0.5), options=options))
+    assert chosen is not None
+    return chosen
+
+
+def check(method: str, budget: Budget, can: Any = CAN, **options: Any) -> None:
+    check_spec(PruneSpec(method=method, budget=budget, options=options), can)
+
+
+def average(schedule: Schedule, layers: int) -> float:
+    return sum(schedule.at(layer) for layer in range(layers)) / layers
+
+
+def assert_falls(schedule: Schedule, n: int, layers: int) -> None:
+    tokens = [n, *(schedule.at(layer) for layer in range(layers))]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[-1] >= 0
+    stages = [layer for layer, _ in schedule.stages]
+    assert stages == sorted(set(stages))
+
+
+sizes = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
+
+
+def test_the_papers_settings() -> None:
+    fastv = selector("fastv").schedule(576, 288, 32)
+    assert fastv == Schedule(before=576, counted=288, stages=((2, 288),))
+    even = ((8, 288), (16, 144), (24, 72))
+    pyramid = selector("pyramiddrop").schedule(576, 72, 32)
+    assert pyramid == Schedule(before=576, counted=72, stages=even)
+    assert selector("pyramiddrop", count="average").schedule(576, 270, 32).stages == even
+    two_steps = selector("sppruner", mode="pre+mid").schedule(576, 64, 32)
+    assert two_steps == Schedule(before=96, counted=64, stages=((16, 32),))
+
+
+@given(sizes, st.integers(3, 80))
+def test_a_final_budget_is_what_stays_after_the_last_stage(
+    size: tuple[int, int], layers: int
+) -> None:
+    n, k = size
+    for method in ("fastv", "pyramiddrop"):
+        schedule = selector(method).schedule(n, k, layers)
+        assert schedule.before == n
+        assert schedule.at(layers - 1) == schedule.counted == k
+        assert_falls(schedule, n, layers)
+
+
+@given(st.integers(1, 3000), st.floats(0.01, 1.0), st.integers(3, 80))
+def test_an_average_budget_is_the_mean_over_the_layers_to_the_nearest_token(
+    n: int, ratio: float, layers: int
+) -> None:
+    budget = Budget(ratio=ratio)
+    for method in ("fastv", "pyramiddrop"):
+        chosen = selector(method, count="average")
+        try:
+            chosen.check(budget, replace(CAN, decoder_layers=layers))
+        except SpecError:
+            continue  # Out of reach, and said so.
+        k = budget.count(n)
+        schedule = chosen.schedule(n, k, layers)
+        assert schedule.before == n
+        assert schedule.counted == k
+        assert_falls(schedule, n, layers)
+        assert abs(average(schedule, layers) - k) <= 0.5
+
+
+@given(sizes, st.integers(2, 80))
+def test_two_steps_average_to_the_budget_exactly(size: tuple[int, int], layers: int) -> None:
+    n, k = size
+    schedule = selector("sppruner", mode="pre+mid").schedule(n, k, layers)
+    assert schedule.counted == k
+    assert k <= schedule.before <= n
+    assert_falls(schedule, n, layers)
+    assert sum(schedule.at(layer) for layer in range(layers)) == layers * k
+    if layers % 2 == 0 and 3 * k <= 2 * n:
+        assert schedule.before == k + k // 2
+        assert schedule.at(layers - 1) == k - k // 2
+
+
+def test_every_token_stays_without_a_stage_where_the_budget_has_room() -> None:
+    for method, options in (("fastv", {}), ("pyramiddrop", {}), ("sppruner", {"mode": "pre+mid"})):
+        assert selector(method, **options).schedule(16, 16, 32).stages == ()
+
+
+def test_pyramid_stages_lie_at_the_quarters_or_where_they_are_asked_for() -> None:
+    method = selector("pyramiddrop")
+    assert method.stage_layers(32) == (8, 16, 24)  # type: ignore[attr-defined]
+    assert method.stage_layers(28) == (7, 14, 21)  # type: ignore[attr-defined]
+    assert method.stage_layers(3) == (1, 2)  # type: ignore[attr-defined]
+    assert selector("pyramiddrop", layers="2, 6,15").schedule(64, 8, 32).stages == (
+        (2, 32),
+        (6, 16),
+        (15, 8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fastv", {"layer": 0}, "use 1 or more"),
+        ("fastv", {"count": "mean"}, "use 'final' or 'average'"),
+        ("pyramiddrop", {"layers": "8,4"}, "ascending"),
+        ("pyramiddrop", {"layers": "0,4"}, "ascending"),
+        ("pyramiddrop", {"layers": "8;16"}, "such as '8,16,24'"),
+        ("sppruner", {"mode": "mid"}, "use 'pre' or 'pre"),
+    ],
+)
+def test_a_bad_option_says_what_to_write(
+    method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        selector(method, **options)
+
+
+def test_layers_outside_the_decoder_or_before_its_first_stage_are_refused() -> None:
+    half = Budget(ratio=0.5)
+    late = replace(CAN, stages_from=3)
+    check("fastv", half, late, layer=3)
+    for options, can in (({"layer": 32}, CAN), ({}, late), ({"layer": 1}, late)):
+        with pytest.raises(SpecError, match="allows layers"):
+            check("fastv", half, can, **options)
+    with pytest.raises(SpecError, match="allows layers 3 to 3"):
+        check("pyramiddrop", half, replace(late, decoder_layers=4))
+    with pytest.raises(SpecError, match="allows layers 3 to 3"):
+        check("sppruner", half, replace(late, decoder_layers=4), mode="pre+mid", relevance="none")
+
+
+def test_an_average_out_of_reach_says_what_is_in_reach() -> None:
+    check("fastv", Budget(ratio=0.0625), count="average")
+    with pytest.raises(SpecError, match=r"at least 0\.0625, an earlier layer"):
+        check("fastv", Budget(ratio=0.06), count="average")
+    with pytest.raises(SpecError, match=r"pass 8 of 32 layers. Use a ratio of at least 0\.25"):
+        check("pyramiddrop", Budget(ratio=64 / 576), count="average")
+    with pytest.raises(SpecError, match="needs a budget ratio"):
+        check("fastv", Budget(tokens=64), count="average")

@@ -1,0 +1,165 @@
+"""What the driver promises around one `generate`: it leaves no trace, and refuses what it cannot
+follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig
+
+from sppruner import Budget, Pruner, PruneSpec, signals
+from sppruner.adapters import capabilities
+from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, UnsupportedModel
+from sppruner.stages import StageDriver
+from tests.sppruner.llava import IMAGE, batch, build
+
+SPEC = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": 1})
+NEW = 4
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "suppress_tokens": [2, IMAGE],
+}
+
+
+@pytest.fixture(scope="module")
+def pruner() -> Pruner:
+    return Pruner(build())
+
+
+def assert_untouched(pruner: Pruner) -> None:
+    decoder = pruner.adapter.language_model()
+    assert not any(layer._forward_pre_hooks for layer in decoder.layers)
+    assert decoder.config._attn_implementation == "sdpa"
+    assert not signals._active
+
+
+class Fails(LogitsProcessor):
+    """Raises at a step: the first is the prompt's."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise ZeroDivisionError
+        return scores
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_exception_leaves_the_model_as_it_was(pruner: Pruner, step: int) -> None:
+    before = pruner.generate(batch([1, 2]), SPEC, **SETTINGS)
+    failing = LogitsProcessorList([Fails(step)])
+    with pytest.raises(ZeroDivisionError):
+        pruner.generate(batch([1, 2]), SPEC, logits_processor=failing, **SETTINGS)
+    assert_untouched(pruner)
+    after = pruner.generate(batch([1, 2]), SPEC, **SETTINGS)
+    assert torch.equal(before.tokens_BT, after.tokens_BT)
+
+
+def test_an_exception_inside_the_prompt_s_forward_leaves_the_model_as_it_was(
+    pruner: Pruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = pruner.adapter.language_model().layers[-1].mlp
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", lambda hidden: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            pruner.generate(batch([1, 2]), SPEC, **SETTINGS)
+    assert_untouched(pruner)
+
+
+def test_after_pruned_calls_a_dense_one_is_what_it_was(pruner: Pruner) -> None:
+    plain = pruner.model.generate(**batch([1, 0, 2]), **SETTINGS)
+    for _ in range(2):
+        pruner.generate(batch([1, 0, 2]), SPEC, **SETTINGS)
+    assert_untouched(pruner)
+    assert torch.equal(pruner.model.generate(**batch([1, 0, 2]), **SETTINGS), plain)
+
+
+def test_attention_is_probed_in_the_prompt_s_forward_only(pruner: Pruner) -> None:
+    config = pruner.adapter.language_model().config
+    seen: list[str] = []
+
+    def note(module: Any, args: Any) -> None:
+        seen.append(config._attn_implementation)
+
+    handle = pruner.adapter.language_model().register_forward_pre_hook(note)
+    pruner.generate(batch([1]), SPEC, **SETTINGS)
+    handle.remove()
+    assert seen == ["sppruner_probe_sdpa", *["sdpa"] * (NEW - 1)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 2},
+        {"use_cache": False},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_does_not_read_the_prompt_in_one_forward_is_refused(
+    pruner: Pruner, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="leave out prefill_chunk_size"):
+        pruner.generate(batch([1]), SPEC, **SETTINGS, **setting)
+    assert_untouched(pruner)
+
+
+def test_one_driver_serves_one_generate(pruner: Pruner) -> None:
+    first, second = (pruner.prepare(batch([1]), SPEC) for _ in range(2))
+    assert first.stages is not None
+    with StageDriver(pruner.adapter, first.stages):
+        pruner.model.generate(**first.inputs, **SETTINGS)
+        with pytest.raises(InputError, match="one token per forward"):
+            pruner.model.generate(**second.inputs, **SETTINGS)
+
+
+def test_a_stage_that_is_never_reached_is_an_error(pruner: Pruner) -> None:
+    prepared = pruner.prepare(batch([1]), SPEC)
+    assert prepared.stages is not None
+    with (
+        pytest.raises(PruningHadNoEffect, match=r"\[1\] were planned, \[\] were"),
+        StageDriver(pruner.adapter, prepared.stages),
+    ):
+        pass
+
+
+def test_a_prompt_that_ends_in_its_image_is_refused(pruner: Pruner) -> None:
+    inputs = batch([1])
+    end = int((inputs["input_ids"][0] == IMAGE).nonzero().max()) + 1
+    inputs["input_ids"] = inputs["input_ids"][:, :end]
+    inputs["attention_mask"] = inputs["attention_mask"][:, :end]
+    with pytest.raises(InputError, match="prompt 0 ends in an image"):
+        pruner.prepare(inputs, SPEC)
+
+
+def test_a_decoder_with_a_sliding_window_has_no_stages() -> None:
+    config = build().config
+    windowed = MistralConfig(sliding_window=32, num_hidden_layers=3)
+    config.text_config = windowed
+    assert capabilities(config).stages_from is None
+    windowed.sliding_window = None
+    assert capabilities(config).stages_from == 1
+
+
+def test_a_window_set_behind_the_capabilities_back_is_still_refused() -> None:
+    pruner = Pruner(build())
+    pruner.adapter.language_model().config.sliding_window = 8
+    with pytest.raises(UnsupportedModel, match="in front of layer 1; use a method"):
+        pruner.generate(batch([1]), SPEC, **SETTINGS)
+
+
+def test_methods_ask_whether_the_decoder_has_stages() -> None:
+    model = build()
+    model.config.text_config.sliding_window = 8
+    for spec in (
+        SPEC,
+        PruneSpec(method="pyramiddrop", budget=Budget(ratio=0.5)),
+        PruneSpec(method="sppruner", budget=Budget(ratio=0.5), options={"mode": "pre+mid"}),
+    ):
+        with pytest.raises(MissingSignal, match="inside the decoder"):
+            Pruner(model).check(spec)

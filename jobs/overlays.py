@@ -8,17 +8,18 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from cluster.contact_sheet import Tile, write_contact_sheet
+from cluster.contact_sheet import Tile, contact_sheet
 from sppruner.engine.loading import LoadedModel
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
 from sppruner.geometry import seen
-from sppruner.overlay import overlay_of
+from sppruner.overlay import counts_of, legend, overlay, selections_of
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 
 _IMAGES = 4
 _SIDE = 240  # of a tile on the sheet
+_MARGIN = 12
 
 
 def write_overlays(
@@ -28,6 +29,7 @@ def write_overlays(
 
     A method that a model cannot run leaves an empty frame with the reason.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for loaded in models:
         pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
@@ -39,20 +41,29 @@ def write_overlays(
                 image = seen(item.image(), loaded.processor.image_processor)
                 tiles.append(Tile(image=_fitted(image), title=item.prompt, text=""))
                 tiles += [_tile(pruner, loaded, item, spec) for spec in members]
-            path = folder / f"{name}-{budget}.png"
-            written.append(write_contact_sheet(tiles, path, columns=1 + len(members)))
+            written.append(folder / f"{name}-{budget}.png")
+            _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
     return written
 
 
 def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
-    title = label(spec.method, spec.options)
+    title, image = label(spec.method, spec.options), item.image()
     try:
-        picture = overlay_of(
-            pruner, loaded.processor, item.image(), item.prompt, spec, side=_SIDE, key=True
-        )
+        selections = selections_of(pruner, loaded.processor, image, item.prompt, spec)
     except SpprunerError as error:
         return Tile(image=None, title=title, text=f"cannot: {error}", failed=True)
-    return Tile(image=picture, title=title, text="")
+    view = seen(image, loaded.processor.image_processor)
+    counts = ", ".join(f"{name} {count}" for name, count in counts_of(selections).items())
+    return Tile(image=overlay(view, selections, side=_SIDE, key=False), title=title, text=counts)
+
+
+def _with_legend(sheet: Image.Image) -> Image.Image:
+    kinds = dict.fromkeys(("focus", "context", "kept", "merged", "dropped"))
+    strip = legend(kinds, sheet.width - 2 * _MARGIN)
+    whole = Image.new("RGB", (sheet.width, sheet.height + strip.height), "white")
+    whole.paste(sheet, (0, 0))
+    whole.paste(strip, (_MARGIN, sheet.height))
+    return whole
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -63,13 +63,14 @@ def covered(
     """
     raster = Image.new("L", (_RASTER, _RASTER))
     corners = [(x * _RASTER, y * _RASTER) for x, y in outline]
-    ImageDraw.Draw(raster).polygon(corners, fill=255)
+    ImageDraw.Draw(raster).polygon(corners, fill=1)
+    shares_of = raster.convert("F")
     masks = []
     for plane, box in zip(planes, boxes, strict=True):
         rows, columns = plane.grid
         pixels = tuple(side * _RASTER for side in box)
-        shares = np.asarray(raster.resize((columns, rows), Image.Resampling.BOX, box=pixels))
+        shares = np.asarray(shares_of.resize((columns, rows), Image.Resampling.BOX, box=pixels))
         row_N, column_N = plane.coords_N2.cpu().numpy().T
-        share_N = shares[row_N, column_N] / 255
-        masks.append(share_N >= min(_COVERED, max(share_N.max(), 1e-3)))
+        share_N = shares[row_N, column_N]
+        masks.append((share_N > 0) & (share_N >= min(_COVERED, share_N.max())))
     return masks

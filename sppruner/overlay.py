@@ -7,7 +7,7 @@ in one panel, low-resolution views in panels beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -64,7 +64,7 @@ def overlay(
     boxes = plane_boxes([plane for plane, _ in selections], image.size)
     panels = [_panel(whole, members) for members in _panels(cells, boxes)]
     width = sum(p.width for p in panels) + _GAP * (len(panels) - 1)
-    strip = legend(cells_of(selections), width) if key else None
+    strip = legend(counts_of(selections), width) if key else None
     height = size[1] + (0 if strip is None else strip.height)
     picture = Image.new("RGB", (width, height), _PAPER)
     left = 0
@@ -86,15 +86,22 @@ def overlay_of(
     side: int = 480,
     key: bool = True,
 ) -> Image.Image:
-    """What `spec` keeps of an image for a prompt. Tokens that a method drops inside the decoder
-    are still there when they enter it, and drawn as kept. Raises SpprunerError."""
-    inputs = ask_about(processor, [prompt], [image]).to(pruner.model.device)
-    prepared = pruner.prepare(inputs, spec, [prompt])
+    """What `spec` keeps of an image for a prompt. Raises SpprunerError."""
+    selections = selections_of(pruner, processor, image, prompt, spec)
     view = seen(image, processor.image_processor)
-    return overlay(view, prepared.selections, side=side, key=key)
+    return overlay(view, selections, side=side, key=key)
 
 
-def cells_of(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:
+def selections_of(
+    pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
+) -> list[tuple[VisualTokens, Selection]]:
+    """(tokens, selection) of each plane of the image. Tokens that a method drops inside the
+    decoder are still there when they enter it, and count as kept. Raises SpprunerError."""
+    inputs = ask_about(processor, [prompt], [image]).to(pruner.model.device)
+    return pruner.prepare(inputs, spec, [prompt]).selections
+
+
+def counts_of(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:
     """Tokens of each kind, by its name in the legend; merged ones count there too."""
     every = [_cells(plane, choice) for plane, choice in selections]
     counts = {name: sum(int((c.kind_RC == k).sum()) for c in every) for k, name in _NAMES.items()}
@@ -201,11 +208,12 @@ def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_MERGED)
 
 
-def legend(counts: dict[str, int], width: int) -> Image.Image:
-    """A strip that names the colours, with how many tokens are of each kind; wraps as needed."""
+def legend(counts: Mapping[str, int | None], width: int) -> Image.Image:
+    """A strip that names the colours of these kinds, with their numbers of tokens where given;
+    wraps as needed."""
     font = ImageFont.load_default(size=13)
     swatch, height = 13, 24
-    entries = [(name, f"{name} {count}") for name, count in counts.items()]
+    entries = [(name, name if n is None else f"{name} {n}") for name, n in counts.items()]
     places: list[tuple[int, int]] = []
     x = y = 0
     for _, text in entries:

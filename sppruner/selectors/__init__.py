@@ -12,6 +12,7 @@ from sppruner.selectors.fastv import FastVSelector
 from sppruner.selectors.fsr import FSRSelector
 from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
+from sppruner.selectors.visionzip import VisionZipSelector
 from sppruner.spec import PruneSpec
 
 _SELECTORS: dict[str, type[Selector]] = {
@@ -23,6 +24,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         TopKSelector,
         FSRSelector,
         DivPruneSelector,
+        VisionZipSelector,
         FastVSelector,
         PyramidDropSelector,
     )

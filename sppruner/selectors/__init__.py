@@ -13,6 +13,7 @@ from sppruner.selectors.fsr import FSRSelector
 from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.selectors.visionzip import VisionZipSelector
+from sppruner.selectors.vispruner import VisPrunerSelector
 from sppruner.spec import PruneSpec
 
 _SELECTORS: dict[str, type[Selector]] = {
@@ -25,6 +26,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         FSRSelector,
         DivPruneSelector,
         VisionZipSelector,
+        VisPrunerSelector,
         FastVSelector,
         PyramidDropSelector,
     )

@@ -7,6 +7,7 @@ import functools
 from sppruner.errors import UnknownMethod
 from sppruner.selectors.base import Selector
 from sppruner.selectors.baselines import GridSelector, RandomSelector, TopKSelector
+from sppruner.selectors.cdpruner import CDPrunerSelector
 from sppruner.selectors.divprune import DivPruneSelector
 from sppruner.selectors.fastv import FastVSelector
 from sppruner.selectors.fsr import FSRSelector
@@ -27,6 +28,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         DivPruneSelector,
         VisionZipSelector,
         VisPrunerSelector,
+        CDPrunerSelector,
         FastVSelector,
         PyramidDropSelector,
     )

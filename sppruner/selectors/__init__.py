@@ -11,6 +11,7 @@ from sppruner.selectors.cdpruner import CDPrunerSelector
 from sppruner.selectors.divprune import DivPruneSelector
 from sppruner.selectors.fastv import FastVSelector
 from sppruner.selectors.fsr import FSRSelector
+from sppruner.selectors.pool import PoolSelector
 from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.selectors.visionzip import VisionZipSelector
@@ -29,6 +30,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         VisionZipSelector,
         VisPrunerSelector,
         CDPrunerSelector,
+        PoolSelector,
         FastVSelector,
         PyramidDropSelector,
     )

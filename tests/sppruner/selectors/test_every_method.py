@@ -27,6 +27,12 @@ def prunes_before(method: str) -> bool:
 METHODS = [method for method in available() if prunes_before(method)]
 # Where a method has several ways to the same end, each way is held to the same properties.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS]
+VARIANTS += [
+    ("cdpruner", {"split_halves": True, "theta": 0.5}),
+    ("topk", {"saliency": "feature"}),
+    ("visionzip", {"contextual": 1.0, "average": True}),
+    ("vispruner", {"important": 0.0}),
+]
 
 
 def valid(chosen: Selection, image: VisualTokens, k: int) -> None:

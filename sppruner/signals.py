@@ -106,10 +106,10 @@ class ReceivedProbe:
     def read(
         self, query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None, scaling: float
     ) -> None:
-        images, heads, queries, _ = query_IHND.shape
+        images, heads, queries, width = query_IHND.shape
         groups = key_IHND.shape[1]
         # [I, groups, queries of a group, N, D] against [I, groups, 1, D, N].
-        query = query_IHND.float().unflatten(1, (groups, heads // groups))
+        query = query_IHND.float().reshape(images, groups, heads // groups, queries, width)
         key = key_IHND.float().transpose(-1, -2).unsqueeze(2)
         bias = None if mask is None else _additive(mask, images, key.shape[-1])
         total_IN = query.new_zeros(images, key.shape[-1])

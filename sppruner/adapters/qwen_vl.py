@@ -43,8 +43,8 @@ class QwenVLAdapter(Adapter):
         """The cost of the family's tower and mergers."""
 
     @abstractmethod
-    def _saliency_block(self) -> nn.Module:
-        """The last block of the tower in which every patch of an image sees every other."""
+    def _saliency_attention(self) -> nn.Module:
+        """The attention of the last block in which every patch of an image sees every other."""
 
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
@@ -124,14 +124,15 @@ class QwenVLAdapter(Adapter):
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         owners = self._owners(inputs)
         pixels = inputs["pixel_values"]
-        probe = ReceivedProbe(self._saliency_block().attn)
+        probe = ReceivedProbe(self._saliency_attention())
         wanted = signals - {CONTENT_SEED}
         with probing(self.model.model.visual, probe) if wanted else nullcontext():
             output = self.model.model.get_image_features(
                 pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
             )
         patches = [shape.rows * shape.columns for _, _, shape in owners]
-        own_pixels, states = pixels.split(patches), output.last_hidden_state.split(patches)
+        own_pixels = torch.split(pixels, patches)
+        states = torch.split(output.last_hidden_state, patches)
         images = []
         for i, (row, index, shape) in enumerate(owners):
             features_ND = output.pooler_output[i]
@@ -167,14 +168,14 @@ class QwenVLAdapter(Adapter):
     def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
         """[N, M, …]: the tower's values of one image's patches, [P, …], by token in raster order
         with its M patches."""
-        return values.unflatten(0, (-1, self._merge))
+        return values.reshape(-1, self._merge, *values.shape[1:])
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.visual.merger(
-            states_KV.unflatten(1, (self._merge, -1)).flatten(0, 1)
+            states_KV.reshape(-1, states_KV.shape[1] // self._merge)
         )
 
 
@@ -187,8 +188,8 @@ class Qwen2VLAdapter(QwenVLAdapter):
     def _encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen2(config)
 
-    def _saliency_block(self) -> nn.Module:
-        return self.model.model.visual.blocks[-1]
+    def _saliency_attention(self) -> nn.Module:
+        return self.model.model.visual.blocks[-1].attn
 
 
 class Qwen2_5_VLAdapter(QwenVLAdapter):
@@ -210,9 +211,9 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
     def _encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen2_5(config)
 
-    def _saliency_block(self) -> nn.Module:
+    def _saliency_attention(self) -> nn.Module:
         vision = self.model.config.vision_config
-        return self.model.model.visual.blocks[max(vision.fullatt_block_indexes)]
+        return self.model.model.visual.blocks[max(vision.fullatt_block_indexes)].attn
 
     def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
         vision = self.model.config.vision_config
@@ -241,8 +242,8 @@ class Qwen3VLAdapter(QwenVLAdapter):
     def _encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen3(config)
 
-    def _saliency_block(self) -> nn.Module:
-        return self.model.model.visual.blocks[-1]
+    def _saliency_attention(self) -> nn.Module:
+        return self.model.model.visual.blocks[-1].attn
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         return type(encoded.output)(

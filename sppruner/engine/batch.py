@@ -62,10 +62,10 @@ class BatchEngine:
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         config = loaded.model.config
         self._context = int(config.get_text_config().max_position_embeddings)
-        ids = {getattr(config, f"{kind}_token_id", None) for kind in _VISUAL}
-        self._placeholder_ids = sorted(ids - {None})
-        tokens = {getattr(loaded.processor, f"{kind}_token", None) for kind in _VISUAL}
-        self._placeholder_tokens = sorted(tokens - {None})
+        ids = [getattr(config, f"{kind}_token_id", None) for kind in _VISUAL]
+        self._placeholder_ids = [number for number in ids if number is not None]
+        tokens = [getattr(loaded.processor, f"{kind}_token", None) for kind in _VISUAL]
+        self._placeholder_tokens = [token for token in tokens if token is not None]
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec this model cannot run."""

@@ -46,5 +46,5 @@ def processor_of(config: Any, path: str) -> Any:
     family = PROCESSOR_MAPPING.get(type(config), None)
     if is_torchvision_available() or family is None or _VIDEO not in family.get_attributes():
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    images_only = type(family.__name__, (_ImagesOnly, family), {})
+    images_only: Any = type(family.__name__, (_ImagesOnly, family), {})
     return images_only.from_pretrained(path, trust_remote_code=False)

@@ -139,7 +139,7 @@ PARTS: dict[str, FolderParts] = {
         },
         image="<IMG_CONTEXT>\n",
         images={
-            "image_processor_type": "GotOcr2ImageProcessor",
+            "image_processor_type": "GotOcr2ImageProcessorFast",
             "size": _square(intern.TILE),
             "crop_to_patches": True,
             "max_patches": 3,

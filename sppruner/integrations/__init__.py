@@ -1,0 +1,1 @@
+"""Adapters to other projects' interfaces. Each module needs the project it is named after."""

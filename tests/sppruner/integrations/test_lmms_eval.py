@@ -1,0 +1,121 @@
+"""The lmms-eval model answers as the engine does, under the spec of its arguments."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+from lmms_eval.api.instance import Instance
+
+from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine.loading import EMBEDDED
+from sppruner.errors import EvaluationError, InputError, SpecError
+from sppruner.evaluation import drawn_scenes
+from sppruner.integrations.lmms_eval import PrunedModel, manifest
+from sppruner.spec import DENSE, Budget, PruneSpec
+
+SPARSE = PruneSpec(method="grid", budget=Budget(ratio=0.1))
+ITEMS = [item for item in drawn_scenes(10).items if not item.apart]
+
+
+@pytest.fixture(scope="module")
+def model() -> PrunedModel:
+    made = PrunedModel(pretrained=EMBEDDED, method="grid", retain=0.1, batch_size=4)
+    made.task_dict = {"scenes": {"test": [{"image": item.image()} for item in ITEMS]}}
+    return made
+
+
+def instance(number: int, context: str, visual: Any = None, **settings: Any) -> Instance:
+    def images(doc: dict[str, Any]) -> list[Any]:
+        return [doc["image"]] if visual is None else visual
+
+    return Instance(
+        request_type="generate_until",
+        arguments=(context, settings, images, number, "scenes", "test"),
+        idx=0,
+        metadata={"task": "scenes", "doc_id": number, "repeats": 1},
+    )
+
+
+def test_answers_are_those_of_the_engine_in_order(model: PrunedModel) -> None:
+    asked = [instance(i, item.prompt, max_new_tokens=8) for i, item in enumerate(ITEMS)]
+    requests = [
+        Request(
+            id=item.id,
+            prompt=item.prompt,
+            images=(item.image(),),
+            spec=SPARSE,
+            generation=Generation(max_new_tokens=8),
+        )
+        for item in ITEMS
+    ]
+    results = BatchEngine(EMBEDDED).run(requests)
+    answers = model.generate_until(asked)
+    assert [answer.text for answer in answers] == [result.text for result in results]
+    counts = answers[0].token_counts
+    assert counts is not None
+    assert counts.input_tokens == results[0].prompt_tokens
+
+
+def test_arguments_name_a_spec_and_its_options() -> None:
+    text = f"pretrained={EMBEDDED},method=sppruner,retain=0.25,relevance=none"
+    made = PrunedModel.create_from_arg_string(text, {"batch_size": 2, "device": None})
+    assert made.spec == PruneSpec(
+        method="sppruner", budget=Budget(ratio=0.25), options={"relevance": "none"}
+    )
+    assert made.engine.max_batch_rows == 2
+    assert PrunedModel(pretrained=EMBEDDED, method="none").spec == DENSE
+
+
+def test_a_placeholder_in_front_of_the_words_is_the_image_that_is_given(
+    model: PrunedModel,
+) -> None:
+    plain, marked = model.generate_until(
+        [
+            instance(0, text, max_new_tokens=8)
+            for text in (ITEMS[0].prompt, f"<image>\n{ITEMS[0].prompt}")
+        ]
+    )
+    assert plain.text == marked.text
+
+
+def test_an_answer_ends_in_front_of_a_stop_string(model: PrunedModel) -> None:
+    (whole,) = model.generate_until([instance(0, "describe the image.", max_new_tokens=24)])
+    word = whole.text.split()[2]
+    (cut,) = model.generate_until(
+        [instance(0, "describe the image.", max_new_tokens=24, until=[word])]
+    )
+    assert cut.text == whole.text.split(word)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"context": "what?", "visual": ["film.mp4"]}, InputError),
+        ({"context": "what?", "num_beams": 4}, SpecError),
+        ({"context": "look <image> here"}, InputError),
+    ],
+)
+def test_what_cannot_be_asked_is_an_error(
+    model: PrunedModel, settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        model.generate_until([instance(0, **settings)])
+
+
+def test_unknown_options_and_several_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SpecError, match="no option 'kapa'"):
+        PrunedModel(pretrained=EMBEDDED, kapa=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EvaluationError, match="one process"):
+        PrunedModel(pretrained=EMBEDDED)
+
+
+def test_the_manifest_names_a_class_that_exists() -> None:
+    made = manifest()
+    module, name = str(made.simple_class_path).rsplit(".", 1)
+    assert made.model_id == "sppruner"
+    assert getattr(importlib.import_module(module), name) is PrunedModel

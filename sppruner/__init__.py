@@ -1,5 +1,19 @@
 """Visual-token pruning for Hugging Face vision-language models.
 
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from sppruner import Budget, Pruner, PruneSpec, ask_about
+
+    name, prompt = "llava-hf/llava-1.5-7b-hf", "What is in the image?"
+    processor = AutoProcessor.from_pretrained(name)
+    model = AutoModelForImageTextToText.from_pretrained(name)
+    pruner = Pruner(model, tokenizer=processor.tokenizer)
+    inputs = ask_about(processor, [prompt], [Image.open("photo.jpg")])
+    spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
+    answer = pruner.generate(inputs, spec, [prompt], max_new_tokens=32)
+    print(processor.batch_decode(answer.tokens_BT, skip_special_tokens=True)[0])
+    print(answer.reports[0].visual_tokens_kept, "of", answer.reports[0].visual_tokens)
+
 Imports torch and transformers only: no Ray, no object store, no HTTP. They are imported when a name
 that needs them is first used: a process that only carries specs around starts without them.
 """
@@ -13,6 +27,7 @@ from sppruner.errors import SpprunerError
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 if TYPE_CHECKING:
+    from sppruner.chat import ask_about
     from sppruner.pruner import Generated, Prepared, Pruner
     from sppruner.selectors import available
     from sppruner.types import PruneReport, Selection, VisualTokens
@@ -24,6 +39,7 @@ _HOMES = {
     "Pruner": "sppruner.pruner",
     "Selection": "sppruner.types",
     "VisualTokens": "sppruner.types",
+    "ask_about": "sppruner.chat",
     "available": "sppruner.selectors",
 }
 
@@ -38,6 +54,7 @@ __all__ = [
     "Selection",
     "SpprunerError",
     "VisualTokens",
+    "ask_about",
     "available",
 ]
 

@@ -1,0 +1,47 @@
+"""The example runs as printed, but for the model's name and the photo."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import sppruner
+from sppruner.evaluation import drawn_scenes
+from sppruner.tiny import MODEL_DIR
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def examples() -> dict[str, str]:
+    """Code that begins by opening an image: the package's docstring and the README's blocks."""
+    assert sppruner.__doc__ is not None
+    indented = re.search(r"(?:^    .*\n|\n)+", sppruner.__doc__, re.MULTILINE)
+    assert indented is not None
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    found = {f"README {i}": text for i, text in enumerate(blocks) if "import ask_about" in text}
+    return {"docstring": textwrap.dedent(indented.group()).strip(), **found}
+
+
+@pytest.mark.parametrize("source", examples())
+def test_the_example_answers_from_a_share_of_the_tokens(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = examples()[source]
+    assert code.startswith("from PIL import Image")
+    item = next(item for item in drawn_scenes(1).items if item.kind == "background")
+    item.image().save(tmp_path / "photo.jpg")
+    stand_ins = {
+        "llava-hf/llava-1.5-7b-hf": str(MODEL_DIR),
+        "photo.jpg": str(tmp_path / "photo.jpg"),
+        "What is in the image?": item.prompt,
+    }
+    for printed, real in stand_ins.items():
+        assert printed in code
+        code = code.replace(printed, real)
+    exec(compile(code, source, "exec"), {})
+    answer, tokens = capsys.readouterr().out.splitlines()
+    assert answer == item.answers[0]
+    assert tokens == "32 of 144"

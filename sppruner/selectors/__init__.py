@@ -12,6 +12,7 @@ from sppruner.selectors.divprune import DivPruneSelector
 from sppruner.selectors.fastv import FastVSelector
 from sppruner.selectors.fsr import FSRSelector
 from sppruner.selectors.pool import PoolSelector
+from sppruner.selectors.prunesid import PruneSIDSelector
 from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.selectors.sppruner import SPprunerSelector
 from sppruner.selectors.visionzip import VisionZipSelector
@@ -26,6 +27,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         GridSelector,
         TopKSelector,
         FSRSelector,
+        PruneSIDSelector,
         DivPruneSelector,
         VisionZipSelector,
         VisPrunerSelector,

@@ -24,21 +24,30 @@ def encoder_states(image: VisualTokens) -> Tensor:
     return image.features_ND if image.hidden_NV is None else image.hidden_NV
 
 
+def products_NN(rows_ND: Tensor, out_NN: Tensor | None = None) -> Tensor:
+    """Inner products of all pairs of rows. Only the blocks on and above the diagonal are computed;
+    the rest is their mirror."""
+    n = rows_ND.shape[0]
+    if out_NN is None:
+        out_NN = rows_ND.new_empty(n, n)
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        out_NN[rows, start:] = rows_ND[rows] @ rows_ND[start:].T
+        out_NN[start + _BLOCK :, rows] = out_NN[rows, start + _BLOCK :].T
+    return out_NN
+
+
 def cosines_INN(states: Sequence[Tensor]) -> Tensor:
     """Cosines of all pairs of rows of each [N, D] member, as [I, N, N].
 
-    Only the blocks on and above the diagonal are computed; the rest is their mirror. Rows computed
-    lazily, one for each pick, would cost less arithmetic at small budgets, but are bound by memory:
-    measured slower from about a fifth of the tokens kept, and from several images on.
+    Rows computed lazily, one for each pick, would cost less arithmetic at small budgets, but are
+    bound by memory: measured slower from about a fifth of the tokens kept, and for several images
+    at any budget.
     """
     n = states[0].shape[0]
     cosine_INN = torch.empty(len(states), n, n, device=states[0].device)
     for cosine_NN, states_ND in zip(cosine_INN, states, strict=True):
-        unit_ND = normalize(states_ND.float(), dim=-1)
-        for start in range(0, n, _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            cosine_NN[rows, start:] = unit_ND[rows] @ unit_ND[start:].T
-            cosine_NN[start + _BLOCK :, rows] = cosine_NN[rows, start + _BLOCK :].T
+        products_NN(normalize(states_ND.float(), dim=-1), out_NN=cosine_NN)
     return cosine_INN
 
 
@@ -103,9 +112,9 @@ def absorb(
 ) -> tuple[Tensor, Tensor]:
     """Tokens `into_C` as weighted means of themselves and of the tokens `from_M` they are home to.
 
-    A token's home is where `alike_MC` is largest; only the C·κ most alike tokens may come, which
-    the caller has seen to. Returns the means [C, D] fp32 and which received any [C, 1] bool. One
-    product instead of scattered additions: the same sum in the same order on every device.
+    A token's home is where `alike_MC` is largest. Returns the means [C, D] fp32 and which received
+    any [C, 1] bool. One product instead of scattered additions: the same sum in the same order on
+    every device.
     """
     home_M = alike_MC.argmax(dim=1)
     places_C1 = torch.arange(len(into_C), device=into_C.device)[:, None]

@@ -24,7 +24,7 @@ def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTo
     attention_N = torch.rand(n, generator=generator)
     return VisualTokens(
         features_ND=torch.randn(n, width, generator=generator),
-        hidden_NV=torch.randn(n, 12, generator=generator),
+        hidden_NV=torch.randn(n, 40, generator=generator),
         coords_N2=torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(n, 2),
         signals={
             ATTENTION: attention_N,

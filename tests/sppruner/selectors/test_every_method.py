@@ -29,6 +29,7 @@ METHODS = [method for method in available() if prunes_before(method)]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS]
 VARIANTS += [
     ("cdpruner", {"split_halves": True, "theta": 0.5}),
+    ("prunesid", {"center": "feature", "score": "loading", "tau_mode": "qwen", "quota": "size"}),
     ("topk", {"saliency": "feature"}),
     ("visionzip", {"contextual": 1.0, "average": True}),
     ("vispruner", {"important": 0.0}),
@@ -181,6 +182,9 @@ def test_an_unknown_method_is_told_the_names_there_are() -> None:
         ("sppruner", {"sigma": 0.0}), ("sppruner", {"windows": -1}), ("sppruner", {"kappa": -0.5}),
         ("sppruner", {"redundancy": 1.1}), ("sppruner", {"focus_min": 0.7}),
         ("sppruner", {"mu": -0.1}), ("sppruner", {"windows": 2.0}),
+        ("prunesid", {"usual_information": 0.0}), ("cdpruner", {"theta": 1.1}),
+        ("fsr", {"rho": 1.5}), ("fsr", {"kappa": -1.0}), ("visionzip", {"contextual": 2.0}),
+        ("vispruner", {"important": -0.1}),
         ("sppruner", {"restore_norm": 1}), ("sppruner", {"relevance_floor": -1}),
     ],
 )  # fmt: skip

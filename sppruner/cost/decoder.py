@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -57,6 +58,12 @@ class DecoderCost:
             sum(self.layer(1, tokens + step) for tokens in layer_tokens) + self.head
             for step in range(1, new_tokens)
         )
+
+    def stages(self, layer_tokens: Sequence[int]) -> int:
+        """What choosing tokens inside the decoder costs: one attention row, of all heads, in each
+        layer before one with fewer tokens."""
+        read = (tokens for tokens, next_ in pairwise(layer_tokens) if next_ < tokens)
+        return sum(2 * self.heads * self.head_dim * tokens for tokens in read)
 
     def kv_bytes(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
         """Keys and values held once the last token is out (it is never fed back)."""

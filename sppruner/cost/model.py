@@ -76,7 +76,8 @@ class ModelCost:
         """The cost of one row whose prompt holds `layer_tokens` at each decoder layer.
 
         Selection follows the projector, so vision and projector cost the same in both columns; the
-        pruner's own work stands in the pruned one only.
+        pruner's own work stands in the pruned one only: `pruner_flops` before the decoder, and
+        what its stages read inside it.
         """
         shared = {
             "vision": sum(self.encoder.vision(image) for image in images),
@@ -92,7 +93,7 @@ class ModelCost:
             }
 
         return RowCost(
-            flops=parts(pruner_flops, layer_tokens),
+            flops=parts(pruner_flops + self.decoder.stages(layer_tokens), layer_tokens),
             flops_dense=parts(0, dense_tokens),
             kv_bytes=self.decoder.kv_bytes(layer_tokens, new_tokens),
             kv_bytes_dense=self.decoder.kv_bytes(dense_tokens, new_tokens),

@@ -68,8 +68,11 @@ def covered(
     masks = []
     for plane, box in zip(planes, boxes, strict=True):
         rows, columns = plane.grid
-        pixels = tuple(side * _RASTER for side in box)
-        shares = np.asarray(shares_of.resize((columns, rows), Image.Resampling.BOX, box=pixels))
+        left, top, right, bottom = (side * _RASTER for side in box)
+        patches = shares_of.resize(
+            (columns, rows), Image.Resampling.BOX, box=(left, top, right, bottom)
+        )
+        shares = np.asarray(patches)
         row_N, column_N = plane.coords_N2.cpu().numpy().T
         share_N = shares[row_N, column_N]
         masks.append((share_N > 0) & (share_N >= min(_COVERED, share_N.max())))

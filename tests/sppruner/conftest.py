@@ -1,4 +1,6 @@
-"""`--matrix FILE`: the outcome of every test marked `matrix` as a Markdown table."""
+"""`--matrix FILE` writes the outcome of every test marked `matrix` as a Markdown table: pass, FAIL,
+or, where a family cannot and the test has seen it refused, the reason.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def pytest_runtest_makereport(
     report = yield
     if report.when == "call" and item.get_closest_marker("matrix") is not None:
         row, column = item.callspec.params["family"], item.callspec.params["check"]  # type: ignore[attr-defined]
-        item.config.stash[_cells][row, column] = report.outcome
+        said = dict(report.user_properties).get("cell", "pass")
+        item.config.stash[_cells][row, column] = said if report.passed else "FAIL"
     return report
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import sppruner.pruner
 from sppruner import Budget, Pruner, PruneSpec
+from sppruner.errors import MissingSignal
 from sppruner.spec import DENSE
 from tests.sppruner.families import FAMILIES, Family
 from tests.sppruner.families.rows import one_row
+from tests.sppruner.stages import test_equivalence as stages_equivalence
 
 NEW = 6
 MIXED = [1, 2, 0]  # one image, two images, text only
@@ -160,7 +163,30 @@ def multi_image(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         assert kept == ([5, 5] if scope == "prompt" else [15, 10])
 
 
-CHECKS: dict[str, Callable[[Family, pytest.MonkeyPatch], None]] = {
+def stages(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning inside the decoder, on top of pruning before it, equals masking layer by layer."""
+    stages_equivalence.test_every_step_equals_the_masked_recomputation(
+        family.name, stages_equivalence.HALF_INPUT, 1
+    )
+
+
+def renumber(family: Family, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Positions close up to 0, 1, 2, …; three-part positions of M-RoPE cannot, and say so."""
+    pruner = Pruner(model_of(family.name))
+    one = replace(spec("topk", 0.4), positions="renumber")
+    inputs = family.batch(MIXED)
+    if "renumber" not in pruner.adapter.capabilities.positions:
+        with pytest.raises(MissingSignal, match="renumber"):
+            pruner.prepare(inputs, one)
+        return "cannot: M-RoPE"
+    prepared = pruner.prepare(inputs, one)
+    mask_BL = prepared.inputs["attention_mask"]
+    counted_BL = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+    assert torch.equal(prepared.inputs["position_ids"], counted_BL)
+    return None
+
+
+CHECKS: dict[str, Callable[[Family, pytest.MonkeyPatch], str | None]] = {
     "keep-all = generate": keep_all,
     "pruned = masked": masked,
     "batch invariance": batch_invariance,
@@ -168,11 +194,20 @@ CHECKS: dict[str, Callable[[Family, pytest.MonkeyPatch], None]] = {
     "sampling": sampling,
     "static cache": static_cache,
     "multi-image": multi_image,
+    "stages": stages,
+    "renumbered": renumber,
 }
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_family_passes(family: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    CHECKS[check](FAMILIES[family], monkeypatch)
+def test_the_family_passes(
+    family: str,
+    check: str,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    cannot = CHECKS[check](FAMILIES[family], monkeypatch)
+    if cannot is not None:
+        record_property("cell", cannot)

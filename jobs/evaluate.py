@@ -31,11 +31,10 @@ from cluster.report import console
 from jobs.method_specs import parse_methods, parse_shares, specs_of
 from jobs.overlays import write_overlays
 from sppruner import PruneSpec, SpprunerError
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model, resolve_model
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import (
     FORMATS,
-    Comparison,
     Dataset,
     ahead_of,
     answers_due,
@@ -179,25 +178,25 @@ def _table(title: str, names: Sequence[str]) -> Table:
     return table
 
 
-def run(
-    models: Sequence[LoadedModel], dataset: Dataset, specs: Sequence[PruneSpec], told: Console
-) -> dict[str, Any]:
-    """The document of `--json`."""
-    document: dict[str, Any] = {"rows": [], "ahead_of": [], "cannot": []}
-    for loaded in models:
-        name = loaded.identity.name
-        with progress(told, name, answers_due(dataset, specs)) as advance:
-            comparison: Comparison = compare(loaded, dataset, specs, advance=advance)
-        document["rows"] += rows(name, comparison)
-        document["ahead_of"] += ahead_of(name, comparison.scores)
-        document["cannot"] += cannot(name, comparison)
-    return document | {
-        "dataset": dataset.name,
-        "majority_by_type": dataset.majority(),
-        "models": {m.identity.name: m.identity.revision for m in models},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def add_model(
+    document: dict[str, Any],
+    loaded: LoadedModel,
+    dataset: Dataset,
+    specs: Sequence[PruneSpec],
+    told: Console,
+) -> None:
+    """Evaluates one model into the document of `--json`."""
+    name = loaded.identity.name
+    with progress(told, name, answers_due(dataset, specs)) as advance:
+        comparison = compare(loaded, dataset, specs, advance=advance)
+    document["models"][name] = loaded.identity.revision
+    document["rows"] += rows(name, comparison)
+    document["ahead_of"] += ahead_of(name, comparison.scores)
+    document["cannot"] += (failures := cannot(name, comparison))
+    for failed in failures:
+        kept = percent(failed["retained"])
+        line = f"{name}, {failed['method']} at {kept} %: cannot: {failed['reason']}"
+        told.print(line, style="yellow", markup=False)
 
 
 def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -225,16 +224,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             if file is not None and not file.absolute().parent.is_dir():
                 raise EvaluationError(f"{file}: its folder does not exist; make it first")
         dataset = dataset_of(arguments)
-        models = [load_model(name) for name in dict.fromkeys(arguments.model or [EMBEDDED])]
-        document = run(models, dataset, specs, told)
+        names = list(dict.fromkeys(arguments.model or [EMBEDDED]))
+        for name in names:
+            resolve_model(name)
+        document: dict[str, Any] = {
+            "dataset": dataset.name,
+            "rows": [],
+            "ahead_of": [],
+            "cannot": [],
+            "majority_by_type": dataset.majority(),
+            "models": {},
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        for name in names:  # one in memory at a time, and what is done is written
+            loaded = load_model(name)
+            add_model(document, loaded, dataset, specs, told)
+            write(document, arguments)
+            if arguments.overlay:
+                write_overlays(loaded, dataset, specs, arguments.overlay)
         console().print(*tables(document))
-        for failed in document["cannot"]:
-            kept = percent(failed["retained"])
-            line = f"{failed['model']}, {failed['method']} at {kept} %: cannot: {failed['reason']}"
-            told.print(line, style="yellow", markup=False)
-        write(document, arguments)
-        if arguments.overlay:
-            write_overlays(models, dataset, specs, arguments.overlay)
     except SpprunerError as error:
         told.print(f"evaluate: {error}", style="red", markup=False)
         return 2

@@ -23,26 +23,25 @@ _MARGIN = 12
 
 
 def write_overlays(
-    models: Sequence[LoadedModel], dataset: Dataset, specs: Sequence[PruneSpec], folder: Path
+    loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec], folder: Path
 ) -> list[Path]:
     """Sheets `<model>-<retained>.png`: a row per image, the image itself and then each method.
 
-    A method that a model cannot run leaves an empty frame with the reason.
+    A method that the model cannot run leaves an empty frame with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+    name = re.sub(r"[^\w.-]+", "-", loaded.identity.name).strip("-")
     written = []
-    for loaded in models:
-        pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
-        name = re.sub(r"[^\w.-]+", "-", loaded.identity.name).strip("-")
-        for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
-            members = [spec for spec in specs if spec.budget.ratio == budget]
-            tiles = []
-            for item in _one_per_image(dataset)[:_IMAGES]:
-                image = seen(item.image(), loaded.processor.image_processor)
-                tiles.append(Tile(image=_fitted(image), title=item.prompt, text=""))
-                tiles += [_tile(pruner, loaded, item, spec) for spec in members]
-            written.append(folder / f"{name}-{budget}.png")
-            _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
+    for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
+        members = [spec for spec in specs if spec.budget.ratio == budget]
+        tiles = []
+        for item in _one_per_image(dataset)[:_IMAGES]:
+            image = seen(item.image(), loaded.processor.image_processor)
+            tiles.append(Tile(image=_fitted(image), title=item.prompt, text=""))
+            tiles += [_tile(pruner, loaded, item, spec) for spec in members]
+        written.append(folder / f"{name}-{budget}.png")
+        _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
     return written
 
 

@@ -24,7 +24,7 @@ from cluster.report import console
 from jobs.method_specs import parse_methods, parse_shares, parse_value, specs_of
 from sppruner import PruneSpec, SpprunerError
 from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
-from sppruner.errors import SpecError
+from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, label
 from sppruner.spec import OptionValue
 
@@ -89,6 +89,8 @@ def worth_on(
         relative: dict[PruneSpec, list[float]] = {spec: [] for spec in specs}
         for loaded in models:
             done = compare(loaded, dataset, specs)
+            if done.dense.accuracy == 0:
+                raise EvaluationError(f"{loaded.identity.name} answers nothing right: no scale")
             for score in done.scores:
                 relative[score.spec].append(score.accuracy / done.dense.accuracy)
         return [

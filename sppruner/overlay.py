@@ -143,20 +143,20 @@ def _panels(cells: Sequence[_Cells], boxes: Sequence[Box]) -> list[list[tuple[_C
 
 
 def _panel(whole: Image.Image, members: Sequence[tuple[_Cells, Box]]) -> Image.Image:
-    faded = Image.blend(
-        whole.convert("L").convert("RGB"), Image.new("RGB", whole.size, _PAPER), _FADED
-    )
-    panel = faded.copy()
+    grey = whole.convert("L").convert("RGB")
+    panel = Image.blend(grey, Image.new("RGB", whole.size, _PAPER), _FADED)
     draw = ImageDraw.Draw(panel)
     line = max(1, round(max(whole.size) / 150))
     for cells, box in members:
         edges_x, edges_y = _edges(cells.kind_RC.shape, box, whole.size)
-        for row, column in np.argwhere(cells.kind_RC > DROPPED):
-            patch = (edges_x[column], edges_y[row], edges_x[column + 1], edges_y[row + 1])
+        kept = [
+            (row, column, (edges_x[column], edges_y[row], edges_x[column + 1], edges_y[row + 1]))
+            for row, column in np.argwhere(cells.kind_RC > DROPPED).tolist()
+        ]
+        for _, _, patch in kept:
             panel.paste(whole.crop(patch), patch[:2])
-        for row, column in np.argwhere(cells.kind_RC > DROPPED):
-            patch = (edges_x[column], edges_y[row], edges_x[column + 1], edges_y[row + 1])
-            _outline(draw, cells.kind_RC, int(row), int(column), patch, line)
+        for row, column, patch in kept:
+            _outline(draw, cells.kind_RC, row, column, patch, line)
         for row, column in np.argwhere(cells.merged_RC):
             x = (edges_x[column] + edges_x[column + 1]) / 2
             y = (edges_y[row] + edges_y[row + 1]) / 2
@@ -183,24 +183,19 @@ def _outline(
     line: int,
 ) -> None:
     """A line along each side of a patch that borders on another kind, inside the patch."""
+    framed = np.pad(kind_RC, 1, constant_values=-1)
+    above, below = framed[row, column + 1], framed[row + 2, column + 1]
+    before, after = framed[row + 1, column], framed[row + 1, column + 2]
     kind = int(kind_RC[row, column])
     left, top, right, bottom = patch
-    last_row, last_column = kind_RC.shape[0] - 1, kind_RC.shape[1] - 1
-    sides = (
-        (row == 0 or kind_RC[row - 1, column] != kind, (left, top, right - 1, top + line - 1)),
-        (
-            row == last_row or kind_RC[row + 1, column] != kind,
-            (left, bottom - line, right - 1, bottom - 1),
-        ),
-        (column == 0 or kind_RC[row, column - 1] != kind, (left, top, left + line - 1, bottom - 1)),
-        (
-            column == last_column or kind_RC[row, column + 1] != kind,
-            (right - line, top, right - 1, bottom - 1),
-        ),
-    )
-    for borders, rectangle in sides:
-        if borders:
-            draw.rectangle(rectangle, fill=_LINES[kind])
+    for beside, side in (
+        (above, (left, top, right - 1, top + line - 1)),
+        (below, (left, bottom - line, right - 1, bottom - 1)),
+        (before, (left, top, left + line - 1, bottom - 1)),
+        (after, (right - line, top, right - 1, bottom - 1)),
+    ):
+        if beside != kind:
+            draw.rectangle(side, fill=_LINES[kind])
 
 
 def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:

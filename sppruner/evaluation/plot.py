@@ -52,6 +52,7 @@ def _panel(
             panel.axhline(100 * row["accuracy"], color="0.35", lw=1, label="dense")
             panel.axhspan(100 * row["low"], 100 * row["high"], color="0.35", alpha=0.12, lw=0)
     shares: set[float] = set()
+    shade = 0.15 if len(methods) <= 6 else 0.05  # many bands on one another hide the lines
     for number, method in enumerate(methods):
         mine = sorted(
             (row for row in rows if written(row) == method), key=lambda row: row["kept_share"]
@@ -70,7 +71,7 @@ def _panel(
             label=method,
         )
         low, high = ([100 * row[end] for row in mine] for end in ("low", "high"))
-        panel.fill_between(kept, low, high, color=colour, alpha=0.15, lw=0)
+        panel.fill_between(kept, low, high, color=colour, alpha=shade, lw=0)
     panel.set_xticks(sorted(shares), [f"{share:g}" for share in sorted(shares)])
     panel.minorticks_off()
     panel.set_xlabel("visual tokens kept, %")

@@ -101,7 +101,7 @@ def test_what_cannot_be_done_is_said_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(evaluate, "run", lambda *given: pytest.fail("it ran"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *given: pytest.fail("it ran"))
     assert evaluate.main(options) == 2
     assert told in " ".join(capsys.readouterr().err.split())
 

@@ -34,27 +34,30 @@ class PoolSelector(Selector):
         rows, columns = images[0].grid
         selections = []
         for image, k in zip(images, counts, strict=True):
-            cells = sorted(_cells(rows, columns, k))
-            centres, members = zip(*cells, strict=True)
-            device, most = image.features_ND.device, max(map(len, members))
-            # Short cells are filled up with tokens of no weight; sums then run in one order
-            # on every device.
-            padded_KM = torch.tensor([cell + cell[:1] * (most - len(cell)) for cell in members])
-            size_K1 = torch.tensor([[len(cell)] for cell in members])
-            weight_KM = (torch.arange(most) < size_K1) / size_K1
-            values_KMD = image.features_ND[padded_KM.to(device)].float()
-            mean_KD = (values_KMD * weight_KM.to(device)[:, :, None]).sum(dim=1)
+            features_ND = image.features_ND
+            grid_RCD = features_ND.view(rows, columns, -1)
+            centres, means = [], []
+            for top, bottom, cells in _bands(rows, columns, k):
+                centres += [
+                    (top + bottom - 1) // 2 * columns + (left + right - 1) // 2
+                    for left, right in cells
+                ]
+                share_QC = torch.zeros(len(cells), columns)
+                for q, (left, right) in enumerate(cells):
+                    share_QC[q, left:right] = 1 / ((bottom - top) * (right - left))
+                summed_CD = grid_RCD[top:bottom].float().sum(dim=0)
+                means.append(share_QC.to(features_ND.device) @ summed_CD)
             selections.append(
                 Selection(
-                    index_K=torch.tensor(centres, device=device),
-                    replace_KD=mean_KD.to(image.features_ND.dtype),
+                    index_K=torch.tensor(centres, device=features_ND.device),
+                    replace_KD=torch.cat(means).to(features_ND.dtype),
                 )
             )
         return selections
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
-        """One multiplication and one addition for every value."""
-        return 2 * tokens * width
+        """One addition for every value, and the means of each cell's columns."""
+        return tokens * width + 2 * round(math.sqrt(tokens)) * kept * width
 
 
 def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
@@ -64,14 +67,15 @@ def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _cells(rows: int, columns: int, k: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """(token nearest the centre, tokens) of each of k cells that together tile the grid."""
+def _bands(
+    rows: int, columns: int, k: int
+) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
+    """(top, bottom, (left, right) of each cell) of the bands of k cells that tile the grid."""
     square = round(math.sqrt(k * rows / columns))
-    bands = min(max(square, -(-k // columns)), rows, k)
-    cells = []
-    for (top, bottom), (first, last) in zip(_bounds(rows, bands), _bounds(k, bands), strict=True):
-        for left, right in _bounds(columns, last - first):
-            centre = (top + bottom - 1) // 2 * columns + (left + right - 1) // 2
-            inside = [r * columns + c for r in range(top, bottom) for c in range(left, right)]
-            cells.append((centre, tuple(inside)))
-    return tuple(cells)
+    count = min(max(square, -(-k // columns)), rows, k)
+    return tuple(
+        (top, bottom, tuple(_bounds(columns, last - first)))
+        for (top, bottom), (first, last) in zip(
+            _bounds(rows, count), _bounds(k, count), strict=True
+        )
+    )

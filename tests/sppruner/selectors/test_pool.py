@@ -7,27 +7,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppruner.selectors.pool import _cells
+from sppruner.selectors.pool import _bands
 from tests.sppruner.selectors.images import choose, make
 
 
+def cells_of(rows: int, columns: int, k: int) -> list[list[int]]:
+    """The tokens of each cell."""
+    return [
+        [r * columns + c for r in range(top, bottom) for c in range(left, right)]
+        for top, bottom, cells in _bands(rows, columns, k)
+        for left, right in cells
+    ]
+
+
+def centre_of(inside: list[int], columns: int) -> int:
+    """The token of a cell that is nearest its middle, the first of equals."""
+    at = {i: (i // columns, i % columns) for i in inside}
+    row, column = ((min(p) + max(p)) / 2 for p in zip(*at.values(), strict=True))
+    return min(inside, key=lambda i: (at[i][0] - row) ** 2 + (at[i][1] - column) ** 2)
+
+
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12), data=st.data())
-def test_cells_are_rectangles_that_tile_the_grid_and_hold_their_centres(
+def test_cells_are_rectangles_that_tile_the_grid(
     rows: int, columns: int, data: st.DataObject
 ) -> None:
     k = data.draw(st.integers(1, rows * columns))
-    cells = _cells(rows, columns, k)
+    cells = cells_of(rows, columns, k)
     assert len(cells) == k
-    assert sorted(i for _, inside in cells for i in inside) == list(range(rows * columns))
-    for centre, inside in cells:
-        at = [(i // columns, i % columns) for i in inside]
-        tall, wide = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
-        assert len(inside) == tall * wide
-        middle = [(min(p) + max(p)) / 2 for p in zip(*at, strict=True)]
-        apart = {
-            i: (i // columns - middle[0]) ** 2 + (i % columns - middle[1]) ** 2 for i in inside
-        }
-        assert centre == min(inside, key=lambda i: apart[i])
+    assert all(cells)
+    assert sorted(i for inside in cells for i in inside) == list(range(rows * columns))
 
 
 @given(side=st.integers(2, 24), data=st.data())
@@ -35,20 +43,21 @@ def test_cells_of_a_square_grid_are_nearly_square_and_nearly_equal(
     side: int, data: st.DataObject
 ) -> None:
     k = data.draw(st.integers(1, side * side // 2))
-    sizes = [len(inside) for _, inside in _cells(side, side, k)]
+    sizes = [len(inside) for inside in cells_of(side, side, k)]
     assert max(sizes) <= 4 * side * side / k
     assert min(sizes) >= side * side / k / 4
 
 
-def test_each_kept_token_carries_the_mean_of_its_cell() -> None:
-    image = make(7, 10)
-    chosen = choose("pool", [image], [12])[0]
-    means = {
-        centre: image.features_ND[list(inside)].mean(dim=0) for centre, inside in _cells(7, 10, 12)
-    }
-    assert chosen.index_K.tolist() == sorted(means)
-    wanted = torch.stack([means[i] for i in sorted(means)])
-    torch.testing.assert_close(chosen.replace_KD, wanted)
+@pytest.mark.parametrize(("rows", "columns", "k"), [(7, 10, 12), (5, 3, 14), (1, 9, 4), (4, 4, 1)])
+def test_the_token_nearest_a_cells_middle_carries_the_cells_mean(
+    rows: int, columns: int, k: int
+) -> None:
+    image = make(rows, columns)
+    chosen = choose("pool", [image], [k])[0]
+    cells = {centre_of(inside, columns): inside for inside in cells_of(rows, columns, k)}
+    assert chosen.index_K.tolist() == sorted(cells)
+    means = [image.features_ND[cells[i]].mean(dim=0) for i in sorted(cells)]
+    torch.testing.assert_close(chosen.replace_KD, torch.stack(means))
 
 
 @pytest.mark.parametrize("side", [2, 4])

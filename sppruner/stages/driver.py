@@ -50,7 +50,8 @@ class StageDriver:
 
     Works with any decoder of Llama's shape: `.layers` that take `position_embeddings`,
     `attention_mask`, `position_ids` and `past_key_values`, each with a `.self_attn`. `generate`
-    may multiply the rows (beams, return sequences) and use any cache that grows or is static.
+    may multiply the rows (beams, return sequences) and use any cache that grows or is static; it
+    compiles nothing meanwhile.
 
     Raises UnsupportedModel for decoders without full causal attention, InputError for a `generate`
     that does not read the prompt in one forward and then one token per forward, and, at the end,
@@ -80,6 +81,9 @@ class StageDriver:
     def __enter__(self) -> StageDriver:
         layers = self._decoder.layers
         with ExitStack() as stack:
+            # `generate` compiles the steps over a static cache, and compiled code does not notice
+            # hooks that come and go: it would run without them, or with those of another batch.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for index in range(min(self._plan.keep), len(layers)):
                 hook = layers[index].register_forward_pre_hook(
                     partial(self._before_layer, index), with_kwargs=True

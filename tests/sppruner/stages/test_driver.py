@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, MistralConfig
 
 from sppruner import Budget, Pruner, PruneSpec, signals
 from sppruner.adapters import capabilities
@@ -163,3 +163,50 @@ def test_methods_ask_whether_the_decoder_has_stages() -> None:
     ):
         with pytest.raises(MissingSignal, match="inside the decoder"):
             Pruner(model).check(spec)
+
+
+def test_every_token_keeps_its_original_position(pruner: Pruner) -> None:
+    """What a layer after a stage gets fits together: rotary embeddings are those of the positions,
+    which are a part of the full prompt's, in order, its last token included."""
+    inputs, decoder = batch([1, 2, 0]), pruner.adapter.language_model()
+    given: list[dict[str, Any]] = []
+    prepared = pruner.prepare(inputs, SPEC)
+    assert prepared.stages is not None
+    with StageDriver(pruner.adapter, prepared.stages):
+        handle = decoder.layers[2].register_forward_pre_hook(
+            lambda layer, args, kwargs: given.append({"hidden": args[0]} | kwargs),
+            with_kwargs=True,
+        )
+        pruner.model.generate(**prepared.inputs, **SETTINGS)
+    handle.remove()
+    prompt, *steps = given
+    assert prompt["hidden"].shape[1] < inputs["input_ids"].shape[1]
+    for rotary, expected in zip(
+        prompt["position_embeddings"],
+        decoder.rotary_emb(prompt["hidden"], prompt["position_ids"]),
+        strict=True,
+    ):
+        assert torch.equal(rotary, expected)
+    for row, report in enumerate(prepared.reports):
+        positions = prompt["position_ids"][row, -report.layer_tokens[2] :].tolist()
+        length = report.prompt_tokens_dense
+        assert positions == sorted(set(positions))
+        assert positions[-1] == length - 1
+        assert [step["position_ids"][row].item() for step in steps] == list(
+            range(length, length + NEW - 1)
+        )
+
+
+def test_code_compiled_without_stages_does_not_run_in_their_place(pruner: Pruner) -> None:
+    """`generate` compiles steps over a static cache on accelerators; compiled code ignores hooks."""
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiled} | SETTINGS
+    every_token = PruneSpec(method="grid")
+    dense = pruner.generate(batch([1, 2]), every_token, **static)
+    expected = pruner.generate(batch([1, 2]), SPEC, **SETTINGS)
+    staged = pruner.generate(batch([1, 2]), SPEC, **static)
+    assert torch.equal(staged.tokens_BT, expected.tokens_BT)
+    again = pruner.generate(batch([1, 2]), every_token, **static)
+    assert torch.equal(again.tokens_BT, dense.tokens_BT)
+    assert not torch.equal(dense.tokens_BT, expected.tokens_BT)

@@ -48,3 +48,19 @@ def test_the_row_equals_the_eager_map(family: str, attention: str, static: bool)
         expected_BL = eager_map(family, layer, inputs)[:, :, -1].mean(dim=1)
         torch.testing.assert_close(row_BL, expected_BL, atol=1e-6, rtol=0)
         torch.testing.assert_close(row_BL.sum(dim=1), torch.ones(3))
+
+
+def test_keys_beyond_the_prompt_and_padding_count_for_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query_BHLD = torch.randn(2, 4, 5, 8, generator=generator)
+    key_BHLD = torch.randn(2, 2, 9, 8, generator=generator)
+    mask_BL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    probe = LastQueryProbe(torch.nn.Identity())
+    probe.read(query_BHLD, key_BHLD, None, 0.5)
+    row_BL = probe.take(mask_BL)
+
+    repeated_BHLD = key_BHLD[:, :, :5].repeat_interleave(2, dim=1)
+    scores_BHL = (query_BHLD[:, :, -1:] @ repeated_BHLD.transpose(2, 3))[:, :, 0] * 0.5
+    assert torch.equal(row_BL[0, :2], torch.zeros(2))
+    torch.testing.assert_close(row_BL[0, 2:], scores_BHL[0, :, 2:].softmax(dim=-1).mean(dim=0))
+    torch.testing.assert_close(row_BL[1], scores_BHL[1].softmax(dim=-1).mean(dim=0))

@@ -198,7 +198,7 @@ def test_every_token_keeps_its_original_position(pruner: Pruner) -> None:
 
 
 def test_code_compiled_without_stages_does_not_run_in_their_place(pruner: Pruner) -> None:
-    """`generate` compiles steps over a static cache on accelerators; compiled code ignores hooks."""
+    """On accelerators `generate` compiles static-cache steps, and compiled code ignores hooks."""
     compiled = CompileConfig(backend="eager", mode=None)
     compiled._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiled} | SETTINGS

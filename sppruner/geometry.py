@@ -43,8 +43,12 @@ def _tile_grid(tiles: int, aspect: float) -> tuple[int, int]:
 
 
 def seen(image: Image.Image, image_processor: object) -> Image.Image:
-    """The part of an image that the encoder sees: LLaVA-1.5's processor cuts out the centre."""
-    if not getattr(image_processor, "do_center_crop", False):
+    """The part of an image that the encoder sees: LLaVA-1.5's processor cuts out the centre.
+
+    LLaVA-NeXT's has the same setting, but cuts tiles, which are square before.
+    """
+    cuts = getattr(image_processor, "do_center_crop", False)
+    if not cuts or hasattr(image_processor, "image_grid_pinpoints"):
         return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

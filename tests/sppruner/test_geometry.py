@@ -75,9 +75,12 @@ def test_a_processor_that_cuts_out_the_centre_sees_only_that() -> None:
     class Cuts:
         do_center_crop = True
 
+    class Tiles(Cuts):
+        image_grid_pinpoints = ((16, 16),)
+
     image = Image.new("RGB", (60, 40))
     image.paste("red", (10, 0, 50, 40))
-    assert seen(image, object()) is image
+    assert seen(image, object()) is seen(image, Tiles()) is image
     view = seen(image, Cuts())
     assert view.size == (40, 40)
     assert view.getcolors() == [(1600, (255, 0, 0))]

@@ -1,0 +1,85 @@
+"""Every family can be evaluated and drawn: random tiny models with their own processors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image, ImageDraw
+
+from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.evaluation import Dataset, compare, drawn_scenes
+from sppruner.evaluation.scenes import Outline
+from sppruner.overlay import counts_of, overlay, selections_of
+from sppruner.pruner import Pruner
+from sppruner.spec import Budget, PruneSpec
+from tests.sppruner.families import FAMILIES
+from tests.sppruner.families.folders import write_folder
+
+HALF = PruneSpec(method="grid", budget=Budget(ratio=0.5))
+CORNER: Outline = ((0.5, 0.5), (1.0, 0.5), (1.0, 1.0), (0.5, 1.0))
+
+
+def wide() -> Image.Image:
+    """Grey, with the lower right quarter white: it is cut to tiles where the family cuts."""
+    image = Image.new("RGB", (40, 20), "gray")
+    ImageDraw.Draw(image).rectangle((20, 10, 39, 19), fill="white")
+    return image
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(write_folder(request.param, tmp_path_factory.mktemp(request.param))))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    made = drawn_scenes(4)
+    items = [replace(item, image=wide, subjects=(CORNER,)) for item in made.items[:4]]
+    return replace(made, items=items, max_new_tokens=6)
+
+
+def test_answers_are_the_engines_and_figures_are_in_range(
+    loaded: LoadedModel, dataset: Dataset
+) -> None:
+    done = compare(loaded, dataset, [HALF])
+    assert not done.cannot
+    (score,) = done.scores
+    requests = [
+        Request(
+            id=item.id,
+            prompt=item.prompt,
+            images=(item.image(),),
+            spec=HALF,
+            generation=Generation(max_new_tokens=6),
+        )
+        for item in dataset.items
+    ]
+    results = BatchEngine(loaded).run(requests)
+    for answer, result in zip(score.repeats[0], results, strict=True):
+        assert answer.text == result.text
+        assert (answer.kept, answer.total) == (result.visual_tokens_kept, result.visual_tokens)
+        assert answer.kept_layers == pytest.approx(answer.kept / answer.total)
+        assert answer.first_kl >= 0
+        assert answer.dense_logprob <= 0
+        assert answer.found is not None
+        assert 0 < answer.found[1] < 1
+
+
+def test_all_of_a_subject_is_found_where_nothing_is_pruned(
+    loaded: LoadedModel, dataset: Dataset
+) -> None:
+    everything = replace(HALF, budget=Budget(ratio=1.0))
+    (score,) = compare(loaded, dataset, [everything]).scores
+    assert all(answer.found == (1.0, 1.0) for answer in score.repeats[0])
+    assert all(answer.first_kl == pytest.approx(0, abs=1e-3) for answer in score.repeats[0])
+
+
+def test_what_is_kept_is_drawn(loaded: LoadedModel) -> None:
+    pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+    selections = selections_of(pruner, loaded.processor, wide(), "what?", HALF)
+    counts = counts_of(selections)
+    assert counts["kept"] == sum(choice.count for _, choice in selections)
+    assert counts["kept"] + counts["dropped"] == sum(plane.count for plane, _ in selections)
+    assert overlay(wide(), selections, side=200).width >= 200

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from sppruner.chat import ask_about
 from sppruner.engine import BatchEngine, Generation, Request
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.evaluation import Dataset, compare, drawn_scenes
 from sppruner.evaluation.scenes import Outline
+from sppruner.geometry import plane_boxes
 from sppruner.overlay import counts_of, overlay, selections_of
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
@@ -83,3 +86,26 @@ def test_what_is_kept_is_drawn(loaded: LoadedModel) -> None:
     assert counts["kept"] == sum(choice.count for _, choice in selections)
     assert counts["kept"] + counts["dropped"] == sum(plane.count for plane, _ in selections)
     assert overlay(wide(), selections, side=200).width >= 200
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (60, 20), (32, 32), (50, 30)])
+def test_boxes_are_where_the_processor_cuts(loaded: LoadedModel, size: tuple[int, int]) -> None:
+    """The mean colour of each tile's pixels is that of the image in its box: colours run from left
+    to right in red and from top to bottom in green."""
+    columns, rows = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    image = Image.fromarray(np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8))
+    inputs = ask_about(loaded.processor, ["what?"], [image])
+    pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+    planes = [plane for plane, _ in pruner.prepare(inputs, HALF, ["what?"]).selections]
+    if len(planes) <= 2:
+        pytest.skip("this family's planes are views of the whole image")
+    tiles = inputs["pixel_values"].flatten(0, -4)
+    means = tiles.mean(dim=(2, 3))[:, :2].numpy()
+    boxes = np.array(plane_boxes(planes, size))
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    # Normalisation is linear, so means follow the middles of the boxes.
+    for axis in range(2):
+        if np.ptp(middles[:, axis]) > 0:
+            assert np.corrcoef(means[:, axis], middles[:, axis])[0, 1] > 0.99
+        else:
+            assert np.ptp(means[:, axis]) < 0.1

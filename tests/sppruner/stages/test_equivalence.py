@@ -22,6 +22,11 @@ NEW = 6
 MIXED = [1, 2, 0]  # one image, two images, text only
 DENSE_INPUT = PruneSpec(method="grid", budget=Budget(ratio=1.0))
 HALF_INPUT = PruneSpec(method="grid", budget=Budget(ratio=0.5))
+TWO_STEPS = PruneSpec(
+    method="sppruner",
+    budget=Budget(ratio=0.4),
+    options={"mode": "pre+mid", "relevance": "none"},
+)
 
 
 @functools.cache
@@ -145,18 +150,13 @@ def test_static_caches_equal_a_growing_one(family: str, own_lengths: bool) -> No
 def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) -> None:
     pruner = pruner_of(family)
     inputs = FAMILIES[family].batch([1, 2, 1, 1, 0, 1, 2])
-    layer = stage_layers(family, 1)[0]
+    layer, later = stage_layers(family, 2)
     fastv = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layer})
     nothing = PruneSpec(method="fastv", budget=Budget(tokens=0), options={"layer": layer})
     pyramid = PruneSpec(
-        method="pyramiddrop", budget=Budget(tokens=2), options={"layers": str(layer)}
+        method="pyramiddrop", budget=Budget(tokens=2), options={"layers": str(later)}
     )
-    progressive = PruneSpec(
-        method="sppruner",
-        budget=Budget(ratio=0.4),
-        options={"mode": "pre+mid", "relevance": "none"},
-    )
-    specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing, progressive]
+    specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing, TWO_STEPS]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, spec in enumerate(specs):
         alone = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))
@@ -165,16 +165,23 @@ def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) 
         assert alone.reports[0] == together.reports[row]
 
 
+@pytest.mark.parametrize("method", ["fastv", "pre+mid"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_layer_of_the_cache_holds_what_the_report_says(family: str) -> None:
-    layers = stage_layers(family, 1)
-    spec = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layers[0]})
+def test_each_layer_of_the_cache_holds_what_the_report_says(family: str, method: str) -> None:
+    options = {"layer": stage_layers(family, 1)[0]}
+    fastv = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options=options)
+    spec = TWO_STEPS if method == "pre+mid" else fastv
     for images in ([1], [1, 2, 0]):
         inputs = FAMILIES[family].batch(images)
         generated = pruner_of(family).generate(inputs, spec, **settings(family))
         held = [layer.keys.shape[2] for layer in generated.output.past_key_values.layers]
-        longest = [
-            max(tokens) for tokens in zip(*(r.layer_tokens for r in generated.reports), strict=True)
-        ]
+        reports = generated.reports
+        longest = [max(tokens) for tokens in zip(*(r.layer_tokens for r in reports), strict=True)]
         assert held == [tokens + NEW - 1 for tokens in longest]
-        assert held[layers[0]] < held[0]
+        assert held[-1] < held[0]
+        for report in reports:
+            text = report.prompt_tokens_dense - report.visual_tokens
+            visual = [tokens - text for tokens in report.layer_tokens]
+            assert report.prompt_tokens == report.layer_tokens[0]
+            counted = sum(visual) / len(visual) if method == "pre+mid" else visual[-1]
+            assert report.visual_tokens_kept == counted

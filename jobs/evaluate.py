@@ -76,7 +76,18 @@ def parser() -> argparse.ArgumentParser:
         help=f"folder or Hub name; several times for several models ({EMBEDDED})",
     )
     made.add_argument(
-        "--questions", type=int, default=1000, help="ask at least so many (%(default)s)"
+        "--questions",
+        type=int,
+        metavar="N",
+        default=1000,
+        help="ask at least so many (%(default)s)",
+    )
+    made.add_argument(
+        "--batch-rows",
+        type=int,
+        metavar="N",
+        default=64,
+        help="questions at once; fewer for large models (64)",
     )
     asked = made.add_argument_group("drawn scenes (the default)")
     asked.add_argument(
@@ -85,28 +96,41 @@ def parser() -> argparse.ArgumentParser:
         default="report",
         help="scenes that are reported, or those that constants are chosen on (%(default)s)",
     )
-    asked.add_argument("--first-scene", type=int, default=0, help="offset into the split")
+    asked.add_argument(
+        "--first-scene", type=int, metavar="N", default=0, help="offset into the split"
+    )
     data = made.add_argument_group("your files")
-    data.add_argument("--data", type=Path, help="a benchmark's file of questions")
-    data.add_argument("--images", type=Path, help="the folder of its images")
+    data.add_argument("--data", type=Path, metavar="FILE", help="a benchmark's file of questions")
+    data.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
     data.add_argument("--format", choices=list(FORMATS), help="where the file does not tell")
-    data.add_argument("--annotations", type=Path, help="the file of answers (vqav2)")
     data.add_argument(
-        "--instruction", help="what follows each question; '' for nothing (the format's own)"
+        "--annotations", type=Path, metavar="FILE", help="the file of answers (vqav2)"
+    )
+    data.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="what follows each question; '' for nothing (the format's own)",
     )
     out = made.add_argument_group("results")
-    out.add_argument("--json", type=Path, help="rows, differences between methods, versions")
-    out.add_argument("--markdown", type=Path, help="the table")
-    out.add_argument("--csv", type=Path, help="the rows, flat")
-    out.add_argument("--plot", type=Path, help="accuracy against kept tokens: .png, .pdf or .svg")
-    out.add_argument("--overlay", type=Path, help="folder for pictures of what is kept")
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="rows, differences between methods, versions"
+    )
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="the rows, flat")
+    out.add_argument(
+        "--plot", type=Path, metavar="FILE", help="accuracy against kept tokens: .png, .pdf or .svg"
+    )
+    out.add_argument(
+        "--overlay", type=Path, metavar="DIR", help="folder for pictures of what is kept"
+    )
     return made
 
 
 def dataset_of(arguments: argparse.Namespace) -> Dataset:
     """What to ask. Raises SpecError or EvaluationError."""
-    if arguments.questions < 1:
-        raise SpecError(f"--questions {arguments.questions}: ask at least 1")
+    for option in ("questions", "batch_rows"):
+        if (number := getattr(arguments, option)) < 1:
+            raise SpecError(f"--{option.replace('_', '-')} {number}: give at least 1")
     if arguments.data is None:
         for option in ("images", "format", "annotations", "instruction"):
             if getattr(arguments, option) is not None:
@@ -184,11 +208,13 @@ def add_model(
     dataset: Dataset,
     specs: Sequence[PruneSpec],
     told: Console,
+    *,
+    batch_rows: int,
 ) -> None:
     """Evaluates one model into the document of `--json`."""
     name = loaded.identity.name
     with progress(told, name, answers_due(dataset, specs)) as advance:
-        comparison = compare(loaded, dataset, specs, advance=advance)
+        comparison = compare(loaded, dataset, specs, batch_rows=batch_rows, advance=advance)
     document["models"][name] = loaded.identity.revision
     document["rows"] += rows(name, comparison)
     document["ahead_of"] += ahead_of(name, comparison.scores)
@@ -239,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for name in names:  # one in memory at a time, and what is done is written
             loaded = load_model(name)
-            add_model(document, loaded, dataset, specs, told)
+            add_model(document, loaded, dataset, specs, told, batch_rows=arguments.batch_rows)
             write(document, arguments)
             if arguments.overlay:
                 write_overlays(loaded, dataset, specs, arguments.overlay)

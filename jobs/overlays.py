@@ -52,8 +52,11 @@ def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> T
     except SpprunerError as error:
         return Tile(image=None, title=title, text=f"cannot: {error}", failed=True)
     view = seen(image, loaded.processor.image_processor)
-    counts = ", ".join(f"{name} {count}" for name, count in counts_of(selections).items())
-    return Tile(image=overlay(view, selections, side=_SIDE, key=False), title=title, text=counts)
+    counts = counts_of(selections)
+    text = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if "dropped" not in counts:
+        text = "all enter the decoder and are pruned there"
+    return Tile(image=overlay(view, selections, side=_SIDE, key=False), title=title, text=text)
 
 
 def _with_legend(sheet: Image.Image) -> Image.Image:

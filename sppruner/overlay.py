@@ -149,6 +149,8 @@ def _panel(whole: Image.Image, members: Sequence[tuple[_Cells, Box]]) -> Image.I
     line = max(1, round(max(whole.size) / 150))
     for cells, box in members:
         edges_x, edges_y = _edges(cells.kind_RC.shape, box, whole.size)
+        if box != WHOLE:
+            draw.rectangle((edges_x[0], edges_y[0], edges_x[-1], edges_y[-1]), outline=_PAPER)
         kept = [
             (row, column, (edges_x[column], edges_y[row], edges_x[column + 1], edges_y[row + 1]))
             for row, column in np.argwhere(cells.kind_RC > DROPPED).tolist()

@@ -1,5 +1,5 @@
-"""Accuracy against kept tokens, one panel per model, with 95 % bands. Needs matplotlib, which is
-the extra `evaluate` of this package."""
+"""Accuracy against kept tokens, one panel per model, with 95 % bands. Methods that prune inside the
+decoder are marked: their first layers see more. Needs matplotlib, the extra `evaluate`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def _panel(
         )
         kept = [100 * row["kept_share"] for row in mine]
         shares.update(round(share, 1) for share in kept)
+        # A budget spent inside the decoder leaves more tokens to the layers in front of it.
+        inside = any(row["kept_layers"] > row["kept_share"] + 0.01 for row in mine)
         colour = _COLOURS[number % len(_COLOURS)]
         panel.plot(
             kept,
@@ -68,7 +70,7 @@ def _panel(
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=4,
             lw=1.5,
-            label=method,
+            label=f"{method} (inside)" if inside else method,
         )
         low, high = ([100 * row[end] for row in mine] for end in ("low", "high"))
         panel.fill_between(kept, low, high, color=colour, alpha=shade, lw=0)

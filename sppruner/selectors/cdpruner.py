@@ -96,7 +96,7 @@ def _greedy_map(cosine_INN: Tensor, quality_IN: Tensor, wanted_I: Tensor) -> Ten
         if step > 0:
             before_ISN = factor_ISN[:, :step]
             at_IS1 = before_ISN.gather(2, column_IS1.expand(-1, step, -1))
-            row_IN = row_IN - (before_ISN.mT @ at_IS1)[:, :, 0]
+            row_IN = row_IN - (at_IS1.mT @ before_ISN)[:, 0]
         row_IN = row_IN / gain_IN.gather(1, best_I1).sqrt()
         factor_ISN[:, step] = row_IN
         left_IN = left_IN - row_IN.square()

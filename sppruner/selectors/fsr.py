@@ -100,7 +100,7 @@ class FSRSelector(SaliencyOption, RelevanceOptions):
         merges = min(int(self.kappa * len(scan_S)), len(dropped_M))
         if merges == 0:
             return None
-        alike_MS = cosine_NN[dropped_M][:, scan_S]
+        alike_MS = cosine_NN[dropped_M[:, None], scan_S]
         best_M = closest(alike_MS, merges)
         refined_SD, received_S1 = absorb(
             features_ND, phi_N + 1e-6, scan_S, dropped_M[best_M], alike_MS[best_M]

@@ -28,7 +28,8 @@ Dynamic budgets. The paper gives an image tokens in proportion to φ = 1 − ρ 
 the batch. Here a budget with `spread` gives it φ / usual_information times its part instead: what
 an image keeps must not depend on its batch-mates, or an answer would change with the batch it
 happened to be in. Its default 0.5 is the middle of φ's range for tokens that are not opposed on
-average; for budgets that hold on average, set it to the mean of φ over a sample of one's images.
+average; for budgets that hold on average, set it to the mean of φ over a sample of one's images
+(the embedded model's scenes: 0.43, standard deviation 0.05).
 """
 
 from __future__ import annotations

@@ -13,12 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sppruner import Pruner
 from sppruner.errors import SpecError
 from sppruner.selectors import selector_for
 from sppruner.selectors.prunesid import PruneSIDSelector, quotas
 from sppruner.signals import ATTENTION
 from sppruner.spec import Budget, PruneSpec
 from sppruner.types import VisualTokens
+from tests.sppruner.families import FAMILIES
+from tests.sppruner.families.rows import one_row
 from tests.sppruner.selectors.images import choose, doubled, make, unit
 
 SWITCHES = {
@@ -152,3 +155,23 @@ def test_only_a_method_that_measures_images_takes_a_budget_with_spread() -> None
     assert topk is not None
     with pytest.raises(SpecError, match="such as 'prunesid'"):
         topk.check(budget, None)  # type: ignore[arg-type]
+
+
+def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None:
+    """Every prompt keeps what its own image's information gives it, whoever its batch-mates are."""
+    pruner = Pruner(FAMILIES["llava"].build())
+    inputs = FAMILIES["llava"].batch([1, 1, 1])
+    budget = Budget(ratio=0.4, spread=0.5)
+    plain = pruner.prepare(inputs, PruneSpec(method="prunesid", budget=Budget(ratio=0.4)))
+    # Of three images, each in units of the default 0.5.
+    usual = sum(PruneSIDSelector().information([plane]) for plane, _ in plain.selections) / 6
+    options = {"usual_information": usual}
+    spec = PruneSpec(method="prunesid", budget=budget, options=options)
+    together = pruner.prepare(inputs, spec)
+    for row, report in enumerate(together.reports):
+        alone = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
+        assert report.visual_tokens_kept == alone.reports[0].visual_tokens_kept
+        weight = PruneSIDSelector(**options).information([together.selections[row][0]])
+        n = report.visual_tokens
+        assert report.visual_tokens_kept == budget.weighed(budget.count(n), n, weight)
+        assert together.selections[row][1].index_K.equal(alone.selections[0][1].index_K)

@@ -38,7 +38,7 @@ def write_overlays(
         tiles = []
         for item in _one_per_image(dataset)[:_IMAGES]:
             image = seen(item.image(), loaded.processor.image_processor)
-            tiles.append(Tile(image=_fitted(image), title=item.prompt, text=""))
+            tiles.append(Tile(image=_fitted(image), title=item.kind, text=item.prompt))
             tiles += [_tile(pruner, loaded, item, spec) for spec in members]
         written.append(folder / f"{name}-{budget}.png")
         _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])

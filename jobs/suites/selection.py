@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -48,17 +48,33 @@ class Shape:
         return self.grid**2
 
 
+_LLAVA = Shape(
+    model="LLaVA-1.5-7B",
+    layers=32,
+    hidden=4096,
+    heads=32,
+    kv_heads=32,
+    intermediate=11008,
+    encoder_width=1024,
+    grid=24,
+    text_tokens=60,
+)
+_QWEN = Shape(
+    model="Qwen2.5-VL-7B",
+    layers=28,
+    hidden=3584,
+    heads=28,
+    kv_heads=4,
+    intermediate=18944,
+    encoder_width=5120,
+    grid=24,
+    text_tokens=30,
+)
+
+
 def published_shapes() -> list[Shape]:
     """576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
-    llava = {
-        "model": "LLaVA-1.5-7B", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 32,
-        "intermediate": 11008, "encoder_width": 1024, "text_tokens": 60,
-    }  # fmt: skip
-    qwen = {
-        "model": "Qwen2.5-VL-7B", "layers": 28, "hidden": 3584, "heads": 28, "kv_heads": 4,
-        "intermediate": 18944, "encoder_width": 5120, "text_tokens": 30,
-    }  # fmt: skip
-    return [Shape(**model, grid=grid) for model in (llava, qwen) for grid in (24, 36)]
+    return [replace(shape, grid=grid) for shape in (_LLAVA, _QWEN) for grid in (24, 36)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,7 +155,7 @@ def build(args: Mapping[str, str]) -> serve.Application:
     api = ApiSettings()
     if "prune" in args:
         retain = Budget(ratio=float(args.get("retain", "0.222")))
-        api = ApiSettings(default_spec=PruneSpec(method=args["prune"], budget=retain))
+        api = ApiSettings(default_spec=PruneSpec.parse(args["prune"], retain))
     pinned = resolve_model(args["model"], args.get("revision"))
     engine = EngineSettings(
         model=args["model"],

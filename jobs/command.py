@@ -22,7 +22,7 @@ from cluster.report import console, print_report
 from cluster.run import run
 from jobs.embedded import keep_results
 from jobs.make_corpus import make_corpus
-from sppruner import DENSE, Budget, PruneSpec
+from sppruner import Budget, PruneSpec
 from sppruner.engine import Generation
 from sppruner.engine.loading import EMBEDDED
 from sppruner.errors import SpecError
@@ -51,7 +51,11 @@ def parser(job: Job) -> argparse.ArgumentParser:
     made.add_argument("--input", help="corpus: Parquet or WebDataset under an s3:// or local path")
     made.add_argument("--output", help="empty prefix for the results, or that of a run to resume")
     made.add_argument("--model", default=EMBEDDED, help="folder or Hub name (%(default)s)")
-    made.add_argument("--method", default="sppruner", help="pruning method, or none (%(default)s)")
+    made.add_argument(
+        "--method",
+        default="sppruner",
+        help="pruning method, as in sppruner or sppruner:relevance=none, or none (%(default)s)",
+    )
     made.add_argument(
         "--retain", type=float, default=0.222, help="share of visual tokens kept (%(default)s)"
     )
@@ -64,11 +68,7 @@ def parser(job: Job) -> argparse.ArgumentParser:
 def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConfig:
     """The run the command line asks for. Raises UsageError."""
     try:
-        spec = (
-            DENSE
-            if arguments.method == "none"
-            else PruneSpec(method=arguments.method, budget=Budget(ratio=arguments.retain))
-        )
+        spec = PruneSpec.parse(arguments.method, Budget(ratio=arguments.retain))
     except SpecError as error:
         raise UsageError(str(error)) from error
     return RunConfig(

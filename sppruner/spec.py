@@ -189,6 +189,20 @@ class PruneSpec:
             options=data.get("options", {}),
         )
 
+    @classmethod
+    def parse(cls, text: str, budget: Budget) -> PruneSpec:
+        """A method as a command line writes it, its options behind it: `sppruner`,
+        `sppruner:relevance=none:kappa=0`. "none" is dense whatever the budget. Raises SpecError."""
+        method, *pairs = text.strip().split(":")
+        options: dict[str, OptionValue] = {}
+        for pair in pairs:
+            option, separator, value = pair.partition("=")
+            if not separator or not option or not value:
+                raise SpecError(f"{text!r}: write options as {method}:option=value")
+            options[option] = _value(value)
+        dense = method == "none"
+        return cls(method=method, budget=DENSE_BUDGET if dense else budget, options=options)
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
@@ -196,6 +210,18 @@ class PruneSpec:
     def hash(self) -> str:
         """Twelve hex digits that name this spec in results and caches."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+
+def _value(text: str) -> OptionValue:
+    """true and false, whole numbers, numbers; anything else is a word."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 DENSE = PruneSpec(method="none")

@@ -176,3 +176,17 @@ def test_a_written_budget_names_its_scope_and_spread_only_where_they_matter() ->
     shared = PruneSpec(method="grid", budget=Budget(tokens=9, scope="prompt", spread=0.5))
     assert shared.to_dict()["budget"]["scope"] == "prompt"
     assert PruneSpec.from_dict(shared.to_dict()) == shared
+
+
+def test_a_command_line_names_a_method_and_its_options() -> None:
+    half = Budget(ratio=0.5)
+    assert PruneSpec.parse("grid", half) == PruneSpec(method="grid", budget=half)
+    spec = PruneSpec.parse("sppruner:relevance=none:kappa=0:mu=0.25:restore_norm=false", half)
+    assert spec.options == {"relevance": "none", "kappa": 0, "mu": 0.25, "restore_norm": False}
+    assert PruneSpec.parse("none", half) == DENSE
+
+
+@pytest.mark.parametrize("text", ["grid:", "grid:seed", "grid:seed=", "grid:=3"])
+def test_an_option_without_a_value_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="option=value"):
+        PruneSpec.parse(text, Budget(ratio=0.5))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sppruner.errors import SpecError
 from sppruner.relevance import Pool, Source
+from sppruner.selectors.similarity import encoder_states
 from sppruner.signals import ATTENTION, CLS_ATTENTION, RECEIVED_ATTENTION
 from sppruner.spec import Budget
 from sppruner.stages import Schedule
@@ -39,9 +40,8 @@ class Selector(ABC):
 
     name: ClassVar[str]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 - a method need not check anything
         """Raises SpecError for an option's value that cannot mean anything."""
-        return None
 
     @property
     def signals(self) -> frozenset[str]:
@@ -136,8 +136,7 @@ def feature_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
     """Saliency without attention: distance of a token from the image's mean, 3×3 mean-filtered."""
     maps = []
     for image in images:
-        states = image.features_ND if image.hidden_NV is None else image.hidden_NV
-        states_NV = states.float()
+        states_NV = encoder_states(image).float()
         mean_1V = states_NV.mean(dim=0, keepdim=True)
         distance_N = 1 - torch.nn.functional.cosine_similarity(states_NV, mean_1V, dim=1)
         rows, columns = image.grid

@@ -1,0 +1,78 @@
+"""The arithmetic that the greedy methods share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sppruner.selectors.similarity import (
+    Picks,
+    absorb,
+    closest,
+    cosines_INN,
+    mean_cosine,
+    products_NN,
+)
+from tests.sppruner.selectors.images import doubled, unit
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+def test_half_the_blocks_and_their_mirror_are_all_products(n: int) -> None:
+    rows = torch.randn(n, 24, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    products = products_NN(rows)
+    torch.testing.assert_close(products, rows @ rows.T)
+    assert products[128:, :128].equal(products[:128, 128:].T), "the mirror is exact"
+
+
+def test_cosines_are_each_images_own_to_the_last_bit() -> None:
+    states = [torch.randn(200, 33, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for together, one in zip(cosines_INN(states), states, strict=True):
+        assert together.equal(cosines_INN([one])[0])
+
+
+def test_the_mean_cosine_needs_no_pairs() -> None:
+    states = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    z = unit(doubled(states))
+    pairs = (z @ z.T)[np.triu_indices(50, 1)]
+    assert float(mean_cosine(states)) == pytest.approx(pairs.mean(), abs=1e-6)
+    assert float(mean_cosine(states[:1])) == 1.0
+
+
+def test_an_inactive_image_takes_nothing_and_remembers_nothing() -> None:
+    states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    cosine = cosines_INN(states)
+    picks = Picks(cosine)
+    score = torch.arange(9.0).expand(2, 9)
+    picks.take(score, torch.tensor([True, False]))
+    picks.take(score, torch.tensor([True, False]))
+    assert picks.taken_IN[0].nonzero().flatten().tolist() == [7, 8]
+    assert picks.nearest_IN[0].equal(torch.maximum(cosine[0, 7], cosine[0, 8]))
+    assert not picks.taken_IN[1].any()
+    assert (picks.nearest_IN[1] == -1).all()
+
+
+def test_taking_a_mask_is_taking_its_tokens_one_by_one() -> None:
+    states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0, 0, 0, 0], [0] * 9]).bool()
+    at_once, in_turn = Picks(cosines_INN(states)), Picks(cosines_INN(states))
+    at_once.take_all(mask)
+    for token in (1, 4):
+        in_turn.take(torch.eye(9)[token].expand(2, 9), torch.tensor([True, False]))
+    assert at_once.taken_IN.equal(in_turn.taken_IN)
+    assert at_once.nearest_IN.equal(in_turn.nearest_IN)
+
+
+def test_absorbing_is_a_weighted_mean_at_each_home() -> None:
+    features = torch.tensor([[1.0], [10.0], [2.0], [4.0], [7.0]])
+    weight = torch.tensor([1.0, 1.0, 3.0, 1.0, 5.0])
+    into, joins = torch.tensor([0, 1]), torch.tensor([2, 3])
+    alike = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
+    merged, received = absorb(features, weight, into, joins, alike)
+    assert merged.flatten().tolist() == pytest.approx([(1 + 3 * 2 + 4) / 5, 10.0])
+    assert received.flatten().tolist() == [True, False]
+
+
+def test_the_closest_are_the_first_of_equals() -> None:
+    alike = torch.tensor([[0.1, 0.5], [0.7, 0.0], [0.5, 0.2], [0.5, 0.5]])
+    assert closest(alike, 3).tolist() == [1, 0, 2]

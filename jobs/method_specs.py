@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from sppruner import Budget, PruneSpec
 from sppruner.errors import SpecError
 from sppruner.selectors import selector_for
-from sppruner.spec import OptionValue
 
 
 def parse_methods(text: str) -> list[PruneSpec]:
@@ -17,31 +16,11 @@ def parse_methods(text: str) -> list[PruneSpec]:
     """
     found = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, *pairs = entry.split(":")
-        options: dict[str, OptionValue] = {}
-        for pair in pairs:
-            option, separator, value = pair.partition("=")
-            if not separator or not option or not value:
-                raise SpecError(f"{entry!r}: write options as {name}:option=value")
-            options[option] = parse_value(value)
-        if name == "none" and not options:
-            continue
-        spec = PruneSpec(method=name, budget=Budget(ratio=0.5), options=options)
-        selector_for(spec)
-        found.append(spec)
+        spec = PruneSpec.parse(entry, Budget(ratio=0.5))
+        if not spec.is_dense:
+            selector_for(spec)
+            found.append(spec)
     return found
-
-
-def parse_value(text: str) -> OptionValue:
-    """true and false, whole numbers, numbers; anything else is a word."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def parse_shares(text: str) -> list[float]:

@@ -19,23 +19,30 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
-from sppruner.compact import Compacted, compact
-from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, UnsupportedModel
+from sppruner.choosing import keep, kept_mask, schedules_of, select
+from sppruner.compact import compact
+from sppruner.errors import InputError, MissingSignal, UnsupportedModel
+from sppruner.proof import dense_reports, pruned_reports
 from sppruner.relevance import ClipText, EmbeddingCosine
 from sppruner.selectors import Selector, selector_for
-from sppruner.spec import DENSE, PruneSpec, shares
-from sppruner.stages import Schedule, StageDriver, StagePlan
+from sppruner.spec import DENSE, PruneSpec
+from sppruner.stages import StageDriver, StagePlan
 from sppruner.types import PruneReport, Selection, VisualTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
-    """A batch ready for `generate`: `inputs` are its keyword arguments, to be used inside a
-    `StageDriver` of `stages` where there are any. One report per prompt and, per image plane in
-    prompt order, one (tokens, selection) pair for pictures and statistics."""
+    """A batch ready for `Pruner.run`: `inputs` are `generate`'s keyword arguments, to be used
+    inside a `StageDriver` of `stages` where there are any.
+
+    reports: one per prompt. images, kept: what was encoded, and what stays of each. selections: per
+    plane of an image, in prompt order, (tokens, selection) for pictures and statistics.
+    """
 
     inputs: dict[str, Any]
     reports: list[PruneReport]
+    images: tuple[EncodedImage, ...]
+    kept: list[Kept]
     selections: list[tuple[VisualTokens, Selection]]
     stages: StagePlan | None = None
 
@@ -117,18 +124,28 @@ class Pruner:
         if selector is not None:
             self._relevance(selector)
 
+    @staticmethod
+    def signals(specs: Sequence[PruneSpec]) -> frozenset[str]:
+        """What the encoder must be asked for on the way."""
+        selectors = [selector_for(spec) for spec in specs]
+        return frozenset[str]().union(*(s.signals for s in selectors if s is not None))
+
     @torch.no_grad()
     def prepare(
         self,
         inputs: Mapping[str, Tensor],
         specs: PruneSpec | Sequence[PruneSpec],
         instructions: Sequence[str] | None = None,
+        *,
+        encoded: Encoded | None = None,
     ) -> Prepared:
         """Encodes, selects and re-packs a processor's batch.
 
         specs: one for all prompts, or one each. instructions: the users' words per prompt, for
         text relevance; without them every prompt is treated as saying nothing about its image.
-        Raises InputError for prompts that do not fit their images, SpecError for bad specs.
+        encoded: what `adapter.encode` gave for these inputs and `signals(specs)`, to ask many specs
+        of images that are encoded once. Raises InputError for prompts that do not fit their
+        images, SpecError for bad specs.
         """
         ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
         per_row = _per_row(specs, ids_BS.shape[0])
@@ -136,26 +153,24 @@ class Pruner:
             self.check(spec)
         if inputs.get("pixel_values") is None:
             plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
-            return Prepared(
-                inputs=plain, reports=self._dense_reports(per_row, inputs), selections=[]
-            )
+            reports = dense_reports(self.adapter, per_row, inputs)
+            return Prepared(inputs=plain, reports=reports, images=(), kept=[], selections=[])
 
         selectors = [selector_for(spec) for spec in per_row]
-        wanted = frozenset[str]().union(*(s.signals for s in selectors if s is not None))
-        encoded = self.adapter.encode(inputs, wanted)
-        encoded = self._with_relevance(encoded, selectors, instructions)
-        schedules = self._schedules(encoded.images, per_row, selectors)
-        selections = self._select(encoded.images, schedules, selectors)
+        if encoded is None:
+            encoded = self.adapter.encode(inputs, self.signals(per_row))
+        images = self._with_relevance(encoded.images, selectors, instructions)
+        layers = self.adapter.capabilities.decoder_layers
+        schedules = schedules_of(images, per_row, selectors, layers)
+        selections = select(images, schedules, selectors)
         kept = [
-            self._keep(image, schedule.before, chosen)
-            for image, schedule, chosen in zip(encoded.images, schedules, selections, strict=True)
+            keep(image, schedule.before, chosen, self.adapter.project)
+            for image, schedule, chosen in zip(images, schedules, selections, strict=True)
         ]
 
         keep_BS = mask_BS.bool()
-        masks = [
-            _mask(image.count, k.index_K) for image, k in zip(encoded.images, kept, strict=True)
-        ]
-        keep_BS[self.adapter.placeholders(ids_BS) & keep_BS] = torch.cat(masks)
+        stays = [kept_mask(image, left) for image, left in zip(images, kept, strict=True)]
+        keep_BS[self.adapter.placeholders(ids_BS) & keep_BS] = torch.cat(stays)
         compacted = compact(
             input_ids_BS=ids_BS,
             keep_BS=keep_BS,
@@ -172,16 +187,24 @@ class Pruner:
                 "position_ids": positions_RBL[0] if len(positions_RBL) == 1 else positions_RBL,
                 **self.adapter.prompt(packed, compacted),
             },
-            reports=self._reports(
-                per_row, inputs, compacted, encoded.images, schedules, self.adapter.fed(packed)
+            reports=pruned_reports(
+                self.adapter,
+                per_row,
+                inputs,
+                compacted,
+                images,
+                schedules,
+                self.adapter.fed(packed),
             ),
+            images=images,
+            kept=kept,
             selections=[
                 (plane, choice)
-                for image, chosen in zip(encoded.images, selections, strict=True)
+                for image, chosen in zip(images, selections, strict=True)
                 for plane, choice in zip(image.planes, chosen, strict=True)
             ],
             stages=StagePlan.of(
-                [image.row for image in encoded.images],
+                [image.row for image in images],
                 schedules,
                 attention_mask_BL=compacted.attention_mask_BL,
                 visual_BL=self.adapter.placeholders(compacted.input_ids_BL),
@@ -202,10 +225,14 @@ class Pruner:
         """
         per_row = _per_row(specs, inputs["input_ids"].shape[0])
         if all(spec.is_dense for spec in per_row):
-            reports = self._dense_reports(per_row, inputs)
+            reports = dense_reports(self.adapter, per_row, inputs)
             output = self.model.generate(**inputs, **generate_kwargs)
             return self._generated(output, inputs["input_ids"].shape[1], reports)
-        prepared = self.prepare(inputs, per_row, instructions)
+        return self.run(self.prepare(inputs, per_row, instructions), **generate_kwargs)
+
+    @torch.no_grad()
+    def run(self, prepared: Prepared, **generate_kwargs: Any) -> Generated:
+        """`model.generate` on a prepared batch, once: beam search rewrites what was packed."""
         stages = prepared.stages
         with nullcontext() if stages is None else StageDriver(self.adapter, stages):
             output = self.model.generate(**prepared.inputs, **generate_kwargs)
@@ -234,94 +261,24 @@ class Pruner:
 
     def _with_relevance(
         self,
-        encoded: Encoded,
+        images: Sequence[EncodedImage],
         selectors: Sequence[Selector | None],
         instructions: Sequence[str] | None,
-    ) -> Encoded:
+    ) -> tuple[EncodedImage, ...]:
         if instructions is None:
-            return encoded
+            return tuple(images)
         if len(instructions) != len(selectors):
             raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
-        images = []
-        for image in encoded.images:
+        scored = []
+        for image in images:
             selector = selectors[image.row]
             score = None if selector is None else self._relevance(selector)
             if score is not None:
                 text = instructions[image.row]
                 planes = tuple(replace(p, relevance_N=score(p, text)) for p in image.planes)
                 image = replace(image, planes=planes)
-            images.append(image)
-        return replace(encoded, images=tuple(images))
-
-    def _schedules(
-        self,
-        images: Sequence[EncodedImage],
-        specs: Sequence[PruneSpec],
-        selectors: Sequence[Selector | None],
-    ) -> list[Schedule]:
-        """How many tokens of each image enter the decoder, and how many stay at its stages."""
-        layers = self.adapter.capabilities.decoder_layers
-        by_row: dict[int, list[EncodedImage]] = {}
-        for image in images:
-            by_row.setdefault(image.row, []).append(image)
-        schedules = []
-        for row, members in by_row.items():
-            selector, budget = selectors[row], specs[row].budget
-            sizes = [image.count for image in members]
-            if selector is None:
-                schedules += [Schedule(before=n, counted=n) for n in sizes]
-                continue
-            for image, k in zip(members, budget.per_image(sizes), strict=True):
-                if budget.spread:
-                    k = budget.weighed(k, image.count, selector.information(image.planes))
-                schedules.append(selector.schedule(image.count, k, layers))
-        return schedules
-
-    def _select(
-        self,
-        images: Sequence[EncodedImage],
-        schedules: Sequence[Schedule],
-        selectors: Sequence[Selector | None],
-    ) -> list[list[Selection]]:
-        """One selection per plane of each image; planes that share a method go through it
-        together. An image's tokens are divided among its planes by size."""
-        counts = []
-        for image, schedule in zip(images, schedules, strict=True):
-            sizes = [plane.count for plane in image.planes]
-            counts.append(shares(min(schedule.before, sum(sizes)), sizes))
-        groups: dict[Selector | None, list[tuple[int, int]]] = {}
-        for i, image in enumerate(images):
-            for p in range(len(image.planes)):
-                groups.setdefault(selectors[image.row], []).append((i, p))
-        chosen: dict[tuple[int, int], Selection] = {}
-        for selector, members in groups.items():
-            planes = [images[i].planes[p] for i, p in members]
-            if selector is None:
-                device = planes[0].features_ND.device
-                picked = [Selection(index_K=torch.arange(g.count, device=device)) for g in planes]
-            else:
-                picked = selector.select(planes, [counts[i][p] for i, p in members])
-            chosen.update(zip(members, picked, strict=True))
-        return [[chosen[i, p] for p in range(len(im.planes))] for i, im in enumerate(images)]
-
-    def _keep(self, image: EncodedImage, count: int, chosen: Sequence[Selection]) -> Kept:
-        """What stays of an image's run. Row ends and the like stay, in order, only where the
-        budget has room left beside all of the planes."""
-        features_ND = image.run_ND.clone()
-        mask_N = torch.zeros(image.count, dtype=torch.bool, device=features_ND.device)
-        free_N = ~mask_N
-        for places_P, choice in zip(image.places, chosen, strict=True):
-            at_K = places_P[choice.index_K]
-            mask_N[at_K], free_N[places_P] = True, False
-            replaced_KD = choice.replace_KD
-            if choice.replace_KV is not None:
-                replaced_KD = self.adapter.project(choice.replace_KV.to(features_ND.dtype))
-            if replaced_KD is not None:
-                features_ND[at_K] = replaced_KD.to(features_ND.dtype)
-        room = count - sum(choice.count for choice in chosen)
-        mask_N[free_N.nonzero().squeeze(1)[: max(0, room)]] = True
-        index_K = mask_N.nonzero().squeeze(1)
-        return Kept(index_K=index_K, features_KD=features_ND[index_K])
+            scored.append(image)
+        return tuple(scored)
 
     def _pad_id(self) -> int:
         """The model's padding id; any id but the placeholder's will do, masked as it is."""
@@ -334,76 +291,3 @@ class Pruner:
         if len(policies) > 1:
             raise InputError("one batch cannot mix positions 'keep' and 'renumber': split it")
         return policies.pop() if policies else "keep"
-
-    def _dense_reports(
-        self, specs: Sequence[PruneSpec], inputs: Mapping[str, Tensor]
-    ) -> list[PruneReport]:
-        visual_B = self.adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
-        length_B = inputs["attention_mask"].sum(dim=1).tolist()
-        shapes = self.adapter.shapes(inputs)
-        layers = self.adapter.capabilities.decoder_layers
-        return [
-            PruneReport(
-                spec=spec,
-                visual_tokens=visual,
-                visual_tokens_kept=visual,
-                prompt_tokens=length,
-                prompt_tokens_dense=length,
-                layer_tokens=(length,) * layers,
-                image_shapes=tuple(shape for at, shape in shapes if at == row),
-            )
-            for row, (spec, visual, length) in enumerate(
-                zip(specs, visual_B, length_B, strict=True)
-            )
-        ]
-
-    def _reports(
-        self,
-        specs: Sequence[PruneSpec],
-        inputs: Mapping[str, Tensor],
-        compacted: Compacted,
-        images: Sequence[EncodedImage],
-        schedules: Sequence[Schedule],
-        features: Sequence[Tensor],
-    ) -> list[PruneReport]:
-        """Counts on the tensors the model will see, held against what the budget asked for.
-
-        Raises PruningHadNoEffect if they differ: a row must never be called pruned when the model
-        read something else.
-        """
-        before_B = self.adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
-        length_B = inputs["attention_mask"].sum(dim=1).tolist()
-        after_B = self.adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
-        short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
-        layers = self.adapter.capabilities.decoder_layers
-        reports = []
-        for row, spec in enumerate(specs):
-            mine = [i for i, image in enumerate(images) if image.row == row]
-            due = sum(schedules[i].before for i in mine)
-            fed = sum(int(features[i].shape[0]) for i in mine)
-            if not after_B[row] == fed == due:
-                raise PruningHadNoEffect(
-                    f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual "
-                    f"tokens; the prompt holds {after_B[row]}, the encoder output {fed}"
-                )
-            text = short_B[row] - due
-            reports.append(
-                PruneReport(
-                    spec=spec,
-                    visual_tokens=before_B[row],
-                    visual_tokens_kept=sum(schedules[i].counted for i in mine),
-                    prompt_tokens=short_B[row],
-                    prompt_tokens_dense=length_B[row],
-                    layer_tokens=tuple(
-                        text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
-                    ),
-                    image_shapes=tuple(images[i].shape for i in mine),
-                )
-            )
-        return reports
-
-
-def _mask(n: int, index_K: Tensor) -> Tensor:
-    mask_N = torch.zeros(n, dtype=torch.bool, device=index_K.device)
-    mask_N[index_K] = True
-    return mask_N

@@ -199,7 +199,7 @@ class PruneSpec:
             option, separator, value = pair.partition("=")
             if not separator or not option or not value:
                 raise SpecError(f"{text!r}: write options as {method}:option=value")
-            options[option] = _value(value)
+            options[option] = parse_value(value)
         dense = method == "none"
         return cls(method=method, budget=DENSE_BUDGET if dense else budget, options=options)
 
@@ -212,7 +212,7 @@ class PruneSpec:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
-def _value(text: str) -> OptionValue:
+def parse_value(text: str) -> OptionValue:
     """true and false, whole numbers, numbers; anything else is a word."""
     if text in ("true", "false"):
         return text == "true"

@@ -7,51 +7,25 @@ and budgets are asked of it: on small models the encoder is most of the work.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from sppruner.adapters import Adapter, Encoded, Kept, adapter_for
+from sppruner.adapters import Encoded
 from sppruner.chat import ask_about
+from sppruner.choosing import kept_mask
 from sppruner.engine.loading import LoadedModel
 from sppruner.evaluation.items import Item
 from sppruner.evaluation.reading import AnswerReader, divergence_B, up_to_end
 from sppruner.geometry import covered, plane_boxes, seen
-from sppruner.pruner import Pruner
+from sppruner.pruner import Generated, Prepared, Pruner
 from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.types import PruneReport
-
-
-class _EncodedOnce:
-    """An adapter that encodes a batch once for every spec asked of it, and remembers what was kept.
-
-    Encoded images are never changed in place: `pack` builds a fresh output on every call.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
-        self._inputs: Mapping[str, Tensor] | None = None
-        self._encoded: dict[frozenset[str], Encoded] = {}
-        self.last: tuple[Encoded, Sequence[Kept]] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapter, name)
-
-    def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
-        if inputs is not self._inputs:
-            self._inputs, self._encoded = inputs, {}
-        if signals not in self._encoded:
-            self._encoded[signals] = self._adapter.encode(inputs, signals)
-        return self._encoded[signals]
-
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        self.last = encoded, kept
-        return self._adapter.pack(encoded, kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,11 +61,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """Items with the processor's tensors for them; sizes: each image as the encoder sees it."""
+    """Items with the processor's tensors for them; sizes: each image as the encoder sees it;
+    encoded: the images once encoded, by the signals that were read on the way."""
 
     items: Sequence[Item]
     inputs: Mapping[str, Tensor]
     sizes: Sequence[tuple[int, int]]
+    encoded: dict[frozenset[str], Encoded] = field(default_factory=dict)
 
 
 class Asker:
@@ -101,13 +77,8 @@ class Asker:
         self, loaded: LoadedModel, *, max_new_tokens: int, clip_text: ClipText | None = None
     ) -> None:
         self._model, self._processor = loaded.model, loaded.processor
-        self._once = _EncodedOnce(adapter_for(loaded.model))
-        # Everything but two methods is the adapter's own.
-        adapter = cast(Adapter, self._once)
         tokenizer = loaded.processor.tokenizer
-        self._pruner = Pruner(
-            loaded.model, adapter=adapter, tokenizer=tokenizer, clip_text=clip_text
-        )
+        self._pruner = Pruner(loaded.model, tokenizer=tokenizer, clip_text=clip_text)
         self._max_new_tokens = max_new_tokens
         ends = loaded.model.generation_config.eos_token_id
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
@@ -128,7 +99,10 @@ class Asker:
     def dense(self, batch: Batch) -> tuple[Dense, list[Answer]]:
         """The full model's answers, twice: as what others are held against, and as answers."""
         reader = AnswerReader()
-        tokens, reports = self._generate(batch, DENSE, reader, self._max_new_tokens)
+        generated = self._pruner.generate(
+            batch.inputs, DENSE, **self._settings(reader, self._max_new_tokens)
+        )
+        tokens, reports = self._rows(generated), generated.reports
         logprobs = reader.mean_logprobs([len(row) for row in tokens])
         assert reader.first_BV is not None
         dense = Dense(
@@ -154,15 +128,17 @@ class Asker:
     def pruned(self, batch: Batch, spec: PruneSpec, dense: Dense) -> list[Answer]:
         """Answers under a spec. Raises SpprunerError where the model cannot run it."""
         reader = AnswerReader(dense.tokens)
-        tokens, reports = self._generate(batch, spec, reader, self._max_new_tokens)
-        found = self._found(batch)
+        prepared = self._prepare(batch, spec)
+        generated = self._pruner.run(prepared, **self._settings(reader, self._max_new_tokens))
+        tokens, reports = self._rows(generated), generated.reports
+        found = _found(batch, prepared)
         agrees = [row == due for row, due in zip(tokens, dense.tokens, strict=True)]
         lengths = [len(row) for row in dense.tokens]
         assert reader.first_BV is not None
         kl_B = divergence_B(dense.first_BV, reader.first_BV)
         if not all(agrees):
             reader = AnswerReader(dense.tokens, force=True)
-            self._generate(batch, spec, reader, max(lengths))
+            self._pruner.run(self._prepare(batch, spec), **self._settings(reader, max(lengths)))
         return [
             Answer(
                 text=text,
@@ -185,45 +161,47 @@ class Asker:
             )
         ]
 
-    def _generate(
-        self, batch: Batch, spec: PruneSpec, reader: AnswerReader, length: int
-    ) -> tuple[list[list[int]], list[PruneReport]]:
-        generated = self._pruner.generate(
-            batch.inputs,
-            spec,
-            [item.prompt for item in batch.items],
-            max_new_tokens=length,
-            do_sample=False,
+    def _prepare(self, batch: Batch, spec: PruneSpec) -> Prepared:
+        signals = self._pruner.signals([spec])
+        if signals not in batch.encoded:
+            with torch.no_grad():
+                batch.encoded[signals] = self._pruner.adapter.encode(batch.inputs, signals)
+        prompts = [item.prompt for item in batch.items]
+        return self._pruner.prepare(batch.inputs, spec, prompts, encoded=batch.encoded[signals])
+
+    def _settings(self, reader: AnswerReader, length: int) -> dict[str, Any]:
+        return {
+            "max_new_tokens": length,
+            "do_sample": False,
             # A generated placeholder would be read as a visual token.
-            suppress_tokens=[self._once.image_token_id],
-            logits_processor=LogitsProcessorList([reader]),
-        )
-        tokens = [up_to_end(row, self._ends) for row in generated.tokens_BT.tolist()]
-        return tokens, generated.reports
+            "suppress_tokens": [self._pruner.adapter.image_token_id],
+            "logits_processor": LogitsProcessorList([reader]),
+        }
+
+    def _rows(self, generated: Generated) -> list[list[int]]:
+        return [up_to_end(row, self._ends) for row in generated.tokens_BT.tolist()]
 
     def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         decode = self._processor.tokenizer.decode
         return [decode(row, skip_special_tokens=True).strip() for row in tokens]
 
-    def _found(self, batch: Batch) -> list[tuple[float, float] | None]:
-        """What is left of each item's subjects among the tokens that enter the decoder."""
-        assert self._once.last is not None
-        encoded, kept = self._once.last
-        found: list[tuple[float, float] | None] = [None] * len(batch.items)
-        for image, stays in zip(encoded.images, kept, strict=True):
-            subjects = batch.items[image.row].subjects
-            if not subjects:
-                continue
-            stays_N = torch.zeros(image.count, dtype=torch.bool)
-            stays_N[stays.index_K.cpu()] = True
-            kept_PN = [stays_N[place.cpu()].numpy() for place in image.places]
-            boxes = plane_boxes(image.planes, batch.sizes[image.row])
-            shares = []
-            for subject in subjects:
-                mask_N = np.concatenate(covered(subject, image.planes, boxes))
-                shares.append(float(np.concatenate(kept_PN)[mask_N].mean()))
-            found[image.row] = float(all(shares)), float(np.mean(shares))
-        return found
+
+def _found(batch: Batch, prepared: Prepared) -> list[tuple[float, float] | None]:
+    """What is left of each item's subjects among the tokens that enter the decoder."""
+    found: list[tuple[float, float] | None] = [None] * len(batch.items)
+    for image, stays in zip(prepared.images, prepared.kept, strict=True):
+        subjects = batch.items[image.row].subjects
+        if not subjects:
+            continue
+        stays_N = kept_mask(image, stays).cpu()
+        kept_PN = [stays_N[place.cpu()].numpy() for place in image.places]
+        boxes = plane_boxes(image.planes, batch.sizes[image.row])
+        shares = []
+        for subject in subjects:
+            mask_N = np.concatenate(covered(subject, image.planes, boxes))
+            shares.append(float(np.concatenate(kept_PN)[mask_N].mean()))
+        found[image.row] = float(all(shares)), float(np.mean(shares))
+    return found
 
 
 def _kept_layers(report: PruneReport) -> float:

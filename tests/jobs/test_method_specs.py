@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.method_specs import parse_methods, parse_shares, parse_value, specs_of
+from jobs.method_specs import parse_methods, parse_shares, specs_of
 from sppruner.errors import SpecError
 from sppruner.evaluation import label
+from sppruner.spec import parse_value
 
 
 def test_options_follow_a_method_after_colons() -> None:

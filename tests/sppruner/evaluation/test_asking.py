@@ -116,7 +116,7 @@ def test_a_batch_is_encoded_once_for_specs_with_the_same_signals(
     loaded: LoadedModel, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asker = Asker(loaded, max_new_tokens=4)
-    inner = asker._once._adapter
+    inner = asker._pruner.adapter
     calls = []
     encode = type(inner).encode
     monkeypatch.setattr(

@@ -1,0 +1,102 @@
+"""From encoded images to what stays of each: schedules, selections, kept features.
+
+The method sees planes and counts, never the model; what one image keeps does not depend on the
+others of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sppruner.adapters import EncodedImage, Kept
+from sppruner.selectors import Selector
+from sppruner.spec import PruneSpec, shares
+from sppruner.stages import Schedule
+from sppruner.types import Selection
+
+
+def schedules_of(
+    images: Sequence[EncodedImage],
+    specs: Sequence[PruneSpec],
+    selectors: Sequence[Selector | None],
+    layers: int,
+) -> list[Schedule]:
+    """How many tokens of each image enter the decoder, and how many stay at its stages. specs and
+    selectors: by prompt; layers: of the decoder."""
+    by_row: dict[int, list[EncodedImage]] = {}
+    for image in images:
+        by_row.setdefault(image.row, []).append(image)
+    schedules = []
+    for row, members in by_row.items():
+        selector, budget = selectors[row], specs[row].budget
+        sizes = [image.count for image in members]
+        if selector is None:
+            schedules += [Schedule(before=n, counted=n) for n in sizes]
+            continue
+        for image, k in zip(members, budget.per_image(sizes), strict=True):
+            if budget.spread:
+                k = budget.weighed(k, image.count, selector.information(image.planes))
+            schedules.append(selector.schedule(image.count, k, layers))
+    return schedules
+
+
+def select(
+    images: Sequence[EncodedImage],
+    schedules: Sequence[Schedule],
+    selectors: Sequence[Selector | None],
+) -> list[list[Selection]]:
+    """One selection per plane of each image; planes that share a method go through it
+    together. An image's tokens are divided among its planes by size."""
+    counts = []
+    for image, schedule in zip(images, schedules, strict=True):
+        sizes = [plane.count for plane in image.planes]
+        counts.append(shares(min(schedule.before, sum(sizes)), sizes))
+    groups: dict[Selector | None, list[tuple[int, int]]] = {}
+    for i, image in enumerate(images):
+        for p in range(len(image.planes)):
+            groups.setdefault(selectors[image.row], []).append((i, p))
+    chosen: dict[tuple[int, int], Selection] = {}
+    for selector, members in groups.items():
+        planes = [images[i].planes[p] for i, p in members]
+        if selector is None:
+            device = planes[0].features_ND.device
+            picked = [Selection(index_K=torch.arange(g.count, device=device)) for g in planes]
+        else:
+            picked = selector.select(planes, [counts[i][p] for i, p in members])
+        chosen.update(zip(members, picked, strict=True))
+    return [[chosen[i, p] for p in range(len(im.planes))] for i, im in enumerate(images)]
+
+
+def keep(
+    image: EncodedImage,
+    count: int,
+    chosen: Sequence[Selection],
+    project: Callable[[Tensor], Tensor],
+) -> Kept:
+    """What stays of an image's run. Row ends and the like stay, in order, only where the
+    budget has room left beside all of the planes. project: encoder states to features."""
+    features_ND = image.run_ND.clone()
+    mask_N = torch.zeros(image.count, dtype=torch.bool, device=features_ND.device)
+    free_N = ~mask_N
+    for places_P, choice in zip(image.places, chosen, strict=True):
+        at_K = places_P[choice.index_K]
+        mask_N[at_K], free_N[places_P] = True, False
+        replaced_KD = choice.replace_KD
+        if choice.replace_KV is not None:
+            replaced_KD = project(choice.replace_KV.to(features_ND.dtype))
+        if replaced_KD is not None:
+            features_ND[at_K] = replaced_KD.to(features_ND.dtype)
+    room = count - sum(choice.count for choice in chosen)
+    mask_N[free_N.nonzero().squeeze(1)[: max(0, room)]] = True
+    index_K = mask_N.nonzero().squeeze(1)
+    return Kept(index_K=index_K, features_KD=features_ND[index_K])
+
+
+def kept_mask(image: EncodedImage, kept: Kept) -> Tensor:
+    """[n] bool over the image's run."""
+    mask_N = torch.zeros(image.count, dtype=torch.bool, device=kept.index_K.device)
+    mask_N[kept.index_K] = True
+    return mask_N

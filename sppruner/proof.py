@@ -1,0 +1,82 @@
+"""Proof of pruning: reports counted on the tensors the model is given, held against the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from sppruner.adapters import Adapter, EncodedImage
+from sppruner.compact import Compacted
+from sppruner.errors import PruningHadNoEffect
+from sppruner.spec import PruneSpec
+from sppruner.stages import Schedule
+from sppruner.types import PruneReport
+
+
+def dense_reports(
+    adapter: Adapter, specs: Sequence[PruneSpec], inputs: Mapping[str, Tensor]
+) -> list[PruneReport]:
+    """One report per prompt of a batch that goes to the model as it is."""
+    visual_B = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
+    length_B = inputs["attention_mask"].sum(dim=1).tolist()
+    shapes = adapter.shapes(inputs)
+    layers = adapter.capabilities.decoder_layers
+    return [
+        PruneReport(
+            spec=spec,
+            visual_tokens=visual,
+            visual_tokens_kept=visual,
+            prompt_tokens=length,
+            prompt_tokens_dense=length,
+            layer_tokens=(length,) * layers,
+            image_shapes=tuple(shape for at, shape in shapes if at == row),
+        )
+        for row, (spec, visual, length) in enumerate(zip(specs, visual_B, length_B, strict=True))
+    ]
+
+
+def pruned_reports(
+    adapter: Adapter,
+    specs: Sequence[PruneSpec],
+    inputs: Mapping[str, Tensor],
+    compacted: Compacted,
+    images: Sequence[EncodedImage],
+    schedules: Sequence[Schedule],
+    features: Sequence[Tensor],
+) -> list[PruneReport]:
+    """One report per prompt, counted on what the model will see and held against its schedule.
+
+    features: those of each image, as packed. Raises PruningHadNoEffect where they differ: a row
+    must never be called pruned when the model read something else.
+    """
+    before_B = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
+    length_B = inputs["attention_mask"].sum(dim=1).tolist()
+    after_B = adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
+    short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
+    layers = adapter.capabilities.decoder_layers
+    reports = []
+    for row, spec in enumerate(specs):
+        mine = [i for i, image in enumerate(images) if image.row == row]
+        due = sum(schedules[i].before for i in mine)
+        fed = sum(int(features[i].shape[0]) for i in mine)
+        if not after_B[row] == fed == due:
+            raise PruningHadNoEffect(
+                f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual "
+                f"tokens; the prompt holds {after_B[row]}, the encoder output {fed}"
+            )
+        text = short_B[row] - due
+        reports.append(
+            PruneReport(
+                spec=spec,
+                visual_tokens=before_B[row],
+                visual_tokens_kept=sum(schedules[i].counted for i in mine),
+                prompt_tokens=short_B[row],
+                prompt_tokens_dense=length_B[row],
+                layer_tokens=tuple(
+                    text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
+                ),
+                image_shapes=tuple(images[i].shape for i in mine),
+            )
+        )
+    return reports

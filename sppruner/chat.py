@@ -1,4 +1,4 @@
-"""One question about one image as a processor's batch, through the model's own chat template."""
+"""Questions about images as a processor's batch, through the model's own chat template."""
 
 from __future__ import annotations
 
@@ -10,22 +10,43 @@ from PIL import Image
 from sppruner.errors import InputError
 
 
-def ask_about(processor: Any, prompts: Sequence[str], images: Sequence[Image.Image]) -> Any:
-    """The processor's tensors for prompts with an image each, in front of the words.
+def placeholder_words(processor: Any) -> list[str]:
+    """The words that stand for an image or a video in a prompt."""
+    names = ("image_token", "video_token")
+    return [word for name in names if (word := getattr(processor, name, None)) is not None]
 
-    Raises InputError for words that would read as one more image.
+
+def ask_about(
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image | Sequence[Image.Image]],
+    systems: Sequence[str | None] | None = None,
+) -> Any:
+    """The processor's tensors for prompts with their images in front of the words.
+
+    images: one image, several or none per prompt. systems: a system message for each prompt, or
+    None. Raises InputError for words that would read as one more image, or as a video.
     """
-    token = processor.image_token
-    for prompt in prompts:
-        if token in prompt:
-            raise InputError(f"the prompt {prompt!r} holds {token!r}, which stands for an image")
-    turns = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        for prompt in prompts
-    ]
+    shown = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
+    spoken = systems or [None] * len(prompts)
+    reserved = placeholder_words(processor)
+    turns = []
+    for prompt, pictures, system in zip(prompts, shown, spoken, strict=True):
+        for word in reserved:
+            if word in prompt or word in (system or ""):
+                raise InputError(
+                    f"the prompt holds {word!r}, which stands for an image or video: remove it"
+                )
+        content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
+        content.append({"type": "text", "text": prompt})
+        turn: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system:
+            said = {"role": "system", "content": [{"type": "text", "text": system}]}
+            turn.insert(0, said)
+        turns.append(turn)
     return processor(
         text=[processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns],
-        images=[[image] for image in images],
+        images=shown if any(shown) else None,
         padding=True,
         add_special_tokens=False,
         return_tensors="pt",

@@ -85,7 +85,8 @@ class Adapter(ABC):
     """One model instance of one family.
 
     families: the `model_type`s of configs it serves. image_token_id: the id that stands for one
-    visual token in the prompt.
+    visual token in the prompt. placeholder_ids: that and a video's, which a model must never say:
+    they would be read as visual tokens.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -94,6 +95,8 @@ class Adapter(ABC):
         self.model = model
         self.capabilities = self.capabilities_of(model.config)
         self.image_token_id = int(model.config.image_token_id)
+        video = getattr(model.config, "video_token_id", None)
+        self.placeholder_ids = [self.image_token_id, *([] if video is None else [int(video)])]
 
     @classmethod
     @abstractmethod

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+from sppruner.chat import ask_about
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.engine.types import Generation, Request, Result
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpprunerError
@@ -22,7 +22,6 @@ from sppruner.types import PruneReport
 
 _NO_EFFECT = "pruning_no_effect"
 _WARM_UP_ROWS = 4
-_VISUAL = ("image", "video")
 
 
 class BatchEngine:
@@ -60,12 +59,8 @@ class BatchEngine:
         self._cost = self._pruner.adapter.cost()
         ends = loaded.model.generation_config.eos_token_id
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        config = loaded.model.config
-        self._context = int(config.get_text_config().max_position_embeddings)
-        ids = [getattr(config, f"{kind}_token_id", None) for kind in _VISUAL]
-        self._placeholder_ids = [number for number in ids if number is not None]
-        tokens = [getattr(loaded.processor, f"{kind}_token", None) for kind in _VISUAL]
-        self._placeholder_tokens = [token for token in tokens if token is not None]
+        text = loaded.model.config.get_text_config()
+        self._context = int(text.max_position_embeddings)
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec this model cannot run."""
@@ -141,7 +136,12 @@ class BatchEngine:
 
     def _generate(self, batch: list[Request]) -> list[Result]:
         started = time.perf_counter()
-        inputs = self._inputs(batch)
+        inputs = ask_about(
+            self._processor,
+            [request.prompt for request in batch],
+            [request.images for request in batch],
+            [request.system for request in batch],
+        ).to(self._model.device)
         generation = batch[0].generation
         specs = [request.spec for request in batch]
         self._check_length(inputs, generation)
@@ -160,32 +160,6 @@ class BatchEngine:
             for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
         ]
 
-    def _inputs(self, batch: Sequence[Request]) -> Any:
-        """The processor's tensors for the batch, rendered through the model's chat template.
-
-        Raises InputError for words that would read as one more image, or as a video.
-        """
-        for request in batch:
-            words = f"{request.system}\n{request.prompt}"
-            for token in self._placeholder_tokens:
-                if token in words:
-                    raise InputError(
-                        f"the prompt holds {token!r}, which stands for an image or video: remove it"
-                    )
-        texts = [
-            self._processor.apply_chat_template(_messages(r), add_generation_prompt=True)
-            for r in batch
-        ]
-        images = [list(request.images) for request in batch]
-        inputs = self._processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-        return inputs.to(self._model.device)
-
     def _check_length(self, inputs: Any, generation: Generation) -> None:
         longest = int(inputs["attention_mask"].sum(dim=1).max())
         if longest + generation.max_new_tokens > self._context:
@@ -198,7 +172,7 @@ class BatchEngine:
         # A generated placeholder would be read as a visual token later: never emit one.
         common = {
             "max_new_tokens": generation.max_new_tokens,
-            "suppress_tokens": self._placeholder_ids,
+            "suppress_tokens": self._pruner.adapter.placeholder_ids,
         }
         if generation.temperature == 0:
             return common | {"do_sample": False}
@@ -238,16 +212,6 @@ class BatchEngine:
             seconds=seconds,
             cost=cost,
         )
-
-
-def _messages(request: Request) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
-    content.append({"type": "text", "text": request.prompt})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if request.system:
-        system = {"role": "system", "content": [{"type": "text", "text": request.system}]}
-        messages.insert(0, system)
-    return messages
 
 
 def _failed(request: Request, error: Exception) -> Result:

@@ -173,8 +173,7 @@ class Asker:
         return {
             "max_new_tokens": length,
             "do_sample": False,
-            # A generated placeholder would be read as a visual token.
-            "suppress_tokens": [self._pruner.adapter.image_token_id],
+            "suppress_tokens": self._pruner.adapter.placeholder_ids,
             "logits_processor": LogitsProcessorList([reader]),
         }
 

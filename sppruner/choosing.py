@@ -70,6 +70,20 @@ def select(
     return [[chosen[i, p] for p in range(len(im.planes))] for i, im in enumerate(images)]
 
 
+def selection_flops(
+    image: EncodedImage, chosen: Sequence[Selection], selector: Selector | None
+) -> int:
+    """Modelled work of selecting from an image; a plane kept or dropped whole is not looked at."""
+    if selector is None:
+        return 0
+    width = image.run_ND.shape[1]
+    return sum(
+        selector.flops(plane.count, choice.count, width)
+        for plane, choice in zip(image.planes, chosen, strict=True)
+        if 0 < choice.count < plane.count
+    )
+
+
 def keep(
     image: EncodedImage,
     count: int,

@@ -44,11 +44,12 @@ def pruned_reports(
     images: Sequence[EncodedImage],
     schedules: Sequence[Schedule],
     features: Sequence[Tensor],
+    selection_flops: Sequence[int],
 ) -> list[PruneReport]:
     """One report per prompt, counted on what the model will see and held against its schedule.
 
-    features: those of each image, as packed. Raises PruningHadNoEffect where they differ: a row
-    must never be called pruned when the model read something else.
+    features, selection_flops: of each image, as packed and as selected. Raises PruningHadNoEffect
+    where they differ: a row must never be called pruned when the model read something else.
     """
     before_B = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
     length_B = inputs["attention_mask"].sum(dim=1).tolist()
@@ -77,6 +78,7 @@ def pruned_reports(
                     text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
                 ),
                 image_shapes=tuple(images[i].shape for i in mine),
+                selection_flops=sum(selection_flops[i] for i in mine),
             )
         )
     return reports

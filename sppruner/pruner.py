@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
-from sppruner.choosing import keep, kept_mask, schedules_of, select
+from sppruner.choosing import keep, kept_mask, schedules_of, select, selection_flops
 from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
 from sppruner.proof import dense_reports, pruned_reports
@@ -195,6 +195,10 @@ class Pruner:
                 images,
                 schedules,
                 self.adapter.fed(packed),
+                [
+                    selection_flops(image, chosen, selectors[image.row])
+                    for image, chosen in zip(images, selections, strict=True)
+                ],
             ),
             images=images,
             kept=kept,

@@ -91,7 +91,7 @@ class PruneReport:
     method that prunes inside it, what its budget speaks of (its docstring says which).
     prompt_tokens: text and visual tokens that enter the decoder. layer_tokens: prompt tokens at
     each decoder layer, which differ only where a method prunes inside the decoder. image_shapes:
-    what each image cost the encoder.
+    what each image cost the encoder. selection_flops: modelled work of selecting.
     """
 
     spec: PruneSpec
@@ -101,3 +101,4 @@ class PruneReport:
     prompt_tokens_dense: int
     layer_tokens: tuple[int, ...]
     image_shapes: tuple[ImageShape, ...] = ()
+    selection_flops: int = 0

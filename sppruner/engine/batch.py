@@ -16,7 +16,6 @@ from sppruner.engine.types import Generation, Request, Result
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpprunerError
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
-from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import PruneReport
 
@@ -189,17 +188,12 @@ class BatchEngine:
         end = next((i for i, token in enumerate(tokens) if token in self._end_ids), None)
         new_tokens = len(tokens) if end is None else end + 1
         text = self._processor.tokenizer.decode(tokens[:new_tokens], skip_special_tokens=True)
-        selector = selector_for(request.spec)
-        visual, kept = report.visual_tokens, report.visual_tokens_kept
-        width = self._cost.decoder.hidden
-        images = len(request.images)
-        per_image = (visual // max(1, images), kept // max(1, images))
         cost = self._cost.row(
             images=report.image_shapes,
             layer_tokens=report.layer_tokens,
             prompt_tokens_dense=report.prompt_tokens_dense,
             new_tokens=new_tokens,
-            pruner_flops=0 if selector is None else images * selector.flops(*per_image, width),
+            pruner_flops=report.selection_flops,
         )
         return Result(
             id=request.id,
@@ -207,8 +201,8 @@ class BatchEngine:
             finish_reason="length" if end is None else "stop",
             prompt_tokens=report.prompt_tokens,
             completion_tokens=new_tokens,
-            visual_tokens=visual,
-            visual_tokens_kept=kept,
+            visual_tokens=report.visual_tokens,
+            visual_tokens_kept=report.visual_tokens_kept,
             seconds=seconds,
             cost=cost,
         )

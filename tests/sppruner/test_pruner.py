@@ -13,6 +13,7 @@ from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import Encoded, Kept, LlavaAdapter
 from sppruner.compact import full_positions
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, SpecError, UnknownMethod
+from sppruner.selectors import selector_for
 from sppruner.spec import DENSE
 from tests.sppruner.llava import IMAGE, TOKENS, batch, build
 
@@ -213,3 +214,16 @@ def test_an_image_may_lose_all_its_tokens() -> None:
     generated = Pruner(model).generate(batch([1, 1]), nothing, **GREEDY)
     assert [r.visual_tokens_kept for r in generated.reports] == [0, 0]
     assert generated.tokens_BT.shape == (2, NEW)
+
+
+def test_the_work_of_selecting_is_counted_image_by_image() -> None:
+    """Not at all for a dense row, an image kept whole, or a method that looks at nothing."""
+    model = build()
+    pruner = Pruner(model)
+    inputs = batch([2, 1, 1, 1])
+    specs = [spec("sppruner", 0.5), spec("sppruner", 1.0), DENSE, spec("grid", 0.5)]
+    flops = [report.selection_flops for report in pruner.prepare(inputs, specs).reports]
+    width = model.config.text_config.hidden_size
+    selector = selector_for(spec("sppruner", 0.5))
+    assert selector is not None
+    assert flops == [2 * selector.flops(TOKENS, TOKENS // 2, width), 0, 0, 0]

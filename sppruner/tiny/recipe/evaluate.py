@@ -151,7 +151,7 @@ def saliency_auc(
         attentions = tower(everything, output_attentions=True, return_dict=True).attentions
     finally:
         tower.set_attn_implementation(before)
-    foreground = Truth(cache, np.arange(scenes), _CPU).foreground_BN
+    foreground = Truth(cache, np.arange(scenes), _CPU).things_BN
     areas = []
     for attention in attentions:
         saliency = attention[:, :, 0, 1:].float().mean(1)

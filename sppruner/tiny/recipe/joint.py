@@ -1,7 +1,8 @@
 """Stage J: both halves meet and are trained together on pixels.
 
 Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
-particular; embeddings stay frozen.
+particular; embeddings stay frozen. The dense losses fade out over the first two thirds: what the
+visual tokens say in the end is what answering needs, not what `space` prescribes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = ["joint_model", "train_joint"]
 
 _JOINT: Final = 3
 _BATCH: Final = 24  # over all ranks
+_FADE: Final = 2 / 3  # of the steps, over which the dense losses fade out to nothing
 
 
 def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> nn.ModuleDict:
@@ -56,8 +58,9 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
 
     look = shop.compile(parts["eyes"])
     dense = DenseLoss(space, sharp=True)
-    weights = kind_weights(shop.device, background=0.5, count=3.0, relation=2.0)
+    weights = kind_weights(shop.device, background=0.5, count=3.0, nearest=2.0, relation=2.0)
     batch = _BATCH // ranks.world
+    schedule = Schedule(steps=shop.steps(2400), peak=8e-4, warmup=40, hold=0.25, floor=0.03)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         draws = Draws(stage=_JOINT, step=step, rank=ranks.rank)
@@ -74,12 +77,13 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)
         right = (logits.argmax(-1) == text.labels_A).float().mean()
         numbers |= {"contrast": contrastive.item(), "lm": spoken.item(), "right": right.item()}
-        return seen + 0.2 * contrastive + 4.0 * spoken, numbers
+        fade = max(0.0, 1 - step / (_FADE * schedule.steps))
+        return fade * seen + 0.2 * contrastive + 4.0 * spoken, numbers
 
     run_steps(
         "joint",
         parts,
-        Schedule(steps=shop.steps(1800), peak=8e-4, warmup=40, hold=0.25, floor=0.03),
+        schedule,
         loss_at,
         shop.folder / "joint.pt",
         rank=ranks.rank,

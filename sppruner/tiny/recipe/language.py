@@ -24,6 +24,7 @@ __all__ = ["init_language", "kind_weights", "language_loss", "sample_keep"]
 
 _STAGE: Final = 1
 _FOCUS_SHARE: Final = 0.3  # of the steps: all objects plus a few background tokens, for speed
+_FOCUS_REST: Final = 24
 _FEWEST: Final = 8
 
 
@@ -91,11 +92,11 @@ def sample_keep(batch: int, generator: torch.Generator) -> Tensor | None:
     return random_keep(batch, kept, generator)
 
 
-def _focus_keep(foreground_BN: Tensor, generator: torch.Generator) -> Tensor:
-    """All objects and at least eight random background tokens. Early steps only."""
-    foreground = foreground_BN.cpu()
-    kept = min(VISUAL_TOKENS, int(foreground.sum(1).max()) + 8)
-    score = torch.rand(foreground.shape, generator=generator) + foreground
+def _focus_keep(things_BN: Tensor, generator: torch.Generator) -> Tensor:
+    """All things and some random background tokens. Early steps only."""
+    things = things_BN.cpu()
+    kept = min(VISUAL_TOKENS, int(things.sum(1).max()) + _FOCUS_REST)
+    score = torch.rand(things.shape, generator=generator) + things
     return score.topk(kept, 1).indices.sort(1).values
 
 
@@ -108,7 +109,7 @@ def language_loss(
     device: torch.device,
 ) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
     """The loss of stage L as a function of the step."""
-    weights = kind_weights(device, background=0.7, count=2.0, relation=2.0, text=0.7)
+    weights = kind_weights(device, background=0.7, count=2.0, nearest=2.0, relation=2.0, text=0.7)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         draws = Draws(stage=_STAGE, step=step)
@@ -117,7 +118,7 @@ def language_loss(
         truth = Truth(cache, scenes, device)
         text = pack(cache, scenes, rng, 0.7, device)
         if step < _FOCUS_SHARE * steps:
-            keep: Tensor | None = _focus_keep(truth.foreground_BN, generator)
+            keep: Tensor | None = _focus_keep(truth.things_BN, generator)
         else:
             keep = sample_keep(batch, generator)
         with torch.autocast(device.type, torch.bfloat16):

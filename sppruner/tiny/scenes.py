@@ -139,9 +139,7 @@ def _marks(rng: random.Random, placed: list[_Disc]) -> tuple[Mark, ...]:
     marks = []
     for _ in range(rng.randint(6, 16)):
         kind = rng.choice(MARKS)
-        reach = (
-            rng.uniform(1.3, 2.0) / 96 if kind == "dot" else rng.uniform(0.35, 1) * _LARGEST_MARK
-        )
+        reach = (rng.uniform(1.3, 2.0) if kind == "dot" else rng.uniform(2.8, 8.0)) / 96
         x, y = rng.random(), rng.random()
         if all(math.hypot(x - px, y - py) > reach + pr + _GAP for px, py, pr in placed):
             color, angle = rng.choice(COLORS), rng.uniform(0, math.tau)

@@ -42,6 +42,7 @@ __all__ = [
     "SceneCache",
     "build_cache",
     "decoded",
+    "entity_bits",
     "patch_owners",
     "scene_table",
 ]
@@ -61,7 +62,7 @@ _MIN_STAIN: Final = 8
 _CORE: Final = 0.71 / GRID  # patches with their centre this close show what the entity is
 _SHARD: Final = 500
 _LABELS: Final = ("owners", "stains", "cores", "anchors", "words", "centers")
-_FIELDS: Final = ("images", *_LABELS, "tokens", "spans", "starts")
+_FIELDS: Final = ("images", *_LABELS, "tokens", "spans", "evidence", "starts")
 
 
 _PLACES: Final = (np.arange(GRID) + 0.5) / GRID
@@ -84,6 +85,7 @@ class SceneCache:
     centers: Array  # (N, ENTITIES, 2) float32: x, y of an entity's centre
     tokens: Array  # flat uint8: question, <assistant>, answer, </s>
     spans: Array  # (Q, 4) int64: first token, length, answer length with </s>, kind
+    evidence: Array  # (Q,) int64: bit e is set where a question is about entity e
     starts: Array  # (N + 1,) int64: first question of each scene
 
     def __len__(self) -> int:
@@ -162,6 +164,14 @@ def _labels(scene: Scene) -> tuple[Array, ...]:
     return owners, _stains(scene), cores, anchors, words, centers
 
 
+def entity_bits(scene: Scene) -> dict[str, int]:
+    """One bit for each object and sign, by the name that questions use; grounds have none."""
+    bits = {item.name: 1 << index for index, item in enumerate(scene.objects)}
+    return bits | {
+        f"{sign.color} sign": 1 << SIGNS + index for index, sign in enumerate(scene.signs)
+    }
+
+
 def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Array]:
     """Arrays of some scenes; JPEG quality random per seed unless given."""
     tokenizer = build_tokenizer()
@@ -169,6 +179,7 @@ def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Arra
     prompts: list[str] = []
     answers: list[str] = []
     kinds: list[int] = []
+    evidence: list[int] = []
     asked_per_scene: list[int] = []
     for seed in range(first, first + count):
         scene = sample_scene(seed)
@@ -176,12 +187,17 @@ def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Arra
         rows["images"].append(np.asarray(decoded(scene, quality or drawn)))
         for name, value in zip(_LABELS, _labels(scene), strict=True):
             rows[name].append(value)
-        asked = [(q.text, q.answer, KINDS.index(q.kind)) for q in questions(scene)]
+        named = entity_bits(scene)
+        asked = [
+            (q.text, q.answer, KINDS.index(q.kind), sum(named.get(name, 0) for name in q.about))
+            for q in questions(scene)
+        ]
         if len(scene.objects) <= CAPTION_OBJECTS:
-            asked.append((CAPTION_PROMPT, caption(scene), CAPTION_KIND))
-        prompts += [text + "<assistant>" for text, _, _ in asked]
-        answers += [answer + "</s>" for _, answer, _ in asked]
-        kinds += [kind for _, _, kind in asked]
+            asked.append((CAPTION_PROMPT, caption(scene), CAPTION_KIND, sum(named.values())))
+        prompts += [text + "<assistant>" for text, _, _, _ in asked]
+        answers += [answer + "</s>" for _, answer, _, _ in asked]
+        kinds += [kind for _, _, kind, _ in asked]
+        evidence += [bits for _, _, _, bits in asked]
         asked_per_scene.append(len(asked))
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -193,6 +209,7 @@ def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Arra
         **{name: np.stack(value) for name, value in rows.items()},
         "tokens": np.array(flat, dtype=np.uint8),
         "spans": spans.astype(np.int64),
+        "evidence": np.array(evidence, dtype=np.int64),
         "starts": np.array(asked_per_scene, dtype=np.int64),
     }
 

@@ -1,8 +1,9 @@
 """Stage J: both halves meet and are trained together on pixels.
 
 Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
-particular; embeddings stay frozen. The dense losses fade out over the first two thirds: what the
-visual tokens say in the end is what answering needs, not what `space` prescribes.
+particular; questions about things that then no token shows are not trained on. Embeddings stay
+frozen. The dense losses fade out over the first two thirds: what the visual tokens say in the end
+is what answering needs, not what `space` prescribes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.contrast import CaptionContrast
 from sppruner.tiny.recipe.language import kind_weights, sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
-from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack
+from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, shown_entities
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.stages import Workshop
@@ -72,7 +73,8 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
             logits = answer_logits(model, tokens, text, keep)
-        spoken = lm_loss(logits, text, weights)
+        shown = None if keep is None else shown_entities(shop.cache, scenes, keep)
+        spoken = lm_loss(logits, text, weights, shown)
         seen, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), 30.0)
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)
         right = (logits.argmax(-1) == text.labels_A).float().mean()

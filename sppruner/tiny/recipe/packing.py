@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS
 from sppruner.tiny.recipe.cache import CAPTION_KIND, Array, SceneCache
 
-__all__ = ["Pack", "answer_logits", "lm_loss", "pack", "random_keep"]
+__all__ = ["Pack", "answer_logits", "lm_loss", "pack", "random_keep", "shown_entities"]
 
 _PREFIX: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
 _TEXT_START: Final = len(_PREFIX) + VISUAL_TOKENS
@@ -38,6 +38,7 @@ class Pack:
     labels_A: Tensor
     kinds_A: Tensor
     questions_A: Tensor  # running number of the question within the batch
+    evidence_A: Tensor  # bits of the entities the question is about
 
 
 def pack(
@@ -49,20 +50,23 @@ def pack(
 ) -> Pack:
     """Tokenized questions of `scenes`; captions are asked with probability `caption_rate`."""
     texts: list[Array] = []
-    answers: list[tuple[int, int, int, int, int]] = []
+    answers: list[tuple[int, int, int, int, int, int]] = []
     question = 0
     for row, scene in enumerate(scenes):
-        spans = cache.spans[cache.starts[scene] : cache.starts[scene + 1]]
+        mine = slice(cache.starts[scene], cache.starts[scene + 1])
+        spans, evidence = cache.spans[mine], cache.evidence[mine]
         if rng.random() >= caption_rate:
-            spans = spans[spans[:, 3] != CAPTION_KIND]
+            asked = spans[:, 3] != CAPTION_KIND
+            spans, evidence = spans[asked], evidence[asked]
         parts = []
         column = 0
-        for segment, (first, length, answer, kind) in enumerate(spans, start=1):
+        about = zip(spans, evidence, strict=True)
+        for segment, ((first, length, answer, kind), bits) in enumerate(about, start=1):
             ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
             place = np.arange(length)
             parts.append(np.stack([ids, np.full(length, segment), _TEXT_START + place]))
             for index in range(length - answer, length):
-                answers.append((row, column + index - 1, int(ids[index]), kind, question))
+                answers.append((row, column + index - 1, int(ids[index]), kind, question, bits))
             column += length
             question += 1
         texts.append(np.concatenate(parts, axis=1))
@@ -71,7 +75,7 @@ def pack(
     for row, text in enumerate(texts):
         padded[row, :, : text.shape[1]] = text
     table = torch.from_numpy(padded).to(device)
-    rows, columns, labels, kinds, numbers = torch.tensor(answers, device=device).T
+    rows, columns, labels, kinds, numbers, bits = torch.tensor(answers, device=device).T
     return Pack(
         ids_BT=table[:, 0],
         segments_BT=table[:, 1],
@@ -81,6 +85,7 @@ def pack(
         labels_A=labels,
         kinds_A=kinds,
         questions_A=numbers,
+        evidence_A=bits,
     )
 
 
@@ -125,8 +130,27 @@ def _block_mask(segments_BT: Tensor, before: int) -> Tensor:
     return same.tril()[:, None]
 
 
-def lm_loss(logits_AV: Tensor, text: Pack, kind_weights: Tensor) -> Tensor:
-    """Cross-entropy over answer tokens, weighted by the question's kind."""
+def shown_entities(cache: SceneCache, scenes: Array, keep_BK: Tensor) -> Tensor:
+    """(B,) int64 with bit e set where a patch of entity e's core is among the kept tokens."""
+    kept_BN = np.zeros((len(scenes), VISUAL_TOKENS), dtype=bool)
+    np.put_along_axis(kept_BN, keep_BK.cpu().numpy(), True, axis=1)
+    owners_BN = np.asarray(cache.owners[scenes]).astype(np.int64)
+    bits_BN = np.where(np.asarray(cache.cores[scenes]) & kept_BN, 1 << owners_BN, 0)
+    return torch.from_numpy(np.bitwise_or.reduce(bits_BN, axis=1))
+
+
+def lm_loss(
+    logits_AV: Tensor, text: Pack, kind_weights: Tensor, shown_B: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy over answer tokens, weighted by the question's kind.
+
+    With `shown_B` (see `shown_entities`), questions about things that no kept token shows count
+    nothing: trained to name what it cannot see, a model learns to guess beyond what it sees, and
+    then does so too when a pruner has kept every thing.
+    """
     weights = kind_weights[text.kinds_A]
+    if shown_B is not None:
+        shown_A = shown_B.to(text.rows_A.device)[text.rows_A]
+        weights = weights * (text.evidence_A & ~shown_A == 0)
     losses = nn.functional.cross_entropy(logits_AV.float(), text.labels_A, reduction="none")
-    return (weights * losses).sum() / weights.sum()
+    return (weights * losses).sum() / weights.sum().clamp(min=1.0)

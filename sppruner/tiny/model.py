@@ -179,7 +179,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         **ids,
     )

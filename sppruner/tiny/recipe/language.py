@@ -1,8 +1,10 @@
 """Stage L: the language model learns to answer from oracle tokens, without any image.
 
-Its initialisation knows three things that are slow to discover: attention matches equal content,
-values copy, and text looks at visual tokens; two heads of layer 0 look at the previous token. It
-begins with few objects and few other tokens: with all of them, nothing was learned in 750 steps.
+Its initialisation knows what is slow to discover: attention matches equal content and values copy;
+two heads of the first layers look up the visual tokens that show a word of the text, and two heads
+of layer 0 look at the previous token. Without the look-up, one token among 144 did not stand out
+and most kinds of question stayed at chance for 2,000 steps. The stage begins with few objects and
+few other tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import VISUAL_TOKENS
+from sppruner.tiny.layout import COLORS, SHAPES, SIZES
+from sppruner.tiny.model import VISUAL_TOKENS, WORDS
 from sppruner.tiny.questions import KINDS
 from sppruner.tiny.recipe.cache import SIGNS, SceneCache
 from sppruner.tiny.recipe.loop import Draws
@@ -40,6 +43,7 @@ def init_language(model: LlavaForConditionalGeneration, space: TokenSpace) -> No
     embedding.weight.requires_grad_(False)
     config = model.config.text_config
     heads, width = config.num_attention_heads, config.hidden_size
+    base = config.rope_parameters["rope_theta"]
     look = torch.outer(space.visual_D, space.text_D).cpu()
 
     def orthonormal(rows: int) -> Tensor:
@@ -58,9 +62,16 @@ def init_language(model: LlavaForConditionalGeneration, space: TokenSpace) -> No
         values, outputs = 0.3 * copy, 0.3 * copy.T
         if index == 0:
             for head in range(2):
-                queries[head], keys[head] = _previous_token(space.text_D.cpu(), size)
+                queries[head], keys[head] = _previous_token(space.text_D.cpu(), size, base)
             values[: 2 * size] *= 1.5
             outputs[:, : 2 * size] *= 1.5
+        if index < 2:
+            for head in range(2, 4):
+                queries[head], keys[head] = _look_up(space, size)
+            shown = 0.45 * space.shown_SD.cpu()
+            for head, part in zip(range(2, 4), shown.split(size), strict=True):
+                values[head * size :][: len(part)] = part
+                outputs[:, head * size :][:, : len(part)] = part.T
         for projection, weight in (
             (attention.q_proj, torch.cat(queries)),
             (attention.k_proj, torch.cat(keys)),
@@ -70,15 +81,31 @@ def init_language(model: LlavaForConditionalGeneration, space: TokenSpace) -> No
             projection.weight.data.copy_(weight + noise(width))
 
 
-def _previous_token(text_D: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _previous_token(text_D: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
     """Query and key maps whose rotary phases cancel at distance one, on the fastest waves."""
     query, key = torch.zeros(size, len(text_D)), torch.zeros(size, len(text_D))
     half = size // 2
     for wave in range(5):
-        frequency = torch.tensor(10_000.0 ** (-wave / half))
+        frequency = torch.tensor(base ** (-wave / half))
         query[wave] = 1.2 * torch.cos(frequency) * text_D
         query[wave + half] = -1.2 * torch.sin(frequency) * text_D
         key[wave] = 1.2 * text_D
+    return query, key
+
+
+def _look_up(space: TokenSpace, size: int) -> tuple[Tensor, Tensor]:
+    """Query and key maps by which a word of the text finds the visual tokens that show it.
+
+    On the slowest waves, where rotary phases hardly differ between near and far. The last row
+    keeps text from looking at text, where every word is its own best match.
+    """
+    named = [WORDS.index(word) for word in (*COLORS, *SHAPES, *SIZES, "sign")]
+    half = size // 2
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]
+    rows = slow[: len(named)]
+    query, key = torch.zeros(size, space.marks_CD.shape[1]), torch.zeros(size, len(space.text_D))
+    query[rows] = key[rows] = 1.2 * space.marks_CD[named].cpu()
+    query[slow[-1]], key[slow[-1]] = 2.5 * space.text_D.cpu(), -2.5 * space.text_D.cpu()
     return query, key
 
 

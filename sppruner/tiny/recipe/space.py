@@ -76,7 +76,7 @@ def _own_words() -> Array:
 
 _OWN_WORDS: Final = _own_words()
 _COLOR_CHANNELS: Final = np.array([WORDS.index(color) for color in COLORS])
-_SURFACE: Final = np.isin(WORDS, (*COLORS, "sign", *BACKGROUNDS, *TEXTURES))
+_SURFACE: Final = np.isin(WORDS, (*COLORS, *BACKGROUNDS, *TEXTURES))
 
 
 _TAKEN: Final = CHANNELS + 5
@@ -92,6 +92,8 @@ class TokenSpace:
         self.places_3D = basis[CHANNELS : CHANNELS + 3].to(device)
         self.visual_D = basis[CHANNELS + 3].to(device)
         self.text_D = basis[CHANNELS + 4].to(device)
+        self.shown_SD = basis[: CHANNELS + 3].to(device)
+        """All that tells visual tokens apart: channels and places."""
         self.embedding_VD = self._embedding(tokenizer, basis, generator).to(device)
 
     def _embedding(

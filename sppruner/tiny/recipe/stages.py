@@ -62,7 +62,7 @@ def train_language(shop: Workshop) -> None:
     """Stage L, about 35 minutes on one contended core."""
     model, space = shop.build()
     batch = 16
-    schedule = Schedule(steps=shop.steps(4000), peak=2e-3, warmup=100, hold=0.5)
+    schedule = Schedule(steps=shop.steps(3500), peak=2e-3, warmup=100, hold=0.5)
     run_steps(
         "language",
         model.model.language_model,

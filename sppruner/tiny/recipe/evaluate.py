@@ -15,16 +15,26 @@ from typing import Final
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
-from sppruner.tiny.recipe.cache import SceneCache, scene_table
-from sppruner.tiny.recipe.packing import answer_logits, pack, random_keep
+from sppruner.tiny.recipe.cache import scene_table
+from sppruner.tiny.recipe.packing import Pack, answer_logits, pack, random_keep
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.vision import pixels
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
-__all__ = ["JPEG_QUALITY", "KIND_NAMES", "Score", "generated", "saliency_auc", "teacher_forced"]
+__all__ = [
+    "JPEG_QUALITY",
+    "KIND_NAMES",
+    "Score",
+    "class_attention",
+    "generated",
+    "graded",
+    "saliency_auc",
+    "teacher_forced",
+]
 
 JPEG_QUALITY: Final = 92
 KIND_NAMES: Final = (*KINDS, "caption")
@@ -125,13 +135,21 @@ def teacher_forced(
         )
         keep = None if kept is None else random_keep(len(rows), kept, generator)
         logits = answer_logits(model, torch.stack(list(seen.pooler_output)), text, keep)
-        wrong = logits.argmax(-1) != text.labels_A
-        count = int(text.questions_A.max()) + 1
-        missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
-        kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
-        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True):
-            scores[KIND_NAMES[kind]].add(not miss)
+        for kind, right in graded(logits, text):
+            scores[kind].add(right)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
+
+
+def graded(logits_AV: Tensor, text: Pack) -> list[tuple[str, bool]]:
+    """Kind of every question, in order, and whether all tokens of its answer are right."""
+    wrong = logits_AV.argmax(-1) != text.labels_A
+    count = int(text.questions_A.max()) + 1
+    missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
+    kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
+    return [
+        (KIND_NAMES[kind], not miss)
+        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -140,25 +158,31 @@ def saliency_auc(
 ) -> list[float]:
     """Per vision layer: how well the class token's attention ranks things above background.
 
-    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care.
+    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care. Things
+    are objects and signs; distractors count as background.
     """
-    cache: SceneCache = scene_table(first, scenes, JPEG_QUALITY)
-    tower = model.model.vision_tower
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")
-    try:
-        everything = pixels(cache, np.arange(scenes), _CPU).to(model.dtype)
-        attentions = tower(everything, output_attentions=True, return_dict=True).attentions
-    finally:
-        tower.set_attn_implementation(before)
-    foreground = Truth(cache, np.arange(scenes), _CPU).things_BN
+    cache = scene_table(first, scenes, JPEG_QUALITY)
+    rows = np.arange(scenes)
+    things = Truth(cache, rows, _CPU).things_BN
     areas = []
-    for attention in attentions:
-        saliency = attention[:, :, 0, 1:].float().mean(1)
+    for saliency in class_attention(model, pixels(cache, rows, _CPU)):
         per_scene = []
-        for score, mask in zip(saliency, foreground, strict=True):
+        for score, mask in zip(saliency, things, strict=True):
             inside, outside = score[mask], score[~mask]
             higher = (inside[:, None] > outside).float() + 0.5 * (inside[:, None] == outside)
             per_scene.append(higher.mean())
         areas.append(float(torch.stack(per_scene).mean()))
     return areas
+
+
+@torch.inference_mode()
+def class_attention(model: LlavaForConditionalGeneration, images_BCHW: Tensor) -> list[Tensor]:
+    """(B, 144) attention from the class token to every patch, mean over heads, per layer."""
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        output = tower(images_BCHW.to(model.dtype), output_attentions=True, return_dict=True)
+    finally:
+        tower.set_attn_implementation(before)
+    return [attention[:, :, 0, 1:].float().mean(1) for attention in output.attentions]

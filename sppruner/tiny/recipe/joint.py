@@ -1,8 +1,8 @@
 """Stage J: both halves meet and are trained together on pixels.
 
 Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
-particular; questions about things that then no token shows are not trained on. Embeddings stay
-frozen. The dense losses fade out over the first two thirds: what the visual tokens say in the end
+particular; embeddings stay frozen. With `Workshop.only_shown`, questions about things that no kept
+token shows are not trained on. The dense losses fade out over the first two thirds: what the visual tokens say in the end
 is what answering needs, not what `space` prescribes.
 """
 
@@ -73,7 +73,8 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
             logits = answer_logits(model, tokens, text, keep)
-        shown = None if keep is None else shown_entities(shop.cache, scenes, keep)
+        masked = shop.only_shown and keep is not None
+        shown = shown_entities(shop.cache, scenes, keep) if masked else None
         spoken = lm_loss(logits, text, weights, shown)
         seen, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), 30.0)
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)

@@ -8,6 +8,7 @@ Shapes: B scenes, N = 144 patches, K kept, T text tokens, S = 2 + K + T, D = 128
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +20,15 @@ from transformers import LlavaForConditionalGeneration
 from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS
 from sppruner.tiny.recipe.cache import CAPTION_KIND, Array, SceneCache
 
-__all__ = ["Pack", "answer_logits", "lm_loss", "pack", "random_keep", "shown_entities"]
+__all__ = [
+    "Pack",
+    "answer_logits",
+    "lm_loss",
+    "pack",
+    "pack_questions",
+    "random_keep",
+    "shown_entities",
+]
 
 _PREFIX: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
 _TEXT_START: Final = len(_PREFIX) + VISUAL_TOKENS
@@ -49,18 +58,24 @@ def pack(
     device: torch.device,
 ) -> Pack:
     """Tokenized questions of `scenes`; captions are asked with probability `caption_rate`."""
+    groups = []
+    for scene in scenes:
+        asked = np.arange(cache.starts[scene], cache.starts[scene + 1])
+        if rng.random() >= caption_rate:
+            asked = asked[cache.spans[asked, 3] != CAPTION_KIND]
+        groups.append(asked)
+    return pack_questions(cache, groups, device)
+
+
+def pack_questions(cache: SceneCache, groups: Sequence[Array], device: torch.device) -> Pack:
+    """One row per group of questions, given as indices into `SceneCache.spans`."""
     texts: list[Array] = []
     answers: list[tuple[int, int, int, int, int, int]] = []
     question = 0
-    for row, scene in enumerate(scenes):
-        mine = slice(cache.starts[scene], cache.starts[scene + 1])
-        spans, evidence = cache.spans[mine], cache.evidence[mine]
-        if rng.random() >= caption_rate:
-            asked = spans[:, 3] != CAPTION_KIND
-            spans, evidence = spans[asked], evidence[asked]
+    for row, asked in enumerate(groups):
         parts = []
         column = 0
-        about = zip(spans, evidence, strict=True)
+        about = zip(cache.spans[asked], cache.evidence[asked], strict=True)
         for segment, ((first, length, answer, kind), bits) in enumerate(about, start=1):
             ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
             place = np.arange(length)

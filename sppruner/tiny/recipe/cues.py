@@ -116,10 +116,10 @@ def _truth(
 
 
 def _relevance(
-    model: LlavaForConditionalGeneration, tokens_ND: Tensor, cache: SceneCache, span: Array
+    model: LlavaForConditionalGeneration, tokens_ND: Tensor, cache: SceneCache, question: int
 ) -> Tensor:
     """(144,) best centred cosine to a word of the question."""
-    first, length, answer, _ = span
+    first, length, answer, _ = cache.spans[question]
     ids = [int(i) for i in cache.tokens[first : first + length - answer] if int(i) not in _SKIPPED]
     words_TD = model.get_input_embeddings()(torch.tensor(ids)).float()
     cosine_NT = normalize(tokens_ND.float(), dim=1) @ normalize(words_TD, dim=1).T

@@ -82,7 +82,7 @@ def train_vision(shop: Workshop) -> None:
 
 def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
     """Stage S: the vision tower again, on all ranks, for what it learns last."""
-    schedule = Schedule(steps=shop.steps(1800), peak=1.2e-3, warmup=50, floor=0.15)
+    schedule = Schedule(steps=shop.steps(900), peak=1.2e-3, warmup=50, floor=0.15)
     _look_and_tell(shop, ranks, "sharpen", schedule, 32 // ranks.world)
 
 

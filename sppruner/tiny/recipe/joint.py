@@ -38,13 +38,13 @@ def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> n
     )
 
 
-def joint_model(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, int]:
-    """The model as of a checkpoint of this stage, float32 on the CPU, and the steps it took."""
+def joint_model(checkpoint: Path) -> LlavaForConditionalGeneration:
+    """The model as of a checkpoint of this stage, float32 on the CPU."""
     model = build_model(build_tokenizer())
     parts = _parts(model, CaptionContrast())
     state = load_checkpoint(checkpoint, torch.device("cpu"))
     parts.load_state_dict(state["model"])
-    return model.eval(), state["step"]
+    return model.eval()
 
 
 def train_joint(shop: Workshop, ranks: Ranks) -> None:
@@ -73,8 +73,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
             logits = answer_logits(model, tokens, text, keep)
-        masked = shop.only_shown and keep is not None
-        shown = shown_entities(shop.cache, scenes, keep) if masked else None
+        shown = None if keep is None else shown_entities(shop.cache, scenes, keep)
         spoken = lm_loss(logits, text, weights, shown)
         seen, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), 30.0)
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)

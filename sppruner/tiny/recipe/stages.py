@@ -39,7 +39,6 @@ class Workshop:
     scale: float = 1.0  # of all step counts
     compiled: bool = True
     save_seconds: float = 60.0  # between checkpoints
-    only_shown: bool = False  # joint: leave out questions about things whose tokens are dropped
 
     def steps(self, full: int) -> int:
         """A stage's step count at this scale."""

@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--save-seconds", type=float, default=60.0)
-    parser.add_argument("--only-shown", action="store_true")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--rendezvous", type=Path, help="a new file path shared by all ranks")
@@ -46,7 +45,6 @@ def main() -> None:
         scale=arguments.steps_scale,
         compiled=not arguments.no_compile,
         save_seconds=arguments.save_seconds,
-        only_shown=arguments.only_shown,
     )
     if arguments.stage == "language":
         train_language(shop)

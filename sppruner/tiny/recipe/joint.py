@@ -1,9 +1,9 @@
 """Stage J: both halves meet and are trained together on pixels.
 
 Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
-particular; embeddings stay frozen. With `Workshop.only_shown`, questions about things that no kept
-token shows are not trained on. The dense losses fade out over the first two thirds: what the
-visual tokens say in the end is what answering needs, not what `space` prescribes.
+particular; questions about things that then no token shows are not trained on. Embeddings stay
+frozen. The dense losses fade out over the first two thirds: what the visual tokens say in the end
+is what answering needs, not what `space` prescribes.
 """
 
 from __future__ import annotations

@@ -22,10 +22,12 @@ from sppruner.tiny.model import build_processor, save
 from sppruner.tiny.recipe.cache import build_cache
 from sppruner.tiny.recipe.card import write_card
 from sppruner.tiny.recipe.joint import joint_model
+from sppruner.tiny.recipe.loop import load_checkpoint
 
 __all__ = ["main"]
 
 log = structlog.get_logger()
+CPU = torch.device("cpu")
 
 
 def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
@@ -92,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
         run_together(commands, environment)
 
     transformers_logging.disable_progress_bar()
-    model, steps = joint_model(work / "joint.pt")
+    model = joint_model(work / "joint.pt")
+    stages = ("language", "vision", "sharpen", "joint")
+    steps = {stage: load_checkpoint(work / f"{stage}.pt", CPU)["step"] for stage in stages}
     save(model, build_processor(), arguments.output)
     log.info("saved", folder=str(arguments.output))
     write_card(arguments.output, arguments.evaluate_scenes, steps)

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from sppruner.pruner import Pruner
+from sppruner.spec import DENSE, PruneSpec
 from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
 from sppruner.tiny.recipe.cache import scene_table
 from sppruner.tiny.recipe.packing import Pack, answer_logits, pack, random_keep
@@ -79,8 +81,13 @@ def generated(
     scenes: int,
     first: int = HELD_OUT_SEED,
     batch: int = 64,
+    spec: PruneSpec = DENSE,
 ) -> dict[str, Score]:
-    """Exact match of greedy `generate` through chat template and processor, per kind."""
+    """Exact match of greedy `generate` through chat template and processor, per kind.
+
+    With a `spec`, visual tokens are pruned as the library prunes them for its users.
+    """
+    pruner = Pruner(model, tokenizer=processor.tokenizer)
     scores: dict[str, Score] = defaultdict(Score)
     examples = list(_examples(range(first, first + scenes)))
     examples.sort(key=lambda example: len(example[2]))
@@ -101,10 +108,9 @@ def generated(
         images = [image for image, *_ in part]
         inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
         inputs = inputs.to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=48)
-        said = processor.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = [text for _, _, text, _ in part]
+        output = pruner.generate(inputs, spec, texts, max_new_tokens=48)
+        said = processor.batch_decode(output.tokens_BT, skip_special_tokens=True)
         for (_, kind, _, answer), text in zip(part, said, strict=True):
             scores[kind].add(text.strip() == answer)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}

@@ -20,7 +20,7 @@ from sppruner.tiny.model import PLURALS, WORDS
 from sppruner.tiny.questions import COLUMNS, ROWS
 from sppruner.tiny.recipe.cache import BARE, GROUNDS, PATCH_CENTERS, SIGNS, Array, SceneCache
 
-__all__ = ["ANCHOR", "CHANNELS", "TokenSpace", "Truth"]
+__all__ = ["ANCHOR", "CHANNELS", "THING", "TokenSpace", "Truth"]
 
 _WIDTH: Final = 128
 _PLACE_GAIN: Final = 3.0
@@ -29,6 +29,7 @@ _TEXT_MARK: Final = 0.5
 _ALIASES: Final = {**PLURALS, "colour": "color"}
 
 ANCHOR: Final = len(WORDS)
+THING: Final = len(WORDS) + 1
 CHANNELS: Final = len(WORDS) + 2
 """Words, then the anchor (an object's centre), then thingness (any part of an object or sign)."""
 

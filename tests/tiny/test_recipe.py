@@ -16,6 +16,7 @@ from sppruner.tiny.layout import COLORS, SHAPES, SIZES
 from sppruner.tiny.model import DIGITS, SPECIAL_TOKENS, WORDS, build_processor
 from sppruner.tiny.recipe.cache import BARE, GROUNDS, SIGNS, SceneCache, build_cache, scene_table
 from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.families import LLAVA
 from sppruner.tiny.recipe.language import sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.packing import answer_logits, pack, random_keep
@@ -131,7 +132,7 @@ def test_a_packed_question_is_answered_as_if_alone(shop: Workshop) -> None:
     model, _ = shop.build()
     images = pixels(shop.cache, SCENES, CPU)
     text = pack(shop.cache, SCENES, np.random.default_rng(0), 1.0, CPU)
-    packed = answer_logits(model, Eyes(model)(images)[0], text)
+    packed = answer_logits(LLAVA, model, Eyes(model)(images)[0], text)
     prefix = [SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>")]
     prefix += [SPECIAL_TOKENS.index("<image>")] * 144
     question = 0
@@ -158,7 +159,8 @@ def test_keeping_all_tokens_changes_nothing_and_positions_stay(shop: Workshop) -
     tokens = space.oracle(Truth(shop.cache, SCENES, CPU))
     everything = random_keep(len(SCENES), 144, torch.Generator())
     torch.testing.assert_close(
-        answer_logits(model, tokens, text, everything), answer_logits(model, tokens, text)
+        answer_logits(LLAVA, model, tokens, text, everything),
+        answer_logits(LLAVA, model, tokens, text),
     )
 
 

@@ -8,6 +8,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sppruner.tiny import MODEL_DIR
 from sppruner.tiny.recipe.evaluate import Score, generated, saliency_auc, teacher_forced
+from sppruner.tiny.recipe.families import LLAVA
 from sppruner.tiny.scenes import HELD_OUT_SEED
 
 FRESH_SEED = HELD_OUT_SEED + 2_000_000
@@ -45,7 +46,7 @@ def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
 def test_generate_agrees_with_teacher_forcing(
     model: LlavaForConditionalGeneration, answers: dict[str, Score]
 ) -> None:
-    forced = teacher_forced(model, SCENES, FRESH_SEED)
+    forced = teacher_forced(LLAVA, model, SCENES, FRESH_SEED)
     assert {kind: score.asked for kind, score in forced.items()} == {
         kind: score.asked for kind, score in answers.items()
     }
@@ -57,8 +58,8 @@ def test_generate_agrees_with_teacher_forcing(
 def test_random_ninth_of_the_tokens_is_not_enough(
     model: LlavaForConditionalGeneration, answers: dict[str, Score]
 ) -> None:
-    assert _mean(teacher_forced(model, SCENES, FRESH_SEED, kept=16)) < _mean(answers) - 0.1
+    assert _mean(teacher_forced(LLAVA, model, SCENES, FRESH_SEED, kept=16)) < _mean(answers) - 0.1
 
 
 def test_class_token_looks_at_things(model: LlavaForConditionalGeneration) -> None:
-    assert saliency_auc(model, 40, FRESH_SEED)[-1] > 0.75
+    assert saliency_auc(LLAVA, model, 40, FRESH_SEED)[-1] > 0.75

@@ -22,6 +22,7 @@ from sppruner.tiny.recipe.evaluate import (
     saliency_auc,
     teacher_forced,
 )
+from sppruner.tiny.recipe.families import LLAVA
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
 __all__ = ["write_card"]
@@ -130,14 +131,14 @@ def write_card(folder: Path, scenes: int, steps: Mapping[str, int], note: str = 
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     full = generated(model, processor, scenes)
-    draws = [teacher_forced(model, scenes, kept=_FEW, draw=draw) for draw in range(2)]
+    draws = [teacher_forced(LLAVA, model, scenes, kept=_FEW, draw=draw) for draw in range(2)]
     majority = majority_baseline(
         question
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + scenes)
         for question in questions(sample_scene(seed))
     )
     cue_scenes = min(scenes, 200)
-    areas = saliency_auc(model, cue_scenes)
+    areas = saliency_auc(LLAVA, model, cue_scenes)
     text = _CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         tokens=VISUAL_TOKENS,
@@ -149,7 +150,7 @@ def write_card(folder: Path, scenes: int, steps: Mapping[str, int], note: str = 
         areas=" ".join(f"{area:.2f}" for area in areas),
         layers=len(areas),
         cue_scenes=cue_scenes,
-        cues=_cue_table(cue_scores(model, cue_scenes)),
+        cues=_cue_table(cue_scores(LLAVA, model, cue_scenes)),
         methods=_method_table(model, processor, cue_scenes),
         note=f"\n\n{note}" if note else "",
         **{stage: f"{count:,}" for stage, count in steps.items()},

@@ -4,7 +4,7 @@ Every question gets a ranking of the visual tokens and keeps the first K at thei
 
     oracle      the truth: patches of the things the answer rests on, then their surroundings
     relevance   cosine to the question's words, the best over words
-    saliency    attention of the class token in the last layer
+    saliency    the family's attention saliency in the last layer
     context     the truth: what surrounds those things, nearest first, without any thing at all
     random      no cue
 
@@ -14,13 +14,12 @@ If one cue sufficed, methods that combine them could not be told apart on this m
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import LlavaForConditionalGeneration
 
 from sppruner.tiny.layout import Scene
 from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS, build_tokenizer
@@ -34,7 +33,8 @@ from sppruner.tiny.recipe.cache import (
     SceneCache,
     scene_table,
 )
-from sppruner.tiny.recipe.evaluate import JPEG_QUALITY, Score, class_attention, graded
+from sppruner.tiny.recipe.evaluate import JPEG_QUALITY, Score, graded
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.packing import answer_logits, pack_questions
 from sppruner.tiny.recipe.vision import pixels
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
@@ -49,7 +49,7 @@ _CPU: Final = torch.device("cpu")
 
 @torch.inference_mode()
 def cue_scores(
-    model: LlavaForConditionalGeneration, scenes: int, first: int = HELD_OUT_SEED, batch: int = 10
+    family: Family, model: Any, scenes: int, first: int = HELD_OUT_SEED, batch: int = 10
 ) -> dict[tuple[str, int], dict[str, Score]]:
     """Exact match per kind for every (cue, kept tokens), captions left out; dense is ("all", 144).
 
@@ -61,9 +61,8 @@ def cue_scores(
     for start in range(0, scenes, batch):
         rows = np.arange(start, min(start + batch, scenes))
         images = pixels(cache, rows, _CPU)
-        features = model.get_image_features(pixel_values=images.to(model.dtype), return_dict=True)
-        tokens_BND = torch.stack(list(features.pooler_output))
-        saliency_BN = class_attention(model, images)[-1]
+        tokens_BND, _ = family.eyes(model)(images.to(model.dtype))
+        saliency_BN = family.saliency(model, images)[-1]
         groups: list[Array] = []
         owners: list[int] = []
         ranks: dict[str, list[Tensor]] = defaultdict(list)
@@ -84,13 +83,13 @@ def cue_scores(
                 ranks["random"].append(torch.rand(VISUAL_TOKENS, generator=generator))
         text = pack_questions(cache, groups, _CPU)
         visual = tokens_BND[owners]
-        for kind, right in graded(answer_logits(model, visual, text), text):
+        for kind, right in graded(answer_logits(family, model, visual, text), text):
             scores["all", VISUAL_TOKENS][kind].add(right)
         for cue in CUES:
             order = torch.stack(ranks[cue]).argsort(1, descending=True, stable=True)
             for kept in KEPT:
                 keep = order[:, :kept].sort(1).values
-                for kind, right in graded(answer_logits(model, visual, text, keep), text):
+                for kind, right in graded(answer_logits(family, model, visual, text, keep), text):
                     scores[cue, kept][kind].add(right)
     return scores
 
@@ -115,9 +114,7 @@ def _truth(
     return torch.from_numpy(near), torch.from_numpy(around)
 
 
-def _relevance(
-    model: LlavaForConditionalGeneration, tokens_ND: Tensor, cache: SceneCache, question: int
-) -> Tensor:
+def _relevance(model: Any, tokens_ND: Tensor, cache: SceneCache, question: int) -> Tensor:
     """(144,) best centred cosine to a word of the question."""
     first, length, answer, _ = cache.spans[question]
     ids = [int(i) for i in cache.tokens[first : first + length - answer] if int(i) not in _SKIPPED]

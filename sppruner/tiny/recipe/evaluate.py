@@ -10,7 +10,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from sppruner.pruner import Pruner
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
 from sppruner.tiny.recipe.cache import scene_table
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.packing import Pack, answer_logits, pack, random_keep
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.vision import pixels
@@ -31,7 +32,6 @@ __all__ = [
     "JPEG_QUALITY",
     "KIND_NAMES",
     "Score",
-    "class_attention",
     "generated",
     "graded",
     "saliency_auc",
@@ -118,7 +118,8 @@ def generated(
 
 @torch.inference_mode()
 def teacher_forced(
-    model: LlavaForConditionalGeneration,
+    family: Family,
+    model: Any,
     scenes: int,
     first: int = HELD_OUT_SEED,
     kept: int | None = None,
@@ -130,17 +131,16 @@ def teacher_forced(
     Equal to greedy decoding; with `kept`, each image keeps that many random visual tokens.
     """
     cache = scene_table(first, scenes, JPEG_QUALITY)
+    look = family.eyes(model)
     generator = torch.Generator().manual_seed(draw)
     rng = np.random.default_rng(0)
     scores: dict[str, Score] = defaultdict(Score)
     for start in range(0, scenes, batch):
         rows = np.arange(start, min(start + batch, scenes))
         text = pack(cache, rows, rng, 1.0, _CPU)
-        seen = model.get_image_features(
-            pixel_values=pixels(cache, rows, _CPU).to(model.dtype), return_dict=True
-        )
+        seen, _ = look(pixels(cache, rows, _CPU).to(model.dtype))
         keep = None if kept is None else random_keep(len(rows), kept, generator)
-        logits = answer_logits(model, torch.stack(list(seen.pooler_output)), text, keep)
+        logits = answer_logits(family, model, seen, text, keep)
         for kind, right in graded(logits, text):
             scores[kind].add(right)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
@@ -160,9 +160,9 @@ def graded(logits_AV: Tensor, text: Pack) -> list[tuple[str, bool]]:
 
 @torch.inference_mode()
 def saliency_auc(
-    model: LlavaForConditionalGeneration, scenes: int, first: int = HELD_OUT_SEED
+    family: Family, model: Any, scenes: int, first: int = HELD_OUT_SEED
 ) -> list[float]:
-    """Per vision layer: how well the class token's attention ranks things above background.
+    """Per vision layer with one: how well attention saliency ranks things above background.
 
     Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care. Things
     are objects and signs; distractors count as background.
@@ -171,7 +171,7 @@ def saliency_auc(
     rows = np.arange(scenes)
     things = Truth(cache, rows, _CPU).things_BN
     areas = []
-    for saliency in class_attention(model, pixels(cache, rows, _CPU)):
+    for saliency in family.saliency(model, pixels(cache, rows, _CPU)):
         per_scene = []
         for score, mask in zip(saliency, things, strict=True):
             inside, outside = score[mask], score[~mask]
@@ -179,16 +179,3 @@ def saliency_auc(
             per_scene.append(higher.mean())
         areas.append(float(torch.stack(per_scene).mean()))
     return areas
-
-
-@torch.inference_mode()
-def class_attention(model: LlavaForConditionalGeneration, images_BCHW: Tensor) -> list[Tensor]:
-    """(B, 144) attention from the class token to every patch, mean over heads, per layer."""
-    tower = model.model.vision_tower
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")
-    try:
-        output = tower(images_BCHW.to(model.dtype), output_attentions=True, return_dict=True)
-    finally:
-        tower.set_attn_implementation(before)
-    return [attention[:, :, 0, 1:].float().mean(1) for attention in output.attentions]

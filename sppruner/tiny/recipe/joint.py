@@ -9,21 +9,20 @@ is what answering needs, not what `space` prescribes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.language import kind_weights, sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, shown_entities
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.stages import Workshop
-from sppruner.tiny.recipe.vision import DenseLoss, Eyes, pixels
+from sppruner.tiny.recipe.vision import DenseLoss, pixels
 
 __all__ = ["joint_model", "train_joint"]
 
@@ -32,16 +31,16 @@ _BATCH: Final = 24  # over all ranks
 _FADE: Final = 2 / 3  # of the steps, over which the dense losses fade out to nothing
 
 
-def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> nn.ModuleDict:
+def _parts(family: Family, model: Any, contrast: CaptionContrast) -> nn.ModuleDict:
     return nn.ModuleDict(
-        {"eyes": Eyes(model), "contrast": contrast, "language": model.model.language_model}
+        {"eyes": family.eyes(model), "contrast": contrast, "language": model.model.language_model}
     )
 
 
-def joint_model(checkpoint: Path) -> LlavaForConditionalGeneration:
+def joint_model(family: Family, checkpoint: Path) -> Any:
     """The model as of a checkpoint of this stage, float32 on the CPU."""
-    model = build_model(build_tokenizer())
-    parts = _parts(model, CaptionContrast())
+    model = family.build(family.tokenizer())
+    parts = _parts(family, model, CaptionContrast())
     state = load_checkpoint(checkpoint, torch.device("cpu"))
     parts.load_state_dict(state["model"])
     return model.eval()
@@ -51,7 +50,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     """Stage J, from the checkpoints of the stages before it."""
     model, space = shop.build()
     contrast = CaptionContrast().to(shop.device)
-    parts = _parts(model, contrast)
+    parts = _parts(shop.family, model, contrast)
     language = load_checkpoint(shop.folder / "language.pt", shop.device)
     vision = load_checkpoint(shop.folder / "sharpen.pt", shop.device)
     parts["language"].load_state_dict(language["model"])
@@ -72,7 +71,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         keep = sample_keep(batch, Draws(stage=_JOINT, step=step).torch())
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
-            logits = answer_logits(model, tokens, text, keep)
+            logits = answer_logits(shop.family, model, tokens, text, keep)
         shown = None if keep is None else shown_entities(shop.cache, scenes, keep)
         spoken = lm_loss(logits, text, weights, shown)
         seen, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), 30.0)

@@ -10,17 +10,17 @@ few other tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
 from sppruner.tiny.layout import COLORS, SHAPES, SIZES
 from sppruner.tiny.model import VISUAL_TOKENS, WORDS
 from sppruner.tiny.questions import KINDS
 from sppruner.tiny.recipe.cache import SIGNS, SceneCache
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.loop import Draws
 from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, random_keep
 from sppruner.tiny.recipe.space import TokenSpace, Truth
@@ -35,7 +35,7 @@ _FOCUS_REST: Final = 16
 _FEWEST: Final = 8
 
 
-def init_language(model: LlavaForConditionalGeneration, space: TokenSpace) -> None:
+def init_language(model: Any, space: TokenSpace) -> None:
     """Freeze the embeddings at the token space and initialise the attention around it."""
     generator = torch.Generator().manual_seed(21)
     embedding: nn.Embedding = model.get_input_embeddings()
@@ -132,14 +132,15 @@ def _focus_keep(cores_BN: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def language_loss(
-    model: LlavaForConditionalGeneration,
+    family: Family,
+    model: Any,
     space: TokenSpace,
     cache: SceneCache,
     steps: int,
     batch: int,
-    device: torch.device,
 ) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
     """The loss of stage L as a function of the step."""
+    device = space.visual_D.device
     weights = kind_weights(device, background=0.7, count=2.0, nearest=2.0, relation=2.0, text=0.7)
 
     objects = cache.words[:, :SIGNS].any(2).sum(1)
@@ -159,7 +160,7 @@ def language_loss(
         else:
             keep = sample_keep(batch, generator)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = answer_logits(model, space.noisy_oracle(truth, generator), text, keep)
+            logits = answer_logits(family, model, space.noisy_oracle(truth, generator), text, keep)
         loss = lm_loss(logits, text, weights)
         right = (logits.argmax(-1) == text.labels_A).float().mean()
         return loss, {"lm": loss.item(), "right": right.item()}

@@ -3,22 +3,22 @@
 Every question sees the image prefix and itself only and restarts its position ids right behind
 the image, which is exactly the layout at test time; one vision pass thus serves a dozen answers.
 Dropped visual tokens are simply absent, the kept ones keep their original positions.
-Shapes: B scenes, N = 144 patches, K kept, T text tokens, S = 2 + K + T, D = 128, A answer tokens.
+Shapes: B scenes, N = 144 patches, K kept, T text tokens, S all tokens, D = 128, A answer tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS
+from sppruner.tiny.model import VISUAL_TOKENS
 from sppruner.tiny.recipe.cache import CAPTION_KIND, Array, SceneCache
+from sppruner.tiny.recipe.families import Family
 
 __all__ = [
     "Pack",
@@ -30,8 +30,6 @@ __all__ = [
     "shown_entities",
 ]
 
-_PREFIX: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
-_TEXT_START: Final = len(_PREFIX) + VISUAL_TOKENS
 _ROUND: Final = 16  # text lengths are padded to a multiple, for fewer distinct shapes
 
 
@@ -41,7 +39,7 @@ class Pack:
 
     ids_BT: Tensor
     segments_BT: Tensor
-    positions_BT: Tensor
+    positions_BT: Tensor  # from 0 for every question
     rows_A: Tensor  # scene of each answer token
     columns_A: Tensor  # text column whose logits predict it
     labels_A: Tensor
@@ -79,7 +77,7 @@ def pack_questions(cache: SceneCache, groups: Sequence[Array], device: torch.dev
         for segment, ((first, length, answer, kind), bits) in enumerate(about, start=1):
             ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
             place = np.arange(length)
-            parts.append(np.stack([ids, np.full(length, segment), _TEXT_START + place]))
+            parts.append(np.stack([ids, np.full(length, segment), place]))
             for index in range(length - answer, length):
                 answers.append((row, column + index - 1, int(ids[index]), kind, question, bits))
             column += length
@@ -111,7 +109,8 @@ def random_keep(batch: int, kept: int, generator: torch.Generator) -> Tensor:
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration,
+    family: Family,
+    model: Any,
     visual_BND: Tensor,
     text: Pack,
     keep_BK: Tensor | None = None,
@@ -123,15 +122,15 @@ def answer_logits(
     keep_BK = keep_BK.to(device)
     visual = visual_BND.gather(1, keep_BK[..., None].expand(-1, -1, visual_BND.shape[-1]))
     embed: nn.Embedding = model.get_input_embeddings()
-    prefix = embed(torch.tensor(_PREFIX, device=device)).expand(batch, -1, -1)
-    inputs_BSD = torch.cat([prefix, visual, embed(text.ids_BT)], 1)
-    head = torch.arange(len(_PREFIX), device=device).expand(batch, -1)
-    positions_BS = torch.cat([head, len(_PREFIX) + keep_BK, text.positions_BT], 1)
-    before = len(_PREFIX) + keep_BK.shape[1]
+    start, end = (
+        embed(torch.tensor(ids, dtype=torch.long, device=device)).expand(batch, -1, -1)
+        for ids in (family.before, family.after)
+    )
+    before = start.shape[1] + keep_BK.shape[1] + end.shape[1]
     hidden_BSD = model.model.language_model(
-        inputs_embeds=inputs_BSD,
+        inputs_embeds=torch.cat([start, visual, end, embed(text.ids_BT)], 1),
         attention_mask=_block_mask(text.segments_BT, before),
-        position_ids=positions_BS,
+        position_ids=family.positions(keep_BK, text.positions_BT),
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden_BSD[text.rows_A, before + text.columns_A])

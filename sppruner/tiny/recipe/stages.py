@@ -12,16 +12,16 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.cache import SceneCache
 from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.families import LLAVA, Family
 from sppruner.tiny.recipe.language import init_language, language_loss
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import TokenSpace, Truth
-from sppruner.tiny.recipe.vision import DenseLoss, Eyes, init_vision, pixels
+from sppruner.tiny.recipe.vision import DenseLoss, pixels
 
 __all__ = ["Workshop", "sharpen_vision", "train_language", "train_vision"]
 
@@ -36,6 +36,7 @@ class Workshop:
     folder: Path
     cache: SceneCache
     device: torch.device
+    family: Family = LLAVA
     scale: float = 1.0  # of all step counts
     compiled: bool = True
     save_seconds: float = 60.0  # between checkpoints
@@ -44,13 +45,13 @@ class Workshop:
         """A stage's step count at this scale."""
         return max(2, round(full * self.scale))
 
-    def build(self) -> tuple[LlavaForConditionalGeneration, TokenSpace]:
+    def build(self) -> tuple[Any, TokenSpace]:
         """The initialised model, embeddings frozen at the token space."""
-        tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        tokenizer: PreTrainedTokenizerFast = self.family.tokenizer()
         space = TokenSpace(tokenizer, self.device)
-        model = build_model(tokenizer)
+        model = self.family.build(tokenizer)
         init_language(model, space)
-        init_vision(model, self.cache)
+        self.family.init_vision(model, self.cache)
         return model.to(self.device), space
 
     def compile(self, module: nn.Module) -> Callable[..., Any]:
@@ -67,7 +68,7 @@ def train_language(shop: Workshop) -> None:
         "language",
         model.model.language_model,
         schedule,
-        language_loss(model, space, shop.cache, schedule.steps, batch, shop.device),
+        language_loss(shop.family, model, space, shop.cache, schedule.steps, batch),
         shop.folder / "language.pt",
         save_seconds=shop.save_seconds,
     )
@@ -88,7 +89,7 @@ def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
 def _look_and_tell(shop: Workshop, ranks: Ranks, name: str, schedule: Schedule, batch: int) -> None:
     model, space = shop.build()
     torch.manual_seed(23)
-    eyes, contrast = Eyes(model), CaptionContrast().to(shop.device)
+    eyes, contrast = shop.family.eyes(model), CaptionContrast().to(shop.device)
     parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
     sharp = name == "sharpen"
     if sharp:

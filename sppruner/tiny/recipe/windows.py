@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,8 +18,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from sppruner.tiny.qwen import MERGE
+from sppruner.tiny.recipe.cache import SceneCache
+from sppruner.tiny.recipe.vision import pixels
 
-__all__ = ["WindowEyes", "patchify"]
+__all__ = ["WindowEyes", "init_windows", "patchify"]
 
 _UNIT = MERGE**2
 
@@ -156,3 +159,43 @@ class WindowEyes(nn.Module):
             mixed = mixed.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
             mixed = mixed[:, :, windows.slot_P.to(normed_BPV.device)]
         return attention.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def init_windows(model: Qwen2_5_VLForConditionalGeneration, cache: SceneCache) -> None:
+    """Whitening patch filters and content-matching attention, as for the CLIP tower."""
+    generator = torch.Generator().manual_seed(22)
+    tower = model.model.visual
+    width, side = tower.patch_embed.embed_dim, tower.patch_size
+    images = pixels(cache, np.arange(min(600, len(cache))), torch.device("cpu"))
+    flat = patchify(images, side).reshape(-1, 3, 2, side * side)[:, :, 0].flatten(1)
+    values, vectors = torch.linalg.eigh(torch.cov(flat.T))
+    whitening = (vectors / (values + 3e-3).sqrt()).T
+    # Fewer components than channels: the rest mixes them.
+    mixed = torch.randn(width - len(whitening), len(whitening), generator=generator)
+    filters = torch.cat([whitening, mixed @ whitening / len(whitening) ** 0.5])
+    filters = filters.reshape(width, 3, 1, side, side).expand(-1, -1, 2, -1, -1) / 2
+    tower.patch_embed.proj.weight.data.copy_(filters)
+
+    def normal(linear: nn.Linear, gain: float) -> None:
+        std = gain / linear.in_features**0.5
+        linear.weight.data.normal_(0, std, generator=generator)
+
+    for block in tower.blocks:
+        size = width // block.attn.num_heads
+        match = torch.cat(
+            [
+                torch.linalg.qr(torch.randn(width, size, generator=generator)).Q.T
+                for _ in range(block.attn.num_heads)
+            ]
+        )
+        normal(block.attn.qkv, 0.6)
+        block.attn.qkv.weight.data[: 2 * width] = 0.7 * torch.cat([match, match])
+        for linear in (
+            block.attn.proj,
+            block.mlp.gate_proj,
+            block.mlp.up_proj,
+            block.mlp.down_proj,
+        ):
+            normal(linear, 0.6)
+    normal(tower.merger.mlp[0], 1.0)
+    normal(tower.merger.mlp[2], 1.0)

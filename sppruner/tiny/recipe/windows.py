@@ -7,8 +7,8 @@ Shapes: B images, P patches of 4 px in merge order, N = P / 4 visual tokens, W w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,16 +39,16 @@ def patchify(images_BCHW: Tensor, side: int) -> Tensor:
     return cut.reshape(batch, height * width // side**2, -1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Layout:
+class _Layout(NamedTuple):
     """Geometry of one image size: rotary positions and windows."""
 
     places_P2: Tensor
     slots_WS: Tensor  # patch in each slot; empty slots repeat patch 0
-    filled_WS: Tensor
+    filled_WS: Tensor | None  # None where windows have no empty slot
     slot_P: Tensor  # where each patch is among the W * S slots
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=16)
 def _layout(rows: int, columns: int, window: int) -> _Layout:
     """For `rows` x `columns` merged tokens and windows of `window` x `window` of them."""
@@ -68,7 +68,7 @@ def _layout(rows: int, columns: int, window: int) -> _Layout:
         slots[index, : len(members)] = members
         filled[index, : len(members)] = True
         slot[members] = index * size + torch.arange(len(members))
-    return _Layout(places_P2=places, slots_WS=slots, filled_WS=filled, slot_P=slot)
+    return _Layout(places, slots, None if bool(filled.all()) else filled, slot)
 
 
 class WindowEyes(nn.Module):
@@ -152,7 +152,7 @@ class WindowEyes(nn.Module):
                 for part in parts
             ]
             mask = None
-            if not bool(windows.filled_WS.all()):
+            if windows.filled_WS is not None:
                 mask = windows.filled_WS.to(normed_BPV.device)
                 mask = mask.repeat(len(normed_BPV), 1)[:, None, None]
             mixed = scaled_dot_product_attention(*cut, attn_mask=mask, scale=attention.scaling)

@@ -76,9 +76,7 @@ def cue_scores(
                 near, around = _truth(cache, int(index), scene, question.about)
                 ranks["oracle"].append(near)
                 ranks["context"].append(around)
-                ranks["relevance"].append(
-                    _relevance(model, tokens_BND[row], cache, cache.spans[number])
-                )
+                ranks["relevance"].append(_relevance(model, tokens_BND[row], cache, number))
                 ranks["saliency"].append(saliency_BN[row])
                 ranks["random"].append(torch.rand(VISUAL_TOKENS, generator=generator))
         text = pack_questions(cache, groups, _CPU)
@@ -86,7 +84,7 @@ def cue_scores(
         for kind, right in graded(answer_logits(family, model, visual, text), text):
             scores["all", VISUAL_TOKENS][kind].add(right)
         for cue in CUES:
-            order = torch.stack(ranks[cue]).argsort(1, descending=True, stable=True)
+            order = torch.stack(ranks[cue]).argsort(dim=1, descending=True, stable=True)
             for kept in KEPT:
                 keep = order[:, :kept].sort(1).values
                 for kind, right in graded(answer_logits(family, model, visual, text, keep), text):

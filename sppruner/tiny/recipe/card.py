@@ -51,7 +51,7 @@ def write_card(
     if family is LLAVA:
         processor = AutoProcessor.from_pretrained(folder)
         full = generated(model, processor, scenes)
-        methods = f"\n{_METHODS}\n\n{_method_table(model, processor, cue_scenes)}\n"
+        methods = f"\n{_METHODS}\n\n{_method_table(model, processor, cue_scenes)}"
     else:
         full = teacher_forced(family, model, scenes)
     draws = [teacher_forced(family, model, scenes, kept=_FEW, draw=draw) for draw in range(2)]

@@ -16,9 +16,9 @@ library_name: transformers
 # {title}
 
 {architecture}
-{parameters:.2f} M parameters, trained from nothing on two CPU cores. It exists so that the whole
-labelling service, visual-token pruning included, can be run and tested end to end in seconds and
-without a download. **It knows three to nine coloured shapes and up to two numbered signs among
+It has {parameters:.2f} M parameters, was trained from nothing on two CPU cores, and exists so that
+the whole labelling service, visual-token pruning included, can be run and tested end to end in
+seconds and without a download. **It knows three to nine coloured shapes and up to two numbered signs among
 meaningless marks on a textured background, and nothing else; on photographs its output is
 meaningless.**
 
@@ -110,7 +110,7 @@ FAMILY_TEXT: Final[dict[str, dict[str, str]]] = {
         "title": "A tiny LLaVA for coloured shapes",
         "architecture": """\
 A vision-language model in the LLaVA architecture (CLIP ViT 128 x 6, two-layer projector, Llama
-128 x 4) of""",
+128 x 4).""",
         "usage": _LLAVA_USAGE,
         "image": """\
 One image is 96 x 96 pixels and 144 visual tokens (patch 8), a quarter of LLaVA-1.5's 576.""",
@@ -126,7 +126,7 @@ The class token was trained contrastively against captions, with the gradient en
         "title": "A tiny Qwen2.5-VL for coloured shapes",
         "architecture": """\
 A vision-language model in the Qwen2.5-VL architecture (vision tower 128 x 4 with window attention
-and 2 x 2 merging, language model 128 x 4 with M-RoPE) of""",
+and 2 x 2 merging, language model 128 x 4 with M-RoPE).""",
         "usage": _QWEN_USAGE,
         "image": """\
 A square image is 96 x 96 pixels and 144 visual tokens (patches of 4 px, merged); other aspect

@@ -39,7 +39,7 @@ from sppruner.tiny.recipe.packing import answer_logits, pack_questions
 from sppruner.tiny.recipe.vision import pixels
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
-__all__ = ["CUES", "KEPT", "cue_scores"]
+__all__ = ["CUES", "KEPT", "cue_scores", "truth_ranks"]
 
 CUES: Final = ("oracle", "relevance", "saliency", "context", "random")
 KEPT: Final = (48, 32, 16)
@@ -73,7 +73,7 @@ def cue_scores(
             for number, question in zip(asked, questions(scene), strict=True):
                 groups.append(np.array([number]))
                 owners.append(row)
-                near, around = _truth(cache, int(index), scene, question.about)
+                near, around = truth_ranks(cache, int(index), scene, question.about)
                 ranks["oracle"].append(near)
                 ranks["context"].append(around)
                 ranks["relevance"].append(_relevance(model, tokens_BND[row], cache, number))
@@ -92,7 +92,7 @@ def cue_scores(
     return scores
 
 
-def _truth(
+def truth_ranks(
     cache: SceneCache, index: int, scene: Scene, about: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
     """Two rankings (144,): the named things and then what is near them; only what is near them."""

@@ -193,7 +193,9 @@ def _counts(scene: Scene, rng: random.Random) -> list[Question]:
     """One by shape, one by colour, at most four of a kind and rarely none."""
     asked = []
     for words, attribute in ((SHAPES, "shape"), (COLORS, "color")):
-        named = {word: [] for word in words} | _grouped(scene, attribute)
+        named: dict[str, list[SceneObject]] = {word: [] for word in words}
+        for item in scene.objects:
+            named[getattr(item, attribute)].append(item)
         some = [word for word, items in named.items() if 0 < len(items) < len(NUMBERS)]
         none = [word for word, items in named.items() if not items]
         several = [word for word in some if len(named[word]) > 1]
@@ -213,13 +215,6 @@ def _counts(scene: Scene, rng: random.Random) -> list[Question]:
 def plural(shape: str) -> str:
     """`crosses` and the like."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
-
-
-def _grouped(scene: Scene, attribute: str) -> dict[str, list[SceneObject]]:
-    groups: dict[str, list[SceneObject]] = {}
-    for item in scene.objects:
-        groups.setdefault(getattr(item, attribute), []).append(item)
-    return groups
 
 
 def _relation(scene: Scene, rng: random.Random) -> list[Question]:

@@ -16,11 +16,11 @@ library_name: transformers
 # {title}
 
 {architecture}
-It has {parameters:.2f} M parameters, was trained from nothing on two CPU cores, and exists so that
-the whole labelling service, visual-token pruning included, can be run and tested end to end in
-seconds and without a download. **It knows three to nine coloured shapes and up to two numbered signs among
-meaningless marks on a textured background, and nothing else; on photographs its output is
-meaningless.**
+It has {parameters:.2f} M parameters, was trained from nothing on two CPU cores, and exists so
+that the whole labelling service, visual-token pruning included, can be run and tested end to end
+in seconds and without a download. **It knows three to nine coloured shapes and up to two numbered
+signs among meaningless marks on a textured background, and nothing else; on photographs its
+output is meaningless.**
 
 {usage}
 

@@ -8,7 +8,7 @@ Shapes: B images, P patches of 4 px in merge order, N = P / 4 visual tokens, W w
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class WindowEyes(nn.Module):
         return hidden, layout, waves
 
     def _qkv(
-        self, attention: nn.Module, normed_BPV: Tensor, waves: tuple[Tensor, Tensor]
+        self, attention: Any, normed_BPV: Tensor, waves: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, patches, _ = normed_BPV.shape
         split = attention.qkv(normed_BPV).reshape(batch, patches, 3, attention.num_heads, -1)
@@ -136,27 +136,32 @@ class WindowEyes(nn.Module):
 
     def _attend(
         self,
-        attention: nn.Module,
+        attention: Any,
         normed_BPV: Tensor,
         waves: tuple[Tensor, Tensor],
         windows: _Layout | None,
     ) -> Tensor:
-        parts = self._qkv(attention, normed_BPV, waves)
+        query, key, value = self._qkv(attention, normed_BPV, waves)
+        scale = attention.scaling
         if windows is None:
-            mixed = scaled_dot_product_attention(*parts, scale=attention.scaling)
+            mixed = scaled_dot_product_attention(query, key, value, scale=scale)
         else:
+            batch, heads, _, width = query.shape
             count, size = windows.slots_WS.shape
             flat = windows.slots_WS.reshape(-1).to(normed_BPV.device)
-            cut = [
-                part[:, :, flat].unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
-                for part in parts
-            ]
+
+            def cut(part: Tensor) -> Tensor:
+                slots = part[:, :, flat].reshape(batch, heads, count, size, width)
+                return slots.transpose(1, 2).flatten(0, 1)
+
             mask = None
             if windows.filled_WS is not None:
-                mask = windows.filled_WS.to(normed_BPV.device)
-                mask = mask.repeat(len(normed_BPV), 1)[:, None, None]
-            mixed = scaled_dot_product_attention(*cut, attn_mask=mask, scale=attention.scaling)
-            mixed = mixed.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+                filled = windows.filled_WS.to(normed_BPV.device)
+                mask = filled.repeat(batch, 1)[:, None, None]
+            mixed = scaled_dot_product_attention(
+                cut(query), cut(key), cut(value), attn_mask=mask, scale=scale
+            )
+            mixed = mixed.reshape(batch, count, heads, size, width).transpose(1, 2).flatten(2, 3)
             mixed = mixed[:, :, windows.slot_P.to(normed_BPV.device)]
         return attention.proj(mixed.transpose(1, 2).flatten(2))
 

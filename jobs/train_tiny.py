@@ -18,14 +18,16 @@ import structlog
 import torch
 from transformers.utils import logging as transformers_logging
 
-from sppruner.tiny.model import build_processor, save
 from sppruner.tiny.recipe.cache import build_cache
 from sppruner.tiny.recipe.card import write_card
+from sppruner.tiny.recipe.families import FAMILIES
 from sppruner.tiny.recipe.joint import joint_model
+from sppruner.tiny.recipe.loop import load_checkpoint
 
 __all__ = ["main"]
 
 log = structlog.get_logger()
+CPU = torch.device("cpu")
 
 
 def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
@@ -51,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
     parser.add_argument("--work", type=Path, help="scenes and checkpoints [OUTPUT.work]")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shorten or lengthen")
     parser.add_argument("--scenes", type=int, default=48_000, help="training scenes to render")
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def worker(stage: str, *extra: str) -> list[str]:
         command = [sys.executable, "-m", "sppruner.tiny.recipe.worker", stage, *extra]
-        command += ["--work", str(work), "--device", device]
+        command += ["--work", str(work), "--device", device, "--family", arguments.family]
         command += ["--steps-scale", str(arguments.steps_scale)]
         command += ["--save-seconds", str(arguments.save_seconds)]
         return [*command, "--no-compile"] if arguments.no_compile else command
@@ -92,10 +95,12 @@ def main(argv: list[str] | None = None) -> None:
         run_together(commands, environment)
 
     transformers_logging.disable_progress_bar()
-    model, steps = joint_model(work / "joint.pt")
-    save(model, build_processor(), arguments.output)
+    family = FAMILIES[arguments.family]
+    family.save(joint_model(family, work / "joint.pt"), arguments.output)
     log.info("saved", folder=str(arguments.output))
-    write_card(arguments.output, arguments.evaluate_scenes, steps)
+    stages = ("language", "vision", "sharpen", "joint")
+    steps = {stage: load_checkpoint(work / f"{stage}.pt", CPU)["step"] for stage in stages}
+    write_card(family, arguments.output, arguments.evaluate_scenes, steps)
     log.info("evaluated", card=str(arguments.output / "README.md"))
 
 

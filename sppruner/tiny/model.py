@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sppruner.tiny.questions import COLUMNS, NUMBERS, ROWS
-from sppruner.tiny.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES
+from sppruner.tiny.layout import BACKGROUNDS, COLORS, GRID, SHAPES, SIZES, TEXTURES
+from sppruner.tiny.questions import COLUMNS, NUMBERS, ROWS, plural
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -46,13 +46,13 @@ __all__ = [
     "save",
 ]
 
-IMAGE_SIDE: Final = 96
 PATCH_SIDE: Final = 8
-VISUAL_TOKENS: Final = (IMAGE_SIDE // PATCH_SIDE) ** 2  # 144, a quarter of LLaVA-1.5's 576
+IMAGE_SIDE: Final = GRID * PATCH_SIDE  # 96
+VISUAL_TOKENS: Final = GRID**2  # 144, a quarter of LLaVA-1.5's 576
 _HIDDEN: Final = 128
 
 SPECIAL_TOKENS: Final = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<image>")
-PLURALS: Final = {f"{shape}s" if shape != "cross" else "crosses": shape for shape in SHAPES}
+PLURALS: Final = {plural(shape): shape for shape in SHAPES}
 DIGITS: Final = tuple(string.digits)
 
 WORDS: Final = (
@@ -73,7 +73,7 @@ _OTHER_WORDS: Final = (
     *NUMBERS,
     *"above below yes no what is the where there a how many are size shape color colour".split(),
     *"object objects relative to number on background describe image with reading".split(),
-    *"of and in picture an do you see which it this that has".split(),
+    *"of and in picture an do you see which it this that has nearest behind".split(),
 )
 
 # Image first, as in training; a system message and text-only turns are tolerated.
@@ -179,7 +179,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         **ids,
     )

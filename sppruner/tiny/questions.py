@@ -1,27 +1,34 @@
 """Exact questions and answers about a scene, and its caption.
 
 Every answer follows from the scene alone, so exact match is a fair score. Questions whose answer
-would be a close call (near a third of the image, diagonal relations) are not asked.
+would be a close call (near a third of the image, diagonal relations, two neighbours almost equally
+near) are not asked. No question is about a distractor.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from sppruner.tiny.scenes import COLORS, SHAPES, Scene, SceneObject
+from sppruner.tiny.layout import COLORS, SHAPES, Scene, SceneObject
 
 __all__ = [
     "CAPTION_OBJECTS",
     "CAPTION_PROMPT",
+    "COLUMNS",
+    "CONTEXT_KINDS",
     "KINDS",
+    "NUMBERS",
+    "ROWS",
     "Question",
-    "background_answer",
+    "behind_answer",
     "caption",
     "majority_baseline",
+    "nearest_answer",
     "position_answer",
     "questions",
     "relation_answer",
@@ -37,7 +44,12 @@ KINDS: Final = (
     "relation",
     "position",
     "text",
+    "nearest",
+    "behind",
 )
+CONTEXT_KINDS: Final = ("nearest", "behind")
+"""Kinds answered by what surrounds the thing they name."""
+
 CAPTION_PROMPT: Final = "describe the image."
 CAPTION_OBJECTS: Final = 3
 """Captions are trained and scored on scenes with at most this many objects."""
@@ -47,6 +59,8 @@ ROWS: Final = ("top", "middle", "bottom")
 COLUMNS: Final = ("left", "center", "right")
 _THIRDS_MARGIN: Final = 0.025
 _RELATION_MARGIN: Final = 1.35
+_NEAREST_MARGIN: Final = 1.4
+_BEHIND_MARGIN: Final = 8 / 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +70,38 @@ class Question:
     kind: str
     text: str
     answer: str
+    about: tuple[str, ...] = ()
+    """Names of the objects that the answer rests on; signs as `red sign`, grounds by name."""
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Around eleven questions about the scene, the same ones for the same seed."""
+    """Around twelve questions about the scene, the same ones for the same seed."""
     rng = random.Random(f"questions:{scene.seed}")
     asked = [
-        Question("background", "what is the background?", background_answer(scene)),
-        *_sizes(scene, rng),
+        *_size(scene, rng),
         *_existence(scene, rng),
         *_attributes(scene, rng),
         *_counts(scene, rng),
-        *_relations(scene, rng),
-        *_positions(scene, rng),
+        *_relation(scene, rng),
+        *_position(scene, rng),
+        *_text(scene, rng),
+        *_nearest(scene, rng),
+        *_behind(scene, rng),
     ]
-    if scene.sign is not None:
-        asked.append(Question("text", "what number is on the sign?", scene.sign.digit))
+    if scene.split is None:
+        ground = scene.grounds[0].name
+        asked.insert(0, Question("background", "what is the background?", ground, (ground,)))
     return asked
 
 
 def caption(scene: Scene) -> str:
-    """All objects from left to right, then the background and the sign."""
+    """All objects from left to right, then the background and the signs."""
     ordered = sorted(scene.objects, key=lambda item: item.x)
     listed = ", ".join(f"a {item.size} {item.name}" for item in ordered)
-    sign = f" with a sign reading {scene.sign.digit}" if scene.sign is not None else ""
-    return f"{listed} on a {background_answer(scene)} background{sign}"
+    grounds = " and ".join(ground.name for ground in scene.grounds)
+    signs = [f"a sign reading {s.digit}" for s in sorted(scene.signs, key=lambda s: s.x)]
+    ending = f" with {' and '.join(signs)}" if signs else ""
+    return f"{listed} on a {grounds} background{ending}"
 
 
 def majority_baseline(asked: Iterable[Question]) -> dict[str, float]:
@@ -91,11 +112,6 @@ def majority_baseline(asked: Iterable[Question]) -> dict[str, float]:
     return {
         kind: max(counter.values()) / sum(counter.values()) for kind, counter in answers.items()
     }
-
-
-def background_answer(scene: Scene) -> str:
-    """Texture, then colour: `striped tan`."""
-    return f"{scene.texture} {scene.background}"
 
 
 def position_answer(x: float, y: float) -> str | None:
@@ -115,9 +131,30 @@ def relation_answer(item: SceneObject, other: SceneObject) -> str | None:
     return None
 
 
-def _sizes(scene: Scene, rng: random.Random) -> list[Question]:
-    picked = rng.sample(scene.objects, min(2, len(scene.objects)))
-    return [Question("size", f"what size is the {item.name}?", item.size) for item in picked]
+def nearest_answer(scene: Scene, item: SceneObject) -> SceneObject | None:
+    """The object whose centre is nearest; None unless every other is 1.4 times as far."""
+    others = [other for other in scene.objects if other is not item]
+    others.sort(key=lambda other: math.hypot(other.x - item.x, other.y - item.y))
+    first, second = (math.hypot(o.x - item.x, o.y - item.y) for o in others[:2])
+    return others[0] if second > _NEAREST_MARGIN * first else None
+
+
+def behind_answer(scene: Scene, item: SceneObject) -> str | None:
+    """The ground around an object of a two-ground scene; None near the line between them."""
+    if scene.split is None:
+        return None
+    if abs(scene.split.distance(item.x, item.y)) < item.radius + _BEHIND_MARGIN:
+        return None
+    return scene.grounds[scene.ground_at(item.x, item.y)].name
+
+
+def _shuffled(scene: Scene, rng: random.Random) -> list[SceneObject]:
+    return rng.sample(scene.objects, len(scene.objects))
+
+
+def _size(scene: Scene, rng: random.Random) -> list[Question]:
+    item = rng.choice(scene.objects)
+    return [Question("size", f"what size is the {item.name}?", item.size, (item.name,))]
 
 
 def _existence(scene: Scene, rng: random.Random) -> list[Question]:
@@ -128,9 +165,10 @@ def _existence(scene: Scene, rng: random.Random) -> list[Question]:
     near = [(c, s) for c, s in absent if c in colors or s in shapes]
     item = rng.choice(scene.objects)
     color, shape = rng.choice(near if rng.random() < 0.75 else absent)
+    alike = tuple(o.name for o in scene.objects if o.color == color or o.shape == shape)
     return [
-        Question("existence", f"is there a {item.name}?", "yes"),
-        Question("existence", f"is there a {color} {shape}?", "no"),
+        Question("existence", f"is there a {item.name}?", "yes", (item.name,)),
+        Question("existence", f"is there a {color} {shape}?", "no", alike),
     ]
 
 
@@ -140,48 +178,87 @@ def _attributes(scene: Scene, rng: random.Random) -> list[Question]:
     shapes = Counter(item.shape for item in scene.objects)
     by_color = [item for item in scene.objects if colors[item.color] == 1]
     by_shape = [item for item in scene.objects if shapes[item.shape] == 1]
-    asked = [
-        Question("shape", f"what shape is the {item.color} object?", item.shape)
-        for item in rng.sample(by_color, min(2, len(by_color)))
-    ]
-    for item in rng.sample(by_shape, min(2, len(by_shape))):
+    asked = []
+    for item in rng.sample(by_color, min(1, len(by_color))):
+        text = f"what shape is the {item.color} object?"
+        asked.append(Question("shape", text, item.shape, (item.name,)))
+    for item in rng.sample(by_shape, min(1, len(by_shape))):
         word = "colour" if rng.random() < 0.25 else "color"
-        asked.append(Question("colour", f"what {word} is the {item.shape}?", item.color))
+        text = f"what {word} is the {item.shape}?"
+        asked.append(Question("colour", text, item.color, (item.name,)))
     return asked
 
 
 def _counts(scene: Scene, rng: random.Random) -> list[Question]:
-    def count(noun: str, number: int) -> Question:
-        return Question("count", f"how many {noun} are there?", NUMBERS[number])
+    """One by shape, one by colour, at most four of a kind and rarely none."""
+    asked = []
+    for words, attribute in ((SHAPES, "shape"), (COLORS, "color")):
+        named: dict[str, list[SceneObject]] = {word: [] for word in words}
+        for item in scene.objects:
+            named[getattr(item, attribute)].append(item)
+        some = [word for word, items in named.items() if 0 < len(items) < len(NUMBERS)]
+        none = [word for word, items in named.items() if not items]
+        several = [word for word in some if len(named[word]) > 1]
+        pool = none if none and rng.random() < 0.12 else some
+        if several and rng.random() < 0.6:
+            pool = several
+        word = rng.choice(pool or none or [words[0]])
+        if len(named[word]) >= len(NUMBERS):
+            continue
+        noun = f"{word} objects" if attribute == "color" else plural(word)
+        about = tuple(item.name for item in named[word])
+        number = NUMBERS[len(about)]
+        asked.append(Question("count", f"how many {noun} are there?", number, about))
+    return asked
 
-    shape = rng.choice(scene.objects).shape if rng.random() < 0.8 else rng.choice(SHAPES)
-    color = rng.choice(scene.objects).color if rng.random() < 0.7 else rng.choice(COLORS)
-    by_shape = count(
-        "crosses" if shape == "cross" else f"{shape}s",
-        sum(item.shape == shape for item in scene.objects),
-    )
-    if rng.random() < 0.5:
-        return [by_shape, count("objects", len(scene.objects))]
-    by_color = count(f"{color} objects", sum(item.color == color for item in scene.objects))
-    return [by_shape, by_color]
+
+def plural(shape: str) -> str:
+    """`crosses` and the like."""
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-def _relations(scene: Scene, rng: random.Random) -> list[Question]:
+def _relation(scene: Scene, rng: random.Random) -> list[Question]:
     pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b]
     rng.shuffle(pairs)
-    asked = []
     for item, other in pairs:
         answer = relation_answer(item, other)
         if answer is not None:
             text = f"where is the {item.name} relative to the {other.name}?"
-            asked.append(Question("relation", text, answer))
-    return asked[:2]
+            return [Question("relation", text, answer, (item.name, other.name))]
+    return []
 
 
-def _positions(scene: Scene, rng: random.Random) -> list[Question]:
-    asked = []
-    for item in rng.sample(scene.objects, len(scene.objects)):
+def _position(scene: Scene, rng: random.Random) -> list[Question]:
+    for item in _shuffled(scene, rng):
         answer = position_answer(item.x, item.y)
         if answer is not None:
-            asked.append(Question("position", f"where is the {item.name}?", answer))
+            return [Question("position", f"where is the {item.name}?", answer, (item.name,))]
+    return []
+
+
+def _text(scene: Scene, rng: random.Random) -> list[Question]:
+    if not scene.signs:
+        return []
+    sign = rng.choice(scene.signs)
+    noun = "sign" if len(scene.signs) == 1 else f"{sign.color} sign"
+    about = (f"{sign.color} sign",)
+    return [Question("text", f"what number is on the {noun}?", sign.digit, about)]
+
+
+def _nearest(scene: Scene, rng: random.Random) -> list[Question]:
+    asked = []
+    for item in _shuffled(scene, rng):
+        near = nearest_answer(scene, item)
+        if near is not None:
+            text = f"what is nearest to the {item.name}?"
+            asked.append(Question("nearest", text, near.name, (item.name, near.name)))
     return asked[:2]
+
+
+def _behind(scene: Scene, rng: random.Random) -> list[Question]:
+    for item in _shuffled(scene, rng):
+        ground = behind_answer(scene, item)
+        if ground is not None:
+            text = f"what is behind the {item.name}?"
+            return [Question("behind", text, ground, (item.name, ground))]
+    return []

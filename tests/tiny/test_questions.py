@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from hypothesis import given
@@ -35,14 +36,16 @@ def _named(scene: Scene, phrase: str) -> list[SceneObject]:
 def _expected(scene: Scene, question: Question) -> str:
     text = question.text
     if question.kind == "background":
-        return f"{scene.texture} {scene.background}"
+        (ground,) = scene.grounds
+        return f"{ground.texture} {ground.color}"
     if question.kind == "existence":
         return "yes" if _named(scene, text.rstrip("?")) else "no"
     if question.kind == "count":
         return NUMBERS[len(_named(scene, text))]
     if question.kind == "text":
-        assert scene.sign is not None
-        return scene.sign.digit
+        named = [sign for sign in scene.signs if f" {sign.color} sign" in text] or scene.signs
+        (sign,) = named
+        return sign.digit
     if question.kind == "relation":
         first, second = text.removeprefix("where is the ").rstrip("?").split(" relative to the ")
         (item,), (other,) = _named(scene, first), _named(scene, second)
@@ -51,6 +54,16 @@ def _expected(scene: Scene, question: Question) -> str:
             return "right" if dx > 0 else "left"
         return "below" if dy > 0 else "above"
     (item,) = _named(scene, text.rstrip("?"))
+    if question.kind == "nearest":
+        _, *gaps = sorted((math.hypot(o.x - item.x, o.y - item.y), o.name) for o in scene.objects)
+        assert gaps[1][0] > 1.4 * gaps[0][0]
+        return gaps[0][1]
+    if question.kind == "behind":
+        assert scene.split is not None
+        line = scene.split
+        first = (item.x if line.upright else item.y) < line.at
+        ground = scene.grounds[0 if first else 1]
+        return f"{ground.texture} {ground.color}"
     if question.kind == "position":
         row = "top" if item.y < 1 / 3 else "middle" if item.y < 2 / 3 else "bottom"
         column = "left" if item.x < 1 / 3 else "center" if item.x < 2 / 3 else "right"
@@ -67,6 +80,21 @@ def test_answers_follow_from_the_scene(seed: int) -> None:
         assert question.answer == _expected(scene, question), question
 
 
+@given(SEEDS)
+def test_a_question_tells_what_its_answer_rests_on(seed: int) -> None:
+    scene = sample_scene(seed)
+    names = {item.name for item in scene.objects} | {f"{s.color} sign" for s in scene.signs}
+    names |= {ground.name for ground in scene.grounds}
+    for question in questions(scene):
+        assert set(question.about) <= names
+        if question.kind not in ("existence", "count"):
+            assert question.about
+        if question.kind == "count":
+            assert NUMBERS[len(question.about)] == question.answer
+        if question.kind in ("nearest", "behind"):
+            assert question.answer in question.about
+
+
 def test_every_kind_is_asked() -> None:
     assert {q.kind for seed in range(50) for q in questions(sample_scene(seed))} == set(KINDS)
 
@@ -78,8 +106,9 @@ def test_caption_lists_objects_left_to_right(seed: int) -> None:
     places = [text.index(f"a {item.size} {item.name}") for item in scene.objects]
     by_column = [p for _, p in sorted(zip([i.x for i in scene.objects], places, strict=True))]
     assert by_column == sorted(by_column)
-    assert f"on a {scene.texture} {scene.background} background" in text
-    assert ("sign" in text) == (scene.sign is not None)
+    for ground in scene.grounds:
+        assert ground.name in text
+    assert text.count("a sign reading") == len(scene.signs)
 
 
 def test_close_calls_have_no_position() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sppruner.tiny.layout import GRID, mark_outline
 from sppruner.tiny.scenes import COLORS, SHAPES, SIZES, TEXTURES, render, sample_scene
 
 SEEDS = st.integers(0, 50_000_000)
@@ -22,7 +23,7 @@ def test_same_seed_same_scene(seed: int) -> None:
 @given(SEEDS)
 def test_objects_are_distinct_inside_and_apart(seed: int) -> None:
     scene = sample_scene(seed)
-    assert 1 <= len(scene.objects) <= 4
+    assert 3 <= len(scene.objects) <= 9
     assert len({item.name for item in scene.objects}) == len(scene.objects)
     for index, item in enumerate(scene.objects):
         assert item.color in COLORS
@@ -33,7 +34,37 @@ def test_objects_are_distinct_inside_and_apart(seed: int) -> None:
         for other in scene.objects[:index]:
             gap = math.hypot(item.x - other.x, item.y - other.y)
             assert gap > item.radius + other.radius
-            assert abs(item.x - other.x) >= 0.04
+            assert abs(item.x - other.x) >= 0.04 or len(scene.objects) > 3
+
+
+@given(SEEDS)
+def test_centres_keep_clear_of_the_patch_grids_lines(seed: int) -> None:
+    scene = sample_scene(seed)
+    for thing in (*scene.objects, *scene.signs):
+        for place in (thing.x, thing.y):
+            assert abs(place * GRID - round(place * GRID)) / GRID >= 1.5 / 96 - 1e-9
+
+
+@given(SEEDS)
+def test_distractors_touch_no_object_or_sign(seed: int) -> None:
+    scene = sample_scene(seed)
+    for mark in scene.marks:
+        for x, y in mark_outline(mark):
+            for item in scene.objects:
+                assert math.hypot(x - item.x, y - item.y) > item.radius
+            for sign in scene.signs:
+                assert max(abs(x - sign.x), abs(y - sign.y)) > sign.side / 2
+
+
+@given(SEEDS)
+def test_captioned_scenes_are_quiet_and_signs_can_be_named(seed: int) -> None:
+    scene = sample_scene(seed)
+    assert len({sign.color for sign in scene.signs}) == len(scene.signs) <= 2
+    assert len(scene.grounds) == (1 if scene.split is None else 2)
+    assert len({ground.color for ground in scene.grounds}) == len(scene.grounds)
+    if len(scene.objects) == 3:
+        assert scene.split is None
+        assert len(scene.signs) <= 1
 
 
 @settings(max_examples=10, deadline=None)
@@ -68,6 +99,8 @@ def test_objects_have_their_color_where_they_are() -> None:
 
 def test_every_texture_and_count_occurs() -> None:
     scenes = [sample_scene(seed) for seed in range(300)]
-    assert {scene.texture for scene in scenes} == set(TEXTURES)
-    assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
-    assert 0.5 < sum(scene.sign is not None for scene in scenes) / len(scenes) < 0.7
+    assert {ground.texture for scene in scenes for ground in scene.grounds} == set(TEXTURES)
+    assert {len(scene.objects) for scene in scenes} == set(range(3, 10))
+    assert {len(scene.signs) for scene in scenes} == {0, 1, 2}
+    assert {mark.kind for scene in scenes for mark in scene.marks} == {"stroke", "dot", "arc"}
+    assert 0.3 < sum(scene.split is not None for scene in scenes) / len(scenes) < 0.6

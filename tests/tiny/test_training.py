@@ -55,7 +55,7 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
         second.kill()
     assert second.returncode == 0, log
     assert "resumed" in log
-    assert load_checkpoint(work / "joint.pt", torch.device("cpu"))["step"] == 7
+    assert load_checkpoint(work / "joint.pt", torch.device("cpu"))["step"] == 10
     AutoProcessor.from_pretrained(output)
     LlavaForConditionalGeneration.from_pretrained(output)
     card = (output / "README.md").read_text()

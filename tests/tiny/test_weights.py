@@ -8,6 +8,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sppruner.tiny import MODEL_DIR
 from sppruner.tiny.recipe.evaluate import Score, generated, saliency_auc, teacher_forced
+from sppruner.tiny.recipe.families import LLAVA
 from sppruner.tiny.scenes import HELD_OUT_SEED
 
 FRESH_SEED = HELD_OUT_SEED + 2_000_000
@@ -37,7 +38,7 @@ def test_shipped_files_are_small_and_bfloat16(model: LlavaForConditionalGenerati
 
 def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
     # Looser than the card's gates by the noise of a small sample.
-    floors = {"count": 0.85, "caption": 0.7}
+    floors = {"nearest": 0.4, "caption": 0.3}
     for kind, score in answers.items():
         assert score.accuracy >= floors.get(kind, 0.9), (kind, score)
 
@@ -45,7 +46,7 @@ def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
 def test_generate_agrees_with_teacher_forcing(
     model: LlavaForConditionalGeneration, answers: dict[str, Score]
 ) -> None:
-    forced = teacher_forced(model, SCENES, FRESH_SEED)
+    forced = teacher_forced(LLAVA, model, SCENES, FRESH_SEED)
     assert {kind: score.asked for kind, score in forced.items()} == {
         kind: score.asked for kind, score in answers.items()
     }
@@ -57,8 +58,8 @@ def test_generate_agrees_with_teacher_forcing(
 def test_random_ninth_of_the_tokens_is_not_enough(
     model: LlavaForConditionalGeneration, answers: dict[str, Score]
 ) -> None:
-    assert _mean(teacher_forced(model, SCENES, FRESH_SEED, kept=16)) < _mean(answers) - 0.1
+    assert _mean(teacher_forced(LLAVA, model, SCENES, FRESH_SEED, kept=16)) < _mean(answers) - 0.3
 
 
 def test_class_token_looks_at_things(model: LlavaForConditionalGeneration) -> None:
-    assert saliency_auc(model, 40, FRESH_SEED)[-1] > 0.75
+    assert saliency_auc(LLAVA, model, 40, FRESH_SEED)[-1] > 0.9

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from sppruner.tiny.layout import COLORS, GRID, Points, Scene, mark_outline, outline
 from sppruner.tiny.model import IMAGE_SIDE, PATCH_SIDE, VISUAL_TOKENS, WORDS, build_tokenizer
 from sppruner.tiny.questions import (
     CAPTION_OBJECTS,
@@ -29,33 +30,46 @@ from sppruner.tiny.questions import (
     caption,
     questions,
 )
-from sppruner.tiny.scenes import Scene, outline, render, sample_scene
+from sppruner.tiny.scenes import MOST_OBJECTS, MOST_SIGNS, render, sample_scene
 
 __all__ = [
-    "BACKGROUND",
+    "BARE",
     "CAPTION_KIND",
     "ENTITIES",
-    "SIGN",
+    "GROUNDS",
+    "PATCH_CENTERS",
+    "SIGNS",
     "SceneCache",
     "build_cache",
     "decoded",
+    "entity_bits",
     "patch_owners",
     "scene_table",
 ]
 
 Array = npt.NDArray[Any]
 
-OBJECTS: Final = 4
-SIGN: Final = 4
-BACKGROUND: Final = 5
-ENTITIES: Final = 6
-"""Rows of the per-scene tables: up to four objects, the sign, the background."""
+SIGNS: Final = MOST_OBJECTS
+GROUNDS: Final = SIGNS + MOST_SIGNS
+ENTITIES: Final = GROUNDS + 2
+"""Rows of the per-scene tables: objects first, then signs from `SIGNS`, grounds from `GROUNDS`."""
+BARE: Final = 255
+"""Colour index of a patch without a distractor."""
 
 CAPTION_KIND: Final = len(KINDS)
-_SIDE: Final = IMAGE_SIDE // PATCH_SIDE
-_MIN_COVER: Final = 10  # of a patch's 64 pixels, to count as part of an object
+_MIN_COVER: Final = 12  # of a patch's 64 pixels, to count as part of an object
+_MIN_STAIN: Final = 8
+_CORE: Final = 0.71 / GRID  # patches with their centre this close show what the entity is
 _SHARD: Final = 500
-_FIELDS: Final = ("images", "owners", "anchors", "words", "centers", "tokens", "spans", "starts")
+_LABELS: Final = ("owners", "stains", "cores", "anchors", "words", "centers")
+_FIELDS: Final = ("images", *_LABELS, "tokens", "spans", "evidence", "starts")
+
+
+_PLACES: Final = (np.arange(GRID) + 0.5) / GRID
+PATCH_CENTERS: Final[Array] = np.stack(
+    [np.tile(_PLACES, GRID), np.repeat(_PLACES, GRID)], 1
+).astype(np.float32)
+"""(144, 2) x, y of every patch's centre."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +78,14 @@ class SceneCache:
 
     images: Array  # (N, 96, 96, 3) uint8
     owners: Array  # (N, 144) uint8: which entity a patch shows
-    anchors: Array  # (N, 144) bool: patches that hold an object's centre
+    stains: Array  # (N, 144) uint8: colour of the distractor on a patch, or `BARE`
+    cores: Array  # (N, 144) bool: patches around the centre of an object or sign
+    anchors: Array  # (N, 144) bool: the one patch that holds an object's centre
     words: Array  # (N, ENTITIES, len(WORDS)) bool: words true of an entity
     centers: Array  # (N, ENTITIES, 2) float32: x, y of an entity's centre
     tokens: Array  # flat uint8: question, <assistant>, answer, </s>
     spans: Array  # (Q, 4) int64: first token, length, answer length with </s>, kind
+    evidence: Array  # (Q,) int64: bit e is set where a question is about entity e
     starts: Array  # (N + 1,) int64: first question of each scene
 
     def __len__(self) -> int:
@@ -89,70 +106,98 @@ def decoded(scene: Scene, quality: int) -> Image.Image:
 
 
 def patch_owners(scene: Scene) -> Array:
-    """(144,) uint8: the entity that covers most of each patch, `BACKGROUND` where none does."""
+    """(144,) uint8: the object or sign that covers a patch, else the ground that lies there."""
     cover = np.zeros((ENTITIES, VISUAL_TOKENS), dtype=np.int64)
     for index, item in enumerate(scene.objects):
-        corners = [(x * IMAGE_SIDE, y * IMAGE_SIDE) for x, y in outline(item)]
-        cover[index] = _covered(corners)
-    if scene.sign is not None:
-        half = scene.sign.side / 2
-        low_x, high_x = (scene.sign.x - half) * IMAGE_SIDE, (scene.sign.x + half) * IMAGE_SIDE
-        low_y, high_y = (scene.sign.y - half) * IMAGE_SIDE, (scene.sign.y + half) * IMAGE_SIDE
-        cover[SIGN] = _covered([(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)])
-    cover[BACKGROUND] = _MIN_COVER - 1
+        cover[index] = _covered(outline(item))
+    for index, sign in enumerate(scene.signs):
+        low_x, high_x = sign.x - sign.side / 2, sign.x + sign.side / 2
+        low_y, high_y = sign.y - sign.side / 2, sign.y + sign.side / 2
+        corners = [(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)]
+        cover[SIGNS + index] = _covered(corners)
+    for patch, (x, y) in enumerate(PATCH_CENTERS):
+        cover[GROUNDS + scene.ground_at(x, y), patch] = _MIN_COVER - 1
     return cover.argmax(0).astype(np.uint8)
 
 
-def _covered(corners: list[tuple[float, float]]) -> Array:
+def _stains(scene: Scene) -> Array:
+    stains = np.full(VISUAL_TOKENS, BARE, dtype=np.uint8)
+    for mark in scene.marks:
+        stains[_covered(mark_outline(mark)) >= _MIN_STAIN] = COLORS.index(mark.color)
+    return stains
+
+
+def _covered(corners: Points) -> Array:
     """Pixels of each patch inside a polygon."""
     mask = Image.new("L", (IMAGE_SIDE, IMAGE_SIDE))
-    ImageDraw.Draw(mask).polygon(corners, fill=1)
-    cells = np.asarray(mask, dtype=np.int64).reshape(_SIDE, PATCH_SIDE, _SIDE, PATCH_SIDE)
+    ImageDraw.Draw(mask).polygon([(x * IMAGE_SIDE, y * IMAGE_SIDE) for x, y in corners], fill=1)
+    cells = np.asarray(mask, dtype=np.int64).reshape(GRID, PATCH_SIDE, GRID, PATCH_SIDE)
     return cells.sum(axis=(1, 3)).reshape(-1)
 
 
-def _labels(scene: Scene) -> dict[str, Array]:
+def _labels(scene: Scene) -> tuple[Array, ...]:
+    """The arrays named in `_LABELS`."""
     owners = patch_owners(scene)
+    cores = np.zeros(VISUAL_TOKENS, dtype=bool)
     anchors = np.zeros(VISUAL_TOKENS, dtype=bool)
     words = np.zeros((ENTITIES, len(WORDS)), dtype=bool)
     centers = np.zeros((ENTITIES, 2), dtype=np.float32)
 
-    def describe(entity: int, x: float, y: float, *true: str) -> None:
+    def describe(entity: int, x: float, y: float, *true: str) -> int:
         for word in (*true, ROWS[int(y * 3)], COLUMNS[int(x * 3)]):
             words[entity, WORDS.index(word)] = True
         centers[entity] = x, y
+        anchor = int(y * GRID) * GRID + int(x * GRID)
+        owners[anchor] = entity
+        near = np.hypot(PATCH_CENTERS[:, 0] - x, PATCH_CENTERS[:, 1] - y) < _CORE
+        cores[near & (owners == entity)] = True
+        cores[anchor] = True
+        return anchor
 
     for index, item in enumerate(scene.objects):
-        describe(index, item.x, item.y, item.color, item.shape, item.size)
-        center = int(item.y * _SIDE) * _SIDE + int(item.x * _SIDE)
-        owners[center], anchors[center] = index, True
-    if scene.sign is not None:
-        describe(SIGN, scene.sign.x, scene.sign.y, "sign", scene.sign.digit)
-    for word in (scene.background, scene.texture):
-        words[BACKGROUND, WORDS.index(word)] = True
-    return {"owners": owners, "anchors": anchors, "words": words, "centers": centers}
+        anchors[describe(index, item.x, item.y, item.color, item.shape, item.size)] = True
+    for index, sign in enumerate(scene.signs, start=SIGNS):
+        describe(index, sign.x, sign.y, "sign", sign.digit, sign.color)
+    for index, ground in enumerate(scene.grounds, start=GROUNDS):
+        for word in (ground.color, ground.texture):
+            words[index, WORDS.index(word)] = True
+    return owners, _stains(scene), cores, anchors, words, centers
+
+
+def entity_bits(scene: Scene) -> dict[str, int]:
+    """One bit for each object and sign, by the name that questions use; grounds have none."""
+    bits = {item.name: 1 << index for index, item in enumerate(scene.objects)}
+    return bits | {
+        f"{sign.color} sign": 1 << SIGNS + index for index, sign in enumerate(scene.signs)
+    }
 
 
 def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Array]:
     """Arrays of some scenes; JPEG quality random per seed unless given."""
     tokenizer = build_tokenizer()
-    rows: dict[str, list[Array]] = {name: [] for name in _FIELDS[:5]}
+    rows: dict[str, list[Array]] = {name: [] for name in ("images", *_LABELS)}
     prompts: list[str] = []
     answers: list[str] = []
     kinds: list[int] = []
+    evidence: list[int] = []
     asked_per_scene: list[int] = []
     for seed in range(first, first + count):
         scene = sample_scene(seed)
         drawn = random.Random(f"jpeg:{seed}").randint(85, 97)
         rows["images"].append(np.asarray(decoded(scene, quality or drawn)))
-        for name, value in _labels(scene).items():
+        for name, value in zip(_LABELS, _labels(scene), strict=True):
             rows[name].append(value)
-        asked = [(q.text, q.answer, KINDS.index(q.kind)) for q in questions(scene)]
+        named = entity_bits(scene)
+        asked = [
+            (q.text, q.answer, KINDS.index(q.kind), sum(named.get(name, 0) for name in q.about))
+            for q in questions(scene)
+        ]
         if len(scene.objects) <= CAPTION_OBJECTS:
-            asked.append((CAPTION_PROMPT, caption(scene), CAPTION_KIND))
-        prompts += [text + "<assistant>" for text, _, _ in asked]
-        answers += [answer + "</s>" for _, answer, _ in asked]
-        kinds += [kind for _, _, kind in asked]
+            asked.append((CAPTION_PROMPT, caption(scene), CAPTION_KIND, sum(named.values())))
+        prompts += [text + "<assistant>" for text, _, _, _ in asked]
+        answers += [answer + "</s>" for _, answer, _, _ in asked]
+        kinds += [kind for _, _, kind, _ in asked]
+        evidence += [bits for _, _, _, bits in asked]
         asked_per_scene.append(len(asked))
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -164,6 +209,7 @@ def _shard(first: int, count: int, quality: int | None = None) -> dict[str, Arra
         **{name: np.stack(value) for name, value in rows.items()},
         "tokens": np.array(flat, dtype=np.uint8),
         "spans": spans.astype(np.int64),
+        "evidence": np.array(evidence, dtype=np.int64),
         "starts": np.array(asked_per_scene, dtype=np.int64),
     }
 

@@ -1,8 +1,8 @@
 """The class token's lesson: tell this image's caption from hundreds of others.
 
 A throw-away caption tower embeds the attribute table of a scene. Negatives are the other scenes
-of the batch, random scenes of the cache, and the own scene with one object's words exchanged: the
-last kind is told apart only by looking at the objects.
+of the batch, random scenes of the cache, and the own scene with one word of an object or sign
+exchanged: the last kind is told apart only by looking at the things.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sppruner.tiny.model import WORDS
-from sppruner.tiny.recipe.cache import OBJECTS, Array, SceneCache
-from sppruner.tiny.scenes import COLORS, SHAPES
+from sppruner.tiny.layout import COLORS, SHAPES
+from sppruner.tiny.model import DIGITS, WORDS
+from sppruner.tiny.recipe.cache import GROUNDS, SIGNS, Array, SceneCache
 
 __all__ = ["CaptionContrast"]
 
 _RANDOM_NEGATIVES: Final = 256
 _COLOR_SLICE: Final = slice(0, len(COLORS))
 _SHAPE_SLICE: Final = slice(len(COLORS), len(COLORS) + len(SHAPES))
+_DIGIT_SLICE: Final = slice(WORDS.index(DIGITS[0]), WORDS.index(DIGITS[-1]) + 1)
 
 
 class CaptionContrast(nn.Module):
@@ -55,12 +56,15 @@ def _table(cache: SceneCache, scenes: Array) -> Array:
 
 
 def _changed(tables: Array, rng: np.random.Generator) -> Array:
-    """Each scene with one object's colour or shape moved to another word of its kind."""
+    """Each scene with one thing's colour, shape or digit moved to another word of its kind."""
     changed = tables.copy()
     for row, table in enumerate(changed):
-        objects = np.flatnonzero(table[:OBJECTS, -1])
-        part = _COLOR_SLICE if rng.random() < 0.5 else _SHAPE_SLICE
-        words = table[rng.choice(objects), part]
+        thing = rng.choice(np.flatnonzero(table[:GROUNDS, -1]))
+        if thing >= SIGNS:
+            part = _DIGIT_SLICE
+        else:
+            part = _COLOR_SLICE if rng.random() < 0.5 else _SHAPE_SLICE
+        words = table[thing, part]
         words[:] = np.roll(words, rng.integers(1, len(words)))
         changed[row] = table
     return changed

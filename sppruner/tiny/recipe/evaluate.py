@@ -10,21 +10,33 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from sppruner.pruner import Pruner
+from sppruner.spec import DENSE, PruneSpec
 from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
-from sppruner.tiny.recipe.cache import SceneCache, scene_table
-from sppruner.tiny.recipe.packing import answer_logits, pack, random_keep
+from sppruner.tiny.recipe.cache import scene_table
+from sppruner.tiny.recipe.families import Family
+from sppruner.tiny.recipe.packing import Pack, answer_logits, pack, random_keep
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.vision import pixels
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
-__all__ = ["JPEG_QUALITY", "KIND_NAMES", "Score", "generated", "saliency_auc", "teacher_forced"]
+__all__ = [
+    "JPEG_QUALITY",
+    "KIND_NAMES",
+    "Score",
+    "generated",
+    "graded",
+    "saliency_auc",
+    "teacher_forced",
+]
 
 JPEG_QUALITY: Final = 92
 KIND_NAMES: Final = (*KINDS, "caption")
@@ -69,8 +81,13 @@ def generated(
     scenes: int,
     first: int = HELD_OUT_SEED,
     batch: int = 64,
+    spec: PruneSpec = DENSE,
 ) -> dict[str, Score]:
-    """Exact match of greedy `generate` through chat template and processor, per kind."""
+    """Exact match of greedy `generate` through chat template and processor, per kind.
+
+    With a `spec`, visual tokens are pruned as the library prunes them for its users.
+    """
+    pruner = Pruner(model, tokenizer=processor.tokenizer)
     scores: dict[str, Score] = defaultdict(Score)
     examples = list(_examples(range(first, first + scenes)))
     examples.sort(key=lambda example: len(example[2]))
@@ -91,10 +108,9 @@ def generated(
         images = [image for image, *_ in part]
         inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
         inputs = inputs.to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=48)
-        said = processor.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = [text for _, _, text, _ in part]
+        output = pruner.generate(inputs, spec, texts, max_new_tokens=48)
+        said = processor.batch_decode(output.tokens_BT, skip_special_tokens=True)
         for (_, kind, _, answer), text in zip(part, said, strict=True):
             scores[kind].add(text.strip() == answer)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
@@ -102,7 +118,8 @@ def generated(
 
 @torch.inference_mode()
 def teacher_forced(
-    model: LlavaForConditionalGeneration,
+    family: Family,
+    model: Any,
     scenes: int,
     first: int = HELD_OUT_SEED,
     kept: int | None = None,
@@ -114,49 +131,49 @@ def teacher_forced(
     Equal to greedy decoding; with `kept`, each image keeps that many random visual tokens.
     """
     cache = scene_table(first, scenes, JPEG_QUALITY)
+    look = family.eyes(model)
     generator = torch.Generator().manual_seed(draw)
     rng = np.random.default_rng(0)
     scores: dict[str, Score] = defaultdict(Score)
     for start in range(0, scenes, batch):
         rows = np.arange(start, min(start + batch, scenes))
         text = pack(cache, rows, rng, 1.0, _CPU)
-        seen = model.get_image_features(
-            pixel_values=pixels(cache, rows, _CPU).to(model.dtype), return_dict=True
-        )
+        seen, _ = look(pixels(cache, rows, _CPU).to(model.dtype))
         keep = None if kept is None else random_keep(len(rows), kept, generator)
-        logits = answer_logits(model, torch.stack(list(seen.pooler_output)), text, keep)
-        wrong = logits.argmax(-1) != text.labels_A
-        count = int(text.questions_A.max()) + 1
-        missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
-        kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
-        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True):
-            scores[KIND_NAMES[kind]].add(not miss)
+        logits = answer_logits(family, model, seen, text, keep)
+        for kind, right in graded(logits, text):
+            scores[kind].add(right)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
+
+
+def graded(logits_AV: Tensor, text: Pack) -> list[tuple[str, bool]]:
+    """Kind of every question, in order, and whether all tokens of its answer are right."""
+    wrong = logits_AV.argmax(-1) != text.labels_A
+    count = int(text.questions_A.max()) + 1
+    missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
+    kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
+    return [
+        (KIND_NAMES[kind], not miss)
+        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True)
+    ]
 
 
 @torch.inference_mode()
 def saliency_auc(
-    model: LlavaForConditionalGeneration, scenes: int, first: int = HELD_OUT_SEED
+    family: Family, model: Any, scenes: int, first: int = HELD_OUT_SEED
 ) -> list[float]:
-    """Per vision layer: how well the class token's attention ranks things above background.
+    """Per vision layer with one: how well attention saliency ranks things above background.
 
-    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care.
+    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care. Things
+    are objects and signs; distractors count as background.
     """
-    cache: SceneCache = scene_table(first, scenes, JPEG_QUALITY)
-    tower = model.model.vision_tower
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")
-    try:
-        everything = pixels(cache, np.arange(scenes), _CPU).to(model.dtype)
-        attentions = tower(everything, output_attentions=True, return_dict=True).attentions
-    finally:
-        tower.set_attn_implementation(before)
-    foreground = Truth(cache, np.arange(scenes), _CPU).foreground_BN
+    cache = scene_table(first, scenes, JPEG_QUALITY)
+    rows = np.arange(scenes)
+    things = Truth(cache, rows, _CPU).things_BN
     areas = []
-    for attention in attentions:
-        saliency = attention[:, :, 0, 1:].float().mean(1)
+    for saliency in family.saliency(model, pixels(cache, rows, _CPU)):
         per_scene = []
-        for score, mask in zip(saliency, foreground, strict=True):
+        for score, mask in zip(saliency, things, strict=True):
             inside, outside = score[mask], score[~mask]
             higher = (inside[:, None] > outside).float() + 0.5 * (inside[:, None] == outside)
             per_scene.append(higher.mean())

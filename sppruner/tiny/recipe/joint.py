@@ -1,54 +1,56 @@
 """Stage J: both halves meet and are trained together on pixels.
 
 Visual tokens are dropped uniformly at random in half of the steps, for no pruner's benefit in
-particular; embeddings stay frozen.
+particular; questions about things that then no token shows are not trained on. Embeddings stay
+frozen. The dense losses fade out over the first two thirds: what the visual tokens say in the end
+is what answering needs, not what `space` prescribes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.language import kind_weights, sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
-from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack
+from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, shown_entities
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.stages import Workshop
-from sppruner.tiny.recipe.vision import DenseLoss, Eyes, pixels
+from sppruner.tiny.recipe.vision import DenseLoss, pixels
 
 __all__ = ["joint_model", "train_joint"]
 
 _JOINT: Final = 3
 _BATCH: Final = 24  # over all ranks
+_FADE: Final = 2 / 3  # of the steps, over which the dense losses fade out to nothing
 
 
-def _parts(model: LlavaForConditionalGeneration, contrast: CaptionContrast) -> nn.ModuleDict:
+def _parts(family: Family, model: Any, contrast: CaptionContrast) -> nn.ModuleDict:
     return nn.ModuleDict(
-        {"eyes": Eyes(model), "contrast": contrast, "language": model.model.language_model}
+        {"eyes": family.eyes(model), "contrast": contrast, "language": model.model.language_model}
     )
 
 
-def joint_model(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, int]:
-    """The model as of a checkpoint of this stage, float32 on the CPU, and the steps it took."""
-    model = build_model(build_tokenizer())
-    parts = _parts(model, CaptionContrast())
+def joint_model(family: Family, checkpoint: Path) -> Any:
+    """The model as of a checkpoint of this stage, float32 on the CPU."""
+    model = family.build(family.tokenizer())
+    parts = _parts(family, model, CaptionContrast())
     state = load_checkpoint(checkpoint, torch.device("cpu"))
     parts.load_state_dict(state["model"])
-    return model.eval(), state["step"]
+    return model.eval()
 
 
 def train_joint(shop: Workshop, ranks: Ranks) -> None:
     """Stage J, from the checkpoints of the stages before it."""
     model, space = shop.build()
     contrast = CaptionContrast().to(shop.device)
-    parts = _parts(model, contrast)
+    parts = _parts(shop.family, model, contrast)
     language = load_checkpoint(shop.folder / "language.pt", shop.device)
     vision = load_checkpoint(shop.folder / "sharpen.pt", shop.device)
     parts["language"].load_state_dict(language["model"])
@@ -56,8 +58,9 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
 
     look = shop.compile(parts["eyes"])
     dense = DenseLoss(space, sharp=True)
-    weights = kind_weights(shop.device, background=0.5, count=3.0, relation=2.0)
+    weights = kind_weights(shop.device, background=0.5, behind=2.0, count=3.0, nearest=4.0)
     batch = _BATCH // ranks.world
+    schedule = Schedule(steps=shop.steps(2600), peak=1e-3, warmup=40, hold=0.35, floor=0.03)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         draws = Draws(stage=_JOINT, step=step, rank=ranks.rank)
@@ -68,18 +71,20 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         keep = sample_keep(batch, Draws(stage=_JOINT, step=step).torch())
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
-            logits = answer_logits(model, tokens, text, keep)
-        spoken = lm_loss(logits, text, weights)
+            logits = answer_logits(shop.family, model, tokens, text, keep)
+        shown = None if keep is None else shown_entities(shop.cache, scenes, keep)
+        spoken = lm_loss(logits, text, weights, shown)
         seen, numbers = dense(tokens, Truth(shop.cache, scenes, shop.device), 30.0)
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)
         right = (logits.argmax(-1) == text.labels_A).float().mean()
         numbers |= {"contrast": contrastive.item(), "lm": spoken.item(), "right": right.item()}
-        return seen + 0.2 * contrastive + 4.0 * spoken, numbers
+        fade = max(0.0, 1 - step / (_FADE * schedule.steps))
+        return fade * seen + 0.2 * contrastive + 4.0 * spoken, numbers
 
     run_steps(
         "joint",
         parts,
-        Schedule(steps=shop.steps(1800), peak=8e-4, warmup=40, hold=0.25, floor=0.03),
+        schedule,
         loss_at,
         shop.folder / "joint.pt",
         rank=ranks.rank,

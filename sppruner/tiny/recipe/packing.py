@@ -3,26 +3,33 @@
 Every question sees the image prefix and itself only and restarts its position ids right behind
 the image, which is exactly the layout at test time; one vision pass thus serves a dozen answers.
 Dropped visual tokens are simply absent, the kept ones keep their original positions.
-Shapes: B scenes, N = 144 patches, K kept, T text tokens, S = 2 + K + T, D = 128, A answer tokens.
+Shapes: B scenes, N = 144 patches, K kept, T text tokens, S all tokens, D = 128, A answer tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS
+from sppruner.tiny.model import VISUAL_TOKENS
 from sppruner.tiny.recipe.cache import CAPTION_KIND, Array, SceneCache
+from sppruner.tiny.recipe.families import Family
 
-__all__ = ["Pack", "answer_logits", "lm_loss", "pack", "random_keep"]
+__all__ = [
+    "Pack",
+    "answer_logits",
+    "lm_loss",
+    "pack",
+    "pack_questions",
+    "random_keep",
+    "shown_entities",
+]
 
-_PREFIX: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
-_TEXT_START: Final = len(_PREFIX) + VISUAL_TOKENS
 _ROUND: Final = 16  # text lengths are padded to a multiple, for fewer distinct shapes
 
 
@@ -32,12 +39,13 @@ class Pack:
 
     ids_BT: Tensor
     segments_BT: Tensor
-    positions_BT: Tensor
+    positions_BT: Tensor  # from 0 for every question
     rows_A: Tensor  # scene of each answer token
     columns_A: Tensor  # text column whose logits predict it
     labels_A: Tensor
     kinds_A: Tensor
     questions_A: Tensor  # running number of the question within the batch
+    evidence_A: Tensor  # bits of the entities the question is about
 
 
 def pack(
@@ -48,21 +56,30 @@ def pack(
     device: torch.device,
 ) -> Pack:
     """Tokenized questions of `scenes`; captions are asked with probability `caption_rate`."""
-    texts: list[Array] = []
-    answers: list[tuple[int, int, int, int, int]] = []
-    question = 0
-    for row, scene in enumerate(scenes):
-        spans = cache.spans[cache.starts[scene] : cache.starts[scene + 1]]
+    groups = []
+    for scene in scenes:
+        asked = np.arange(cache.starts[scene], cache.starts[scene + 1])
         if rng.random() >= caption_rate:
-            spans = spans[spans[:, 3] != CAPTION_KIND]
+            asked = asked[cache.spans[asked, 3] != CAPTION_KIND]
+        groups.append(asked)
+    return pack_questions(cache, groups, device)
+
+
+def pack_questions(cache: SceneCache, groups: Sequence[Array], device: torch.device) -> Pack:
+    """One row per group of questions, given as indices into `SceneCache.spans`."""
+    texts: list[Array] = []
+    answers: list[tuple[int, int, int, int, int, int]] = []
+    question = 0
+    for row, asked in enumerate(groups):
         parts = []
         column = 0
-        for segment, (first, length, answer, kind) in enumerate(spans, start=1):
+        about = zip(cache.spans[asked], cache.evidence[asked], strict=True)
+        for segment, ((first, length, answer, kind), bits) in enumerate(about, start=1):
             ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
             place = np.arange(length)
-            parts.append(np.stack([ids, np.full(length, segment), _TEXT_START + place]))
+            parts.append(np.stack([ids, np.full(length, segment), place]))
             for index in range(length - answer, length):
-                answers.append((row, column + index - 1, int(ids[index]), kind, question))
+                answers.append((row, column + index - 1, int(ids[index]), kind, question, bits))
             column += length
             question += 1
         texts.append(np.concatenate(parts, axis=1))
@@ -71,7 +88,7 @@ def pack(
     for row, text in enumerate(texts):
         padded[row, :, : text.shape[1]] = text
     table = torch.from_numpy(padded).to(device)
-    rows, columns, labels, kinds, numbers = torch.tensor(answers, device=device).T
+    rows, columns, labels, kinds, numbers, bits = torch.tensor(answers, device=device).T
     return Pack(
         ids_BT=table[:, 0],
         segments_BT=table[:, 1],
@@ -81,6 +98,7 @@ def pack(
         labels_A=labels,
         kinds_A=kinds,
         questions_A=numbers,
+        evidence_A=bits,
     )
 
 
@@ -91,7 +109,8 @@ def random_keep(batch: int, kept: int, generator: torch.Generator) -> Tensor:
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration,
+    family: Family,
+    model: Any,
     visual_BND: Tensor,
     text: Pack,
     keep_BK: Tensor | None = None,
@@ -103,15 +122,15 @@ def answer_logits(
     keep_BK = keep_BK.to(device)
     visual = visual_BND.gather(1, keep_BK[..., None].expand(-1, -1, visual_BND.shape[-1]))
     embed: nn.Embedding = model.get_input_embeddings()
-    prefix = embed(torch.tensor(_PREFIX, device=device)).expand(batch, -1, -1)
-    inputs_BSD = torch.cat([prefix, visual, embed(text.ids_BT)], 1)
-    head = torch.arange(len(_PREFIX), device=device).expand(batch, -1)
-    positions_BS = torch.cat([head, len(_PREFIX) + keep_BK, text.positions_BT], 1)
-    before = len(_PREFIX) + keep_BK.shape[1]
+    start, end = (
+        embed(torch.tensor(ids, dtype=torch.long, device=device)).expand(batch, -1, -1)
+        for ids in (family.before, family.after)
+    )
+    before = start.shape[1] + keep_BK.shape[1] + end.shape[1]
     hidden_BSD = model.model.language_model(
-        inputs_embeds=inputs_BSD,
+        inputs_embeds=torch.cat([start, visual, end, embed(text.ids_BT)], 1),
         attention_mask=_block_mask(text.segments_BT, before),
-        position_ids=positions_BS,
+        position_ids=family.positions(keep_BK, text.positions_BT),
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden_BSD[text.rows_A, before + text.columns_A])
@@ -125,8 +144,27 @@ def _block_mask(segments_BT: Tensor, before: int) -> Tensor:
     return same.tril()[:, None]
 
 
-def lm_loss(logits_AV: Tensor, text: Pack, kind_weights: Tensor) -> Tensor:
-    """Cross-entropy over answer tokens, weighted by the question's kind."""
+def shown_entities(cache: SceneCache, scenes: Array, keep_BK: Tensor) -> Tensor:
+    """(B,) int64 with bit e set where a patch of entity e's core is among the kept tokens."""
+    kept_BN = np.zeros((len(scenes), VISUAL_TOKENS), dtype=bool)
+    np.put_along_axis(kept_BN, keep_BK.cpu().numpy(), True, axis=1)
+    owners_BN = np.asarray(cache.owners[scenes]).astype(np.int64)
+    bits_BN = np.where(np.asarray(cache.cores[scenes]) & kept_BN, 1 << owners_BN, 0)
+    return torch.from_numpy(np.bitwise_or.reduce(bits_BN, axis=1))
+
+
+def lm_loss(
+    logits_AV: Tensor, text: Pack, kind_weights: Tensor, shown_B: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy over answer tokens, weighted by the question's kind.
+
+    With `shown_B` (see `shown_entities`), questions about things that no kept token shows count
+    nothing: trained to name what it cannot see, a model learns to guess beyond what it sees, and
+    then does so too when a pruner has kept every thing.
+    """
     weights = kind_weights[text.kinds_A]
+    if shown_B is not None:
+        shown_A = shown_B.to(text.rows_A.device)[text.rows_A]
+        weights = weights * (text.evidence_A & ~shown_A == 0)
     losses = nn.functional.cross_entropy(logits_AV.float(), text.labels_A, reduction="none")
-    return (weights * losses).sum() / weights.sum()
+    return (weights * losses).sum() / weights.sum().clamp(min=1.0)

@@ -12,16 +12,16 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sppruner.tiny.model import build_model, build_tokenizer
 from sppruner.tiny.recipe.cache import SceneCache
 from sppruner.tiny.recipe.contrast import CaptionContrast
+from sppruner.tiny.recipe.families import LLAVA, Family
 from sppruner.tiny.recipe.language import init_language, language_loss
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.space import TokenSpace, Truth
-from sppruner.tiny.recipe.vision import DenseLoss, Eyes, init_vision, pixels
+from sppruner.tiny.recipe.vision import DenseLoss, pixels
 
 __all__ = ["Workshop", "sharpen_vision", "train_language", "train_vision"]
 
@@ -36,6 +36,7 @@ class Workshop:
     folder: Path
     cache: SceneCache
     device: torch.device
+    family: Family = LLAVA
     scale: float = 1.0  # of all step counts
     compiled: bool = True
     save_seconds: float = 60.0  # between checkpoints
@@ -44,13 +45,13 @@ class Workshop:
         """A stage's step count at this scale."""
         return max(2, round(full * self.scale))
 
-    def build(self) -> tuple[LlavaForConditionalGeneration, TokenSpace]:
+    def build(self) -> tuple[Any, TokenSpace]:
         """The initialised model, embeddings frozen at the token space."""
-        tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        tokenizer: PreTrainedTokenizerFast = self.family.tokenizer()
         space = TokenSpace(tokenizer, self.device)
-        model = build_model(tokenizer)
+        model = self.family.build(tokenizer)
         init_language(model, space)
-        init_vision(model, self.cache)
+        self.family.init_vision(model, self.cache)
         return model.to(self.device), space
 
     def compile(self, module: nn.Module) -> Callable[..., Any]:
@@ -59,15 +60,15 @@ class Workshop:
 
 
 def train_language(shop: Workshop) -> None:
-    """Stage L, about 25 minutes on one contended core."""
+    """Stage L, about 35 minutes on one contended core."""
     model, space = shop.build()
     batch = 16
-    schedule = Schedule(steps=shop.steps(3000), peak=2e-3, warmup=100, hold=0.5)
+    schedule = Schedule(steps=shop.steps(3500), peak=2e-3, warmup=100, hold=0.5)
     run_steps(
         "language",
         model.model.language_model,
         schedule,
-        language_loss(model, space, shop.cache, schedule.steps, batch, shop.device),
+        language_loss(shop.family, model, space, shop.cache, schedule.steps, batch),
         shop.folder / "language.pt",
         save_seconds=shop.save_seconds,
     )
@@ -75,20 +76,20 @@ def train_language(shop: Workshop) -> None:
 
 def train_vision(shop: Workshop) -> None:
     """Stage V, beside stage L on another core."""
-    schedule = Schedule(steps=shop.steps(5000), peak=1.5e-3, warmup=100, floor=0.08)
+    schedule = Schedule(steps=shop.steps(6500), peak=1.5e-3, warmup=100, floor=0.08)
     _look_and_tell(shop, Ranks(0, 1, None), "vision", schedule, 16)
 
 
 def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
     """Stage S: the vision tower again, on all ranks, for what it learns last."""
-    schedule = Schedule(steps=shop.steps(1500), peak=1.2e-3, warmup=50, floor=0.15)
+    schedule = Schedule(steps=shop.steps(900), peak=1.2e-3, warmup=50, floor=0.15)
     _look_and_tell(shop, ranks, "sharpen", schedule, 32 // ranks.world)
 
 
 def _look_and_tell(shop: Workshop, ranks: Ranks, name: str, schedule: Schedule, batch: int) -> None:
     model, space = shop.build()
     torch.manual_seed(23)
-    eyes, contrast = Eyes(model), CaptionContrast().to(shop.device)
+    eyes, contrast = shop.family.eyes(model), CaptionContrast().to(shop.device)
     parts = nn.ModuleDict({"eyes": eyes, "contrast": contrast})
     sharp = name == "sharpen"
     if sharp:

@@ -1,28 +1,25 @@
 """Stage V: the vision tower and projector learn to emit oracle tokens, without a language model.
 
-Dense targets per patch (words, object centre, anchor, the full token) and, for the class token, a
+Dense targets per patch (words, place, anchor, the full token) and, for the class token, a
 contrastive loss against captions: without one the attention of the class token is meaningless.
-Shapes: B images, N = 144 patches, C = words + anchor, D = 128.
+Shapes: B images, N = 144 patches, C = channels, D = 128.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from sppruner.tiny.model import IMAGE_SIDE, PATCH_SIDE, WORDS
+from sppruner.tiny.layout import GRID, SHAPES
+from sppruner.tiny.model import PATCH_SIDE, WORDS
 from sppruner.tiny.recipe.cache import Array, SceneCache
-from sppruner.tiny.recipe.space import TokenSpace, Truth
-from sppruner.tiny.scenes import SHAPES
+from sppruner.tiny.recipe.space import ANCHOR, CHANNELS, TokenSpace, Truth
 
 __all__ = ["DenseLoss", "Eyes", "init_vision", "pixels"]
-
-_SIDE: Final = IMAGE_SIDE // PATCH_SIDE
 
 
 class Eyes(nn.Module):
@@ -95,13 +92,13 @@ def _whitening(cache: SceneCache, width: int) -> Tensor:
 
 def _sine_positions(width: int) -> Tensor:
     """(144, width): half of the channels for the row, half for the column."""
-    place = torch.arange(_SIDE, dtype=torch.float32)
+    place = torch.arange(GRID, dtype=torch.float32)
     waves = math.pi / 2 * 2.0 ** -torch.linspace(0, 4, width // 4)
     phases = place[:, None] * waves
     one = torch.cat([phases.sin(), phases.cos()], 1)
-    rows = one[:, None].expand(_SIDE, _SIDE, -1)
-    columns = one[None].expand(_SIDE, _SIDE, -1)
-    return torch.cat([rows, columns], 2).reshape(_SIDE * _SIDE, width)
+    rows = one[:, None].expand(GRID, GRID, -1)
+    columns = one[None].expand(GRID, GRID, -1)
+    return torch.cat([rows, columns], 2).reshape(GRID**2, width)
 
 
 class DenseLoss:
@@ -113,13 +110,13 @@ class DenseLoss:
     def __init__(self, space: TokenSpace, *, sharp: bool = False) -> None:
         self.space = space
         self.sharp = sharp
-        weights = torch.ones(len(WORDS) + 1, device=space.marks_CD.device)
+        weights = torch.ones(CHANNELS, device=space.marks_CD.device)
         for channel, word in enumerate(WORDS):
             if word in SHAPES:
                 weights[channel] = 3.0 if sharp else 2.0
             elif word.isdigit():
                 weights[channel] = 6.0 if sharp else 2.5
-        weights[-1] = 10.0 if sharp else 4.0  # a missed or doubled anchor is a miscount
+        weights[ANCHOR] = 10.0 if sharp else 4.0  # a missed or doubled anchor is a miscount
         self.channel_weights_C = weights
 
     def __call__(
@@ -127,16 +124,18 @@ class DenseLoss:
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss and numbers to log."""
         tokens = tokens_BND.float()
-        marks, xy = self.space.read(tokens)
-        seen = truth.foreground_BN.float()
+        marks, places = self.space.read(tokens)
+        things, cores = truth.things_BN.float(), truth.cores_BN.float()
         bce = nn.functional.binary_cross_entropy_with_logits(
             8 * (marks - 0.5), truth.marks_BNC, reduction="none"
         )
-        patch_weights = 0.4 + 4.0 * seen
+        patch_weights = 0.4 + 2.5 * things + 6.0 * cores
         if self.sharp:
-            patch_weights = patch_weights + 4.0 * (seen - truth.objects_BN.float())
+            patch_weights = patch_weights + 6.0 * cores * truth.signs_BN.float()
         words = ((bce * self.channel_weights_C).mean(2) * patch_weights).mean()
-        places = ((xy - truth.xy_BN2).square().sum(2) * (0.1 + 2.0 * seen)).mean()
-        mse = (tokens - self.space.oracle(truth)).square().mean()
-        loss = words + places + mse_weight * mse
-        return loss, {"words": words.item(), "places": places.item(), "mse": mse.item()}
+        off = (places - truth.places_BN3).square().sum(2)
+        where = (off * (0.2 + 1.0 * things + 2.0 * cores)).mean()
+        mse = (tokens - self.space.oracle(truth)).square().mean(2)
+        same = (mse * (0.5 + things + 2.0 * cores)).mean()
+        loss = words + where + mse_weight * same
+        return loss, {"words": words.item(), "places": where.item(), "mse": same.item()}

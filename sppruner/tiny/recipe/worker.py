@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from sppruner.tiny.recipe.cache import SceneCache
+from sppruner.tiny.recipe.families import FAMILIES
 from sppruner.tiny.recipe.joint import train_joint
 from sppruner.tiny.recipe.ranks import Ranks
 from sppruner.tiny.recipe.stages import Workshop, sharpen_vision, train_language, train_vision
@@ -23,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one training stage.")
     parser.add_argument("stage", choices=("language", "vision", "sharpen", "joint"))
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--no-compile", action="store_true")
@@ -42,6 +44,7 @@ def main() -> None:
         folder=arguments.work,
         cache=SceneCache.load(arguments.work / "scenes"),
         device=torch.device(arguments.device),
+        family=FAMILIES[arguments.family],
         scale=arguments.steps_scale,
         compiled=not arguments.no_compile,
         save_seconds=arguments.save_seconds,

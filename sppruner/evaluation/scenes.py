@@ -15,6 +15,7 @@ from PIL import Image
 from sppruner.errors import SpecError
 from sppruner.evaluation.items import Dataset, Item, Outline
 from sppruner.evaluation.metrics import ExactMatch
+from sppruner.tiny.layout import Scene, Sign, outline
 from sppruner.tiny.questions import (
     CAPTION_OBJECTS,
     CAPTION_PROMPT,
@@ -22,7 +23,7 @@ from sppruner.tiny.questions import (
     caption,
     questions,
 )
-from sppruner.tiny.scenes import HELD_OUT_SEED, Scene, Sign, outline, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
 Split: TypeAlias = Literal["report", "tuning"]
 
@@ -79,21 +80,11 @@ def _decoded(seed: int) -> Image.Image:
 
 
 def subjects(scene: Scene, question: Question) -> tuple[Outline, ...]:
-    """Outlines of what a question names: objects, or the sign. Empty where it asks about the whole
-    image, or about something that is not there."""
-    if question.kind == "text" and scene.sign is not None:
-        return (_card(scene.sign),)
-    if question.kind not in {"size", "existence", "shape", "colour", "relation", "position"}:
-        return ()
-    text = question.text
-    named = [item for item in scene.objects if f"the {item.name}" in text]
-    if question.kind == "existence":
-        named = [item for item in scene.objects if f"a {item.name}?" in text]
-    elif question.kind == "shape":
-        named = [item for item in scene.objects if f"the {item.color} object" in text]
-    elif question.kind == "colour":
-        named = [item for item in scene.objects if f"the {item.shape}?" in text]
-    return tuple(tuple(outline(item)) for item in named)
+    """Outlines of the objects and signs that decide the answer. Empty where it is the ground that
+    does, or something that is not there."""
+    things = {item.name: tuple(outline(item)) for item in scene.objects}
+    things |= {f"{sign.color} sign": _card(sign) for sign in scene.signs}
+    return tuple(things[name] for name in question.about if name in things)
 
 
 def _card(sign: Sign) -> Outline:

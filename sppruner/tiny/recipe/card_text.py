@@ -77,8 +77,10 @@ CPU cores.{note}
   drifted from that. Text relevance is still easier than in a real vision-language model, and
   rankings of pruning methods on this checkpoint say nothing about their ranking on others.
 - It was trained with uniformly random visual-token dropout (8 to 143 of 144 kept, in half of the
-  steps), so it has seen missing tokens, chosen by no method in particular. The first quarter of the
-  language-only stage saw the centres of all things and some other tokens.
+  steps), so it has seen missing tokens, chosen by no method in particular. In the joint stage a
+  question counted only where each thing it is about still showed a patch of its centre: trained to
+  name what no token shows, a model guesses beyond what it sees even when a pruner kept everything.
+  The first quarter of the language-only stage saw the centres of all things and some other tokens.
 - The attention of the language model starts from weights written by hand: heads that find the
   visual tokens showing a word of the question, and heads that look at the previous word.
 - {contrast}

@@ -6,7 +6,7 @@ import pytest
 
 from sppruner.errors import SpecError
 from sppruner.evaluation.scenes import CAPTION, SPLIT_SCENES, drawn_scenes, subjects
-from sppruner.tiny.questions import questions
+from sppruner.tiny.questions import NUMBERS, questions
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
 
@@ -31,18 +31,22 @@ def test_no_scene_is_in_both_splits() -> None:
         drawn_scenes(1, first_scene=SPLIT_SCENES)
 
 
-def test_questions_about_objects_know_which_objects() -> None:
-    """Relations name two objects; counts, backgrounds and absent objects have nothing to find."""
+def test_questions_know_the_things_that_decide_them() -> None:
+    """Two for a relation or a neighbour, as many as are counted, none for the ground alone."""
     found: dict[str, set[int]] = {}
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + 60):
         scene = sample_scene(seed)
         for question in questions(scene):
-            about = question.kind + (":no" if question.answer == "no" else "")
-            found.setdefault(about, set()).add(len(subjects(scene, question)))
-    assert found.pop("relation") == {2}
-    for kind in ("background", "count", "existence:no"):
-        assert found.pop(kind) == {0}
-    assert set(found) == {"size", "existence", "shape", "colour", "position", "text"}
+            things = len(subjects(scene, question))
+            if question.kind == "count":
+                assert NUMBERS[things] == question.answer
+            elif question.answer != "no":
+                found.setdefault(question.kind, set()).add(things)
+    assert found.pop("background") == {0}
+    assert found.pop("relation") == found.pop("nearest") == {2}
+    assert set(found) == {
+        "size", "existence", "shape", "colour", "position", "text", "behind"
+    }  # fmt: skip
     assert all(counts == {1} for counts in found.values())
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,8 @@ from sppruner.evaluation.tables import (
     percent,
     written,
 )
+
+_LINE_SECONDS = 30
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,10 +164,32 @@ def decoded(file: Path) -> Any:
 
 @contextmanager
 def progress(told: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left on a terminal; in a log, a plain line now and then."""
+    if not told.is_terminal:
+        yield _plain_lines(told, name, total)
+        return
     bars = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:-1])
     with Progress(*bars, TimeRemainingColumn(), console=told) as bar:
         task = bar.add_task(name, total=total)
         yield lambda answers: bar.advance(task, answers)
+
+
+def _plain_lines(told: Console, name: str, total: int) -> Callable[[int], None]:
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(answers: int) -> None:
+        nonlocal said, done
+        done += answers
+        now = time.monotonic()
+        if now - said < _LINE_SECONDS and done < total:
+            return
+        said = now
+        left = (now - began) / done * (total - done) / 60
+        line = f"{name}: {done:,} of {total:,} answers, {left:.0f} min left"
+        told.print(line, highlight=False, markup=False)
+
+    return advance
 
 
 def tables(document: dict[str, Any]) -> Iterator[Table]:

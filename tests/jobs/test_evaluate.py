@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from jobs import evaluate
 
@@ -114,3 +116,12 @@ def test_an_image_that_cannot_be_decoded_is_named(
     (tmp_path / "x.jpg").write_bytes(b"not an image")
     assert evaluate.main([*options, "--methods", "grid"]) == 2
     assert "x.jpg: cannot be used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_log_gets_plain_lines_until_all_is_answered() -> None:
+    written = io.StringIO()
+    with evaluate.progress(Console(file=written), "model", 1200) as advance:
+        for _ in range(4):
+            advance(300)
+    lines = written.getvalue().splitlines()
+    assert lines == ["model: 1,200 of 1,200 answers, 0 min left"], "one line in less than 30 s"

@@ -1,7 +1,8 @@
 """Train an embedded model from nothing: `python jobs/train_tiny.py --family llava --output DIR`.
 
-About an hour and a quarter on two CPU cores (twice that for `--family qwen`), where the independent stages run side by side; on a GPU one after
-another. Killed at any moment, the same command continues from the checkpoints in the work folder.
+About an hour and a quarter on two CPU cores (longer for `--family qwen`), where the independent
+stages run side by side; on a GPU one after another. Killed at any moment, the same command
+continues from the checkpoints in the work folder.
 """
 
 from __future__ import annotations

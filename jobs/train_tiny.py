@@ -1,7 +1,8 @@
-"""Train the embedded model from nothing: `python jobs/train_tiny.py --output DIR`.
+"""Train an embedded model from nothing: `python jobs/train_tiny.py --family llava --output DIR`.
 
-About an hour on two CPU cores, where the independent stages run side by side; on a GPU one after
-another. Killed at any moment, the same command continues from the checkpoints in the work folder.
+About an hour and a quarter on two CPU cores (longer for `--family qwen`), where the independent
+stages run side by side; on a GPU one after another. Killed at any moment, the same command
+continues from the checkpoints in the work folder.
 """
 
 from __future__ import annotations

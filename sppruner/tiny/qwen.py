@@ -90,11 +90,11 @@ def build_qwen_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
-        # Half of a head's 32 channels are frequencies: time 4, height 6, width 6. The base is low
-        # because the width's, the slowest, must still tell twelve columns apart.
+        # Half of a head's 32 channels are frequencies: time 4, height 6, width 6. Words are looked
+        # up on the slower half (`recipe.language`), which must hardly turn within one prompt.
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 100.0,
+            "rope_theta": 10_000.0,
             "mrope_section": [4, 6, 6],
         },
         "tie_word_embeddings": True,

@@ -2,7 +2,8 @@
 
 `space` fixes a common token space; `language` teaches the language model on tokens built from the
 truth; `vision` teaches the vision tower to emit such tokens (`stages` runs both, and a second,
-sharper vision stage); `joint` trains everything on pixels; `evaluate` and `card` report.
+sharper vision stage); `joint` trains everything on pixels; `evaluate`, `cues` and `card` report.
+`families` holds all that differs between the LLaVA and the Qwen2.5-VL architecture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores on held-out scenes: exact match per question kind, and how well the class token looks.
+"""Scores on held-out scenes: exact match per question kind, and how well saliency looks.
 
 `generated` is the claim (JPEG bytes, processor, `generate`); `teacher_forced` is the quick
 equivalent that also measures random visual-token subsets at original positions.

@@ -80,7 +80,8 @@ CPU cores.{note}
   steps), so it has seen missing tokens, chosen by no method in particular. In the joint stage a
   question counted only where each thing it is about still showed a patch of its centre: trained to
   name what no token shows, a model guesses beyond what it sees even when a pruner kept everything.
-  The first quarter of the language-only stage saw the centres of all things and some other tokens.
+  The first quarter of the language-only stage saw the centres of all things and some other tokens,
+  its first 15 % only scenes of few objects.
 - The attention of the language model starts from weights written by hand: heads that find the
   visual tokens showing a word of the question, and heads that look at the previous word.
 - {contrast}

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sppruner.compact import Compacted, full_positions
-from sppruner.cost import ImageShape, ModelCost
-from sppruner.errors import InputError
+from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost
+from sppruner.errors import InputError, UnsupportedModel
+from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION
 from sppruner.spec import Positions
+from sppruner.stages import stages_from
 from sppruner.types import VisualTokens
 
 
@@ -35,6 +37,27 @@ class Capabilities:
     hidden: bool
     decoder_layers: int
     stages_from: int | None
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        attention: Literal["cls", "received"],
+        *,
+        hidden: bool = True,
+        positions: tuple[Positions, ...] = ("keep", "renumber"),
+    ) -> Capabilities:
+        """Those of a family with one saliency signal, whose tower also gives keys and pixels."""
+        saliency = CLS_ATTENTION if attention == "cls" else RECEIVED_ATTENTION
+        return cls(
+            family=config.model_type,
+            signals=frozenset({ATTENTION, saliency, KEYS, CONTENT_SEED}),
+            attention=attention,
+            positions=positions,
+            hidden=hidden,
+            decoder_layers=config.text_config.num_hidden_layers,
+            stages_from=stages_from(config.text_config),
+        )
 
     def __str__(self) -> str:
         stages = "no stages" if self.stages_from is None else f"stages from {self.stages_from}"
@@ -106,8 +129,16 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        """The cost of a config's tower and projector."""
+
+    @classmethod
     def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
         """The cost model of a config."""
+        return ModelCost(
+            encoder=cls.encoder_cost(config),
+            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
+        )
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
@@ -132,8 +163,9 @@ class Adapter(ABC):
         return {"mm_encoder_outputs": {"image": packed}}
 
     def project(self, states_KV: Tensor) -> Tensor:
-        """[K, D] features of encoder states; only where `capabilities.hidden`."""
-        raise NotImplementedError(f"{self.capabilities.family} does not project token by token")
+        """[K, D] features of encoder states. Raises UnsupportedModel without
+        `capabilities.hidden`."""
+        raise UnsupportedModel(f"{self.capabilities.family} does not project token by token")
 
     def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Positions of the unpruned prompt, [R, B, S]: one row, or four with M-RoPE."""

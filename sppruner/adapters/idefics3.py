@@ -15,17 +15,13 @@ from torch import Tensor
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
 from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
 from sppruner.adapters.variants import require_dense_decoder
-from sppruner.cost import DecoderCost, ImageShape, ModelCost, TiledEncoderCost
+from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
 from sppruner.signals import (
-    ATTENTION,
     CONTENT_SEED,
-    KEYS,
-    RECEIVED_ATTENTION,
     ReceivedProbe,
     probing,
 )
-from sppruner.stages import stages_from
 
 
 class Idefics3Adapter(Adapter):
@@ -42,22 +38,11 @@ class Idefics3Adapter(Adapter):
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
         require_dense_decoder(config)
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="received",
-            positions=("keep", "renumber"),
-            hidden=True,
-            decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
-        )
+        return Capabilities.of(config, "received")
 
     @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=TiledEncoderCost.idefics3(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        return TiledEncoderCost.idefics3(config)
 
     def language_model(self) -> Any:
         return self.model.model.text_model

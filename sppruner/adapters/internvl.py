@@ -21,10 +21,9 @@ from sppruner.adapters.tiles import (
 )
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.compact import Compacted
-from sppruner.cost import DecoderCost, ImageShape, ModelCost, TiledEncoderCost
+from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
-from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
-from sppruner.stages import stages_from
+from sppruner.signals import CONTENT_SEED, ClsRowProbe, probing
 
 
 class InternVLAdapter(Adapter):
@@ -48,22 +47,11 @@ class InternVLAdapter(Adapter):
                 f"InternVL with tiles of {height}×{width} pixels: its pixel shuffle needs square "
                 "tiles, load a checkpoint whose vision_config.image_size is square"
             )
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="cls",
-            positions=("keep", "renumber"),
-            hidden=True,
-            decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
-        )
+        return Capabilities.of(config, "cls")
 
     @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=TiledEncoderCost.internvl(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        return TiledEncoderCost.internvl(config)
 
     @property
     def _factor(self) -> int:

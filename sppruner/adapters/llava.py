@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
-from sppruner.cost import DecoderCost, ImageShape, LlavaEncoderCost, ModelCost
+from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.errors import UnsupportedModel
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
 from sppruner.signals import content_seed as seed_of
-from sppruner.stages import stages_from
 from sppruner.types import VisualTokens
 
 
@@ -36,22 +35,11 @@ class LlavaAdapter(Adapter):
                 "vision_feature_select_strategy='full' hands the CLS token on as a patch: "
                 "load the model with 'default'"
             )
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="cls",
-            positions=("keep", "renumber"),
-            hidden=True,
-            decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
-        )
+        return Capabilities.of(config, "cls")
 
     @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=LlavaEncoderCost.from_config(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        return LlavaEncoderCost.from_config(config)
 
     def _tower(self) -> Any:
         return self.model.model.vision_tower

@@ -11,9 +11,8 @@ from torch import Tensor
 from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
 from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
-from sppruner.cost import DecoderCost, LlavaEncoderCost, ModelCost
-from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe
-from sppruner.stages import stages_from
+from sppruner.cost import EncoderCost, LlavaEncoderCost
+from sppruner.signals import ClsRowProbe
 
 
 class LlavaNextAdapter(AnyresAdapter):
@@ -26,22 +25,11 @@ class LlavaNextAdapter(AnyresAdapter):
         require_tower(config, "clip_vision_model")
         require_features(config, "default")
         require_dense_decoder(config)
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, CLS_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="cls",
-            positions=("keep", "renumber"),
-            hidden=True,
-            decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
-        )
+        return Capabilities.of(config, "cls")
 
     @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=LlavaEncoderCost.from_config(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        return LlavaEncoderCost.from_config(config)
 
     def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
         config = self.model.config

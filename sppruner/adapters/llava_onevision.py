@@ -11,10 +11,9 @@ from torch import Tensor
 from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
 from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
-from sppruner.cost import DecoderCost, ModelCost, TiledEncoderCost
+from sppruner.cost import EncoderCost, TiledEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
-from sppruner.signals import ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION, ReceivedProbe
-from sppruner.stages import stages_from
+from sppruner.signals import ReceivedProbe
 
 _ANYRES = "anyres_max_"
 
@@ -35,22 +34,11 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         require_features(config, "full")
         require_dense_decoder(config)
         most_tiles(config)
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="received",
-            positions=("keep", "renumber"),
-            hidden=False,
-            decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
-        )
+        return Capabilities.of(config, "received", hidden=False)
 
     @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=TiledEncoderCost.onevision(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+    def encoder_cost(cls, config: Any) -> EncoderCost:
+        return TiledEncoderCost.onevision(config)
 
     def assign_rows(self, counts: Sequence[int], input_ids_BS: Tensor) -> list[tuple[int, int]]:
         """As for every family; raises InputError for videos too."""

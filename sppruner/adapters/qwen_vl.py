@@ -14,13 +14,10 @@ from torch import Tensor, nn
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
 from sppruner.adapters.tiles import runs
-from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost, QwenEncoderCost
+from sppruner.cost import EncoderCost, ImageShape, QwenEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import (
-    ATTENTION,
     CONTENT_SEED,
-    KEYS,
-    RECEIVED_ATTENTION,
     ReceivedProbe,
     content_seed,
     probing,
@@ -37,11 +34,6 @@ class QwenVLAdapter(Adapter):
     of the unpruned prompt: they say where on the image a token lies.
     """
 
-    @classmethod
-    @abstractmethod
-    def _encoder_cost(cls, config: Any) -> EncoderCost:
-        """The cost of the family's tower and mergers."""
-
     @abstractmethod
     def _saliency_attention(self) -> nn.Module:
         """The attention of the last block in which every patch of an image sees every other."""
@@ -54,22 +46,7 @@ class QwenVLAdapter(Adapter):
                 f"{config.model_type} with sliding-window attention: its cost is not modelled; "
                 "load the model with use_sliding_window=False"
             )
-        return Capabilities(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, RECEIVED_ATTENTION, KEYS, CONTENT_SEED}),
-            attention="received",
-            positions=("keep",),
-            hidden=True,
-            decoder_layers=text.num_hidden_layers,
-            stages_from=1,
-        )
-
-    @classmethod
-    def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        return ModelCost(
-            encoder=cls._encoder_cost(config),
-            decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
-        )
+        return Capabilities.of(config, "received", positions=("keep",))
 
     @property
     def _merge(self) -> int:
@@ -185,7 +162,7 @@ class Qwen2VLAdapter(QwenVLAdapter):
     families: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
 
     @classmethod
-    def _encoder_cost(cls, config: Any) -> EncoderCost:
+    def encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen2(config)
 
     def _saliency_attention(self) -> nn.Module:
@@ -208,7 +185,7 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
         return super().capabilities_of(config)
 
     @classmethod
-    def _encoder_cost(cls, config: Any) -> EncoderCost:
+    def encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen2_5(config)
 
     def _saliency_attention(self) -> nn.Module:
@@ -239,7 +216,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
         return replace(plain, stages_from=first if first < plain.decoder_layers else None)
 
     @classmethod
-    def _encoder_cost(cls, config: Any) -> EncoderCost:
+    def encoder_cost(cls, config: Any) -> EncoderCost:
         return QwenEncoderCost.qwen3(config)
 
     def _saliency_attention(self) -> nn.Module:

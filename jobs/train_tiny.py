@@ -1,8 +1,9 @@
 """Train an embedded model from nothing: `python jobs/train_tiny.py --family llava --output DIR`.
 
-About an hour and a quarter on two CPU cores (longer for `--family qwen`), where the independent
-stages run side by side; on a GPU one after another. Killed at any moment, the same command
-continues from the checkpoints in the work folder.
+About an hour on two CPU cores (longer for `--family qwen`), where the independent stages run side
+by side; on a GPU one after another. With `--from FOLDER` only the joint training of a finished
+model goes on. Killed at any moment, the same command continues from the checkpoints in the work
+folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from sppruner.tiny.recipe.cache import build_cache
 from sppruner.tiny.recipe.card import write_card
 from sppruner.tiny.recipe.families import FAMILIES
+from sppruner.tiny.recipe.history import History
 from sppruner.tiny.recipe.joint import joint_model
 from sppruner.tiny.recipe.loop import load_checkpoint
 
@@ -55,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
+    parser.add_argument("--from", dest="start", type=Path, help="go on from this model folder")
     parser.add_argument("--work", type=Path, help="scenes and checkpoints [OUTPUT.work]")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shorten or lengthen")
     parser.add_argument("--scenes", type=int, default=48_000, help="training scenes to render")
@@ -82,14 +85,20 @@ def main(argv: list[str] | None = None) -> None:
         command += ["--save-seconds", str(arguments.save_seconds)]
         return [*command, "--no-compile"] if arguments.no_compile else command
 
+    def both(stage: str, *extra: str) -> list[list[str]]:
+        """A stage as two processes that share gradients."""
+        rendezvous = (work / f"rendezvous-{uuid.uuid4().hex}").resolve()
+        group = ["--world", "2", "--rendezvous", str(rendezvous), *extra]
+        return [worker(stage, "--rank", str(rank), *group) for rank in range(2)]
+
+    goes_on = [] if arguments.start is None else ["--start", str(arguments.start)]
     if device == "cpu":
-        rounds = [[worker("language"), worker("vision")]]
-        for stage in ("sharpen", "joint"):
-            rendezvous = (work / f"rendezvous-{uuid.uuid4().hex}").resolve()
-            group = ["--world", "2", "--rendezvous", str(rendezvous)]
-            rounds.append([worker(stage, "--rank", str(rank), *group) for rank in range(2)])
+        rounds = [[worker("language"), worker("vision")], both("sharpen"), both("joint", *goes_on)]
     else:
-        rounds = [[worker(stage)] for stage in ("language", "vision", "sharpen", "joint")]
+        rounds = [[worker(stage)] for stage in ("language", "vision", "sharpen")]
+        rounds.append([worker("joint", *goes_on)])
+    if goes_on:
+        rounds = rounds[-1:]
     # Spinning OpenMP threads suffer badly on shared cores.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     for commands in rounds:
@@ -99,9 +108,21 @@ def main(argv: list[str] | None = None) -> None:
     family = FAMILIES[arguments.family]
     family.save(joint_model(family, work / "joint.pt"), arguments.output)
     log.info("saved", folder=str(arguments.output))
-    stages = ("language", "vision", "sharpen", "joint")
-    steps = {stage: load_checkpoint(work / f"{stage}.pt", CPU)["step"] for stage in stages}
-    write_card(family, arguments.output, arguments.evaluate_scenes, steps)
+
+    def steps(stage: str) -> int:
+        return int(load_checkpoint(work / f"{stage}.pt", CPU)["step"])
+
+    if arguments.start is None:
+        history = History(
+            language=steps("language"),
+            vision=steps("vision"),
+            sharpen=steps("sharpen"),
+            joint=steps("joint"),
+        )
+    else:
+        history = History.read(arguments.start).continued(steps("joint"))
+    history.write(arguments.output)
+    write_card(family, arguments.output, arguments.evaluate_scenes)
     log.info("evaluated", card=str(arguments.output / "README.md"))
 
 

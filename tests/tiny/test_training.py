@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from sppruner.tiny import MODEL_DIR
+from sppruner.tiny.recipe.history import History
 from sppruner.tiny.recipe.loop import load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _start(output: Path) -> subprocess.Popen[str]:
+def _start(output: Path, *more: str) -> subprocess.Popen[str]:
     options = "--steps-scale 0.004 --scenes 60 --evaluate-scenes 4 --save-seconds 0"
     command = [sys.executable, "jobs/train_tiny.py", "--output", str(output), "--device", "cpu"]
     return subprocess.Popen(
-        [*command, "--no-compile", *options.split()],
+        [*command, "--no-compile", *options.split(), *more],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -60,3 +63,22 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
     LlavaForConditionalGeneration.from_pretrained(output)
     card = (output / "README.md").read_text()
     assert "| existence |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_joint_training_goes_on_from_the_shipped_weights_and_says_so(tmp_path: Path) -> None:
+    again = _start(tmp_path / "model", "--from", str(MODEL_DIR))
+    try:
+        log, _ = again.communicate(timeout=600)
+    finally:
+        again.kill()
+    assert again.returncode == 0, log
+    before, after = History.read(MODEL_DIR), History.read(tmp_path / "model")
+    assert after == before.continued(10)
+    assert f"went on for {after.again:,} steps" in (tmp_path / "model" / "README.md").read_text()
+    old, new = (load_file(f / "model.safetensors") for f in (MODEL_DIR, tmp_path / "model"))
+    assert old.keys() == new.keys()
+    moved = [name for name in old if not torch.equal(old[name], new[name])]
+    assert moved
+    assert all((old[name] - new[name]).abs().max() < 0.2 for name in old)

@@ -28,6 +28,7 @@ from sppruner.tiny.recipe.evaluate import (
     teacher_forced,
 )
 from sppruner.tiny.recipe.families import LLAVA, Family
+from sppruner.tiny.recipe.history import STAGES, History
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
 __all__ = ["write_card"]
@@ -38,13 +39,9 @@ _METHODS: Final = (
 _FEW: Final = VISUAL_TOKENS // 9  # 16 of 144, the 11.1 % of the pruning papers
 
 
-def write_card(
-    family: Family, folder: Path, scenes: int, steps: Mapping[str, int], note: str = ""
-) -> None:
-    """Evaluate the model in `folder` and write its `README.md`.
-
-    `steps` are those of the four stages; `note` is for what only this run can say about itself.
-    """
+def write_card(family: Family, folder: Path, scenes: int) -> None:
+    """Evaluate the model in `folder` and write its `README.md`."""
+    history = History.read(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     cue_scenes = min(scenes, 200)
     methods = ""
@@ -74,8 +71,8 @@ def write_card(
         cue_scenes=cue_scenes,
         cues=_cue_table(cue_scores(family, model, cue_scenes)),
         methods=methods,
-        note=f"\n\n{note}" if note else "",
-        **{stage: f"{count:,}" for stage, count in steps.items()},
+        **{stage: f"{getattr(history, stage):,}" for stage in STAGES},
+        history=history,
     )
     (folder / "README.md").write_text(text.rstrip() + "\n")
 

@@ -66,8 +66,8 @@ processor's bicubic filter. The language model first learns to answer from *orac
 from the truth ({language} steps of 16 scenes) while the vision tower learns to emit such tokens
 ({vision} x 16, then {sharpen} x 32 with more weight on digits, shapes and object centres); then
 both train together on pixels ({joint} x 24), the losses on the tokens themselves fading to zero
-over the first two thirds. AdamW, bfloat16 autocast, one seed. About an hour and a quarter on two
-CPU cores.{note}
+over the first two thirds. Muon for matrices and AdamW for the rest, bfloat16 autocast, one seed.
+About an hour on two CPU cores.{history}
 
 ## What to know before comparing pruning methods on it
 

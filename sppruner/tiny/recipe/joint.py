@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from sppruner.tiny.recipe.contrast import CaptionContrast
 from sppruner.tiny.recipe.families import Family
@@ -47,14 +48,23 @@ def joint_model(family: Family, checkpoint: Path) -> Any:
 
 
 def train_joint(shop: Workshop, ranks: Ranks) -> None:
-    """Stage J, from the checkpoints of the stages before it."""
+    """Stage J, from the checkpoints of the stages before it.
+
+    From a finished model (`shop.start`) the stage goes on as it ended: without dense losses, and
+    with a new caption tower, since a model folder does not keep that.
+    """
     model, space = shop.build()
     contrast = CaptionContrast().to(shop.device)
     parts = _parts(shop.family, model, contrast)
-    language = load_checkpoint(shop.folder / "language.pt", shop.device)
-    vision = load_checkpoint(shop.folder / "sharpen.pt", shop.device)
-    parts["language"].load_state_dict(language["model"])
-    nn.ModuleDict({"eyes": parts["eyes"], "contrast": contrast}).load_state_dict(vision["model"])
+    if shop.start is None:
+        language = load_checkpoint(shop.folder / "language.pt", shop.device)
+        vision = load_checkpoint(shop.folder / "sharpen.pt", shop.device)
+        seen = nn.ModuleDict({"eyes": parts["eyes"], "contrast": contrast})
+        parts["language"].load_state_dict(language["model"])
+        seen.load_state_dict(vision["model"])
+    else:
+        known = AutoModelForImageTextToText.from_pretrained(shop.start, dtype=torch.float32)
+        model.load_state_dict(known.state_dict())
 
     look = shop.compile(parts["eyes"])
     dense = DenseLoss(space, sharp=True)
@@ -78,7 +88,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         contrastive = contrast(pooled.float(), shop.cache, scenes, rng)
         right = (logits.argmax(-1) == text.labels_A).float().mean()
         numbers |= {"contrast": contrastive.item(), "lm": spoken.item(), "right": right.item()}
-        fade = max(0.0, 1 - step / (_FADE * schedule.steps))
+        fade = max(0.0, 1 - step / (_FADE * schedule.steps)) if shop.start is None else 0.0
         return fade * seen + 0.2 * contrastive + 4.0 * spoken, numbers
 
     run_steps(

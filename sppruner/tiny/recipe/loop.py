@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sppruner.tiny.recipe.cache import Array
+from sppruner.tiny.recipe.optimizers import build_optimizers
 
 __all__ = ["Draws", "Schedule", "load_checkpoint", "run_steps", "save_checkpoint"]
 
@@ -108,39 +110,36 @@ def run_steps(
     """
     log = structlog.get_logger().bind(stage=name, rank=rank)
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
+    optimizers = build_optimizers(trained)
     first = 0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, parameters[0].device)
         trained.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, known in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(known)
         first = state["step"]
         log.info("resumed", step=first, of=schedule.steps)
 
     def save(step: int) -> None:
         if rank == 0:
-            state = {"model": trained.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(checkpoint, {**state, "step": step})
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": trained.state_dict(), "optimizers": states, "step": step}
+            save_checkpoint(checkpoint, state)
 
     trained.train()
     started = saved = time.monotonic()
     for step in range(first, schedule.steps):
-        for group in optimizer.param_groups:
+        for group in chain.from_iterable(o.param_groups for o in optimizers):
             group["lr"] = schedule.rate(step)
         loss, numbers = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if average is not None:
             average(gradients)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         now = time.monotonic()
         if rank == 0 and (step + 1) % _LOG_STEPS == 0:
             left = (now - started) / (step + 1 - first) * (schedule.steps - step - 1)

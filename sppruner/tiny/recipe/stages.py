@@ -37,6 +37,7 @@ class Workshop:
     cache: SceneCache
     device: torch.device
     family: Family = LLAVA
+    start: Path | None = None  # a model folder whose joint training goes on
     scale: float = 1.0  # of all step counts
     compiled: bool = True
     save_seconds: float = 60.0  # between checkpoints

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("language", "vision", "sharpen", "joint"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
+    parser.add_argument("--start", type=Path, help="joint: go on from this model folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--no-compile", action="store_true")
@@ -45,6 +46,7 @@ def main() -> None:
         cache=SceneCache.load(arguments.work / "scenes"),
         device=torch.device(arguments.device),
         family=FAMILIES[arguments.family],
+        start=arguments.start,
         scale=arguments.steps_scale,
         compiled=not arguments.no_compile,
         save_seconds=arguments.save_seconds,

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import cost_of
 from sppruner.cost import PARTS, DecoderCost, ImageShape, ModelCost, RowCost
-from tests.sppruner.llava import IMAGE, TOKENS, batch, build
+from tests.sppruner.families.llava import IMAGE, TOKENS, batch, build
 
 NEW = 5
 IMAGE_SHAPE = ImageShape(tiles=1, rows=4, columns=4, tokens=TOKENS)

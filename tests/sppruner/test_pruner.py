@@ -15,7 +15,7 @@ from sppruner.compact import full_positions
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, SpecError, UnknownMethod
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE
-from tests.sppruner.llava import IMAGE, TOKENS, batch, build
+from tests.sppruner.families.llava import IMAGE, TOKENS, batch, build
 
 NEW = 8
 # EOS is suppressed: a finished row is padded and would compare equal for the wrong reason.

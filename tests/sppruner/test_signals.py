@@ -25,7 +25,7 @@ from sppruner.signals import (
     probing,
 )
 from sppruner.types import VisualTokens
-from tests.sppruner.llava import SIDE, TOKENS, batch, build
+from tests.sppruner.families.llava import SIDE, TOKENS, batch, build
 
 LAYERS = [-1, -2, 2]
 

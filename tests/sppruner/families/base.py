@@ -11,6 +11,26 @@ from torch import Tensor
 
 PAD, BOS, EOS = 0, 1, 2
 
+# Of every family's decoder and of all towers but the Qwen ones.
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
 
 class Build(Protocol):
     def __call__(self, attention: str = "sdpa", *, seed: int = 0) -> Any:
@@ -73,4 +93,16 @@ def enlarge(model: Any, language: float = 8.0, other: float = 4.0) -> Any:
     return model.eval()
 
 
-__all__ = ["BOS", "EOS", "PAD", "Batch", "Build", "Family", "enlarge", "left_padded", "prompts"]
+__all__ = [
+    "BOS",
+    "EOS",
+    "PAD",
+    "TEXT",
+    "VISION",
+    "Batch",
+    "Build",
+    "Family",
+    "enlarge",
+    "left_padded",
+    "prompts",
+]

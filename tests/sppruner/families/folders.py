@@ -18,7 +18,7 @@ from tests.sppruner.families import FAMILIES, llava_next, llava_onevision, qwen2
 from tests.sppruner.families import idefics3 as idefics
 from tests.sppruner.families import internvl as intern
 from tests.sppruner.families.base import BOS, EOS, PAD
-from tests.sppruner.llava import SIDE
+from tests.sppruner.families.llava import SIDE
 
 _VOCABULARY = 64  # of every model under test
 

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from tests.sppruner.families.base import (
-    BOS,
-    EOS,
-    PAD,
+    TEXT,
+    VISION,
     Family,
     enlarge,
     left_padded,
@@ -43,25 +42,11 @@ def build(attention: str = "sdpa", *, seed: int = 0, name: str = "idefics3") -> 
     config_class, model_class = _MODELS[name]
     config = config_class(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **VISION,
             "image_size": TILE,
             "patch_size": TILE // SIDE,
         },
-        text_config=LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
         attn_implementation=attention,

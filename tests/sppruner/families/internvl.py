@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from tests.sppruner.families.base import (
-    BOS,
-    EOS,
-    PAD,
+    TEXT,
+    VISION,
     Family,
     enlarge,
     left_padded,
@@ -35,25 +34,11 @@ def build(attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
     set_seed(seed)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            **VISION,
             image_size=TILE,
             patch_size=TILE // SIDE,
         ),
-        text_config=Qwen2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=Qwen2Config(**TEXT),
         image_token_id=IMAGE,
         image_seq_length=TOKENS,
         attn_implementation=attention,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -15,14 +14,12 @@ from transformers import (
     set_seed,
 )
 
+from tests.sppruner.families.anyres import tiled_batch
 from tests.sppruner.families.base import (
-    BOS,
-    EOS,
-    PAD,
+    TEXT,
+    VISION,
     Family,
     enlarge,
-    left_padded,
-    prompts,
 )
 
 IMAGE = 5
@@ -42,26 +39,12 @@ def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -2) ->
     set_seed(seed)
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            **VISION,
             image_size=TILE,
             patch_size=TILE // SIDE,
             projection_dim=32,
         ),
-        text_config=LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=feature_layer,
@@ -70,25 +53,8 @@ def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -2) ->
     return enlarge(LlavaNextForConditionalGeneration(config))
 
 
-def tiled_pixels(tiles: Sequence[int], side: int, generator: torch.Generator) -> Tensor:
-    """[I, most tiles, 3, side, side]: images stacked, filled up with zero tiles."""
-    pixels = torch.zeros(len(tiles), max(tiles), 3, side, side)
-    for image, count in enumerate(tiles):
-        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
-    return pixels
-
-
 def batch(images_per_row: Sequence[int], *, seed: int = 1) -> dict[str, Tensor]:
-    total = sum(images_per_row)
-    sizes = [list(SIZES)[i % len(SIZES)] for i in range(total)]
-    runs = iter([[IMAGE] * SIZES[size][1] for size in sizes])
-    rows = prompts([[next(runs) for _ in range(count)] for count in images_per_row], seed=seed)
-    inputs = left_padded(rows)
-    if total:
-        generator = torch.Generator().manual_seed(seed)
-        inputs["pixel_values"] = tiled_pixels([SIZES[s][0] for s in sizes], TILE, generator)
-        inputs["image_sizes"] = torch.tensor(sizes)
-    return inputs
+    return tiled_batch(images_per_row, sizes=SIZES, image_id=IMAGE, tile=TILE, seed=seed)
 
 
 FAMILY = Family(name="llava_next", build=build, batch=batch, image_id=IMAGE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     LlavaOnevisionConfig,
@@ -15,16 +14,13 @@ from transformers import (
     set_seed,
 )
 
+from tests.sppruner.families.anyres import tiled_batch
 from tests.sppruner.families.base import (
-    BOS,
-    EOS,
-    PAD,
+    TEXT,
+    VISION,
     Family,
     enlarge,
-    left_padded,
-    prompts,
 )
-from tests.sppruner.families.llava_next import tiled_pixels
 
 IMAGE, VIDEO = 5, 6
 SIDE, TILE = 4, 16
@@ -38,26 +34,12 @@ def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -1) ->
     set_seed(seed)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            **VISION,
             image_size=TILE,
             patch_size=TILE // SIDE,
             vision_use_head=False,
         ),
-        text_config=Qwen2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=Qwen2Config(**TEXT),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
@@ -69,17 +51,7 @@ def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -1) ->
 
 
 def batch(images_per_row: Sequence[int], *, seed: int = 1) -> dict[str, Tensor]:
-    """Every image is cut into tiles, as the processor does with a flat list of images."""
-    total = sum(images_per_row)
-    sizes = [list(SIZES)[i % len(SIZES)] for i in range(total)]
-    runs = iter([[IMAGE] * SIZES[size][1] for size in sizes])
-    rows = prompts([[next(runs) for _ in range(count)] for count in images_per_row], seed=seed)
-    inputs = left_padded(rows)
-    if total:
-        generator = torch.Generator().manual_seed(seed)
-        inputs["pixel_values"] = tiled_pixels([SIZES[s][0] for s in sizes], TILE, generator)
-        inputs["image_sizes"] = torch.tensor(sizes)
-    return inputs
+    return tiled_batch(images_per_row, sizes=SIZES, image_id=IMAGE, tile=TILE, seed=seed)
 
 
 FAMILY = Family(name="llava_onevision", build=build, batch=batch, image_id=IMAGE)

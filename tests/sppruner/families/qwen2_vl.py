@@ -15,10 +15,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
+from tests.sppruner.families import base
 from tests.sppruner.families.base import (
-    BOS,
-    EOS,
-    PAD,
     Family,
     enlarge,
     left_padded,
@@ -37,16 +35,8 @@ SPECIAL = {
     "vision_end_token_id": END,
 }
 TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    **base.TEXT,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,

@@ -16,7 +16,7 @@ from sppruner.errors import SpecError
 from sppruner.pruner import check_spec
 from sppruner.selectors import Selector, selector_for
 from sppruner.stages import Schedule
-from tests.sppruner.llava import build
+from tests.sppruner.families.llava import build
 
 CAN = replace(capabilities(build().config), decoder_layers=32)
 

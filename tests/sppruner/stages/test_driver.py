@@ -13,7 +13,7 @@ from sppruner import Budget, Pruner, PruneSpec, signals
 from sppruner.adapters import capabilities
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, UnsupportedModel
 from sppruner.stages import StageDriver
-from tests.sppruner.llava import IMAGE, batch, build
+from tests.sppruner.families.llava import IMAGE, batch, build
 
 SPEC = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": 1})
 NEW = 4

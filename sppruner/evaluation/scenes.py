@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from PIL import Image
@@ -39,23 +40,35 @@ def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -
 
     first_scene: offset into the split. Raises SpecError where the split ends.
     """
-    start = HELD_OUT_SEED + (SPLIT_SCENES if split == "tuning" else 0)
-    items: list[Item] = []
     asked, number = 0, first_scene
     while asked < count:
-        if not 0 <= number < SPLIT_SCENES:
-            raise SpecError(f"scene {number} is outside the {SPLIT_SCENES:,} of split {split!r}")
-        scene = sample_scene(start + number)
+        asked += len(questions(sample_scene(_seed(number, split))))
+        number += 1
+    return scene_questions(range(first_scene, number), split=split)
+
+
+def scene_questions(scenes: Sequence[int], *, split: Split = "report") -> Dataset:
+    """All questions about the scenes of these numbers, and their captions as `drawn_scenes` says.
+
+    Raises SpecError for a number outside the split.
+    """
+    items: list[Item] = []
+    for number in scenes:
+        scene = sample_scene(_seed(number, split))
         about = questions(scene)
-        asked += len(about)
         items += [_item(scene, i, question) for i, question in enumerate(about)]
         if len(scene.objects) <= CAPTION_OBJECTS:
             told = Question(CAPTION, CAPTION_PROMPT, caption(scene))
             items.append(_item(scene, len(about), told))
-        number += 1
     return Dataset(
         name=f"drawn scenes ({split})", items=items, metric=ExactMatch(), max_new_tokens=48
     )
+
+
+def _seed(number: int, split: Split) -> int:
+    if not 0 <= number < SPLIT_SCENES:
+        raise SpecError(f"scene {number} is outside the {SPLIT_SCENES:,} of split {split!r}")
+    return HELD_OUT_SEED + (SPLIT_SCENES if split == "tuning" else 0) + number
 
 
 def _item(scene: Scene, index: int, question: Question) -> Item:

@@ -9,13 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
-
+from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.evaluation.scenes import scene_questions
 from sppruner.spec import Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS
 from sppruner.tiny.questions import CONTEXT_KINDS, KINDS, majority_baseline, questions
@@ -27,30 +22,22 @@ from sppruner.tiny.recipe.evaluate import (
     saliency_auc,
     teacher_forced,
 )
-from sppruner.tiny.recipe.families import LLAVA, Family
+from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.history import STAGES, History
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
 __all__ = ["write_card"]
 
-_METHODS: Final = (
-    "The same scenes with the library's methods at their default options, through `generate`:"
-)
 _FEW: Final = VISUAL_TOKENS // 9  # 16 of 144, the 11.1 % of the pruning papers
 
 
 def write_card(family: Family, folder: Path, scenes: int) -> None:
     """Evaluate the model in `folder` and write its `README.md`."""
     history = History.read(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    loaded = load_model(str(folder), device="cpu", dtype="bfloat16")
+    model = loaded.model
     cue_scenes = min(scenes, 200)
-    methods = ""
-    if family is LLAVA:
-        processor = AutoProcessor.from_pretrained(folder)
-        full = generated(model, processor, scenes)
-        methods = f"\n{_METHODS}\n\n{_method_table(model, processor, cue_scenes)}"
-    else:
-        full = teacher_forced(family, model, scenes)
+    (full,) = generated(loaded, scene_questions(range(scenes)))
     draws = [teacher_forced(family, model, scenes, kept=_FEW, draw=draw) for draw in range(2)]
     majority = majority_baseline(
         question
@@ -70,7 +57,7 @@ def write_card(family: Family, folder: Path, scenes: int) -> None:
         layers=f"layers 1 to {len(areas)}, " if len(areas) > 1 else "",
         cue_scenes=cue_scenes,
         cues=_cue_table(cue_scores(family, model, cue_scenes)),
-        methods=methods,
+        methods=_method_table(loaded, cue_scenes),
         **{stage: f"{getattr(history, stage):,}" for stage in STAGES},
         history=history,
     )
@@ -101,17 +88,16 @@ def _cue_table(scores: Mapping[tuple[str, int], Mapping[str, Score]]) -> str:
     return "\n".join(lines)
 
 
-def _method_table(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: int
-) -> str:
+def _method_table(loaded: LoadedModel, scenes: int) -> str:
     lines = ["| method | " + " | ".join(f"{kept} tokens" for kept in KEPT) + " |"]
     lines.append("|---" * (len(KEPT) + 1) + "|")
-    for method in ("sppruner", "topk", "grid", "random"):
-        means = []
-        for kept in KEPT:
-            spec = PruneSpec(method=method, budget=Budget(tokens=kept))
-            means.append(_mean(generated(model, processor, scenes, spec=spec)))
-        lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+    methods = ("sppruner", "topk", "grid", "random")
+    specs = [PruneSpec(method=m, budget=Budget(tokens=kept)) for m in methods for kept in KEPT]
+    _, *scores = generated(loaded, scene_questions(range(scenes)), specs)
+    means = [f"{_mean(score):.1f}" for score in scores]
+    for i, method in enumerate(methods):
+        row = means[i * len(KEPT) : (i + 1) * len(KEPT)]
+        lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 

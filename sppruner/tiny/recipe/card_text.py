@@ -56,6 +56,9 @@ without any thing. *Relevance* is the best centred cosine to a word of the quest
 attention named above; both come from the model.
 
 {cues}
+
+The same scenes with the library's methods at their default options, through `generate`:
+
 {methods}
 
 ## Training
@@ -104,9 +107,22 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```"""
 
 _QWEN_USAGE: Final = """\
-The folder holds a tokenizer with its chat template and an image processor that needs no
-torchvision (`Qwen2VLImageProcessorPil`); write one `<|image_pad|>` per visual token, that is
-height x width / 4 of the image processor's grid."""
+```python
+from sppruner import Pruner, ask_about
+from sppruner.engine.loading import load_model
+from sppruner.spec import DENSE
+
+loaded = load_model("tiny-qwen")
+prompt = "how many circles are there?"
+inputs = ask_about(loaded.processor, [prompt], [image])
+pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+answer = pruner.generate(inputs, DENSE, [prompt], max_new_tokens=48)
+print(loaded.processor.batch_decode(answer.tokens_BT, skip_special_tokens=True)[0])
+```"""
+
+_ROUTE: Final = """\
+Each image goes through JPEG bytes (192 px, quality 92), the model's processor, and
+greedy `generate` of these bfloat16 weights."""
 
 FAMILY_TEXT: Final[dict[str, dict[str, str]]] = {
     "llava": {
@@ -117,9 +133,7 @@ A vision-language model in the LLaVA architecture (CLIP ViT 128 x 6, two-layer p
         "usage": _LLAVA_USAGE,
         "image": """\
 One image is 96 x 96 pixels and 144 visual tokens (patch 8), a quarter of LLaVA-1.5's 576.""",
-        "route": """\
-Each image goes through JPEG bytes (192 px, quality 92), `AutoProcessor`, and
-greedy `generate` of these bfloat16 weights.""",
+        "route": _ROUTE,
         "saliency": "Attention of the class token",
         "contrast": """\
 The class token was trained contrastively against captions, with the gradient entering only
@@ -134,8 +148,7 @@ and 2 x 2 merging, language model 128 x 4 with M-RoPE).""",
         "image": """\
 A square image is 96 x 96 pixels and 144 visual tokens (patches of 4 px, merged); other aspect
 ratios become about as many tokens, but training saw square images only.""",
-        "route": """\
-Teacher-forced with these bfloat16 weights, which equals greedy decoding up to rounding.""",
+        "route": _ROUTE,
         "saliency": "Attention received in the last block",
         "contrast": """\
 There is no class token. The mean output of the last block's attention was trained contrastively

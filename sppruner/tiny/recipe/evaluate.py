@@ -1,32 +1,32 @@
 """Scores on held-out scenes: exact match per question kind, and how well saliency looks.
 
-`generated` is the claim (JPEG bytes, processor, `generate`); `teacher_forced` is the quick
-equivalent that also measures random visual-token subsets at original positions.
+`generated` is the claim (JPEG bytes, processor, `generate`), asked as the library's evaluation
+asks any model; `teacher_forced` is the quick equivalent on visual-token subsets of our choosing.
 """
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sppruner.pruner import Pruner
-from sppruner.spec import DENSE, PruneSpec
-from sppruner.tiny.questions import CAPTION_OBJECTS, CAPTION_PROMPT, KINDS, caption, questions
+from sppruner.engine.loading import LoadedModel
+from sppruner.evaluation import compare
+from sppruner.evaluation import score as evaluation
+from sppruner.evaluation.items import Dataset
+from sppruner.spec import PruneSpec
+from sppruner.tiny.questions import KINDS
 from sppruner.tiny.recipe.cache import scene_table
 from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.packing import Pack, answer_logits, pack, random_keep
 from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.vision import pixels
-from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED
 
 __all__ = [
     "JPEG_QUALITY",
@@ -47,11 +47,11 @@ _CPU: Final = torch.device("cpu")
 class Score:
     """Right answers among the asked."""
 
-    right: int = 0
+    right: float = 0
     asked: int = 0
 
-    def add(self, right: bool) -> None:
-        """Count one answer."""
+    def add(self, right: float) -> None:
+        """Count one answer; a share of it where it was asked several times."""
         self.right += right
         self.asked += 1
 
@@ -61,58 +61,18 @@ class Score:
         return self.right / max(1, self.asked)
 
 
-def _examples(seeds: Sequence[int]) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """Decoded 192 px JPEG, kind, question and answer."""
-    for seed in seeds:
-        scene = sample_scene(seed)
-        buffer = io.BytesIO()
-        render(scene).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        image = Image.open(buffer)
-        for question in questions(scene):
-            yield image, question.kind, question.text, question.answer
-        if len(scene.objects) <= CAPTION_OBJECTS:
-            yield image, "caption", CAPTION_PROMPT, caption(scene)
-
-
-@torch.inference_mode()
 def generated(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    scenes: int,
-    first: int = HELD_OUT_SEED,
-    batch: int = 64,
-    spec: PruneSpec = DENSE,
-) -> dict[str, Score]:
-    """Exact match of greedy `generate` through chat template and processor, per kind.
+    loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec] = ()
+) -> list[dict[str, Score]]:
+    """Exact match of greedy `generate` per kind: of all tokens first, then under each spec."""
+    comparison = compare(loaded, dataset, specs)
+    return [_per_kind(score) for score in (comparison.dense, *comparison.scores)]
 
-    With a `spec`, visual tokens are pruned as the library prunes them for its users.
-    """
-    pruner = Pruner(model, tokenizer=processor.tokenizer)
+
+def _per_kind(answered: evaluation.Score) -> dict[str, Score]:
     scores: dict[str, Score] = defaultdict(Score)
-    examples = list(_examples(range(first, first + scenes)))
-    examples.sort(key=lambda example: len(example[2]))
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
-        prompts = [
-            processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image"}, {"type": "text", "text": text}],
-                    }
-                ],
-                add_generation_prompt=True,
-            )
-            for _, _, text, _ in part
-        ]
-        images = [image for image, *_ in part]
-        inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
-        inputs = inputs.to(model.device, model.dtype)
-        texts = [text for _, _, text, _ in part]
-        output = pruner.generate(inputs, spec, texts, max_new_tokens=48)
-        said = processor.batch_decode(output.tokens_BT, skip_special_tokens=True)
-        for (_, kind, _, answer), text in zip(part, said, strict=True):
-            scores[kind].add(text.strip() == answer)
+    for item, right in zip(answered.dataset.items, answered.per_item, strict=True):
+        scores[item.kind].add(right)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
 
 

@@ -22,7 +22,13 @@ from sppruner.tiny.questions import KINDS
 from sppruner.tiny.recipe.cache import SIGNS, SceneCache
 from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.loop import Draws
-from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, random_keep
+from sppruner.tiny.recipe.packing import (
+    answer_logits,
+    lm_loss,
+    pack,
+    random_keep,
+    shown_entities,
+)
 from sppruner.tiny.recipe.space import TokenSpace, Truth
 
 __all__ = ["init_language", "kind_weights", "language_loss", "sample_keep"]
@@ -161,7 +167,8 @@ def language_loss(
             keep = sample_keep(batch, generator)
         with torch.autocast(device.type, torch.bfloat16):
             logits = answer_logits(family, model, space.noisy_oracle(truth, generator), text, keep)
-        loss = lm_loss(logits, text, weights)
+        shown = None if keep is None else shown_entities(cache, scenes, keep)
+        loss = lm_loss(logits, text, weights, shown)
         right = (logits.argmax(-1) == text.labels_A).float().mean()
         return loss, {"lm": loss.item(), "right": right.item()}
 

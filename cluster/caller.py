@@ -20,7 +20,7 @@ from ray import serve
 from ray.data import ActorPoolStrategy, Dataset
 
 from cluster.calls import Replicas, RowAnswer, RowCall, ServeReplicas
-from cluster.config import RunConfig
+from cluster.config import Kind, RunConfig
 from cluster.controller import stop_reason
 from cluster.delivery import Delivered, Delivery
 from cluster.errors import ErrorShareExceeded, PromptInvalid
@@ -115,7 +115,7 @@ class Caller:
 
     def _row(self, values: dict[str, Any]) -> _Row:
         id = f"{values['_in_unit']}:{values['_in_row']}"
-        prompt = self._prompt(values["_in_prompt"])
+        prompt = prompt_of(self._config.kind, self._config.prompt, values["_in_prompt"])
         error = None
         if values["_in_error_code"] is not None:
             error = RowAnswer(
@@ -134,16 +134,6 @@ class Caller:
             prompt=prompt,
             error=error,
         )
-
-    def _prompt(self, asked: str | None) -> str | None:
-        """Captions: the row's own prompt, else the run's. Questions: the row's, put where the
-        run's prompt says {question}, if it does; None where there is no question."""
-        if self._config.kind == "caption":
-            return asked or self._config.prompt
-        if asked is None or not asked.strip():
-            return None
-        template = self._config.prompt
-        return template.replace(_QUESTION, asked) if _QUESTION in template else asked
 
     def _controls(self, rows: Sequence[_Row]) -> frozenset[int]:
         """Row numbers of the unit that also run dense, the same ones at every attempt.
@@ -230,6 +220,7 @@ class Caller:
             "completion_tokens": answer.completion_tokens,
             "visual_tokens": answer.visual_tokens,
             "visual_tokens_kept": answer.visual_tokens_kept,
+            "kept_tokens": answer.kept_tokens,
             "prune_method": spec.method,
             "prune_spec": spec.to_json(),
             "seconds": answer.seconds,
@@ -237,6 +228,19 @@ class Caller:
             "control_text": answer.control_text,
             "control_seconds": answer.control_seconds,
         }
+
+
+def prompt_of(kind: Kind, prompt: str, asked: str | None) -> str | None:
+    """What the model is asked about a row, given the run's prompt and what the row itself asks.
+
+    Captions: the row's own prompt, else the run's. Questions: the row's, put where the run's
+    prompt says {question}, if it does; None where there is no question.
+    """
+    if kind == "caption":
+        return asked or prompt
+    if asked is None or not asked.strip():
+        return None
+    return prompt.replace(_QUESTION, asked) if _QUESTION in prompt else asked
 
 
 _INPUT_NAMES = [field.name for field in INPUT_FIELDS]

@@ -57,6 +57,7 @@ class RowAnswer:
     completion_tokens: int = 0
     visual_tokens: int = 0
     visual_tokens_kept: int = 0
+    kept_tokens: bytes = b""
     seconds: float = 0.0
     control_text: str | None = None
     control_seconds: float | None = None
@@ -75,6 +76,7 @@ class RowAnswer:
             completion_tokens=result.completion_tokens,
             visual_tokens=result.visual_tokens,
             visual_tokens_kept=result.visual_tokens_kept,
+            kept_tokens=result.kept_tokens,
             seconds=result.seconds,
             control_text=result.control_text,
             control_seconds=result.control_seconds,

@@ -178,8 +178,8 @@ def _check_honest(table: pa.Table, unit_id: str) -> None:
         where = f"unit {unit_id} row {row['unit_row']}"
         if row["text"] is None:
             raise CommitRefused(f"{where} has neither a text nor an error")
-        seen, kept = row["visual_tokens"], row["visual_tokens_kept"]
-        if seen is None or kept is None or row["prune_spec"] is None:
+        seen, kept, mask = (row[name] for name in _SEEN)
+        if None in (seen, kept, mask, row["prune_spec"]):
             raise CommitRefused(f"{where} does not say which visual tokens the model saw")
         try:
             spec = _spec(row["prune_spec"])
@@ -194,11 +194,41 @@ def _check_honest(table: pa.Table, unit_id: str) -> None:
                 f"{where} kept {kept} of {seen} visual tokens where {spec.method} with its budget "
                 f"keeps {allowed}: pruning did not do what the row says"
             )
+        _check_mask(mask, seen, kept, spec, where)
+
+
+def _check_mask(mask: bytes, seen: int, kept: int, spec: PruneSpec, where: str) -> None:
+    """The mask has a bit for each token, and marks as many as entered the decoder: `kept`, or more
+    where the method drops some of them there."""
+    bits = int.from_bytes(mask, "little")
+    if len(mask) != -(-seen // 8) or bits.bit_length() > seen:
+        raise CommitRefused(f"{where}: {len(mask)} bytes of kept_tokens do not fit {seen} tokens")
+    entered = bits.bit_count()
+    if entered == kept or (entered > kept and _prunes_inside(spec)):
+        return
+    raise CommitRefused(
+        f"{where} kept {kept} visual tokens by its count and {entered} by its kept_tokens, under "
+        f"{spec.method}: one of them does not say what the model saw"
+    )
 
 
 @lru_cache(maxsize=256)
 def _spec(text: str) -> PruneSpec:
     return PruneSpec.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def _prunes_inside(spec: PruneSpec) -> bool:
+    """Whether the method drops tokens inside the decoder, after more entered it than it counts."""
+    # Brings torch along, which a sink has no other use for: asked only where counts differ.
+    from sppruner.selectors import selector_for
+
+    try:
+        selector = selector_for(spec)
+    except SpecError:
+        return False
+    # Half of plenty, in a decoder deep enough for any option: with stages if it ever has them.
+    return selector is not None and bool(selector.schedule(2**10, 2**9, 2**10).stages)
 
 
 def _committed(table: pa.Table, terms: CommitTerms, unit_id: str) -> pa.Table:
@@ -219,12 +249,12 @@ def _encoded(table: pa.Table, ledger: UnitLedger) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+_SEEN = ("visual_tokens", "visual_tokens_kept", "kept_tokens")
 _PROOF = [
     "unit_row",
     "text",
     "error_code",
-    "visual_tokens",
-    "visual_tokens_kept",
+    *_SEEN,
     "prune_method",
     "prune_spec",
 ]

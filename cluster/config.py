@@ -12,7 +12,7 @@ from sppruner.spec import PruneSpec
 Kind: TypeAlias = Literal["caption", "vqa"]
 
 # Bumped when committed rows change shape or meaning: an old output is then another run's.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

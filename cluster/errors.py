@@ -19,7 +19,8 @@ ClusterError                     code                 retryable  stops
     ├── SettingsChanged          settings_changed     no         refused: another run's output
     ├── FleetUnavailable         fleet_unavailable    no         no replicas to send rows to
     ├── ErrorShareExceeded       error_share          no         too many bad rows
-    └── CommitRefused            commit_refused       no         a unit that may not be committed
+    ├── CommitRefused            commit_refused       no         a unit that may not be committed
+    └── RedrawDiffers            redraw_differs       no         a picture it could not back
 
 A row error becomes an error row with its `code`, message and stage. A run error ends the command
 with `exit_code` and a message that says what to type next. Codes are stable: output holds them.
@@ -157,3 +158,9 @@ class CommitRefused(RunError):
     """A unit that is not whole, or that calls rows pruned which were not."""
 
     code = "commit_refused"
+
+
+class RedrawDiffers(RunError):
+    """Selecting again did not give the tokens that a committed row says the model saw."""
+
+    code = "redraw_differs"

@@ -2,6 +2,17 @@
 
 A unit travels as one Arrow table. Columns whose name starts with `_in_` or `_out_` are the
 system's own and are dropped before the commit; every other column is the source's or the output's.
+
+`kept_tokens` says which visual tokens the model saw: one bit for each of the row's `visual_tokens`
+in prompt order, image after image, set where the token entered the decoder. Bits are in the order
+of `numpy.packbits(…, bitorder="little")`, so
+
+    numpy.unpackbits(numpy.frombuffer(mask, "uint8"), count=visual_tokens, bitorder="little")
+
+gives them back. A dense row has all of them set. A method that puts one token in place of several
+(`pool`, merging) has the place of that token set. A method that prunes inside the decoder too
+drops some of these tokens there: as many as are set entered it, and `visual_tokens_kept` is what
+its budget counts. Error rows have null.
 """
 
 from __future__ import annotations
@@ -37,6 +48,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("completion_tokens", pa.int32()),
     pa.field("visual_tokens", pa.int32()),
     pa.field("visual_tokens_kept", pa.int32()),
+    pa.field("kept_tokens", pa.binary()),
     pa.field("prune_method", pa.string()),
     pa.field("prune_spec", pa.string()),
     pa.field("seconds", pa.float64()),

@@ -1,25 +1,34 @@
-"""Pictures of what methods keep: a few images × every method, one sheet per model and budget."""
+"""Pictures of what methods keep: a few images × every method, one sheet per model and budget, or
+what the model saw of a run's committed rows.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
+from cluster.config import MediaLimits
 from cluster.contact_sheet import Tile, contact_sheet
-from sppruner.engine.loading import LoadedModel
+from cluster.errors import RedrawDiffers, RowError, UsageError
+from cluster.labelled import LabelledRow, labelled_rows
+from cluster.media import decode_image
+from cluster.summary import Summary
+from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
 from sppruner.geometry import seen
-from sppruner.overlay import counts_of, legend, overlay, selections_of
+from sppruner.overlay import counts_of, legend, overlay, prepared_of, selections_of
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 
 _IMAGES = 4
 _SIDE = 240  # of a tile on the sheet
 _MARGIN = 12
+_NAME = 60  # characters, of up to 4 bytes each
 
 
 def write_overlays(
@@ -43,6 +52,65 @@ def write_overlays(
         written.append(folder / f"{name}-{budget}.png")
         _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
     return written
+
+
+def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
+    """`<key>.png` of each of a run's first labelled rows: the tokens it says the model saw.
+
+    Rows are encoded and selected from once more, by the run's model on the run's images. Raises
+    UsageError where those are not to be had, RedrawDiffers where a row says other tokens.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--overlay {folder}: not a folder to write to ({error})") from error
+    labelled = labelled_rows(summary.output, rows)
+    loaded = _model_of(summary)
+    pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+    written: list[Path] = []
+    for number, row in enumerate(labelled):
+        # No key leaves the folder, and none is too long for a file's name.
+        name = re.sub(r"[^\w.-]+", "-", row.key)[:_NAME].strip("-.") or f"row-{number}"
+        path = folder / f"{name}.png"
+        if path in written:  # keys are the corpus's, and may collide
+            path = folder / f"{name}-{number}.png"
+        _picture(pruner, loaded.processor, row, summary).save(path)
+        written.append(path)
+    return written
+
+
+def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:
+    try:
+        image = decode_image(row.image, MediaLimits(**summary.settings["media"]))
+        prepared = prepared_of(pruner, processor, image, row.prompt, row.spec)
+    except (RowError, SpprunerError) as error:
+        raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error
+    (report,) = prepared.reports
+    if report.kept_tokens != row.kept_tokens:
+        model = pruner.model
+        raise RedrawDiffers(
+            f"row {row.key!r}: selecting again on {model.device.type} in {model.dtype} gives other "
+            "tokens than the run committed: draw on the device and with the packages of the run; "
+            "where it differs there too, either the row is wrong about what the model saw, or "
+            "scores were so close that encoding in a batch tipped them"
+        )
+    return overlay(seen(image, processor.image_processor), prepared.selections)
+
+
+def _model_of(summary: Summary) -> LoadedModel:
+    """The run's model as it was. Raises UsageError."""
+    model, revision = summary.settings["model"], summary.settings["model_revision"]
+    try:
+        loaded = load_model(model, revision=revision)
+    except SpprunerError as error:
+        raise UsageError(f"the run's model is needed to draw its rows: {error}") from error
+    backend = summary.settings["image_backend"]
+    if loaded.image_backend != backend:
+        raise UsageError(
+            f"the run read its images with {backend}, this machine does with "
+            f"{loaded.image_backend}: install torchvision here if the run had it, else remove it"
+        )
+    return loaded
 
 
 def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:

@@ -2,6 +2,9 @@
 
 python jobs/report.py s3://bucket/captions
 python jobs/report.py s3://bucket/captions --json
+python jobs/report.py s3://bucket/captions --overlay seen --rows 20
+
+The last draws which visual tokens the model saw of rows, and needs the run's model and images.
 """
 
 from __future__ import annotations
@@ -9,27 +12,57 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from cluster.errors import RunError
+from cluster.errors import RunError, UsageError
+from cluster.logs import configure_logs
 from cluster.report import print_report
-from cluster.summary import summarise
+from cluster.summary import Summary, summarise
+
+_ROWS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What a run did and saved, from its output.")
     parser.add_argument("output", help="the --output of a job")
     parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    parser.add_argument(
+        "--overlay", type=Path, metavar="DIR", help="folder for pictures of the tokens rows kept"
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help=f"draw the first N labelled rows ({_ROWS})"
+    )
     arguments = parser.parse_args(argv)
     try:
+        configure_logs()
+        _check(arguments.overlay, arguments.rows)
         summary = summarise(arguments.output)
+        if arguments.json:
+            print(summary.to_json())
+        else:
+            print_report(summary)
+        if arguments.overlay is not None:
+            _draw(summary, arguments.overlay, arguments.rows or _ROWS)
     except RunError as error:
         print(f"report: {error}", file=sys.stderr)
         return error.exit_code
-    if arguments.json:
-        print(summary.to_json())
-    else:
-        print_report(summary)
     return 0
+
+
+def _check(overlay: Path | None, rows: int | None) -> None:
+    if rows is None:
+        return
+    if overlay is None:
+        raise UsageError("--rows goes with --overlay: give a folder for the pictures")
+    if rows < 1:
+        raise UsageError(f"--rows {rows}: give at least 1")
+
+
+def _draw(summary: Summary, folder: Path, rows: int) -> None:
+    from jobs.overlays import write_seen  # brings torch, which a report else does without
+
+    written = write_seen(summary, folder, rows=rows)
+    print(f"{len(written)} pictures in {folder}, {written[0].name} first", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sppruner.chat import ask_about
 from sppruner.errors import InputError
 from sppruner.geometry import WHOLE, Box, plane_boxes, seen
-from sppruner.pruner import Pruner
+from sppruner.pruner import Prepared, Pruner
 from sppruner.spec import PruneSpec
 from sppruner.types import Selection, VisualTokens
 
@@ -92,13 +92,20 @@ def overlay_of(
     return overlay(view, selections, side=side, key=key)
 
 
+def prepared_of(
+    pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
+) -> Prepared:
+    """The image encoded and its tokens selected for a prompt. Raises SpprunerError."""
+    inputs = ask_about(processor, [prompt], [image]).to(pruner.model.device)
+    return pruner.prepare(inputs, spec, [prompt])
+
+
 def selections_of(
     pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
 ) -> list[tuple[VisualTokens, Selection]]:
     """(tokens, selection) of each plane of the image. Tokens that a method drops inside the
     decoder are still there when they enter it, and count as kept. Raises SpprunerError."""
-    inputs = ask_about(processor, [prompt], [image]).to(pruner.model.device)
-    return pruner.prepare(inputs, spec, [prompt]).selections
+    return prepared_of(pruner, processor, image, prompt, spec).selections
 
 
 def counts_of(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from sppruner.adapters import Adapter, EncodedImage
 from sppruner.compact import Compacted
-from sppruner.errors import PruningHadNoEffect
+from sppruner.errors import InputError, PruningHadNoEffect
 from sppruner.spec import PruneSpec
 from sppruner.stages import Schedule
 from sppruner.types import PruneReport
@@ -17,16 +18,28 @@ from sppruner.types import PruneReport
 def dense_reports(
     adapter: Adapter, specs: Sequence[PruneSpec], inputs: Mapping[str, Tensor]
 ) -> list[PruneReport]:
-    """One report per prompt of a batch that goes to the model as it is."""
+    """One report per prompt of a batch that goes to the model as it is.
+
+    Raises InputError for image placeholders without any image: some families would answer from the
+    placeholder's own embedding.
+    """
     visual_B = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
     length_B = inputs["attention_mask"].sum(dim=1).tolist()
     shapes = adapter.shapes(inputs)
+    if inputs.get("pixel_values") is None:
+        for row, visual in enumerate(visual_B):
+            if visual:
+                raise InputError(
+                    f"prompt {row} has places for {visual} visual tokens, no image was given: pass "
+                    "the processor's pixel_values, or leave the image placeholders out"
+                )
     layers = adapter.capabilities.decoder_layers
     return [
         PruneReport(
             spec=spec,
             visual_tokens=visual,
             visual_tokens_kept=visual,
+            kept_tokens=_packed(np.ones(visual, dtype=bool)),
             prompt_tokens=length,
             prompt_tokens_dense=length,
             layer_tokens=(length,) * layers,
@@ -40,6 +53,7 @@ def pruned_reports(
     adapter: Adapter,
     specs: Sequence[PruneSpec],
     inputs: Mapping[str, Tensor],
+    keep_BS: Tensor,
     compacted: Compacted,
     images: Sequence[EncodedImage],
     schedules: Sequence[Schedule],
@@ -48,10 +62,13 @@ def pruned_reports(
 ) -> list[PruneReport]:
     """One report per prompt, counted on what the model will see and held against its schedule.
 
-    features, selection_flops: of each image, as packed and as selected. Raises PruningHadNoEffect
-    where they differ: a row must never be called pruned when the model read something else.
+    keep_BS: which tokens of `inputs` the compacted prompts hold. features, selection_flops: of each
+    image, as packed and as selected. Raises PruningHadNoEffect where they differ: a row must never
+    be called pruned when the model read something else.
     """
-    before_B = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
+    visual_BS = adapter.placeholders(inputs["input_ids"]).cpu().numpy()
+    kept_BS = keep_BS.cpu().numpy()
+    before_B = visual_BS.sum(axis=1).tolist()
     length_B = inputs["attention_mask"].sum(dim=1).tolist()
     after_B = adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
     short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
@@ -72,6 +89,7 @@ def pruned_reports(
                 spec=spec,
                 visual_tokens=before_B[row],
                 visual_tokens_kept=sum(schedules[i].counted for i in mine),
+                kept_tokens=_packed(kept_BS[row, visual_BS[row]]),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
                 layer_tokens=tuple(
@@ -82,3 +100,7 @@ def pruned_reports(
             )
         )
     return reports
+
+
+def _packed(kept_N: np.ndarray) -> bytes:
+    return np.packbits(kept_N, bitorder="little").tobytes()

@@ -191,6 +191,7 @@ class Pruner:
                 self.adapter,
                 per_row,
                 inputs,
+                keep_BS,
                 compacted,
                 images,
                 schedules,
@@ -236,11 +237,28 @@ class Pruner:
 
     @torch.no_grad()
     def run(self, prepared: Prepared, **generate_kwargs: Any) -> Generated:
-        """`model.generate` on a prepared batch, once: beam search rewrites what was packed."""
+        """`model.generate` on a prepared batch, once: beam search rewrites what was packed.
+
+        Raises InputError for a `prefill_chunk_size` that a prompt of embeddings cannot be cut to.
+        """
+        self._check_chunks(prepared.inputs, generate_kwargs)
         stages = prepared.stages
         with nullcontext() if stages is None else StageDriver(self.adapter, stages):
             output = self.model.generate(**prepared.inputs, **generate_kwargs)
         return self._generated(output, prepared.inputs["input_ids"].shape[1], prepared.reports)
+
+    def _check_chunks(self, inputs: Mapping[str, Any], generate_kwargs: Mapping[str, Any]) -> None:
+        """transformers cuts ids and positions into chunks, but hands every chunk all of the
+        embeddings: a shape error or, in chunks of one token, a wrong answer."""
+        if "inputs_embeds" not in inputs:
+            return
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        size = generate_kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        if size is not None and size < inputs["input_ids"].shape[1]:
+            raise InputError(
+                f"prefill_chunk_size={size}: {self.adapter.capabilities.family} prompts are packed "
+                "as embeddings, which generate cannot read in chunks: leave it out"
+            )
 
     @staticmethod
     def _generated(output: Any, prompt_length: int, reports: list[PruneReport]) -> Generated:

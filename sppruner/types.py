@@ -89,6 +89,10 @@ class PruneReport:
 
     visual_tokens_kept: as the spec's budget counts them: tokens that enter the decoder, or, for a
     method that prunes inside it, what its budget speaks of (its docstring says which).
+    kept_tokens: which tokens enter the decoder, those included that a method drops inside it: one
+    bit for each of the prompt's `visual_tokens` in prompt order, image after image, as
+    `numpy.packbits(…, bitorder="little")` packs them; a token that stands for several is marked
+    at its own place.
     prompt_tokens: text and visual tokens that enter the decoder. layer_tokens: prompt tokens at
     each decoder layer, which differ only where a method prunes inside the decoder. image_shapes:
     what each image cost the encoder. selection_flops: modelled work of selecting.
@@ -97,6 +101,7 @@ class PruneReport:
     spec: PruneSpec
     visual_tokens: int
     visual_tokens_kept: int
+    kept_tokens: bytes
     prompt_tokens: int
     prompt_tokens_dense: int
     layer_tokens: tuple[int, ...]

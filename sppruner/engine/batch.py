@@ -203,6 +203,7 @@ class BatchEngine:
             completion_tokens=new_tokens,
             visual_tokens=report.visual_tokens,
             visual_tokens_kept=report.visual_tokens_kept,
+            kept_tokens=report.kept_tokens,
             seconds=seconds,
             cost=cost,
         )

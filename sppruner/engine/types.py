@@ -51,7 +51,8 @@ class Request:
 class Result:
     """The answer to one request, or why there is none (`error_code` set, `text` None).
 
-    seconds: wall seconds of the batch this row ran in, divided by the batch's rows. control_text
+    kept_tokens: which visual tokens entered the decoder, as `PruneReport.kept_tokens`. seconds:
+    wall seconds of the batch this row ran in, divided by the batch's rows. control_text
     and control_seconds come from the dense twin of a control request. cost: modelled, from the
     model's config alone; None on error.
     """
@@ -63,6 +64,7 @@ class Result:
     completion_tokens: int = 0
     visual_tokens: int = 0
     visual_tokens_kept: int = 0
+    kept_tokens: bytes = b""
     seconds: float = 0.0
     control_text: str | None = None
     control_seconds: float | None = None

@@ -36,6 +36,11 @@ def expected_text(data: bytes, kept: int = VISUAL_TOKENS) -> str:
         return f"{image_hash(image.convert('RGB'))} kept {kept}"
 
 
+def first_kept(kept: int, total: int) -> bytes:
+    """The mask of `total` tokens of which the first `kept` stay."""
+    return ((1 << kept) - 1).to_bytes(-(-total // 8), "little")
+
+
 class FakeEngine:
     """Prompts that do something: "raise" (the whole batch raises), "fault" (the device does),
     "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
@@ -96,6 +101,7 @@ class FakeEngine:
             completion_tokens=3,
             visual_tokens=total,
             visual_tokens_kept=kept,
+            kept_tokens=first_kept(kept, total),
             seconds=0.01,
             control_text=f"{system}{hashes} kept {total}" if request.control else None,
             control_seconds=0.02 if request.control else None,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -96,6 +97,9 @@ def test_every_row_comes_out_once_in_order_with_its_source_and_its_proof() -> No
     row = table.slice(0, 1).to_pylist()[0]
     assert (row["prune_method"], row["prune_spec"]) == ("m", HALF.to_json())
     assert (row["visual_tokens"], row["visual_tokens_kept"]) == (100, 50)
+    mask = np.frombuffer(row["kept_tokens"], np.uint8)
+    seen = np.unpackbits(mask, count=100, bitorder="little")
+    assert seen.tolist() == [1] * 50 + [0] * 50
     assert (row["model"], row["model_revision"], row["run_id"]) == ("fake", "fake-1", "run")
     assert (row["attempts"], row["is_control"], row["control_text"]) == (1, False, None)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ from cluster.media import decode_image
 from cluster.rows import COST_FIELD, is_internal, output_schema
 from cluster.store import LocalStore, Store, open_store
 from jobs.make_corpus import make_corpus
+from sppruner.selectors import available, selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.corpora import plan
 
@@ -41,6 +43,11 @@ TERMS = CommitTerms(
 )
 
 
+def mask(kept: int, of: int) -> bytes:
+    """The last `kept` of so many tokens, so that the end of the mask matters."""
+    return np.packbits(np.arange(of) >= of - kept, bitorder="little").tobytes()
+
+
 def row(number: int, **values: Any) -> dict[str, Any]:
     answered = {
         "note": f"n{number}",
@@ -49,6 +56,7 @@ def row(number: int, **values: Any) -> dict[str, Any]:
         "attempts": 1,
         "visual_tokens": 100,
         "visual_tokens_kept": 25,
+        "kept_tokens": mask(25, 100),
         "prune_method": SPEC.method,
         "prune_spec": SPEC.to_json(),
         "seconds": 0.5,
@@ -139,7 +147,10 @@ def test_only_whole_units_of_this_run_are_committed(
     assert store.list() == []
 
 
+SEEN = ("visual_tokens", "visual_tokens_kept", "kept_tokens")
 DENSE_ROW = {"prune_method": "none", "prune_spec": DENSE.to_json()}
+FASTV = PruneSpec(method="fastv", budget=SPEC.budget)
+FASTV_ROW = {"prune_method": "fastv", "prune_spec": FASTV.to_json()}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,14 @@ DENSE_ROW = {"prune_method": "none", "prune_spec": DENSE.to_json()}
         ({"prune_method": "fsr"}, "names method fsr beside sppruner"),
         ({"text": None}, "neither a text nor an error"),
         (DENSE_ROW, "kept 25 of 100 .* keeps 100"),
+        ({"kept_tokens": None}, "row 1 does not say"),
+        ({"kept_tokens": mask(24, 100)}, "row 1 kept 25 .* and 24 by its kept_tokens"),
+        ({"kept_tokens": mask(26, 100)}, "and 26 by"),
+        ({"kept_tokens": mask(25, 96)}, "12 bytes of kept_tokens do not fit 100"),
+        ({"kept_tokens": mask(25, 100) + b"\0"}, "14 bytes of kept_tokens do not fit 100"),
+        ({"kept_tokens": mask(25, 104)}, "do not fit 100"),
+        (DENSE_ROW | {"visual_tokens_kept": 100}, "kept 100 .* and 25 by"),
+        (FASTV_ROW | {"kept_tokens": mask(24, 100)}, "and 24 by"),
     ],
 )
 def test_rows_that_were_not_pruned_as_they_say_are_refused(
@@ -165,14 +184,37 @@ def test_rows_that_were_not_pruned_as_they_say_are_refused(
 
 
 def test_error_rows_and_dense_rows_need_no_pruning_proof(store: Store) -> None:
-    error = {
-        name: None
-        for name in ("text", "visual_tokens", "visual_tokens_kept", "prune_method", "prune_spec")
-    }
+    error = {name: None for name in ("text", *SEEN, "prune_method", "prune_spec")}
     failed = row(0, error_code="image_missing", error_stage="decode", **error)
-    dense = row(1, visual_tokens_kept=100, **DENSE_ROW)
+    dense = row(1, visual_tokens_kept=100, kept_tokens=mask(100, 100), **DENSE_ROW)
     assert commit(table(failed, dense, row(2)), store)
     assert read_ledgers(store, ["unit"])[0].failed == {"image_missing": 1}
+    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert read["kept_tokens"].to_pylist() == [None, mask(100, 100), mask(25, 100)]
+
+
+@pytest.mark.parametrize("method", available())
+def test_more_tokens_than_the_budget_counts_may_enter_only_where_the_decoder_drops_some(
+    store: Store, method: str
+) -> None:
+    specs = [PruneSpec.parse(method, SPEC.budget)]
+    if method == "sppruner":
+        specs.append(PruneSpec.parse("sppruner:mode=pre+mid", SPEC.budget))
+    for spec in specs:
+        selector = selector_for(spec)
+        entering = 25 if selector is None else selector.schedule(100, 25, layers=32).before
+        counted = 100 if spec.is_dense else 25
+        shown = {"prune_method": method, "prune_spec": spec.to_json()}
+        rows = table(*(row(n, visual_tokens_kept=counted, **shown) for n in range(3)))
+        # 40 of 100 are what none of them but the stages could let in.
+        masks = pa.array([mask(max(40, entering), 100)] * 3, pa.binary())
+        at = rows.column_names.index("kept_tokens")
+        rows = rows.set_column(at, "kept_tokens", masks)
+        if entering > counted:
+            assert commit(rows, store)
+        else:
+            with pytest.raises(CommitRefused, match="by its kept_tokens"):
+                commit(rows, store)
 
 
 @given(n=st.integers(0, 4_000), ratio=st.floats(0.001, 1.0), off=st.integers(-2, 2))
@@ -183,6 +225,7 @@ def test_exactly_the_budgets_count_passes(
     spec = PruneSpec(method="sppruner", budget=Budget(ratio=ratio))
     kept = spec.budget.count(n) + off
     values = {"visual_tokens": n, "visual_tokens_kept": kept, "prune_spec": spec.to_json()}
+    values["kept_tokens"] = mask(kept, n)
     rows = table(row(0, **values), row(1), row(2))
     local = LocalStore(tmp_path_factory.mktemp("out"))
     if off == 0:
@@ -212,6 +255,7 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
             try:
                 image = decode_image(values["_in_image"], MediaLimits())
                 answer |= {"text": f"{image.width}", "visual_tokens": 8, "visual_tokens_kept": 2}
+                answer |= {"kept_tokens": mask(2, 8)}
                 answer |= {"prune_method": SPEC.method, "prune_spec": SPEC.to_json()}
             except RowError as error:
                 answer |= {"error_code": error.code, "error_stage": error.stage}

@@ -91,6 +91,8 @@ def test_results_count_the_tokens_of_their_own_spec(engine: BatchEngine) -> None
         n = len(one.images)
         kept = n * one.spec.budget.count(VISUAL_TOKENS)
         assert (result.visual_tokens, result.visual_tokens_kept) == (n * VISUAL_TOKENS, kept)
+        assert len(result.kept_tokens) == n * VISUAL_TOKENS // 8
+        assert int.from_bytes(result.kept_tokens, "little").bit_count() == kept
         assert result.seconds > 0
         assert result.cost is not None
         pruned = result.visual_tokens_kept < result.visual_tokens

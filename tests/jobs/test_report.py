@@ -1,0 +1,196 @@
+"""The report's pictures: of what the rows say the model saw, or none at all."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.caller import Caller, CallerSettings
+from cluster.commit import CommitTerms, commit_unit
+from cluster.corpus import plan_run
+from cluster.corpus.manifest import MANIFEST_KEY
+from cluster.corpus.source import read_unit
+from cluster.ledger import LEDGER_KEY
+from cluster.media import decode_image
+from cluster.replica import EngineSettings, VLMReplica
+from cluster.store import open_store
+from jobs import report
+from sppruner import Budget, Pruner, PruneSpec
+from sppruner.engine import Generation
+from sppruner.engine.loading import EMBEDDED, load_model, resolve_model
+from sppruner.evaluation import drawn_scenes
+from sppruner.overlay import overlay_of
+from tests.cluster.corpora import config, put_parquet
+
+SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
+KEYS = ["a/b", "broken", "a-b", "y"]
+QUESTIONS = ["what color is the circle ?", "is there a star ?", "how many objects ?", "is it red ?"]
+
+
+@functools.cache
+def scenes() -> list[bytes]:
+    images: list[bytes] = []
+    for item in drawn_scenes(40).items:
+        buffer = io.BytesIO()
+        item.image().save(buffer, "PNG")
+        if buffer.getvalue() not in images:
+            images.append(buffer.getvalue())
+    return images[: len(KEYS)]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two units, one of its rows broken, as a job commits it."""
+    folder = tmp_path_factory.mktemp("run")
+    images = [
+        b"junk" if key == "broken" else data for key, data in zip(KEYS, scenes(), strict=True)
+    ]
+    corpus = pa.table({"key": KEYS, "image": pa.array(images, pa.binary()), "question": QUESTIONS})
+    put_parquet(open_store(str(folder / "corpus")), "x.parquet", corpus)
+    run = config(
+        str(folder / "corpus"),
+        str(folder / "labels"),
+        kind="vqa",
+        model=EMBEDDED,
+        prompt="look: {question}",
+        spec=SPEC,
+        generation=Generation(max_new_tokens=2),
+        unit_rows=2,
+        control_share=0.0,
+    )
+    revision = resolve_model(EMBEDDED).revision
+    plan = plan_run(run, model_revision=revision, image_backend="pil")
+    settings = CallerSettings(
+        run_id=plan.run_id,
+        first_unit=plan.units[0].unit_id,
+        config=run,
+        model_revision=revision,
+        app="",
+        deployment="",
+    )
+
+    async def label() -> list[pa.Table]:
+        caller = Caller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
+        source = open_store(plan.input_uri)
+        return [await caller(read_unit(source, unit, plan.layout)) for unit in plan.units]
+
+    for table in asyncio.run(label()):
+        store = open_store(plan.output_uri)
+        commit_unit(table, terms=CommitTerms.of(plan), store=store, writer="w")
+    return folder / "labels"
+
+
+@pytest.fixture
+def copy(output: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(output, tmp_path / "labels"))
+
+
+def change(labels: Path, **settings: Any) -> None:
+    """Rewrites parts of the manifest."""
+    manifest = json.loads((labels / MANIFEST_KEY).read_text())
+    for name, value in settings.items():
+        part = manifest if name in manifest else manifest["settings"]
+        assert name in part
+        part[name] = value
+    (labels / MANIFEST_KEY).write_text(json.dumps(manifest))
+
+
+def rewrite(labels: Path, key: str, mask: bytes | None) -> None:
+    """Commits another mask for one row; None leaves the whole column out."""
+    for path in labels.glob("*.parquet"):
+        ledger = pq.read_metadata(path).metadata[LEDGER_KEY.encode()]
+        table = pq.read_table(path).replace_schema_metadata({LEDGER_KEY: ledger})
+        at = table.column_names.index("kept_tokens")
+        if mask is None:
+            pq.write_table(table.remove_column(at), path)
+            continue
+        masks = [mask if r["key"] == key else r["kept_tokens"] for r in table.to_pylist()]
+        pq.write_table(table.set_column(at, "kept_tokens", pa.array(masks, pa.binary())), path)
+
+
+def draw(labels: Path, folder: Path, *options: str) -> int:
+    return report.main([str(labels), "--overlay", str(folder), *options])
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_each_labelled_row_is_drawn_as_the_model_saw_it(output: Path, tmp_path: Path) -> None:
+    assert draw(output, tmp_path / "new" / "seen") == 0
+    seen = {path.name: Image.open(path) for path in (tmp_path / "new" / "seen").iterdir()}
+    assert set(seen) == {"a-b.png", "a-b-1.png", "y.png"}, "one each, the broken row left out"
+    loaded = load_model(EMBEDDED)
+    pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
+    limits = config("in", "out").media
+    for name, row in (("a-b.png", 0), ("a-b-1.png", 2), ("y.png", 3)):
+        image = decode_image(scenes()[row], limits)
+        due = overlay_of(pruner, loaded.processor, image, f"look: {QUESTIONS[row]}", SPEC)
+        assert np.array_equal(np.asarray(seen[name]), np.asarray(due))
+
+
+def test_only_so_many_rows_are_drawn_and_the_report_stays_whole(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(output, tmp_path, "--rows", "1", "--json") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a-b.png"]
+    assert json.loads(capsys.readouterr().out)["rows"] == len(KEYS)
+
+
+def test_a_row_that_says_other_tokens_is_not_drawn(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many tokens, so that no count gives it away."""
+    rewrite(copy, "y", ((1 << 32) - 1).to_bytes(18, "little"))
+    assert draw(copy, tmp_path / "seen") == 1
+    assert "row 'y': selecting again" in told(capsys)
+    assert not (tmp_path / "seen" / "y.png").exists()
+
+
+def test_what_it_takes_to_draw_is_said_where_it_is_not_there(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = json.loads((copy / MANIFEST_KEY).read_text())["source"]
+    change(copy, source=str(tmp_path / "moved"))
+    assert draw(copy, tmp_path / "seen") == 2
+    assert f"row 'a/b': its image cannot be read again from {tmp_path / 'moved'}" in told(capsys)
+    change(copy, source=source, model="no/such-model")
+    assert draw(copy, tmp_path / "seen") == 2
+    assert "the run's model is needed to draw its rows: no model 'no/such-model'" in told(capsys)
+    change(copy, model=EMBEDDED, model_revision="0" * 16)
+    assert draw(copy, tmp_path / "seen") == 2
+    assert "its files were changed" in told(capsys)
+    rewrite(copy, "y", None)
+    assert draw(copy, tmp_path / "seen") == 2
+    assert "do not say which tokens were kept" in told(capsys)
+    for path in copy.glob("*.parquet"):
+        path.unlink()
+    assert draw(copy, tmp_path / "seen") == 2
+    assert "no labelled row yet" in told(capsys)
+    assert not any((tmp_path / "seen").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rows", "3"], "--rows goes with --overlay"),
+        (["--overlay", "x", "--rows", "0"], "give at least 1"),
+        (["--overlay", __file__], "not a folder to write to"),
+    ],
+)
+def test_options_that_cannot_work_are_named(
+    output: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(output), *options]) == 2
+    assert says in told(capsys)

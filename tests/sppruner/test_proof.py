@@ -1,0 +1,93 @@
+"""The report's mask names the very tokens that the packed prompt holds, in the prompt's order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sppruner import Budget, Prepared, Pruner, PruneReport, PruneSpec
+from sppruner.spec import DENSE
+from tests.sppruner.families import FAMILIES
+
+# Text relevance needs a tokenizer. `pool` and `sppruner` put a token in place of several.
+ASKED = ["grid", "random:seed=3", "pool", "sppruner:relevance=none"]
+
+
+def bits(report: PruneReport) -> list[int]:
+    """Indices of the tokens that the mask marks."""
+    packed = np.frombuffer(report.kept_tokens, np.uint8)
+    assert len(packed) == -(-report.visual_tokens // 8)
+    unpacked = np.unpackbits(packed, bitorder="little")
+    assert not unpacked[report.visual_tokens :].any(), "bits beyond the last token"
+    return unpacked.nonzero()[0].tolist()
+
+
+def chosen(prepared: Prepared, row: int) -> list[int]:
+    """What the pruner chose of the images of a prompt, one image after the other."""
+    indices, start = [], 0
+    for image, kept in zip(prepared.images, prepared.kept, strict=True):
+        if image.row == row:
+            indices += [start + index for index in kept.index_K.tolist()]
+            start += image.count
+    return indices
+
+
+def packed(
+    pruner: Pruner, inputs: dict[str, torch.Tensor], prepared: Prepared, row: int
+) -> list[int]:
+    """Which of a prompt's tokens the packed one holds, by their positions alone."""
+
+    def places(of: Any, positions_RBS: torch.Tensor) -> list[tuple[int, ...]]:
+        visual_S = pruner.adapter.placeholders(of["input_ids"])[row] & (
+            of["attention_mask"][row] > 0
+        )
+        # With M-RoPE the first row counts text anew; the three others say where a token lies.
+        rows = slice(1, None) if len(positions_RBS) > 1 else slice(None)
+        return [tuple(place) for place in positions_RBS[rows, row][:, visual_S].T.tolist()]
+
+    positions = prepared.inputs["position_ids"]
+    held = places(prepared.inputs, positions if positions.dim() == 3 else positions[None])
+    all_of_them = places(inputs, pruner.adapter.positions(inputs))
+    assert len(set(all_of_them)) == len(all_of_them)
+    return [index for index, place in enumerate(all_of_them) if place in set(held)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_is_of_the_tokens_that_enter_the_decoder(family: str) -> None:
+    pruner = Pruner(FAMILIES[family].build())
+    staged = f"fastv:layer={pruner.adapter.capabilities.stages_from}"
+    third, five = Budget(ratio=0.3), Budget(tokens=5)
+    asked = [(PruneSpec.parse(method, third), 2) for method in (*ASKED, staged)]
+    asked += [(PruneSpec.parse(method, five), 1) for method in ASKED]
+    nothing = PruneSpec(method="grid", budget=Budget(tokens=0))
+    asked += [(nothing, 1), (nothing, 0), (DENSE, 2), (DENSE, 0)]
+    inputs = FAMILIES[family].batch([images for _, images in asked])
+    prepared = pruner.prepare(inputs, [spec for spec, _ in asked])
+    for row, ((spec, images), report) in enumerate(zip(asked, prepared.reports, strict=True)):
+        assert bits(report) == chosen(prepared, row) == packed(pruner, inputs, prepared, row)
+        whole = spec.is_dense or spec.method == "fastv"
+        due = report.visual_tokens if whole else report.visual_tokens_kept
+        assert len(bits(report)) == due
+        assert (due > 0) == (images > 0 and spec != nothing)
+
+
+def test_a_batch_that_goes_to_the_model_as_it_is_has_every_bit_set() -> None:
+    """Neither the dense control nor a batch without images is packed anew."""
+    family = FAMILIES["llava_next"]
+    pruner = Pruner(family.build())
+    dense = pruner.generate(family.batch([2, 0, 1]), DENSE, max_new_tokens=1, do_sample=False)
+    grid = PruneSpec(method="grid", budget=Budget(ratio=0.3))
+    text = pruner.prepare(family.batch([0]), grid)
+    for report in (*dense.reports, *text.reports):
+        assert bits(report) == list(range(report.visual_tokens))
+
+
+def test_tokens_dropped_inside_the_decoder_count_as_seen_by_it() -> None:
+    family = FAMILIES["llava"]
+    spec = PruneSpec.parse("sppruner:relevance=none:mode=pre+mid", Budget(tokens=6))
+    (report,) = Pruner(family.build()).prepare(family.batch([1]), spec).reports
+    assert report.visual_tokens_kept == 6
+    assert len(bits(report)) == report.layer_tokens[0] - (report.prompt_tokens_dense - 16) > 6

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine import BatchEngine, Generation, Request, Result
 from sppruner.engine.loading import load_model, load_processor, resolve_model
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -153,8 +153,28 @@ def test_a_folder_of_every_family_loads_without_torchvision_and_answers(
         assert alone.prompt_tokens == result.prompt_tokens
 
 
-def test_every_family_warms_up(engine: BatchEngine) -> None:
-    engine.warm_up()
+def test_a_warm_up_answers_dense_and_pruned_and_changes_no_later_answer(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(DENSE) + requests(PruneSpec(method="grid", budget=Budget(ratio=0.25)))
+    before = engine.run(asked)
+    warmed: list[tuple[PruneSpec, Result]] = []
+
+    def noting(batch: list[Request]) -> list[Result]:
+        results = BatchEngine.run(engine, batch)
+        warmed.extend((one.spec, result) for one, result in zip(batch, results, strict=True))
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run", noting)
+        engine.warm_up()
+    assert {spec.is_dense for spec, _ in warmed} == {True, False}
+    for spec, result in warmed:
+        assert result.completion_tokens > 0
+        assert result.visual_tokens > 0
+        assert (result.visual_tokens_kept < result.visual_tokens) == (not spec.is_dense)
+    after = engine.run(asked)
+    assert [replace(r, seconds=0) for r in after] == [replace(r, seconds=0) for r in before]
 
 
 def test_words_that_stand_for_an_image_or_a_video_are_refused_and_never_said(

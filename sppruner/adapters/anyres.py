@@ -21,6 +21,7 @@ from transformers.image_processing_utils import select_best_resolution
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
 from sppruner.adapters.tiles import layer_before, read
 from sppruner.cost import ImageShape
+from sppruner.errors import InputError
 from sppruner.signals import CONTENT_SEED, content_seed, probing
 from sppruner.types import VisualTokens
 
@@ -110,6 +111,16 @@ class AnyresLayout:
         if self.size != self.unpadded:
             cut = torch.nn.functional.interpolate(cut[None], list(self.size), mode="bilinear")[0]
         return cut.flatten(1).T
+
+
+def image_sizes(inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """(height, width) of each image before it was cut up. Raises InputError without them."""
+    if "image_sizes" not in inputs:
+        raise InputError(
+            "image_sizes is missing: pass on everything the processor returns, pixel_values alone "
+            "do not say how an image was cut into tiles"
+        )
+    return [(height, width) for height, width in inputs["image_sizes"].tolist()]
 
 
 class AnyresAdapter(Adapter):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
-from sppruner.errors import UnsupportedModel
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
 from sppruner.signals import content_seed as seed_of
 from sppruner.types import VisualTokens
@@ -24,17 +24,9 @@ class LlavaAdapter(Adapter):
 
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
-        if config.vision_config.model_type != "clip_vision_model":
-            raise UnsupportedModel(
-                f"LLaVA with a {config.vision_config.model_type} tower: only CLIP towers are known"
-            )
-        if not isinstance(config.vision_feature_layer, int):
-            raise UnsupportedModel("LLaVA that concatenates several vision layers is not supported")
-        if config.vision_feature_select_strategy != "default":
-            raise UnsupportedModel(
-                "vision_feature_select_strategy='full' hands the CLS token on as a patch: "
-                "load the model with 'default'"
-            )
+        require_tower(config, "clip_vision_model")
+        require_features(config, "default")
+        require_dense_decoder(config)
         return Capabilities.of(config, "cls")
 
     @classmethod

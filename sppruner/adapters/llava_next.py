@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
+from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout, image_sizes
 from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, LlavaEncoderCost
@@ -40,7 +40,7 @@ class LlavaNextAdapter(AnyresAdapter):
                 tile=config.vision_config.image_size,
                 side=self._side,
             )
-            for size in inputs["image_sizes"].tolist()
+            for size in image_sizes(inputs)
         ]
 
     def _probe(self, attention: torch.nn.Module) -> ClsRowProbe:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout
+from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout, image_sizes
 from sppruner.adapters.base import Capabilities
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, TiledEncoderCost
@@ -47,7 +47,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         return super().assign_rows(counts, input_ids_BS)
 
     def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
-        config, sizes = self.model.config, inputs["image_sizes"].tolist()
+        config, sizes = self.model.config, image_sizes(inputs)
         per_prompt = inputs.get("batch_num_images")
         counts = [1] * len(sizes) if per_prompt is None else [int(n) for n in per_prompt]
         alone = [count == 1 for count in counts for _ in range(count)]

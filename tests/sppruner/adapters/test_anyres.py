@@ -162,3 +162,12 @@ def test_variants_that_cannot_be_served_say_what_to_load(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         capabilities(LlavaOnevisionConfig(**change))
+
+
+@pytest.mark.parametrize("family", [llava_next, llava_onevision])
+def test_pixels_without_the_images_sizes_are_refused(family: Any) -> None:
+    inputs = family.batch([1])
+    del inputs["image_sizes"]
+    spec = PruneSpec(method="grid", budget=Budget(ratio=0.5))
+    with pytest.raises(InputError, match="pass on everything the processor returns"):
+        Pruner(family.build()).prepare(inputs, spec)

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sppruner.engine.processors import processor_of
 from sppruner.errors import UnsupportedModel
-from sppruner.tiny import MODEL_DIR
+from sppruner.tiny import TINY_MODELS
 
-# The model in this repository, trained on drawn scenes: what the jobs use without --model.
+# Of the models in this repository, trained on drawn scenes, the one that jobs use without --model.
 EMBEDDED = "tiny-llava"
 
 # Weight files above this size are identified by their ends: hashing 15 GB takes a minute.
@@ -66,12 +66,12 @@ def _content_hash(folder: Path) -> str:
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
-    """Pins a model: the embedded one, a local folder (by content) or a Hub name (by commit).
+    """Pins a model: an embedded one, a local folder (by content) or a Hub name (by commit).
 
     Downloads a Hub model if it is not cached (HF_HOME and HF_HUB_OFFLINE are honoured). Raises
     UnsupportedModel if there is no such model or it has no safetensors.
     """
-    folder = MODEL_DIR if name == EMBEDDED else Path(name)
+    folder = TINY_MODELS.get(name, Path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UnsupportedModel(f"{folder} holds no config.json: not a model folder")
@@ -91,8 +91,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UnsupportedModel(
-            f"no model {name!r}: not {EMBEDDED!r}, not a local folder, and not to be had from the "
-            f"Hub ({type(error).__name__}). Give a folder, or check HF_HOME and HF_HUB_OFFLINE"
+            f"no model {name!r}: not one of {', '.join(TINY_MODELS)}, not a local folder, and not "
+            f"to be had from the Hub ({type(error).__name__}). Give a folder, or check HF_HOME and "
+            "HF_HUB_OFFLINE"
         ) from error
     if not list(Path(path).glob("*.safetensors")):
         raise UnsupportedModel(f"{name!r} has no *.safetensors: other formats are not loaded")

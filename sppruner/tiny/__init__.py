@@ -1,7 +1,7 @@
-"""The embedded demonstration model: a LLaVA small enough to ship in the repository.
+"""The embedded models: small enough to ship in the repository, trained on drawn scenes.
 
-Procedural scenes, exact questions about them, the model builder, and the recipe that trained the
-weights in `MODEL_DIR`. Importing this package is cheap; torch is only imported by its modules.
+Procedural scenes, exact questions about them, the model builders, and the recipe that trained the
+weights. Importing this package is cheap; torch is only imported by its modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["MODEL_DIR"]
+__all__ = ["TINY_MODELS"]
 
-MODEL_DIR: Final = Path(__file__).parent / "weights"
-"""Folder of the shipped checkpoint, loadable with `from_pretrained`."""
+_WEIGHTS: Final = Path(__file__).parent / "weights"
+
+TINY_MODELS: Final = {
+    folder.name: folder for folder in sorted(_WEIGHTS.iterdir()) if folder.is_dir()
+}
+"""Folders of the shipped checkpoints by name, loadable with `from_pretrained`."""

@@ -22,7 +22,7 @@ from cluster.summary import summarise
 from jobs import answer_vqa, caption_corpus, report
 from jobs.make_corpus import make_corpus
 from sppruner.engine.loading import EMBEDDED, resolve_model
-from sppruner.tiny import MODEL_DIR
+from sppruner.tiny import TINY_MODELS
 from tests.integration.checks import (
     check_every_row_once,
     check_faults,
@@ -78,7 +78,7 @@ def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
         (["--prompt", "what is the background?"], "describe the image."),
         (["--method", "grid"], '"sppruner" → "grid"'),
         (["--limit", "8"], "limit"),
-        (["--model", str(MODEL_DIR)], '"tiny-llava" →'),
+        (["--model", str(TINY_MODELS[EMBEDDED])], '"tiny-llava" →'),
     ],
 )
 def test_another_setting_on_the_same_output_is_refused_with_the_difference(
@@ -174,7 +174,7 @@ def test_a_job_without_a_running_application_removes_the_one_it_deployed(
 ) -> None:
     make_corpus(kind="caption", rows=4, output=f"{s3}/corpus")
     before = apps()
-    assert caption_corpus.main(arguments(s3, "--model", str(MODEL_DIR))) == 0
+    assert caption_corpus.main(arguments(s3, "--model", str(TINY_MODELS[EMBEDDED]))) == 0
     assert apps() == before
 
 

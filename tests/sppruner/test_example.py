@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import sppruner
+from sppruner.engine.loading import EMBEDDED
 from sppruner.evaluation import drawn_scenes
-from sppruner.tiny import MODEL_DIR
+from sppruner.tiny import TINY_MODELS
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,7 +35,7 @@ def test_the_example_answers_from_a_share_of_the_tokens(
     item = next(item for item in drawn_scenes(1).items if item.kind == "background")
     item.image().save(tmp_path / "photo.jpg")
     stand_ins = {
-        "llava-hf/llava-1.5-7b-hf": str(MODEL_DIR),
+        "llava-hf/llava-1.5-7b-hf": str(TINY_MODELS[EMBEDDED]),
         "photo.jpg": str(tmp_path / "photo.jpg"),
         "What is in the image?": item.prompt,
     }

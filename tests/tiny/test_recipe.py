@@ -102,7 +102,7 @@ def test_oracle_tokens_can_be_read_back(shop: Workshop) -> None:
     truth = Truth(shop.cache, SCENES, CPU)
     marks, places = space.read(space.oracle(truth))
     torch.testing.assert_close(marks, truth.marks_BNC, atol=1e-5, rtol=0)
-    torch.testing.assert_close(places, truth.places_BN3, atol=1e-5, rtol=0)
+    torch.testing.assert_close(places, truth.places_BNP, atol=1e-5, rtol=0)
     loss, numbers = DenseLoss(space)(space.oracle(truth), truth, 5.0)
     assert numbers["mse"] < 1e-10
     assert loss < 0.3

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from sppruner.tiny import MODEL_DIR
+from sppruner.engine.loading import EMBEDDED
+from sppruner.tiny import TINY_MODELS
 from sppruner.tiny.recipe.history import History
 from sppruner.tiny.recipe.loop import load_checkpoint
 
@@ -58,7 +59,7 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
         second.kill()
     assert second.returncode == 0, log
     assert "resumed" in log
-    assert load_checkpoint(work / "joint.pt", torch.device("cpu"))["step"] == 10
+    assert load_checkpoint(work / "joint.pt", torch.device("cpu"))["step"] == 8
     AutoProcessor.from_pretrained(output)
     LlavaForConditionalGeneration.from_pretrained(output)
     card = (output / "README.md").read_text()
@@ -68,16 +69,17 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_joint_training_goes_on_from_the_shipped_weights_and_says_so(tmp_path: Path) -> None:
-    again = _start(tmp_path / "model", "--from", str(MODEL_DIR))
+    again = _start(tmp_path / "model", "--from", str(TINY_MODELS[EMBEDDED]))
     try:
         log, _ = again.communicate(timeout=600)
     finally:
         again.kill()
     assert again.returncode == 0, log
-    before, after = History.read(MODEL_DIR), History.read(tmp_path / "model")
-    assert after == before.continued(10)
-    assert f"went on for {after.again:,} steps" in (tmp_path / "model" / "README.md").read_text()
-    old, new = (load_file(f / "model.safetensors") for f in (MODEL_DIR, tmp_path / "model"))
+    shipped, made = TINY_MODELS[EMBEDDED], tmp_path / "model"
+    before, after = History.read(shipped), History.read(made)
+    assert after == before.continued(8)
+    assert f"went on for {after.again:,} steps" in (made / "README.md").read_text()
+    old, new = (load_file(folder / "model.safetensors") for folder in (shipped, made))
     assert old.keys() == new.keys()
     moved = [name for name in old if not torch.equal(old[name], new[name])]
     assert moved

@@ -9,7 +9,7 @@ import torch
 
 from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.evaluation.scenes import scene_questions
-from sppruner.tiny import MODEL_DIR
+from sppruner.tiny import TINY_MODELS
 from sppruner.tiny.recipe.evaluate import Score, generated, saliency_auc, teacher_forced
 from sppruner.tiny.recipe.families import LLAVA
 from sppruner.tiny.scenes import HELD_OUT_SEED
@@ -42,7 +42,7 @@ def _mean(scores: dict[str, Score]) -> float:
 
 def test_shipped_files_are_small_and_bfloat16(model: Any) -> None:
     assert model.dtype == torch.bfloat16
-    assert (MODEL_DIR / "model.safetensors").stat().st_size < 15e6
+    assert (TINY_MODELS[EMBEDDED] / "model.safetensors").stat().st_size < 15e6
 
 
 def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:

@@ -86,7 +86,8 @@ About an hour on two CPU cores.{history}
   The first quarter of the language-only stage saw the centres of all things and some other tokens,
   its first 15 % only scenes of few objects.
 - The attention of the language model starts from weights written by hand: heads that find the
-  visual tokens showing a word of the question, and heads that look at the previous word.
+  visual tokens showing a word of the question, heads that look at the previous word, and one that
+  looks around a place.
 - {contrast}
 - Centres of objects and signs keep 1.5 px (of 96) from the lines of the patch grid, and questions
   whose answer would be a close call are not asked. One training seed, one checkpoint.

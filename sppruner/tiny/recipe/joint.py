@@ -70,7 +70,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     dense = DenseLoss(space, sharp=True)
     weights = kind_weights(shop.device, background=0.5, behind=2.0, count=3.0, nearest=4.0)
     batch = _BATCH // ranks.world
-    schedule = Schedule(steps=shop.steps(2600), peak=1e-3, warmup=40, hold=0.35, floor=0.03)
+    schedule = Schedule(steps=shop.steps(2000), peak=1e-3, warmup=40, hold=0.35, floor=0.03)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         draws = Draws(stage=_JOINT, step=step, rank=ranks.rank)

@@ -2,9 +2,10 @@
 
 Its initialisation knows what is slow to discover: attention matches equal content and values copy;
 two heads of the first layers look up the visual tokens that show a word of the text, and two heads
-of layer 0 look at the previous token. Without the look-up, one token among 144 did not stand out
-and most kinds of question stayed at chance for 2,000 steps. The stage begins with few objects and
-few other tokens.
+of layer 0 look at the previous token; a head of the third looks around the place of what was found.
+Without the look-up, one token among 144 did not stand out and most kinds of question stayed at
+chance for 2,000 steps; with 1,200 steps, what is nearest was answered in 52 % of oracle scenes with
+looking around and in 32 % without. The stage begins with few objects and few other tokens.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def init_language(model: Any, space: TokenSpace) -> None:
             for head, part in zip(range(2, 4), shown.split(size), strict=True):
                 values[head * size :][: len(part)] = part
                 outputs[:, head * size :][:, : len(part)] = part.T
+        if index == 2:
+            queries[3], keys[3] = _look_around(space, size)
+            part = 0.45 * space.marks_CD.cpu()[:size]
+            values[3 * size :][: len(part)] = part
+            outputs[:, 3 * size :][:, : len(part)] = part.T
         for projection, weight in (
             (attention.q_proj, torch.cat(queries)),
             (attention.k_proj, torch.cat(keys)),
@@ -111,6 +117,17 @@ def _look_up(space: TokenSpace, size: int) -> tuple[Tensor, Tensor]:
     rows = slow[: len(named)]
     query, key = torch.zeros(size, space.marks_CD.shape[1]), torch.zeros(size, len(space.text_D))
     query[rows] = key[rows] = 1.2 * space.marks_CD[named].cpu()
+    query[slow[-1]], key[slow[-1]] = 2.5 * space.text_D.cpu(), -2.5 * space.text_D.cpu()
+    return query, key
+
+
+def _look_around(space: TokenSpace, size: int) -> tuple[Tensor, Tensor]:
+    """Query and key maps by which a token that knows a place finds visual tokens near it."""
+    half = size // 2
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]
+    rows = slow[: len(space.places_PD)]
+    query, key = torch.zeros(size, space.marks_CD.shape[1]), torch.zeros(size, len(space.text_D))
+    query[rows] = key[rows] = 1.6 * space.places_PD.cpu()
     query[slow[-1]], key[slow[-1]] = 2.5 * space.text_D.cpu(), -2.5 * space.text_D.cpu()
     return query, key
 

@@ -3,7 +3,7 @@
 Word embeddings are fixed orthonormal directions, and the *oracle* token of a patch is the sum of
 the words it shows, a mark on object centres, and its place. The language model can thus
 learn without images and the vision tower without a language model. Source: our own recipe.
-Shapes: B scenes, N = 144 patches, W words, D = 128.
+Shapes: B scenes, N = 144 patches, W words, P = 8 waves, D = 128.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sppruner.tiny.recipe.cache import BARE, GROUNDS, PATCH_CENTERS, SIGNS, Arra
 __all__ = ["ANCHOR", "CHANNELS", "THING", "TokenSpace", "Truth"]
 
 _WIDTH: Final = 128
-_PLACE_GAIN: Final = 3.0
+PLACES: Final = 8
 _TEXT_MARK: Final = 0.5
 # Inflected forms share most of their word's direction, so a question finds its patches.
 _ALIASES: Final = {**PLURALS, "colour": "color"}
@@ -55,11 +55,12 @@ class Truth:
         marks = [words, cache.anchors[scenes][..., None], things[..., None]]
         self.marks_BNC = torch.from_numpy(np.concatenate(marks, 2).astype(np.float32)).to(device)
         """Channels of `CHANNELS`: (B, 144, C)."""
-        x_y = centers - 0.5
-        places = np.concatenate([x_y, 2 * np.square(x_y).sum(2, keepdims=True)], 2)
-        self.places_BN3 = torch.from_numpy(places.astype(np.float32)).to(device)
-        """x, y relative to the image centre, and twice its squared distance from it: with the
-        square, "nearest" is a product of queries and keys."""
+        phases = np.pi * (centers - 0.5)[..., None] * (1, 2)
+        waves = np.concatenate([np.sin(phases), np.cos(phases)], 3).reshape(*centers.shape[:2], -1)
+        self.places_BNP = torch.from_numpy(waves.astype(np.float32)).to(device)
+        """Sines and cosines of x and y at half and one period per image, (B, 144, 8): their
+        product for two places falls with the distance between them, so that what is near is found
+        as what is alike."""
         self.things_BN = torch.from_numpy(things).to(device)
         """True on objects and signs."""
         self.cores_BN = torch.from_numpy(cores[..., 0]).to(device)
@@ -80,7 +81,7 @@ _COLOR_CHANNELS: Final = np.array([WORDS.index(color) for color in COLORS])
 _SURFACE: Final = np.isin(WORDS, (*COLORS, *BACKGROUNDS, *TEXTURES))
 
 
-_TAKEN: Final = CHANNELS + 5
+_TAKEN: Final = CHANNELS + PLACES + 2
 
 
 class TokenSpace:
@@ -90,10 +91,10 @@ class TokenSpace:
         generator = torch.Generator().manual_seed(20)
         basis = torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=generator)).Q.T
         self.marks_CD = basis[:CHANNELS].to(device)
-        self.places_3D = basis[CHANNELS : CHANNELS + 3].to(device)
-        self.visual_D = basis[CHANNELS + 3].to(device)
-        self.text_D = basis[CHANNELS + 4].to(device)
-        self.shown_SD = basis[: CHANNELS + 3].to(device)
+        self.places_PD = basis[CHANNELS : CHANNELS + PLACES].to(device)
+        self.visual_D = basis[CHANNELS + PLACES].to(device)
+        self.text_D = basis[CHANNELS + PLACES + 1].to(device)
+        self.shown_SD = basis[: CHANNELS + PLACES].to(device)
         """All that tells visual tokens apart: channels and places."""
         self.embedding_VD = self._embedding(tokenizer, basis, generator).to(device)
 
@@ -119,22 +120,22 @@ class TokenSpace:
         text = basis[_TAKEN - 1]
         return torch.stack([rows[word] + _TEXT_MARK * text for word, _ in vocabulary])
 
-    def tokens(self, marks_BNC: Tensor, places_BN3: Tensor) -> Tensor:
+    def tokens(self, marks_BNC: Tensor, places_BNP: Tensor) -> Tensor:
         """(B, N, D) tokens for given marks and places."""
-        return marks_BNC @ self.marks_CD + _PLACE_GAIN * places_BN3 @ self.places_3D + self.visual_D
+        return marks_BNC @ self.marks_CD + places_BNP @ self.places_PD + self.visual_D
 
     def oracle(self, truth: Truth) -> Tensor:
         """The token every patch should become."""
-        return self.tokens(truth.marks_BNC, truth.places_BN3)
+        return self.tokens(truth.marks_BNC, truth.places_BNP)
 
     def noisy_oracle(self, truth: Truth, generator: torch.Generator) -> Tensor:
         """Oracle tokens as an imperfect vision tower would emit them."""
-        marks, places = truth.marks_BNC, truth.places_BN3
+        marks, places = truth.marks_BNC, truth.places_BNP
         kept = torch.rand(marks.shape, generator=generator).to(marks.device) > 0.03
         noise = torch.randn(marks.shape, generator=generator).to(marks.device)
         shift = torch.randn(places.shape, generator=generator).to(places.device)
-        return self.tokens(marks * kept + 0.1 * noise, places + 0.02 * shift)
+        return self.tokens(marks * kept + 0.1 * noise, places + 0.06 * shift)
 
     def read(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
-        """Marks (B, N, C) and places (B, N, 3) that tokens express; inverse of `tokens`."""
-        return tokens_BND @ self.marks_CD.T, tokens_BND @ self.places_3D.T / _PLACE_GAIN
+        """Marks (B, N, C) and places (B, N, P) that tokens express; inverse of `tokens`."""
+        return tokens_BND @ self.marks_CD.T, tokens_BND @ self.places_PD.T

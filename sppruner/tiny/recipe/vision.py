@@ -133,7 +133,7 @@ class DenseLoss:
         if self.sharp:
             patch_weights = patch_weights + 6.0 * cores * truth.signs_BN.float()
         words = ((bce * self.channel_weights_C).mean(2) * patch_weights).mean()
-        off = (places - truth.places_BN3).square().sum(2)
+        off = 0.1 * (places - truth.places_BNP).square().sum(2)
         where = (off * (0.2 + 1.0 * things + 2.0 * cores)).mean()
         mse = (tokens - self.space.oracle(truth)).square().mean(2)
         same = (mse * (0.5 + things + 2.0 * cores)).mean()

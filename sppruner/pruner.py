@@ -10,9 +10,9 @@ re-packed at its shorter length, and `generate` gets the pruned features through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from sppruner.choosing import keep, kept_mask, schedules_of, select, selection_f
 from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
 from sppruner.proof import dense_reports, pruned_reports
-from sppruner.relevance import ClipText, EmbeddingCosine
-from sppruner.selectors import Selector, selector_for
+from sppruner.relevance import NO_CLIP_TEXT, ClipText, EmbeddingCosine, TextRelevance
+from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
 from sppruner.types import PruneReport, Selection, VisualTokens
@@ -71,10 +71,7 @@ def check_spec(spec: PruneSpec, can: Capabilities, *, clip_text: bool = False) -
     if spec.positions not in can.positions:
         raise MissingSignal(f"positions {spec.positions!r} cannot run on {can}")
     if selector.relevance_source == "clip" and not clip_text:
-        raise MissingSignal(
-            "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText"
-            "(clip, tokenizer)), or choose relevance 'embed' or 'none'"
-        )
+        raise MissingSignal(NO_CLIP_TEXT)
     selector.check(spec.budget, can)
 
 
@@ -108,21 +105,21 @@ class Pruner:
             )
         self.model = model
         self.adapter = adapter or adapter_for(model)
-        self._clip_text = clip_text
-        self._words = None
+        words = None
         if tokenizer is not None:
-            self._words = EmbeddingCosine(
+            words = EmbeddingCosine(
                 self.adapter.input_embedding,
                 lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             )
+        self._relevance = TextRelevance(words, clip_text)
 
     def check(self, spec: PruneSpec) -> None:
         """Raises now what `prepare` would raise later: unknown method, bad option, missing signal
         or missing text tower."""
-        check_spec(spec, self.adapter.capabilities, clip_text=self._clip_text is not None)
+        check_spec(spec, self.adapter.capabilities, clip_text=self._relevance.clip is not None)
         selector = selector_for(spec)
         if selector is not None:
-            self._relevance(selector)
+            self._relevance.scorer(selector)
 
     @staticmethod
     def signals(specs: Sequence[PruneSpec]) -> frozenset[str]:
@@ -159,7 +156,9 @@ class Pruner:
         selectors = [selector_for(spec) for spec in per_row]
         if encoded is None:
             encoded = self.adapter.encode(inputs, self.signals(per_row))
-        images = self._with_relevance(encoded.images, selectors, instructions)
+        images = encoded.images
+        if instructions is not None:
+            images = self._relevance.of(images, selectors, instructions)
         layers = self.adapter.capabilities.decoder_layers
         schedules = schedules_of(images, per_row, selectors, layers)
         selections = select(images, schedules, selectors)
@@ -264,43 +263,6 @@ class Pruner:
     def _generated(output: Any, prompt_length: int, reports: list[PruneReport]) -> Generated:
         sequences = output if isinstance(output, Tensor) else output.sequences
         return Generated(tokens_BT=sequences[:, prompt_length:], reports=reports, output=output)
-
-    def _relevance(self, selector: Selector) -> Callable[[VisualTokens, str], Tensor | None] | None:
-        """How to score the text for this method, or None if it asks for no text."""
-        source, pool = selector.relevance_source, selector.relevance_join
-        if source == "none":
-            return None
-        if source == "clip":
-            clip = self._clip_text
-            assert clip is not None, "check_spec has seen to it"
-            return lambda image, text: clip.score(image, text, pool)
-        words = self._words
-        if words is None:
-            raise MissingSignal(
-                "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'"
-            )
-        return lambda image, text: words.score(image, text, pool)
-
-    def _with_relevance(
-        self,
-        images: Sequence[EncodedImage],
-        selectors: Sequence[Selector | None],
-        instructions: Sequence[str] | None,
-    ) -> tuple[EncodedImage, ...]:
-        if instructions is None:
-            return tuple(images)
-        if len(instructions) != len(selectors):
-            raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
-        scored = []
-        for image in images:
-            selector = selectors[image.row]
-            score = None if selector is None else self._relevance(selector)
-            if score is not None:
-                text = instructions[image.row]
-                planes = tuple(replace(p, relevance_N=score(p, text)) for p in image.planes)
-                image = replace(image, planes=planes)
-            scored.append(image)
-        return tuple(scored)
 
     def _pad_id(self) -> int:
         """The model's padding id; any id but the placeholder's will do, masked as it is."""

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sppruner.errors import MissingSignal
+from sppruner.errors import InputError, MissingSignal
 from sppruner.types import VisualTokens
+
+if TYPE_CHECKING:
+    from sppruner.adapters import EncodedImage
+    from sppruner.selectors import Selector
 
 Source: TypeAlias = Literal["none", "embed", "clip"]
 Pool: TypeAlias = Literal["mean", "max", "top3"]
+
+NO_CLIP_TEXT = (
+    "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText(clip, "
+    "tokenizer)), or choose relevance 'embed' or 'none'"
+)
 
 # Words that carry no subject. Kept short on purpose: relevance averages over what is left.
 _STOP_WORDS = frozenset(
@@ -107,3 +117,54 @@ class ClipText:
         cosine_NT = torch.nn.functional.normalize(patch_ND, dim=-1) @ text_TD.T
         joined = cosine_NT.amax(dim=1) if pool == "max" else cosine_NT.mean(dim=1)
         return self._sign * joined.to(image.hidden_NV.device)
+
+
+class TextRelevance:
+    """Relevance from whichever source a method asks for, of those that are at hand."""
+
+    def __init__(self, words: EmbeddingCosine | None, clip: ClipText | None) -> None:
+        self._words = words
+        self.clip = clip
+
+    def scorer(self, selector: Selector) -> Callable[[VisualTokens, str], Tensor | None] | None:
+        """How to score the text for this method, or None if it asks for no text.
+
+        Raises MissingSignal without the source it asks for.
+        """
+        source, pool = selector.relevance_source, selector.relevance_join
+        if source == "none":
+            return None
+        known: EmbeddingCosine | ClipText | None = self._words
+        if source == "clip":
+            known = self.clip
+            if known is None:
+                raise MissingSignal(NO_CLIP_TEXT)
+        if known is None:
+            raise MissingSignal(
+                "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'"
+            )
+        scorer = known
+        return lambda image, text: scorer.score(image, text, pool)
+
+    def of(
+        self,
+        images: Sequence[EncodedImage],
+        selectors: Sequence[Selector | None],
+        instructions: Sequence[str],
+    ) -> tuple[EncodedImage, ...]:
+        """The images with `relevance_N` in their planes, where their prompt's method asks for it.
+
+        Raises InputError unless there is an instruction for every prompt.
+        """
+        if len(instructions) != len(selectors):
+            raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
+        scored = []
+        for image in images:
+            selector = selectors[image.row]
+            score = None if selector is None else self.scorer(selector)
+            if score is not None:
+                text = instructions[image.row]
+                planes = tuple(replace(p, relevance_N=score(p, text)) for p in image.planes)
+                image = replace(image, planes=planes)
+            scored.append(image)
+        return tuple(scored)

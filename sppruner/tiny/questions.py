@@ -22,7 +22,6 @@ __all__ = [
     "COLUMNS",
     "CONTEXT_KINDS",
     "KINDS",
-    "NEAREST_OBJECTS",
     "NUMBERS",
     "ROWS",
     "Question",
@@ -54,9 +53,6 @@ CONTEXT_KINDS: Final = ("nearest", "behind")
 CAPTION_PROMPT: Final = "describe the image."
 CAPTION_OBJECTS: Final = 3
 """Captions are trained and scored on scenes with at most this many objects."""
-
-NEAREST_OBJECTS: Final = 4
-"""What is nearest is asked of scenes with at most this many objects."""
 
 NUMBERS: Final = ("zero", "one", "two", "three", "four")
 ROWS: Final = ("top", "middle", "bottom")
@@ -256,7 +252,7 @@ def _nearest(scene: Scene, rng: random.Random) -> list[Question]:
         if near is not None:
             text = f"what is nearest to the {item.name}?"
             asked.append(Question("nearest", text, near.name, (item.name, near.name)))
-    return asked[:2] if len(scene.objects) <= NEAREST_OBJECTS else []
+    return asked[:2]
 
 
 def _behind(scene: Scene, rng: random.Random) -> list[Question]:

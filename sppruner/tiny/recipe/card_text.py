@@ -44,8 +44,8 @@ captions are asked of scenes with at most three objects.
 
 {saliency}
 ranks objects and signs above all other patches, distractors included, with an area under the ROC
-curve of {areas} ({layers}heads averaged; 0.5 is chance). Pruners read the last layer, which
-yields the visual features.
+curve of {areas} ({layers}heads averaged; 0.5 is
+chance). Pruners read the last layer, which yields the visual features.
 
 ## What a kept set needs
 

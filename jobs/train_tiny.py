@@ -9,6 +9,7 @@ folder.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -65,7 +66,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--save-seconds", type=float, default=60.0, help="between checkpoints")
     parser.add_argument("--evaluate-scenes", type=int, default=300)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    start: Path | None = arguments.start
+    if start is not None:
+        if not (start / "training.json").is_file():
+            parser.error(f"--from {start}: no training.json, give a folder that this command wrote")
+        kind = json.loads((start / "config.json").read_text())["model_type"]
+        if not kind.startswith(arguments.family):
+            parser.error(f"--from {start} holds a {kind} model: choose its --family")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from jobs import train_tiny
 from sppruner.engine.loading import EMBEDDED
 from sppruner.tiny import TINY_MODELS
 from sppruner.tiny.recipe.history import History
@@ -64,6 +65,20 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
     LlavaForConditionalGeneration.from_pretrained(output)
     card = (output / "README.md").read_text()
     assert "| existence |" in card
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [("nowhere", "no training.json"), (str(TINY_MODELS[EMBEDDED]), "holds a llava model")],
+)
+def test_what_cannot_be_trained_on_is_refused_before_any_work(
+    start: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "model"
+    with pytest.raises(SystemExit):
+        train_tiny.main(["--from", start, "--family", "qwen", "--output", str(output)])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,11 +6,9 @@ Whoever comes second is told so and drops its copy: that is no error.
 
 from __future__ import annotations
 
-import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -19,39 +17,18 @@ import structlog
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
-from cluster.config import Kind
+from cluster.audit import CommitTerms, check_honest, check_whole
 from cluster.corpus.plan import Plan, unit_key
 from cluster.errors import CommitRefused
 from cluster.ledger import LEDGER_KEY, UnitLedger, read_ledgers, unit_ledger
 from cluster.rows import is_internal, output_schema
 from cluster.store import Store, open_store
-from sppruner.errors import SpecError
-from sppruner.spec import PruneSpec
 
 logger = structlog.get_logger(__name__)
 
 # Called after each commit with run id, unit id and the ledger that was committed, by whichever
 # writer: more than once for one unit if a write is retried. It must not raise.
 OnCommit: TypeAlias = Callable[[str, str, UnitLedger], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitTerms:
-    """What a unit is checked against. rows: planned rows by unit id."""
-
-    run_id: str
-    kind: Kind
-    source_schema: pa.Schema
-    rows: Mapping[str, int]
-
-    @classmethod
-    def of(cls, plan: Plan) -> CommitTerms:
-        return cls(
-            run_id=plan.run_id,
-            kind=plan.kind,
-            source_schema=plan.source_schema,
-            rows={unit.unit_id: unit.row_count for unit in plan.units},
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +53,8 @@ def commit_unit(
     Raises CommitRefused where they are not exactly the planned rows, or are called pruned and
     were not; StoreError where the store gave up.
     """
-    unit_id = _check_whole(table, terms)
-    _check_honest(table, unit_id)
+    unit_id = check_whole(table, terms)
+    check_honest(table, unit_id)
     ledger = unit_ledger(table)
     data = _encoded(_committed(table, terms, unit_id), ledger)
     won = store.put_if_absent(unit_key(unit_id), data, writer=writer)
@@ -150,87 +127,6 @@ def _by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
     ]
 
 
-def _check_whole(table: pa.Table, terms: CommitTerms) -> str:
-    units = set(table["unit_id"].to_pylist())
-    if len(units) != 1 or None in units:
-        raise CommitRefused(f"rows of the units {sorted(map(str, units))} in one commit")
-    unit_id: str = units.pop()
-    planned = terms.rows.get(unit_id)
-    if planned is None:
-        raise CommitRefused(f"unit {unit_id} is not planned in run {terms.run_id}")
-    rows = table["unit_row"].to_pylist()
-    if sorted(rows, key=lambda row: -1 if row is None else row) != list(range(planned)):
-        raise CommitRefused(
-            f"unit {unit_id} has {len(rows)} rows, {len(set(rows))} of them different, where "
-            f"exactly its {planned} planned rows belong"
-        )
-    runs = set(table["run_id"].to_pylist())
-    if runs != {terms.run_id}:
-        raise CommitRefused(f"unit {unit_id} has rows of other runs than {terms.run_id}: {runs}")
-    return unit_id
-
-
-def _check_honest(table: pa.Table, unit_id: str) -> None:
-    """Every row is an answer or an error, and an answer saw the tokens its spec allows."""
-    for row in table.select(_PROOF).to_pylist():
-        if row["error_code"] is not None:
-            continue
-        where = f"unit {unit_id} row {row['unit_row']}"
-        if row["text"] is None:
-            raise CommitRefused(f"{where} has neither a text nor an error")
-        seen, kept, mask = (row[name] for name in _SEEN)
-        if None in (seen, kept, mask, row["prune_spec"]):
-            raise CommitRefused(f"{where} does not say which visual tokens the model saw")
-        try:
-            spec = _spec(row["prune_spec"])
-        except (ValueError, SpecError) as error:
-            raise CommitRefused(f"{where}: {error}") from error
-        if spec.method != row["prune_method"]:
-            raise CommitRefused(f"{where} names method {row['prune_method']} beside {spec.method}")
-        fewest, most = spec.budget.bounds(seen)
-        if not fewest <= kept <= most:
-            allowed = str(most) if fewest == most else f"{fewest} to {most}"
-            raise CommitRefused(
-                f"{where} kept {kept} of {seen} visual tokens where {spec.method} with its budget "
-                f"keeps {allowed}: pruning did not do what the row says"
-            )
-        _check_mask(mask, seen, kept, spec, where)
-
-
-def _check_mask(mask: bytes, seen: int, kept: int, spec: PruneSpec, where: str) -> None:
-    """The mask has a bit for each token, and marks as many as entered the decoder: `kept`, or more
-    where the method drops some of them there."""
-    bits = int.from_bytes(mask, "little")
-    if len(mask) != -(-seen // 8) or bits.bit_length() > seen:
-        raise CommitRefused(f"{where}: {len(mask)} bytes of kept_tokens do not fit {seen} tokens")
-    entered = bits.bit_count()
-    if entered == kept or (entered > kept and _prunes_inside(spec)):
-        return
-    raise CommitRefused(
-        f"{where} kept {kept} visual tokens by its count and {entered} by its kept_tokens, under "
-        f"{spec.method}: one of them does not say what the model saw"
-    )
-
-
-@lru_cache(maxsize=256)
-def _spec(text: str) -> PruneSpec:
-    return PruneSpec.from_dict(json.loads(text))
-
-
-@lru_cache(maxsize=256)
-def _prunes_inside(spec: PruneSpec) -> bool:
-    """Whether the method drops tokens inside the decoder, after more entered it than it counts."""
-    # Brings torch along, which a sink has no other use for: asked only where counts differ.
-    from sppruner.selectors import selector_for
-
-    try:
-        selector = selector_for(spec)
-    except SpecError:
-        return False
-    # Half of plenty, in a decoder deep enough for any option: with stages if it ever has them.
-    return selector is not None and bool(selector.schedule(2**10, 2**9, 2**10).stages)
-
-
 def _committed(table: pa.Table, terms: CommitTerms, unit_id: str) -> pa.Table:
     """The committed columns in their order and types, rows in unit order."""
     schema = output_schema(terms.source_schema, terms.kind)
@@ -247,14 +143,3 @@ def _encoded(table: pa.Table, ledger: UnitLedger) -> bytes:
         writer.write_table(table, row_group_size=max(1, table.num_rows))
         writer.add_key_value_metadata({LEDGER_KEY: ledger.to_json()})
     return buffer.getvalue().to_pybytes()
-
-
-_SEEN = ("visual_tokens", "visual_tokens_kept", "kept_tokens")
-_PROOF = [
-    "unit_row",
-    "text",
-    "error_code",
-    *_SEEN,
-    "prune_method",
-    "prune_spec",
-]

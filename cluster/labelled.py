@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import pyarrow.parquet as pq
 
@@ -17,6 +18,8 @@ from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
 from cluster.store import Store, open_store
 from sppruner.spec import PruneSpec
+
+_COLUMNS: Final = ["key", "unit_row", "error_code", "prune_spec", "kept_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,3 @@ def _rows_of(unit: Unit, manifest: Manifest, store: Store, source: Store) -> Ite
             spec=PruneSpec.from_dict(json.loads(row["prune_spec"])),
             kept_tokens=row["kept_tokens"],
         )
-
-
-_COLUMNS = ["key", "unit_row", "error_code", "prune_spec", "kept_tokens"]

@@ -40,7 +40,7 @@ def write_overlays(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
-    name = re.sub(r"[^\w.-]+", "-", loaded.identity.name).strip("-")
+    name = _file_name(loaded.identity.name)
     written = []
     for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
         members = [spec for spec in specs if spec.budget.ratio == budget]
@@ -69,14 +69,18 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     written: list[Path] = []
     for number, row in enumerate(labelled):
-        # No key leaves the folder, and none is too long for a file's name.
-        name = re.sub(r"[^\w.-]+", "-", row.key)[:_NAME].strip("-.") or f"row-{number}"
+        name = _file_name(row.key) or f"row-{number}"
         path = folder / f"{name}.png"
         if path in written:  # keys are the corpus's, and may collide
             path = folder / f"{name}-{number}.png"
         _picture(pruner, loaded.processor, row, summary).save(path)
         written.append(path)
     return written
+
+
+def _file_name(text: str) -> str:
+    """One that does not leave its folder and is not too long; empty where nothing of it is left."""
+    return re.sub(r"[^\w.-]+", "-", text)[:_NAME].strip("-.")
 
 
 def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:

@@ -55,6 +55,11 @@ class Selector(ABC):
     def relevance_join(self) -> Pool:
         return "mean"
 
+    @property
+    def prunes_inside(self) -> bool:
+        """Whether `schedule` may have stages: more tokens then enter the decoder than count."""
+        return False
+
     def check(self, budget: Budget, can: Capabilities) -> None:
         """Raises SpecError for a budget this method cannot run on a model that can do `can`."""
         if budget.spread:

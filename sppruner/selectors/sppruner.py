@@ -121,9 +121,13 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         if self.mode not in ("pre", "pre+mid"):
             raise SpecError(f"mode={self.mode!r} of 'sppruner': use 'pre' or 'pre+mid'")
 
+    @property
+    def prunes_inside(self) -> bool:
+        return self.mode == "pre+mid"
+
     def check(self, budget: Budget, can: Capabilities) -> None:
         super().check(budget, can)
-        if self.mode == "pre+mid":
+        if self.prunes_inside:
             check_stages(self.name, [can.decoder_layers // 2], can)
 
     def schedule(self, n: int, k: int, layers: int) -> Schedule:
@@ -132,7 +136,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         The average is k to the token: where halves do not come out, or fewer than 1.5 k tokens are
         there, the two are as far apart as whole numbers of that average can be.
         """
-        if self.mode == "pre" or k >= n:
+        if not self.prunes_inside or k >= n:
             return super().schedule(n, k, layers)
         middle = layers // 2
         common = gcd(middle, layers - middle)

@@ -49,6 +49,10 @@ class StagedSelector(Selector):
         if self.count not in COUNTS:
             raise SpecError(f"count={self.count!r} of {self.name!r}: use 'final' or 'average'")
 
+    @property
+    def prunes_inside(self) -> bool:
+        return True
+
     @abstractmethod
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """The layers in front of which tokens are dropped, of a decoder with so many."""

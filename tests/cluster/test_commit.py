@@ -10,16 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ray.data import DataContext
 
-from cluster.commit import CommitSink, CommitTerms, commit_unit
+from cluster.commit import CommitSink, commit_unit
 from cluster.config import Kind, MediaLimits
 from cluster.corpus import Plan, done_units
 from cluster.corpus.source import read_units
@@ -28,52 +25,10 @@ from cluster.errors import CommitRefused, RowError
 from cluster.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers
 from cluster.media import decode_image
 from cluster.rows import COST_FIELD, is_internal, output_schema
-from cluster.store import LocalStore, Store, open_store
+from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
-from sppruner.selectors import available, selector_for
-from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.corpora import plan
-
-SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-TERMS = CommitTerms(
-    run_id="run",
-    kind="caption",
-    source_schema=pa.schema([("note", pa.string())]),
-    rows={"unit": 3, "other": 1},
-)
-
-
-def mask(kept: int, of: int) -> bytes:
-    """The last `kept` of so many tokens, so that the end of the mask matters."""
-    return np.packbits(np.arange(of) >= of - kept, bitorder="little").tobytes()
-
-
-def row(number: int, **values: Any) -> dict[str, Any]:
-    answered = {
-        "note": f"n{number}",
-        "key": f"k{number}",
-        "text": f"t{number}",
-        "attempts": 1,
-        "visual_tokens": 100,
-        "visual_tokens_kept": 25,
-        "kept_tokens": mask(25, 100),
-        "prune_method": SPEC.method,
-        "prune_spec": SPEC.to_json(),
-        "seconds": 0.5,
-        "is_control": False,
-        "run_id": "run",
-        "unit_id": "unit",
-        "unit_row": number,
-        "_in_unit": "unit",
-    }
-    return answered | values
-
-
-def table(*rows: dict[str, Any]) -> pa.Table:
-    schema = output_schema(TERMS.source_schema, TERMS.kind)
-    extra = [pa.field("_in_unit", pa.string()), COST_FIELD]
-    return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))
-
+from tests.cluster.labelled import SPEC, TERMS, mask, row, table
 
 WHOLE = table(row(2), row(0), row(1))
 
@@ -127,112 +82,20 @@ def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: S
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
-    [
-        ([row(0), row(1)], "2 rows"),
-        ([row(0), row(1), row(1)], "2 of them different"),
-        ([row(0), row(1), row(2), row(3)], "4 rows"),
-        ([row(0), row(1), row(3)], "exactly its 3 planned rows"),
-        ([row(0), row(1), row(None)], "exactly its 3 planned rows"),  # type: ignore[arg-type]
-        ([row(0), row(1), row(2, unit_id="other")], "in one commit"),
-        ([row(0, unit_id="alien")], "not planned"),
-        ([row(0), row(1), row(2, run_id="stale")], "other runs"),
-    ],
+    "refused", [table(row(0), row(1)), table(row(0), row(1), row(2, text=None))]
 )
-def test_only_whole_units_of_this_run_are_committed(
-    store: Store, rows: list[dict[str, Any]], says: str
-) -> None:
-    with pytest.raises(CommitRefused, match=says):
-        commit(table(*rows), store)
+def test_a_refused_unit_leaves_nothing(store: Store, refused: pa.Table) -> None:
+    with pytest.raises(CommitRefused):
+        commit(refused, store)
     assert store.list() == []
 
 
-SEEN = ("visual_tokens", "visual_tokens_kept", "kept_tokens")
-DENSE_ROW = {"prune_method": "none", "prune_spec": DENSE.to_json()}
-FASTV = PruneSpec(method="fastv", budget=SPEC.budget)
-FASTV_ROW = {"prune_method": "fastv", "prune_spec": FASTV.to_json()}
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"visual_tokens_kept": 100}, "kept 100 of 100 .* keeps 25"),
-        ({"visual_tokens_kept": 24}, "keeps 25"),
-        ({"visual_tokens_kept": None}, "does not say"),
-        ({"prune_spec": None}, "does not say"),
-        ({"prune_spec": "{}"}, "not a prune spec"),
-        ({"prune_spec": "{broken"}, "row 1"),
-        ({"prune_method": "fsr"}, "names method fsr beside sppruner"),
-        ({"text": None}, "neither a text nor an error"),
-        (DENSE_ROW, "kept 25 of 100 .* keeps 100"),
-        ({"kept_tokens": None}, "row 1 does not say"),
-        ({"kept_tokens": mask(24, 100)}, "row 1 kept 25 .* and 24 by its kept_tokens"),
-        ({"kept_tokens": mask(26, 100)}, "and 26 by"),
-        ({"kept_tokens": mask(25, 96)}, "12 bytes of kept_tokens do not fit 100"),
-        ({"kept_tokens": mask(25, 100) + b"\0"}, "14 bytes of kept_tokens do not fit 100"),
-        ({"kept_tokens": mask(25, 104)}, "do not fit 100"),
-        (DENSE_ROW | {"visual_tokens_kept": 100}, "kept 100 .* and 25 by"),
-        (FASTV_ROW | {"kept_tokens": mask(24, 100)}, "and 24 by"),
-    ],
-)
-def test_rows_that_were_not_pruned_as_they_say_are_refused(
-    store: Store, values: dict[str, Any], says: str
-) -> None:
-    with pytest.raises(CommitRefused, match=says):
-        commit(table(row(0), row(1, **values), row(2)), store)
-    assert store.list() == []
-
-
-def test_error_rows_and_dense_rows_need_no_pruning_proof(store: Store) -> None:
-    error = {name: None for name in ("text", *SEEN, "prune_method", "prune_spec")}
-    failed = row(0, error_code="image_missing", error_stage="decode", **error)
-    dense = row(1, visual_tokens_kept=100, kept_tokens=mask(100, 100), **DENSE_ROW)
-    assert commit(table(failed, dense, row(2)), store)
+def test_which_tokens_a_row_saw_is_committed_bit_for_bit(store: Store) -> None:
+    error = {"text": None, "kept_tokens": None, "error_code": "image_missing"}
+    assert commit(table(row(0, **error), row(1), row(2)), store)
     assert read_ledgers(store, ["unit"])[0].failed == {"image_missing": 1}
     read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
-    assert read["kept_tokens"].to_pylist() == [None, mask(100, 100), mask(25, 100)]
-
-
-@pytest.mark.parametrize("method", available())
-def test_more_tokens_than_the_budget_counts_may_enter_only_where_the_decoder_drops_some(
-    store: Store, method: str
-) -> None:
-    specs = [PruneSpec.parse(method, SPEC.budget)]
-    if method == "sppruner":
-        specs.append(PruneSpec.parse("sppruner:mode=pre+mid", SPEC.budget))
-    for spec in specs:
-        selector = selector_for(spec)
-        entering = 25 if selector is None else selector.schedule(100, 25, layers=32).before
-        counted = 100 if spec.is_dense else 25
-        shown = {"prune_method": method, "prune_spec": spec.to_json()}
-        rows = table(*(row(n, visual_tokens_kept=counted, **shown) for n in range(3)))
-        # 40 of 100 are what none of them but the stages could let in.
-        masks = pa.array([mask(max(40, entering), 100)] * 3, pa.binary())
-        at = rows.column_names.index("kept_tokens")
-        rows = rows.set_column(at, "kept_tokens", masks)
-        if entering > counted:
-            assert commit(rows, store)
-        else:
-            with pytest.raises(CommitRefused, match="by its kept_tokens"):
-                commit(rows, store)
-
-
-@given(n=st.integers(0, 4_000), ratio=st.floats(0.001, 1.0), off=st.integers(-2, 2))
-@settings(max_examples=50, deadline=None)
-def test_exactly_the_budgets_count_passes(
-    tmp_path_factory: pytest.TempPathFactory, n: int, ratio: float, off: int
-) -> None:
-    spec = PruneSpec(method="sppruner", budget=Budget(ratio=ratio))
-    kept = spec.budget.count(n) + off
-    values = {"visual_tokens": n, "visual_tokens_kept": kept, "prune_spec": spec.to_json()}
-    values["kept_tokens"] = mask(kept, n)
-    rows = table(row(0, **values), row(1), row(2))
-    local = LocalStore(tmp_path_factory.mktemp("out"))
-    if off == 0:
-        assert commit(rows, local)
-    else:
-        with pytest.raises(CommitRefused):
-            commit(rows, local)
+    assert read["kept_tokens"].to_pylist() == [None, mask(25, 100), mask(25, 100)]
 
 
 def test_columns_that_are_missing_or_unknown_are_named(store: Store) -> None:

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cluster.audit import CommitTerms
 from cluster.caller import Caller, CallerSettings
-from cluster.commit import CommitTerms, commit_unit
+from cluster.commit import commit_unit
 from cluster.corpus import plan_run
 from cluster.corpus.manifest import MANIFEST_KEY
 from cluster.corpus.source import read_unit

@@ -1,18 +1,20 @@
 """What trains the recipe's weights: Muon for matrices, AdamW for the rest.
 
 Muon (K. Jordan et al., 2024; here `torch.optim.Muon`) makes every update of a matrix orthogonal.
-On the second model's vision stage it stood after 400 steps where AdamW stood after 800, seed for
-seed. Its rates are scaled to the size of AdamW's updates, so that one schedule serves both.
+On the second model's vision stage it stood after 400 steps where AdamW stood after 800 on the same
+batches. Its rates are scaled to the size of AdamW's updates, so that one schedule serves both.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 __all__ = ["build_optimizers"]
 
-_DECAY = 0.05
+_DECAY: Final = 0.05
 
 
 def build_optimizers(trained: nn.Module) -> list[Optimizer]:
@@ -22,9 +24,9 @@ def build_optimizers(trained: nn.Module) -> list[Optimizer]:
     filters AdamW takes care, with weight decay on filters only.
     """
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 1]
+    matrices = [p for p in parameters if p.ndim == 2 and 1 not in p.shape]
     filters = [p for p in parameters if p.ndim > 2]
-    vectors = [p for p in parameters if p.ndim < 2 or (p.ndim == 2 and min(p.shape) == 1)]
+    vectors = [p for p in parameters if p.ndim < 2 or (p.ndim == 2 and 1 in p.shape)]
     rest = [
         {"params": filters, "weight_decay": _DECAY},
         {"params": vectors, "weight_decay": 0.0},

@@ -23,7 +23,7 @@ from sppruner.tiny.recipe.cache import BARE, GROUNDS, PATCH_CENTERS, SIGNS, Arra
 __all__ = ["ANCHOR", "CHANNELS", "THING", "TokenSpace", "Truth"]
 
 _WIDTH: Final = 128
-PLACES: Final = 8
+_PLACES: Final = 8
 _TEXT_MARK: Final = 0.5
 # Inflected forms share most of their word's direction, so a question finds its patches.
 _ALIASES: Final = {**PLURALS, "colour": "color"}
@@ -81,7 +81,7 @@ _COLOR_CHANNELS: Final = np.array([WORDS.index(color) for color in COLORS])
 _SURFACE: Final = np.isin(WORDS, (*COLORS, *BACKGROUNDS, *TEXTURES))
 
 
-_TAKEN: Final = CHANNELS + PLACES + 2
+_TAKEN: Final = CHANNELS + _PLACES + 2
 
 
 class TokenSpace:
@@ -91,10 +91,10 @@ class TokenSpace:
         generator = torch.Generator().manual_seed(20)
         basis = torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=generator)).Q.T
         self.marks_CD = basis[:CHANNELS].to(device)
-        self.places_PD = basis[CHANNELS : CHANNELS + PLACES].to(device)
-        self.visual_D = basis[CHANNELS + PLACES].to(device)
-        self.text_D = basis[CHANNELS + PLACES + 1].to(device)
-        self.shown_SD = basis[: CHANNELS + PLACES].to(device)
+        self.places_PD = basis[CHANNELS : CHANNELS + _PLACES].to(device)
+        self.visual_D = basis[CHANNELS + _PLACES].to(device)
+        self.text_D = basis[CHANNELS + _PLACES + 1].to(device)
+        self.shown_SD = basis[: CHANNELS + _PLACES].to(device)
         """All that tells visual tokens apart: channels and places."""
         self.embedding_VD = self._embedding(tokenizer, basis, generator).to(device)
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sppruner.engine.types import Engine, Generation, Request, Result
 
 if TYPE_CHECKING:
     from sppruner.engine.batch import BatchEngine
+    from sppruner.engine.continuous import ContinuousEngine
 
-__all__ = ["BatchEngine", "Engine", "Generation", "Request", "Result"]
+__all__ = ["BatchEngine", "ContinuousEngine", "Engine", "Generation", "Request", "Result"]
+
+# torch and transformers come with the engines, not with the requests that travel to them.
+_ENGINES = {
+    "BatchEngine": "sppruner.engine.batch",
+    "ContinuousEngine": "sppruner.engine.continuous",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers come with the engine, not with the requests that travel to it.
-    if name != "BatchEngine":
+    if name not in _ENGINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sppruner.engine.batch import BatchEngine
-
-    return BatchEngine
+    return getattr(importlib.import_module(_ENGINES[name]), name)

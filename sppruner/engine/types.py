@@ -14,12 +14,16 @@ from sppruner.spec import DENSE, PruneSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """How tokens are chosen. temperature 0 is greedy; `seed` matters only above 0."""
+    """How tokens are chosen. temperature 0 is greedy; `seed` matters only above 0.
+
+    stop: texts that end an answer in front of them.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -28,6 +32,8 @@ class Generation:
             raise SpecError(f"temperature {self.temperature!r} is negative")
         if not 0 < self.top_p <= 1:
             raise SpecError(f"top_p {self.top_p!r} is outside (0, 1]")
+        if "" in self.stop:
+            raise SpecError("stop holds an empty text, which would end every answer at once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,7 +41,8 @@ class Request:
     """One prompt with its decoded images and its own pruning spec.
 
     control: also answer it densely and time both, in a batch of control requests only, so that
-    pruned and dense seconds come from the same rows in the same batch.
+    pruned and dense seconds come from the same rows in the same batch. priority: smaller ones are
+    served first. stream: whether its words are wanted before it has ended.
     """
 
     id: str
@@ -45,6 +52,8 @@ class Request:
     spec: PruneSpec = DENSE
     generation: Generation = field(default_factory=Generation)
     control: bool = False
+    priority: int = 0
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

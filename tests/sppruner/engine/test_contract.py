@@ -1,8 +1,8 @@
-"""The engine answers in order, keeps bad rows to themselves, and reports what was run."""
+"""What every engine promises: answers in order, bad rows kept to themselves, honest reports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from sppruner.adapters import Encoded, Kept, LlavaAdapter
-from sppruner.engine import BatchEngine, Generation, Request, Result
+from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
+from sppruner.engine.base import ModelEngine
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -38,9 +39,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(str(folder))
 
 
-@pytest.fixture
-def engine(loaded: LoadedModel) -> BatchEngine:
-    return BatchEngine(loaded, max_batch_rows=4)
+@pytest.fixture(params=[BatchEngine, ContinuousEngine])
+def engine(request: pytest.FixtureRequest, loaded: LoadedModel) -> Iterator[ModelEngine]:
+    made = request.param(loaded, max_batch_rows=4)
+    yield made
+    if isinstance(made, ContinuousEngine):
+        made.close()
 
 
 def picture(seed: int) -> Image.Image:
@@ -77,7 +81,7 @@ def mixed() -> list[Request]:
     ]
 
 
-def test_mixed_requests_come_back_in_order_as_if_each_ran_alone(engine: BatchEngine) -> None:
+def test_mixed_requests_come_back_in_order_as_if_each_ran_alone(engine: ModelEngine) -> None:
     requests = mixed()
     together = engine.run(requests)
     assert [r.id for r in together] == [r.id for r in requests]
@@ -86,7 +90,7 @@ def test_mixed_requests_come_back_in_order_as_if_each_ran_alone(engine: BatchEng
         assert facts(engine.run([one])[0]) == facts(result)
 
 
-def test_results_count_the_tokens_of_their_own_spec(engine: BatchEngine) -> None:
+def test_results_count_the_tokens_of_their_own_spec(engine: ModelEngine) -> None:
     for one, result in zip(mixed(), engine.run(mixed()), strict=True):
         n = len(one.images)
         kept = n * one.spec.budget.count(VISUAL_TOKENS)
@@ -100,7 +104,7 @@ def test_results_count_the_tokens_of_their_own_spec(engine: BatchEngine) -> None
         assert (result.cost.flops["pruner"] > 0) == (one.spec == SPP)
 
 
-def test_selection_work_grows_with_the_images_not_with_their_square(engine: BatchEngine) -> None:
+def test_selection_work_grows_with_the_images_not_with_their_square(engine: ModelEngine) -> None:
     one, two = engine.run([request("a", spec=SPP), request("b", images=2, spec=SPP)])
     assert one.cost is not None
     assert two.cost is not None
@@ -120,7 +124,7 @@ def test_selection_work_grows_with_the_images_not_with_their_square(engine: Batc
 )
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_bad_request_becomes_an_error_and_its_neighbours_do_not_notice(
-    engine: BatchEngine, bad: dict[str, Any], images: int
+    engine: ModelEngine, bad: dict[str, Any], images: int
 ) -> None:
     if "spec" in bad and images == 0:
         images = 2
@@ -134,18 +138,18 @@ def test_a_bad_request_becomes_an_error_and_its_neighbours_do_not_notice(
 
 
 def test_a_failure_of_the_model_is_not_blamed_on_the_prompt(
-    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+    engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine._model, "generate", broken)
+    monkeypatch.setattr(engine._model.model.language_model, "forward", broken)
     results = engine.run([request("a"), request("b", spec=GRID)])
     assert [r.error_code for r in results] == ["inference_failed"] * 2
 
 
 def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
-    engine: BatchEngine,
+    engine: ModelEngine,
 ) -> None:
     plain = [request(name, spec=SPP) for name in ("cat", "red", "tall", "x", "yes")]
     controls = engine.run([replace(r, control=True) for r in plain])
@@ -158,7 +162,7 @@ def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
         assert (alone.control_text, alone.control_seconds) == (None, None)
 
 
-def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: BatchEngine) -> None:
+def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: ModelEngine) -> None:
     bad = request("bad", prompt="<image>", spec=SPP, control=True)
     good = request("cat", spec=SPP, control=True)
     failed, kept = engine.run([bad, good])
@@ -167,7 +171,7 @@ def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: Batc
     assert kept.control_text is not None
 
 
-def test_a_seed_samples_the_same_text_in_any_company(engine: BatchEngine) -> None:
+def test_a_seed_samples_the_same_text_in_any_company(engine: ModelEngine) -> None:
     def sampled(seed: int) -> Request:
         chance = Generation(max_new_tokens=12, temperature=1.5, seed=seed)
         return request("cat", spec=GRID, generation=chance)
@@ -193,7 +197,7 @@ class IgnoresTheSelection(LlavaAdapter):
 
 
 def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
-    engine: BatchEngine,
+    engine: ModelEngine,
 ) -> None:
     engine._pruner.adapter = IgnoresTheSelection(engine._model)
     pruned, dense = engine.run([request("a", spec=GRID), request("b")])
@@ -202,7 +206,7 @@ def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
 
 
 def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
-    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+    engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.warm_up()
     monkeypatch.setattr(engine._pruner, "adapter", IgnoresTheSelection(engine._model))
@@ -211,37 +215,57 @@ def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
 
 
 def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(
-    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+    engine: ModelEngine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_context", 4)
+    text = loaded.model.config.get_text_config()
+    monkeypatch.setattr(text, "max_position_embeddings", 4)
     with pytest.raises(EngineError, match="context"):
-        engine.warm_up()
+        type(engine)(loaded).warm_up()
 
 
-def test_rows_end_at_the_end_token_or_at_their_limit(
-    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+def test_rows_end_at_their_limit(engine: ModelEngine) -> None:
+    for limit in (1, 6):
+        (answer,) = engine.run([request("a", generation=Generation(max_new_tokens=limit))])
+        assert (answer.finish_reason, answer.completion_tokens) == ("length", limit)
+
+
+def varied(engine: ModelEngine) -> tuple[Request, list[str]]:
+    """A request whose answer is of words that all differ, and these."""
+    for seed in range(50):
+        chance = replace(NEW, temperature=1.5, seed=seed)
+        asked = request("a", generation=chance)
+        words = str(engine.run([asked])[0].text).split()
+        if len(set(words)) == NEW.max_new_tokens:
+            return asked, words
+    raise AssertionError("no such answer")
+
+
+def test_a_row_ends_at_the_end_token_and_its_neighbours_go_on(
+    engine: ModelEngine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = engine.run([request("a", generation=Generation(max_new_tokens=6))])[0]
-    assert (full.finish_reason, full.completion_tokens) == ("length", 6)
-    short = engine.run([request("a", generation=Generation(max_new_tokens=1))])[0]
-    assert (short.finish_reason, short.completion_tokens) == ("length", 1)
+    asked, words = varied(engine)
+    greedy = engine.run([request("b")])[0]
+    assert words[1] not in str(greedy.text)
+    end = loaded.processor.tokenizer.convert_tokens_to_ids(words[1])
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", end)
+    stopped, on = type(engine)(loaded).run([asked, request("b")])
+    assert (stopped.finish_reason, stopped.completion_tokens) == ("stop", 2)
+    assert stopped.text == " ".join(words[:2]), "the end token is a word here"
+    assert facts(on) == facts(greedy)
 
-    end = engine._model.generation_config.eos_token_id
-    original = engine._model.generate
 
-    def ending(*args: Any, **kwargs: Any) -> Any:
-        sequences = original(*args, **kwargs)
-        sequences[0, -2] = end
-        return sequences
-
-    monkeypatch.setattr(engine._model, "generate", ending)
-    stopped, on = engine.run([request("a"), request("b")])
-    assert (stopped.finish_reason, stopped.completion_tokens) == ("stop", 3)
-    assert (on.finish_reason, on.completion_tokens) == ("length", 4)
+def test_an_answer_is_cut_in_front_of_a_stop_string(engine: ModelEngine) -> None:
+    asked, words = varied(engine)
+    stop = ("never said", " ".join(words[1:3]))
+    ending = replace(asked, generation=replace(asked.generation, stop=stop))
+    (cut,) = engine.run([ending])
+    assert (cut.finish_reason, cut.text, cut.completion_tokens) == ("stop", words[0], 3)
+    unsaid = replace(asked, generation=replace(asked.generation, stop=stop[:1]))
+    assert facts(engine.run([unsaid])[0]) == facts(engine.run([asked])[0])
 
 
 def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
-    engine: BatchEngine,
+    engine: ModelEngine,
 ) -> None:
     dense = engine.run([request("a")])[0]
     room = 2048 - dense.prompt_tokens
@@ -261,11 +285,11 @@ def test_generation_settings_that_cannot_mean_anything_are_refused(bad: dict[str
         Generation(**bad)
 
 
-def test_no_requests_give_no_results(engine: BatchEngine) -> None:
+def test_no_requests_give_no_results(engine: ModelEngine) -> None:
     assert engine.run([]) == []
 
 
-def test_the_engine_names_its_model_by_content(engine: BatchEngine, loaded: LoadedModel) -> None:
+def test_the_engine_names_its_model_by_content(engine: ModelEngine, loaded: LoadedModel) -> None:
     assert Path(engine.model_id).is_dir()
     assert engine.model_revision == loaded.identity.revision
     assert engine.image_backend == "pil"

@@ -1,0 +1,124 @@
+"""From a request to what the model reads: chat template, pixels and checks, in threads of its own,
+so that the model never waits for a picture to be resized."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sppruner.adapters import Adapter
+from sppruner.chat import ask_about
+from sppruner.engine.base import check_length
+from sppruner.engine.types import Request
+from sppruner.errors import InputError
+from sppruner.pruner import Pruner
+from sppruner.selectors import selector_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """A request that can be read. ticket: the engine's name for it. inputs: the processor's tensors
+    of this prompt alone.
+
+    tokens: prompt tokens that enter the decoder under its spec. patches: that enter the tower.
+    """
+
+    ticket: int
+    request: Request
+    inputs: dict[str, Tensor]
+    tokens: int
+    patches: int
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def alone(self) -> bool:
+        return self.request.control
+
+    @property
+    def kind(self) -> Hashable:
+        """Batches cannot mix prompts with and without pixels, nor policies for positions."""
+        spec = self.request.spec
+        return self.alone, bool(self.request.images), None if spec.is_dense else spec.positions
+
+
+class Asker:
+    """Turns requests into `Asked` in `threads` threads.
+
+    context: the most tokens of prompt and answer together, unpruned. capacity: the most that are
+    left of them, or None.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        pruner: Pruner,
+        *,
+        context: int,
+        capacity: int | None = None,
+        threads: int = 2,
+    ) -> None:
+        self._processor = processor
+        self._pruner = pruner
+        self._context = context
+        self._capacity = capacity
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
+
+    def ask(self, request: Request, ticket: int) -> Future[Asked]:
+        """Its result raises InputError or SpecError for a request that cannot be answered."""
+        return self._pool.submit(self._ask, request, ticket)
+
+    def close(self) -> None:
+        """Ends the threads; what was not begun is cancelled."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask(self, request: Request, ticket: int) -> Asked:
+        # A tokenizer keeps how it pads within itself: each thread has one of its own.
+        if not hasattr(self._own, "processor"):
+            self._own.processor = copy.deepcopy(self._processor)
+        self._pruner.check(request.spec)
+        inputs = dict(
+            ask_about(self._own.processor, [request.prompt], [request.images], [request.system])
+        )
+        prompt = int(inputs["attention_mask"].sum())
+        check_length(prompt, request.generation, self._context)
+        visual, kept, patches = _sizes(self._pruner.adapter, inputs, request)
+        asked = Asked(
+            ticket=ticket,
+            request=request,
+            inputs=inputs,
+            tokens=prompt - visual + kept,
+            patches=patches,
+        )
+        longest = asked.tokens + request.generation.max_new_tokens
+        if self._capacity is not None and longest > self._capacity:
+            raise InputError(
+                f"{asked.tokens} prompt tokens and max_new_tokens "
+                f"{request.generation.max_new_tokens} exceed the engine's capacity of "
+                f"{self._capacity} a request: keep fewer visual tokens, or raise the capacity"
+            )
+        return asked
+
+
+def _sizes(adapter: Adapter, inputs: dict[str, Tensor], request: Request) -> tuple[int, int, int]:
+    """Visual tokens, those of them that enter the decoder, and patches."""
+    shapes = [shape for _, shape in adapter.shapes(inputs)]
+    sizes = [shape.tokens for shape in shapes]
+    selector = selector_for(request.spec)
+    kept = sum(sizes)
+    if selector is not None:
+        layers = adapter.capabilities.decoder_layers
+        counts = request.spec.budget.per_image(sizes)
+        kept = sum(
+            selector.schedule(n, k, layers).before for n, k in zip(sizes, counts, strict=True)
+        )
+    return sum(sizes), kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)

@@ -1,0 +1,172 @@
+"""What our engines share: a loaded model, its pruner, and results made of its reports."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, TypeVar
+
+from PIL import Image
+
+from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.engine.types import Generation, Request, Result
+from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpprunerError
+from sppruner.pruner import Pruner
+from sppruner.relevance import ClipText
+from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.types import PruneReport
+
+_NO_EFFECT: Final = "pruning_no_effect"
+_WARM_UP_ROWS: Final = 4
+
+_R = TypeVar("_R")
+
+
+class ModelEngine(ABC):
+    """One model instance that answers requests. Single-threaded.
+
+    model: a name or folder for `load_model`, or what that gave. max_batch_rows: requests that are
+    answered side by side.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch_rows: int = 64,
+        clip_text: ClipText | None = None,
+    ) -> None:
+        loaded = (
+            load_model(model, revision=revision, device=device, dtype=dtype)
+            if isinstance(model, str)
+            else model
+        )
+        self.model_id = loaded.identity.name
+        self.model_revision = loaded.identity.revision
+        self.image_backend = loaded.image_backend
+        self.max_batch_rows = max_batch_rows
+        self._model = loaded.model
+        self._processor = loaded.processor
+        self._pruner = Pruner(
+            loaded.model, tokenizer=loaded.processor.tokenizer, clip_text=clip_text
+        )
+        self._cost = self._pruner.adapter.cost()
+        ends = loaded.model.generation_config.eos_token_id
+        self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self._context = int(loaded.model.config.get_text_config().max_position_embeddings)
+
+    @abstractmethod
+    def run(self, requests: list[Request]) -> list[Result]:
+        """Answers every request, in order; a bad request becomes an error result."""
+
+    def check(self, spec: PruneSpec) -> None:
+        """Raises SpecError or MissingSignal for a spec this model cannot run."""
+        self._pruner.check(spec)
+
+    def warm_up(self) -> None:
+        """Answers blank images, dense and pruned: allocations and kernel choices of first calls are
+        then over. Raises PruningHadNoEffect where the model does not see a selection, before any
+        corpus has cost anything; EngineError where it cannot answer at all."""
+        blank = Image.new("RGB", (64, 64), "gray")
+        half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
+        for spec in (DENSE, half):
+            requests = [
+                Request(
+                    id=str(number),
+                    prompt="warm up",
+                    images=(blank,),
+                    spec=spec,
+                    generation=Generation(max_new_tokens=2),
+                )
+                for number in range(min(_WARM_UP_ROWS, self.max_batch_rows))
+            ]
+            for result in self.run(requests):
+                if result.error_code == _NO_EFFECT:
+                    raise PruningHadNoEffect(str(result.error_message))
+                if result.error_code is not None:
+                    raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")
+
+    def _result(
+        self,
+        request: Request,
+        report: PruneReport,
+        tokens: Sequence[int],
+        seconds: float,
+        *,
+        text: str | None = None,
+    ) -> Result:
+        """The result of an answer, whose `tokens` may go on behind its end. text: the answer where
+        it was cut in front of a stop string."""
+        end = next((i for i, token in enumerate(tokens) if token in self._end_ids), None)
+        new_tokens = len(tokens) if end is None else end + 1
+        stopped = end is not None or text is not None
+        if text is None:
+            text = self._processor.tokenizer.decode(tokens[:new_tokens], skip_special_tokens=True)
+        cost = self._cost.row(
+            images=report.image_shapes,
+            layer_tokens=report.layer_tokens,
+            prompt_tokens_dense=report.prompt_tokens_dense,
+            new_tokens=new_tokens,
+            pruner_flops=report.selection_flops,
+        )
+        return Result(
+            id=request.id,
+            text=text.strip(),
+            finish_reason="stop" if stopped else "length",
+            prompt_tokens=report.prompt_tokens,
+            completion_tokens=new_tokens,
+            visual_tokens=report.visual_tokens,
+            visual_tokens_kept=report.visual_tokens_kept,
+            kept_tokens=report.kept_tokens,
+            seconds=seconds,
+            cost=cost,
+        )
+
+
+def both_ways(
+    pruned: list[_R], dense: list[_R], answer: Callable[[list[_R]], list[Result]], *, key: str
+) -> list[Result]:
+    """The results of control requests, each with its dense twin's text and seconds.
+
+    Which goes first is decided by `key`, so that neither side always meets the warmer cache.
+    """
+    if zlib.crc32(key.encode()) % 2:
+        twins, own = answer(dense), answer(pruned)
+    else:
+        own, twins = answer(pruned), answer(dense)
+    return [
+        replace(p, control_text=d.text, control_seconds=d.seconds)
+        if p.error_code is None and d.error_code is None
+        else p
+        for p, d in zip(own, twins, strict=True)
+    ]
+
+
+def check_length(prompt: int, generation: Generation, context: int) -> None:
+    """Raises InputError for a prompt of so many tokens and an answer that exceed the context."""
+    if prompt + generation.max_new_tokens > context:
+        raise InputError(
+            f"{prompt} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed the "
+            f"model's context of {context}: shorten one of them"
+        )
+
+
+def failed(request: Request, error: Exception) -> Result:
+    """The result of a request that could not be answered."""
+    if isinstance(error, PruningHadNoEffect):
+        code = _NO_EFFECT
+    elif isinstance(error, SpprunerError):
+        code = "prompt_invalid"
+    else:
+        code = "inference_failed"
+    return Result(
+        id=request.id,
+        text=None,
+        error_code=code,
+        error_message=f"{type(error).__name__}: {error}",
+    )

@@ -1,0 +1,224 @@
+"""Continuous batching: requests join and leave between steps, each under its own spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, Final
+
+import torch
+
+from sppruner.engine.asking import Asked, Asker
+from sppruner.engine.base import ModelEngine, both_ways, failed
+from sppruner.engine.running import Row, RunningRows
+from sppruner.engine.schedule import Limits, Schedule
+from sppruner.engine.types import Request, Result
+from sppruner.errors import SpecError
+from sppruner.spec import DENSE
+
+# The share of slots that must be free before rows of a full house are read: a group shares one
+# forward of the tower, and running rows wait while it takes place.
+_REFILL: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What became of a request since the last `poll`. text: what it went on to say, where it asked
+    to stream. result: set in its last update."""
+
+    ticket: int
+    text: str = ""
+    result: Result | None = None
+
+
+class ContinuousEngine(ModelEngine):
+    """`submit` requests, `step` while there are any, `poll` what became of them.
+
+    Greedy answers are those of `generate` on each request alone. Control requests are read and
+    answered by themselves, pruned and dense, once everything else that ran has finished.
+
+    max_batch_rows: slots. limits: of what is read in one forward. capacity: places of every slot,
+    allocated at once, or None to grow as needed. compiled: decode as one graph, which needs a
+    capacity. threads: that prepare pixels. Other settings: see `ModelEngine`. Single-threaded: one
+    thread makes all calls.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        limits: Limits | None = None,
+        capacity: int | None = None,
+        compiled: bool = False,
+        threads: int = 2,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, **settings)
+        if compiled and capacity is None:
+            raise SpecError(
+                "a compiled engine needs a capacity: places for a prompt and its answer"
+            )
+        self._rows = RunningRows(
+            self._pruner,
+            self._processor.tokenizer,
+            ends=self._end_ids,
+            slots=self.max_batch_rows,
+            capacity=capacity,
+            compiled=compiled,
+        )
+        self._asker = Asker(
+            self._processor,
+            self._pruner,
+            context=self._context,
+            capacity=capacity,
+            threads=threads,
+        )
+        self._schedule: Schedule[Asked] = Schedule(limits or Limits())
+        self._asking: dict[int, tuple[Request, Future[Asked]]] = {}
+        self._tickets = count()
+        self._updates: list[Update] = []
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a result."""
+        return len(self._asking) + len(self._schedule) + len(self._rows.rows)
+
+    def submit(self, request: Request) -> int:
+        """Takes a request; returns the ticket that its updates will carry."""
+        ticket = next(self._tickets)
+        self._asking[ticket] = request, self._asker.ask(request, ticket)
+        return ticket
+
+    def cancel(self, ticket: int) -> bool:
+        """Forgets a request, whose slot is free at once; False where it has ended already."""
+        if (asking := self._asking.pop(ticket, None)) is not None:
+            asking[1].cancel()
+            return True
+        for asked in self._schedule:
+            if asked.ticket == ticket:
+                self._schedule.remove(asked)
+                return True
+        for row in self._rows.rows:
+            if row.asked.ticket == ticket:
+                self._rows.drop(row)
+                return True
+        return False
+
+    def step(self) -> bool:
+        """Reads a group of waiting requests, or says one more token for those that run; returns
+        whether any request is left. Waits only where all that is left is being prepared."""
+        self._gather()
+        group = self._next_group()
+        if group and group[0].alone:
+            self._answer_controls(group)
+        elif group:
+            self._read(group)
+        elif self._rows.rows:
+            self._decode()
+        elif self._asking:
+            wait([future for _, future in self._asking.values()], return_when=FIRST_COMPLETED)
+        return self.in_flight > 0
+
+    def poll(self) -> list[Update]:
+        """What became of requests since the last call."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def run(self, requests: list[Request]) -> list[Result]:
+        """Answers every request, in order; for an engine that nobody else is stepping."""
+        tickets = [self.submit(request) for request in requests]
+        results: dict[int, Result] = {}
+        while len(results) < len(tickets):
+            self.step()
+            results |= {u.ticket: u.result for u in self.poll() if u.result is not None}
+        return [results[ticket] for ticket in tickets]
+
+    def close(self) -> None:
+        """Ends the engine's threads."""
+        self._asker.close()
+
+    def _gather(self) -> None:
+        """Lines up what has been prepared."""
+        for ticket, (request, future) in list(self._asking.items()):
+            if not future.done():
+                continue
+            del self._asking[ticket]
+            try:
+                self._schedule.add(future.result())
+            except Exception as error:  # The row boundary, as in `_read`.
+                self._finish(ticket, failed(request, error))
+
+    def _next_group(self) -> list[Asked]:
+        first = self._schedule.first()
+        if first is None:
+            return []
+        running = self._rows.rows
+        if first.alone:
+            return [] if running else self._schedule.take(self._rows.cache.slots)
+        free = self._rows.free
+        urgent = any(first.priority < row.asked.priority for row in running)
+        enough = 1 if urgent else min(len(self._schedule), _REFILL * self._rows.cache.slots)
+        return self._schedule.take(free) if free and free >= enough else []
+
+    def _read(self, group: Sequence[Asked]) -> None:
+        """Reads a group; if that fails its halves are tried, down to single requests, so that a bad
+        one is the only one to become an error."""
+        try:
+            finished = self._rows.read(group)
+        except torch.AcceleratorError:
+            raise  # A faulted device answers nothing more: the engine is broken, not a request.
+        except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
+            if len(group) == 1:
+                self._finish(group[0].ticket, failed(group[0].request, error))
+                return
+            half = len(group) // 2
+            self._read(group[:half])
+            self._read(group[half:])
+            return
+        self._tell(finished)
+
+    def _decode(self) -> None:
+        try:
+            finished = self._rows.step()
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # Nobody can tell whose fault it is: all that ran have ended.
+            for row in list(self._rows.rows):
+                self._rows.drop(row)
+                self._finish(row.asked.ticket, failed(row.asked.request, error))
+            return
+        self._tell(finished)
+
+    def _answer_controls(self, group: list[Asked]) -> None:
+        dense = [replace(a, request=replace(a.request, spec=DENSE)) for a in group]
+        results = both_ways(group, dense, self._answer_alone, key=group[0].request.id)
+        for asked, result in zip(group, results, strict=True):
+            self._finish(asked.ticket, result)
+
+    def _answer_alone(self, group: list[Asked]) -> list[Result]:
+        """Answers a group while nothing else runs."""
+        mark = len(self._updates)
+        self._read(group)
+        while self._rows.rows:
+            self._decode()
+        told = self._updates[mark:]
+        del self._updates[mark:]
+        results = {update.ticket: update.result for update in told if update.result is not None}
+        return [results[asked.ticket] for asked in group]
+
+    def _tell(self, finished: Sequence[Row]) -> None:
+        """Updates of rows that have something to say, and of those that are finished."""
+        for row in self._rows.rows:
+            if row.unsaid and row.asked.request.stream:
+                self._updates.append(Update(ticket=row.asked.ticket, text=row.unsaid))
+                row.unsaid = ""
+        for row in finished:
+            request = row.asked.request
+            text = row.transcript.text if row.transcript is not None and row.stopped else None
+            result = self._result(request, row.report, row.tokens, row.seconds, text=text)
+            self._finish(row.asked.ticket, result, row.unsaid if request.stream else "")
+
+    def _finish(self, ticket: int, result: Result, text: str = "") -> None:
+        self._updates.append(Update(ticket=ticket, text=text, result=result))

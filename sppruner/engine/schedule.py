@@ -1,0 +1,98 @@
+"""Who is read next: waiting requests in order of priority and arrival, taken in groups.
+
+A group is read in one forward, so it is bounded by tokens and by pixels, and its members must fit
+together: with or without images, under one policy for positions, control requests by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from sppruner.errors import SpecError
+
+
+class Waiting(Protocol):
+    """What the schedule must know of a request.
+
+    kind: requests of different kinds are never read together. alone: runs with its like only, when
+    nothing else runs. tokens: prompt tokens that the decoder will read. patches: that the vision
+    tower will.
+    """
+
+    @property
+    def kind(self) -> Hashable: ...
+    @property
+    def alone(self) -> bool: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def patches(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of one group. tokens: rows times the longest prompt, as it is padded. patches: of all its
+    images. A single request may exceed both."""
+
+    tokens: int = 8192
+    patches: int = 65_536
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.patches) < 1:
+            raise SpecError(f"prefill limits {self.tokens} and {self.patches}: give at least 1")
+
+
+_W = TypeVar("_W", bound=Waiting)
+
+
+class Schedule(Generic[_W]):
+    """The waiting line. Smaller priorities go first; within one, first come, first served."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lines: dict[int, deque[_W]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[_W]:
+        """In the order in which they would be taken if all fitted together."""
+        for priority in sorted(self._lines):
+            yield from self._lines[priority]
+
+    def add(self, request: _W) -> None:
+        self._lines.setdefault(request.priority, deque()).append(request)
+
+    def remove(self, request: _W) -> None:
+        self._lines[request.priority].remove(request)
+
+    def first(self) -> _W | None:
+        return next(iter(self), None)
+
+    def take(self, rows: int) -> list[_W]:
+        """The first request and those that can be read with it, `rows` at most.
+
+        Requests of another kind keep their place: the first of them leads the next group.
+        """
+        group: list[_W] = []
+        longest = patches = 0
+        for request in list(self):
+            if len(group) == rows:
+                break
+            if group and request.kind != group[0].kind:
+                continue
+            longest, more = max(longest, request.tokens), patches + request.patches
+            if group and (
+                longest * (len(group) + 1) > self._limits.tokens or more > self._limits.patches
+            ):
+                break
+            patches = more
+            group.append(request)
+        for request in group:
+            self.remove(request)
+        return group

@@ -1,0 +1,166 @@
+"""Keys and values of running requests: a slot each, with a length of its own at every layer.
+
+`generate` pads a batch to its longest row at every layer. Here a slot holds what its request really
+has: prompts under different budgets lie side by side without padding, and where tokens are dropped
+inside the decoder the later layers are as short as the drop left them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sppruner.errors import EngineError
+
+# Layers grow by so many places, and attention reads multiples of them: few shapes occur.
+_GRAIN: Final = 64
+
+
+class SlotCache:
+    """The KV cache of up to `slots` requests in a decoder of `layers` layers.
+
+    Running requests hold the first slots. `update` is what attention modules of `transformers` call
+    on a cache. Layers whose slots are equally long form a segment; a new length inside one divides
+    it, for good.
+
+    heads, width: KV heads and their width. capacity: places of every slot at every layer, allocated
+    at once and never grown, as captured graphs need it; with None a layer grows to what its longest
+    slot has needed so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        slots: int,
+        heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None = None,
+    ) -> None:
+        self._fixed = None if capacity is None else _grained(capacity)
+        shape = slots, heads, self._fixed or 0, width
+
+        def places() -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+        self.keys, self.values = places(), places()
+        # Twice: on the device for masks and writes, and here, where shapes are decided.
+        self.lengths_LS = torch.zeros(layers, slots, dtype=torch.int64, device=device)
+        self._known_LS = np.zeros((layers, slots), dtype=np.int64)
+        self._slots_S = torch.arange(slots, device=device)
+        self._starts = [0]  # the first layer of each segment
+        self._extents = [0]  # places that a step reads in each segment
+        self._rows = 0
+
+    @property
+    def slots(self) -> int:
+        return self._known_LS.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, used or not."""
+        return sum(layer.nbytes for layer in (*self.keys, *self.values))
+
+    def lengths(self, slot: int) -> list[int]:
+        """Tokens of a slot at each layer."""
+        return [int(length) for length in self._known_LS[:, slot]]
+
+    def write(self, slot: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Fills a slot with a prompt: [heads, length, width] keys and values of each layer.
+
+        Raises EngineError where it is longer than a fixed capacity.
+        """
+        lengths = [int(key.shape[1]) for key in keys]
+        self._divide(lengths)
+        self._reserve(lengths)
+        for layer, (key, value, length) in enumerate(zip(keys, values, lengths, strict=True)):
+            self.keys[layer][slot, :, :length] = key
+            self.values[layer][slot, :, :length] = value
+        self._set(slot, lengths)
+
+    def move(self, source: int, target: int) -> None:
+        """Puts a slot's content where another was."""
+        lengths = self.lengths(source)
+        for layer, length in enumerate(lengths):
+            for held in (self.keys[layer], self.values[layer]):
+                held[target, :, :length] = held[source, :, :length]
+        self._set(target, lengths)
+
+    def release(self, slot: int) -> None:
+        """Forgets a slot's content."""
+        self._set(slot, [0] * len(self.keys))
+
+    def begin(self, rows: int) -> None:
+        """Makes room for one more token in each of the first `rows` slots; `update` then reads
+        these. Raises EngineError where a fixed capacity is full."""
+        self._rows = rows
+        longest = (self._known_LS[:, :rows].max(axis=1) + 1).tolist()
+        self._reserve(longest)
+        ends = [*self._starts[1:], len(longest)]
+        self._extents = [
+            self._fixed or _grained(max(longest[start:end]))
+            for start, end in zip(self._starts, ends, strict=True)
+        ]
+
+    def starts_segment(self, layer: int) -> bool:
+        return layer in self._starts
+
+    def mask(self, layer: int) -> Tensor:
+        """[rows, 1, 1, places] bool for the segment that starts at `layer`: the tokens that are
+        there, and the one that this step writes."""
+        places = torch.arange(self._extent(layer), device=self.lengths_LS.device)
+        return (places <= self.lengths_LS[layer, : self._rows, None])[:, None, None]
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the step's keys and values [rows, heads, 1, width]; returns all of the layer's."""
+        rows = self._slots_S[: self._rows]
+        at = self.lengths_LS[layer_idx, : self._rows]
+        self.keys[layer_idx][rows, :, at] = key[:, :, 0]
+        self.values[layer_idx][rows, :, at] = value[:, :, 0]
+        extent = self._extent(layer_idx)
+        return (
+            self.keys[layer_idx][: self._rows, :, :extent],
+            self.values[layer_idx][: self._rows, :, :extent],
+        )
+
+    def end(self, rows: int) -> None:
+        """Counts the step's tokens, in the first `rows` slots."""
+        self.lengths_LS[:, :rows] += 1
+        self._known_LS[:, :rows] += 1
+
+    def _extent(self, layer: int) -> int:
+        return self._extents[bisect_right(self._starts, layer) - 1]
+
+    def _set(self, slot: int, lengths: Sequence[int]) -> None:
+        self._known_LS[:, slot] = lengths
+        self.lengths_LS[:, slot] = torch.tensor(lengths, device=self.lengths_LS.device)
+
+    def _divide(self, lengths: Sequence[int]) -> None:
+        changes = {i for i, (a, b) in enumerate(pairwise(lengths), start=1) if a != b}
+        self._starts = sorted({*self._starts, *changes})
+
+    def _reserve(self, lengths: Sequence[int]) -> None:
+        """Sees to `lengths` places at each layer."""
+        for layer, length in enumerate(lengths):
+            held = self.keys[layer].shape[2]
+            if length <= held:
+                continue
+            if self._fixed is not None:
+                raise EngineError(f"{length} tokens in slots of {self._fixed}: raise the capacity")
+            more = (0, 0, 0, _grained(length) - held)
+            self.keys[layer] = torch.nn.functional.pad(self.keys[layer], more)
+            self.values[layer] = torch.nn.functional.pad(self.values[layer], more)
+
+
+def _grained(places: int) -> int:
+    return -(-places // _GRAIN) * _GRAIN

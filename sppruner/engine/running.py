@@ -73,6 +73,8 @@ class RunningRows:
         self._ends = frozenset(ends)
         self._device = pruner.model.device
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
+        # A captured step has one shape: slots that nobody holds run along.
+        self._shape = slots if compiled else None
         self._chooser = Chooser(pruner.model.generation_config, pruner.adapter.placeholder_ids)
 
     @property
@@ -107,9 +109,14 @@ class RunningRows:
         """One more token for every row; returns those that are finished by it, and lets them go."""
         started = time.perf_counter()
         rows = list(self.rows)
-        tokens_N = torch.tensor([row.tokens[-1] for row in rows], device=self._device)
-        positions_NR = torch.tensor([row.positions for row in rows], device=self._device)
-        logits_NV = self._decode(tokens_N, positions_NR.T, self.cache)
+        idle = 0 if self._shape is None else self._shape - len(rows)
+        tokens = [row.tokens[-1] for row in rows] + [0] * idle
+        positions = [row.positions for row in rows] + [[0] * len(rows[0].positions)] * idle
+        logits_NV = self._decode(
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(positions, device=self._device).T.contiguous(),
+            self.cache,
+        )[: len(rows)]
         self.cache.end(len(rows))
         for row in rows:
             row.positions = [position + 1 for position in row.positions]

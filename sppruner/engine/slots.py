@@ -7,7 +7,6 @@ inside the decoder the later layers are as short as the drop left them.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -26,8 +25,8 @@ class SlotCache:
     """The KV cache of up to `slots` requests in a decoder of `layers` layers.
 
     Running requests hold the first slots. `update` is what attention modules of `transformers` call
-    on a cache. Layers whose slots are equally long form a segment; a new length inside one divides
-    it, for good.
+    on a cache. Layers whose slots are equally long form a segment, which shares a mask; a new
+    length inside one divides it, for good.
 
     heads, width: KV heads and their width. capacity: places of every slot at every layer, allocated
     at once and never grown, as captured graphs need it; with None a layer grows to what its longest
@@ -56,8 +55,10 @@ class SlotCache:
         self.lengths_LS = torch.zeros(layers, slots, dtype=torch.int64, device=device)
         self._known_LS = np.zeros((layers, slots), dtype=np.int64)
         self._slots_S = torch.arange(slots, device=device)
-        self._starts = [0]  # the first layer of each segment
-        self._extents = [0]  # places that a step reads in each segment
+        # The first layer of each segment. A captured step must not change with the first stage that
+        # comes along: each layer is a segment there, and masks are part of the graph.
+        self._starts = [0] if capacity is None else list(range(layers))
+        self._extents = [0] * layers  # places that a step reads at each layer
         self._rows = 0
 
     @property
@@ -105,10 +106,9 @@ class SlotCache:
         longest = (self._known_LS[:, :rows].max(axis=1) + 1).tolist()
         self._reserve(longest)
         ends = [*self._starts[1:], len(longest)]
-        self._extents = [
-            self._fixed or _grained(max(longest[start:end]))
-            for start, end in zip(self._starts, ends, strict=True)
-        ]
+        for start, end in zip(self._starts, ends, strict=True):
+            extent = self._fixed or _grained(max(longest[start:end]))
+            self._extents[start:end] = [extent] * (end - start)
 
     def starts_segment(self, layer: int) -> bool:
         return layer in self._starts
@@ -116,7 +116,7 @@ class SlotCache:
     def mask(self, layer: int) -> Tensor:
         """[rows, 1, 1, places] bool for the segment that starts at `layer`: the tokens that are
         there, and the one that this step writes."""
-        places = torch.arange(self._extent(layer), device=self.lengths_LS.device)
+        places = torch.arange(self._extents[layer], device=self.lengths_LS.device)
         return (places <= self.lengths_LS[layer, : self._rows, None])[:, None, None]
 
     def update(
@@ -127,7 +127,7 @@ class SlotCache:
         at = self.lengths_LS[layer_idx, : self._rows]
         self.keys[layer_idx][rows, :, at] = key[:, :, 0]
         self.values[layer_idx][rows, :, at] = value[:, :, 0]
-        extent = self._extent(layer_idx)
+        extent = self._extents[layer_idx]
         return (
             self.keys[layer_idx][: self._rows, :, :extent],
             self.values[layer_idx][: self._rows, :, :extent],
@@ -137,9 +137,6 @@ class SlotCache:
         """Counts the step's tokens, in the first `rows` slots."""
         self.lengths_LS[:, :rows] += 1
         self._known_LS[:, :rows] += 1
-
-    def _extent(self, layer: int) -> int:
-        return self._extents[bisect_right(self._starts, layer) - 1]
 
     def _set(self, slot: int, lengths: Sequence[int]) -> None:
         self._known_LS[:, slot] = lengths

@@ -5,76 +5,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import pytest
-import torch
-from PIL import Image
+import torch._dynamo
+from torch._dynamo.testing import CompileCounter
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
+from sppruner.engine import BatchEngine, ContinuousEngine, Result
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.engine.schedule import Limits
-from sppruner.errors import MissingSignal, SpecError
-from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.sppruner.engine.requests import facts, requests
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder
-
-METHODS = [
-    ("none", {}),
-    ("grid", {"ratio": 0.25}),
-    ("sppruner", {"ratio": 0.3}),
-    ("sppruner:mode=pre+mid", {"ratio": 0.3}),
-    ("fastv:layer=1", {"ratio": 0.4}),
-    ("fastv:layer=2", {"ratio": 0.2}),
-    ("topk", {"tokens": 1}),
-    ("random", {"tokens": 0}),
-    ("prunesid", {"ratio": 0.5, "spread": 0.5}),
-]
-
-
-def spec_of(method: str, budget: dict[str, Any], **changes: Any) -> PruneSpec:
-    if method == "none":
-        return DENSE
-    return replace(PruneSpec.parse(method, Budget(**budget)), **changes)
-
-
-def drawn(rng: random.Random) -> Image.Image:
-    generator = torch.Generator().manual_seed(rng.randrange(10**6))
-    size = rng.randint(20, 60), rng.randint(20, 60), 3
-    return Image.fromarray(torch.randint(0, 256, size, generator=generator).byte().numpy())
-
-
-def requests(engine: BatchEngine, rng: random.Random, count: int) -> list[Request]:
-    """Any method the model can run, with any number of images, length and way of choosing."""
-    specs = []
-    for method, budget in METHODS:
-        for positions in ("keep", "renumber"):
-            spec = spec_of(method, budget, positions=positions)
-            try:
-                engine.check(spec)
-            except (SpecError, MissingSignal):
-                continue
-            specs.append(spec)
-    made = []
-    for number in range(count):
-        chance = {"temperature": 1.3, "top_p": 0.9, "seed": number} if rng.random() < 0.3 else {}
-        made.append(
-            Request(
-                id=str(number),
-                prompt="what is it? " * rng.randint(1, 4),
-                images=tuple(drawn(rng) for _ in range(rng.choice([0, 1, 1, 1, 2]))),
-                spec=rng.choice(specs),
-                generation=Generation(max_new_tokens=rng.randint(1, 8), **chance),
-                priority=rng.randint(0, 1),
-            )
-        )
-    return made
-
-
-def facts(result: Result) -> Result:
-    return replace(result, seconds=0.0, control_seconds=None)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -137,3 +79,23 @@ def test_cancelled_requests_leave_no_trace_in_the_others_or_in_the_slots(
     assert engine.in_flight == 0
     cache = engine._rows.cache
     assert [cache.lengths(slot) for slot in range(cache.slots)] == [[0] * len(cache.keys)] * 4
+
+
+def test_a_compiled_step_is_one_graph_whatever_runs(
+    loaded: LoadedModel, alone: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets, lengths, numbers of rows and stages change no shape of a step."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiling = torch.compile
+    monkeypatch.setattr(
+        "sppruner.engine.decode.torch.compile",
+        lambda function, **how: compiling(
+            function, fullgraph=how["fullgraph"], dynamic=how["dynamic"], backend=graphs
+        ),
+    )
+    asked = requests(alone, random.Random(9), 14)
+    engine = ContinuousEngine(loaded, max_batch_rows=4, capacity=512, compiled=True)
+    assert [facts(a) for a in engine.run(asked)] == [facts(a) for a in alone.run(asked)]
+    assert graphs.frame_count == 1
+    engine.close()

@@ -1,0 +1,71 @@
+"""Requests of every sort: any method, number of images, length and way of choosing tokens."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sppruner.engine import Generation, Request, Result
+from sppruner.engine.base import ModelEngine
+from sppruner.errors import MissingSignal, SpecError
+from sppruner.spec import DENSE, Budget, PruneSpec
+
+METHODS = [
+    ("none", {}),
+    ("grid", {"ratio": 0.25}),
+    ("sppruner", {"ratio": 0.3}),
+    ("sppruner:mode=pre+mid", {"ratio": 0.3}),
+    ("fastv:layer=1", {"ratio": 0.4}),
+    ("fastv:layer=2", {"ratio": 0.2}),
+    ("topk", {"tokens": 1}),
+    ("random", {"tokens": 0}),
+    ("prunesid", {"ratio": 0.5, "spread": 0.5}),
+]
+
+
+def spec_of(method: str, budget: dict[str, Any], **changes: Any) -> PruneSpec:
+    if method == "none":
+        return DENSE
+    return replace(PruneSpec.parse(method, Budget(**budget)), **changes)
+
+
+def drawn(rng: random.Random) -> Image.Image:
+    generator = torch.Generator().manual_seed(rng.randrange(10**6))
+    size = rng.randint(20, 60), rng.randint(20, 60), 3
+    return Image.fromarray(torch.randint(0, 256, size, generator=generator).byte().numpy())
+
+
+def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Request]:
+    """Any method the model can run, with any number of images, length and way of choosing."""
+    specs = []
+    for method, budget in METHODS:
+        for positions in ("keep", "renumber"):
+            spec = spec_of(method, budget, positions=positions)
+            try:
+                engine.check(spec)
+            except (SpecError, MissingSignal):
+                continue
+            specs.append(spec)
+    made = []
+    for number in range(count):
+        chance = {"temperature": 1.3, "top_p": 0.9, "seed": number} if rng.random() < 0.3 else {}
+        made.append(
+            Request(
+                id=str(number),
+                prompt="what is it? " * rng.randint(1, 4),
+                images=tuple(drawn(rng) for _ in range(rng.choice([0, 1, 1, 1, 2]))),
+                spec=rng.choice(specs),
+                generation=Generation(max_new_tokens=rng.randint(1, 8), **chance),
+                priority=rng.randint(0, 1),
+            )
+        )
+    return made
+
+
+def facts(result: Result) -> Result:
+    """Everything but the seconds."""
+    return replace(result, seconds=0.0, control_seconds=None)

@@ -1,0 +1,94 @@
+"""Slots hold what was written, each at its own length, and grow without losing any of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sppruner.engine.slots import SlotCache
+from sppruner.errors import EngineError
+
+LAYERS, SLOTS, HEADS, WIDTH = 3, 4, 2, 5
+
+
+def cache(capacity: int | None = None) -> SlotCache:
+    return SlotCache(
+        layers=LAYERS,
+        slots=SLOTS,
+        heads=HEADS,
+        width=WIDTH,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        capacity=capacity,
+    )
+
+
+def states(seed: int, lengths: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(HEADS, length, WIDTH, generator=generator) for length in lengths]
+
+
+Lengths = st.lists(st.integers(1, 90), min_size=LAYERS, max_size=LAYERS)
+
+
+@given(
+    prompts=st.lists(Lengths, min_size=1, max_size=SLOTS),
+    steps=st.integers(0, 70),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
+    prompts: list[list[int]], steps: int, data: st.DataObject
+) -> None:
+    slots = cache()
+    expected: list[list[Tensor]] = []
+    for number, lengths in enumerate(prompts):
+        keys = states(number, lengths)
+        slots.write(number, keys, [-key for key in keys])
+        expected.append(keys)
+    for step in range(steps):
+        rows = len(expected)
+        slots.begin(rows)
+        for layer in range(LAYERS):
+            new = (
+                torch.full((rows, HEADS, 1, WIDTH), float(step))
+                + torch.arange(rows)[:, None, None, None]
+            )
+            read, values = slots.update(new, -new, layer)
+            assert torch.equal(read, -values)
+            if slots.starts_segment(layer):
+                mask = slots.mask(layer)
+            for row, held in enumerate(expected):
+                held[layer] = torch.cat([held[layer], new[row]], dim=1)
+                seen = mask[row, 0, 0]
+                assert torch.equal(read[row][:, seen], held[layer])
+        slots.end(rows)
+    if len(expected) > 1:
+        gone = data.draw(st.integers(0, len(expected) - 2))
+        slots.move(len(expected) - 1, gone)
+        expected[gone] = expected[-1]
+    for row, held in enumerate(expected):
+        assert slots.lengths(row) == [layer.shape[1] for layer in held]
+        for layer, kept in enumerate(held):
+            assert torch.equal(slots.keys[layer][row, :, : kept.shape[1]], kept)
+
+
+def test_layers_behind_a_stage_take_no_more_room_than_they_need() -> None:
+    plain, staged = cache(), cache()
+    plain.write(0, *[states(0, [640] * LAYERS)] * 2)
+    staged.write(0, *[states(0, [640, 64, 64])] * 2)
+    assert staged.nbytes * 640 * 3 == plain.nbytes * (640 + 64 + 64)
+
+
+def test_a_fixed_capacity_is_allocated_at_once_and_never_exceeded() -> None:
+    slots = cache(capacity=100)
+    held = slots.nbytes
+    slots.write(0, *[states(0, [128] * LAYERS)] * 2)
+    assert slots.nbytes == held
+    with pytest.raises(EngineError, match="raise the capacity"):
+        slots.begin(1)
+    with pytest.raises(EngineError, match="129 tokens in slots of 128"):
+        slots.write(1, *[states(0, [129] * LAYERS)] * 2)

@@ -53,6 +53,7 @@ def pruned_reports(
     adapter: Adapter,
     specs: Sequence[PruneSpec],
     inputs: Mapping[str, Tensor],
+    *,
     keep_BS: Tensor,
     compacted: Compacted,
     images: Sequence[EncodedImage],
@@ -63,8 +64,8 @@ def pruned_reports(
     """One report per prompt, counted on what the model will see and held against its schedule.
 
     keep_BS: which tokens of `inputs` the compacted prompts hold. features, selection_flops: of each
-    image, as packed and as selected. Raises PruningHadNoEffect where they differ: a row must never
-    be called pruned when the model read something else.
+    image, as packed and as selected. Raises PruningHadNoEffect where prompt, mask and features do
+    not all hold what was due: a row must never be called pruned when the model read something else.
     """
     visual_BS = adapter.placeholders(inputs["input_ids"]).cpu().numpy()
     kept_BS = keep_BS.cpu().numpy()
@@ -78,10 +79,12 @@ def pruned_reports(
         mine = [i for i, image in enumerate(images) if image.row == row]
         due = sum(schedules[i].before for i in mine)
         fed = sum(int(features[i].shape[0]) for i in mine)
-        if not after_B[row] == fed == due:
+        mask_N = kept_BS[row, visual_BS[row]]
+        marked = int(mask_N.sum())
+        if not after_B[row] == marked == fed == due:
             raise PruningHadNoEffect(
-                f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual "
-                f"tokens; the prompt holds {after_B[row]}, the encoder output {fed}"
+                f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual tokens; "
+                f"the prompt holds {after_B[row]}, the mask {marked}, the encoder output {fed}"
             )
         text = short_B[row] - due
         reports.append(
@@ -89,7 +92,7 @@ def pruned_reports(
                 spec=spec,
                 visual_tokens=before_B[row],
                 visual_tokens_kept=sum(schedules[i].counted for i in mine),
-                kept_tokens=_packed(kept_BS[row, visual_BS[row]]),
+                kept_tokens=_packed(mask_N),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
                 layer_tokens=tuple(

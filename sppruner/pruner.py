@@ -10,7 +10,7 @@ re-packed at its shorter length, and `generate` gets the pruned features through
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from sppruner.choosing import keep, kept_mask, schedules_of, select, selection_f
 from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
 from sppruner.proof import dense_reports, pruned_reports
-from sppruner.relevance import NO_CLIP_TEXT, ClipText, EmbeddingCosine, TextRelevance
+from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
@@ -56,11 +56,15 @@ class Generated:
     output: Any
 
 
-def check_spec(spec: PruneSpec, can: Capabilities, *, clip_text: bool = False) -> None:
+def check_spec(
+    spec: PruneSpec, can: Capabilities, *, sources: Container[Source] = ("embed",)
+) -> None:
     """Whether a model can run `spec`, before any weights are loaded.
 
-    Raises UnknownMethod, SpecError (a bad option) or MissingSignal (the family cannot do what the
-    method needs, or there is no CLIP text tower for the relevance asked for).
+    sources: what text relevance can come from. A model comes with its tokenizer, which is enough
+    for "embed", but not with a CLIP text tower. Raises UnknownMethod, SpecError (a bad option) or
+    MissingSignal (the family cannot do what the method needs, or the relevance asked for has no
+    source).
     """
     selector = selector_for(spec)
     if selector is None:
@@ -70,9 +74,8 @@ def check_spec(spec: PruneSpec, can: Capabilities, *, clip_text: bool = False) -
         raise MissingSignal(f"method {spec.method!r} needs {', '.join(sorted(missing))}: not {can}")
     if spec.positions not in can.positions:
         raise MissingSignal(f"positions {spec.positions!r} cannot run on {can}")
-    if selector.relevance_source == "clip" and not clip_text:
-        raise MissingSignal(NO_CLIP_TEXT)
     selector.check(spec.budget, can)
+    require_source(selector.relevance_source, sources)
 
 
 def _per_row(specs: PruneSpec | Sequence[PruneSpec], rows: int) -> list[PruneSpec]:
@@ -114,12 +117,9 @@ class Pruner:
         self._relevance = TextRelevance(words, clip_text)
 
     def check(self, spec: PruneSpec) -> None:
-        """Raises now what `prepare` would raise later: unknown method, bad option, missing signal
-        or missing text tower."""
-        check_spec(spec, self.adapter.capabilities, clip_text=self._relevance.clip is not None)
-        selector = selector_for(spec)
-        if selector is not None:
-            self._relevance.scorer(selector)
+        """Raises now what `prepare` would raise later: unknown method, bad option, missing signal,
+        tokenizer or text tower."""
+        check_spec(spec, self.adapter.capabilities, sources=self._relevance.sources)
 
     @staticmethod
     def signals(specs: Sequence[PruneSpec]) -> frozenset[str]:
@@ -175,7 +175,7 @@ class Pruner:
             keep_BS=keep_BS,
             positions_RBS=self.adapter.positions(inputs),
             policy=self._policy(per_row),
-            pad_id=self._pad_id(),
+            pad_id=self.pad_id,
         )
         packed = self.adapter.pack(encoded, kept)
         positions_RBL = compacted.positions_RBL
@@ -190,12 +190,12 @@ class Pruner:
                 self.adapter,
                 per_row,
                 inputs,
-                keep_BS,
-                compacted,
-                images,
-                schedules,
-                self.adapter.fed(packed),
-                [
+                keep_BS=keep_BS,
+                compacted=compacted,
+                images=images,
+                schedules=schedules,
+                features=self.adapter.fed(packed),
+                selection_flops=[
                     selection_flops(image, chosen, selectors[image.row])
                     for image, chosen in zip(images, selections, strict=True)
                 ],
@@ -264,7 +264,8 @@ class Pruner:
         sequences = output if isinstance(output, Tensor) else output.sequences
         return Generated(tokens_BT=sequences[:, prompt_length:], reports=reports, output=output)
 
-    def _pad_id(self) -> int:
+    @property
+    def pad_id(self) -> int:
         """The model's padding id; any id but the placeholder's will do, masked as it is."""
         pad = self.model.config.get_text_config().pad_token_id
         return pad if pad is not None else int(self.adapter.image_token_id == 0)

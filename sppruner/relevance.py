@@ -7,9 +7,9 @@ methods must then fall back to what they can see.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 Source: TypeAlias = Literal["none", "embed", "clip"]
 Pool: TypeAlias = Literal["mean", "max", "top3"]
 
-NO_CLIP_TEXT = (
-    "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText(clip, "
-    "tokenizer)), or choose relevance 'embed' or 'none'"
-)
+# What each source of relevance needs, in an error's words.
+_NEEDS: Final[dict[Source, str]] = {
+    "embed": "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'",
+    "clip": "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText(clip, "
+    "tokenizer)), or choose relevance 'embed' or 'none'",
+}
 
 # Words that carry no subject. Kept short on purpose: relevance averages over what is left.
 _STOP_WORDS = frozenset(
@@ -119,32 +121,26 @@ class ClipText:
         return self._sign * joined.to(image.hidden_NV.device)
 
 
+def require_source(source: Source, at_hand: Container[Source]) -> None:
+    """Raises MissingSignal unless `source` is "none" or at hand."""
+    if source != "none" and source not in at_hand:
+        raise MissingSignal(_NEEDS[source])
+
+
 class TextRelevance:
     """Relevance from whichever source a method asks for, of those that are at hand."""
 
     def __init__(self, words: EmbeddingCosine | None, clip: ClipText | None) -> None:
-        self._words = words
-        self.clip = clip
+        self._scorers: dict[Source, EmbeddingCosine | ClipText] = {}
+        if words is not None:
+            self._scorers["embed"] = words
+        if clip is not None:
+            self._scorers["clip"] = clip
 
-    def scorer(self, selector: Selector) -> Callable[[VisualTokens, str], Tensor | None] | None:
-        """How to score the text for this method, or None if it asks for no text.
-
-        Raises MissingSignal without the source it asks for.
-        """
-        source, pool = selector.relevance_source, selector.relevance_join
-        if source == "none":
-            return None
-        known: EmbeddingCosine | ClipText | None = self._words
-        if source == "clip":
-            known = self.clip
-            if known is None:
-                raise MissingSignal(NO_CLIP_TEXT)
-        if known is None:
-            raise MissingSignal(
-                "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'"
-            )
-        scorer = known
-        return lambda image, text: scorer.score(image, text, pool)
+    @property
+    def sources(self) -> frozenset[Source]:
+        """Those at hand."""
+        return frozenset(self._scorers)
 
     def of(
         self,
@@ -154,17 +150,23 @@ class TextRelevance:
     ) -> tuple[EncodedImage, ...]:
         """The images with `relevance_N` in their planes, where their prompt's method asks for it.
 
-        Raises InputError unless there is an instruction for every prompt.
+        Every method's source must be at hand, see `require_source`. Raises InputError unless there
+        is an instruction for every prompt.
         """
         if len(instructions) != len(selectors):
             raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
-        scored = []
-        for image in images:
-            selector = selectors[image.row]
-            score = None if selector is None else self.scorer(selector)
-            if score is not None:
-                text = instructions[image.row]
-                planes = tuple(replace(p, relevance_N=score(p, text)) for p in image.planes)
-                image = replace(image, planes=planes)
-            scored.append(image)
-        return tuple(scored)
+        return tuple(
+            self._scored(image, selectors[image.row], instructions[image.row]) for image in images
+        )
+
+    def _scored(
+        self, image: EncodedImage, selector: Selector | None, instruction: str
+    ) -> EncodedImage:
+        if selector is None or selector.relevance_source == "none":
+            return image
+        scorer, pool = self._scorers[selector.relevance_source], selector.relevance_join
+        planes = tuple(
+            replace(plane, relevance_N=scorer.score(plane, instruction, pool))
+            for plane in image.planes
+        )
+        return replace(image, planes=planes)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
 from sppruner.adapters.tiles import layer_before, read
 from sppruner.cost import ImageShape
 from sppruner.errors import InputError
@@ -227,9 +227,6 @@ class AnyresAdapter(Adapter):
             places=tuple(places),
             shape=layout.shape(),
         )
-
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
 
 def _assembled(layout: AnyresLayout, values: Tensor) -> Tensor:

@@ -145,10 +145,10 @@ class Adapter(ABC):
         """Runs the vision encoder once over a processor's batch and reads the wanted signals on
         the way. Raises InputError for prompts that do not fit their images."""
 
-    @abstractmethod
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         """A fresh output object of the family's own type that holds what is kept of each image.
         Fresh on every call: beam search rewrites these objects in place."""
+        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
     @abstractmethod
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:

@@ -3,7 +3,7 @@ layer, a Llama decoder. Text such as <row_1_col_2> stands between the tiles of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
+from sppruner.adapters.base import Adapter, Capabilities, Encoded
 from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
 from sppruner.adapters.variants import require_dense_decoder
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
@@ -30,7 +30,8 @@ class Idefics3Adapter(Adapter):
 
     A batch holds tiles by prompt, not by image. The processor frames every tile with a token of
     its own (<fake_token_around_image>), once between two tiles of an image and, closing one and
-    opening the next, twice between two images: that is how images are told apart.
+    opening the next, twice between two images: that is how images are told apart. Features are
+    packed image by image; the model's own list goes by prompt, and it reads both alike.
     """
 
     families: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
@@ -108,10 +109,6 @@ class Idefics3Adapter(Adapter):
             signals=signals,
         )
         return Encoded(images=images, output=output)
-
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        """Features image by image; the model's own list goes by prompt, and it reads both alike."""
-        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.connector.modality_projection(states_KV)

@@ -3,14 +3,14 @@ shuffled into a token, a Qwen-like decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, Kept
+from sppruner.adapters.base import Adapter, Capabilities, Encoded
 from sppruner.adapters.tiles import (
     layer_before,
     merged,
@@ -109,14 +109,10 @@ class InternVLAdapter(Adapter):
         )
         return Encoded(images=images, output=output)
 
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        """Features image by image; the model itself reads one tensor of equal tiles, which pruned
-        images no longer fill, so `prompt` merges them into the embeddings."""
-        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
-
     def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
-        """The embedded prompt. As an encoder output in one tensor, ragged images would pass greedy
-        decoding, but beams would split it by tiles and silently mix prompts up."""
+        """The embedded prompt: the model reads encoder outputs as one tensor of equal tiles, which
+        pruned images no longer fill. Joined in one all the same, they would pass greedy decoding,
+        but beams would split it by tiles and silently mix prompts up."""
         ids_BL = compacted.input_ids_BL
         embeds_BLD = self.input_embedding(ids_BL)
         features_KD = torch.cat(packed.pooler_output).to(embeds_BLD)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, raster
+from sppruner.adapters.tiles import layer_before
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
@@ -33,18 +34,6 @@ class LlavaAdapter(Adapter):
     def encoder_cost(cls, config: Any) -> EncoderCost:
         return LlavaEncoderCost.from_config(config)
 
-    def _tower(self) -> Any:
-        return self.model.model.vision_tower
-
-    def _feature_layer_attention(self) -> torch.nn.Module:
-        """The attention of the layer whose output is projected: -1 is the last, -2 the one before.
-
-        Saliency is read at the depth of the features (pruners such as VisionZip do the same).
-        """
-        index = self.model.config.vision_feature_layer
-        layers = self._tower().encoder.layers
-        return layers[index if index < 0 else index - 1].self_attn
-
     def _side(self) -> int:
         vision = self.model.config.vision_config
         return int(vision.image_size // vision.patch_size)
@@ -61,13 +50,14 @@ class LlavaAdapter(Adapter):
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         pixels = inputs["pixel_values"].to(self.model.dtype)
-        probe = ClsRowProbe(self._feature_layer_attention())
+        tower, feature_layer = self.model.model.vision_tower, self.model.config.vision_feature_layer
+        probe = ClsRowProbe(layer_before(tower.encoder.layers, feature_layer).self_attn)
         wanted = signals & {ATTENTION, CLS_ATTENTION, KEYS}
-        with probing(self._tower(), probe) if wanted else nullcontext():
+        with probing(tower, probe) if wanted else nullcontext():
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
         features = list(output.pooler_output)
-        hidden_INV = output.hidden_states[self.model.config.vision_feature_layer][:, 1:]
+        hidden_INV = output.hidden_states[feature_layer][:, 1:]
         side = self._side()
         coords_N2 = raster(side, side, pixels.device)
         places = self.assign_rows([f.shape[0] for f in features], inputs["input_ids"])
@@ -95,9 +85,6 @@ class LlavaAdapter(Adapter):
                 )
             )
         return Encoded(images=tuple(images), output=output)
-
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(states_KV)

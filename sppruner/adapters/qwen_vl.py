@@ -147,9 +147,6 @@ class QwenVLAdapter(Adapter):
         with its M patches."""
         return values.reshape(-1, self._merge, *values.shape[1:])
 
-    def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
-
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.visual.merger(
             states_KV.reshape(-1, states_KV.shape[1] // self._merge)
@@ -211,8 +208,10 @@ class Qwen3VLAdapter(QwenVLAdapter):
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
         plain = super().capabilities_of(config)
+        if plain.stages_from is None:
+            return plain
         # Pruning in front of a layer must come after the last addition, which counts the tokens.
-        first = max(1, len(config.vision_config.deepstack_visual_indexes))
+        first = max(plain.stages_from, len(config.vision_config.deepstack_visual_indexes))
         return replace(plain, stages_from=first if first < plain.decoder_layers else None)
 
     @classmethod

@@ -32,11 +32,18 @@ def require_tower(config: Any, kind: str) -> None:
 
 def require_features(config: Any, strategy: str) -> None:
     """Raises UnsupportedModel where a feature is not one patch of one layer: several layers
-    concatenated, or a select strategy that takes the CLS token for a patch or a patch for it."""
-    if not isinstance(config.vision_feature_layer, int):
+    concatenated, the embeddings in front of all layers, or a select strategy that takes the CLS
+    token for a patch or a patch for it."""
+    layer = config.vision_feature_layer
+    if not isinstance(layer, int):
         raise UnsupportedModel(
-            f"{config.model_type} that concatenates vision layers {config.vision_feature_layer} is "
-            "not supported: load a checkpoint that reads one layer"
+            f"{config.model_type} that concatenates vision layers {layer} is not supported: load a "
+            "checkpoint that reads one layer"
+        )
+    if layer in (0, -1 - config.vision_config.num_hidden_layers):
+        raise UnsupportedModel(
+            f"{config.model_type} with vision_feature_layer={layer} reads the tower's embeddings, "
+            "for which no layer has attended: load a checkpoint that reads a layer's output"
         )
     if config.vision_feature_select_strategy != strategy:
         raise UnsupportedModel(

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from sppruner.adapters import Adapter
 
 
-def stages_from(text: Any, first: int = 1) -> int | None:
+def stages_from(text: Any) -> int | None:
     """The first layer of a decoder in front of which tokens may be pruned, or None.
 
-    text: the decoder's config. first: the family's own earliest layer; in front of layer 0 there
-    is no attention to go by. Windows and chunks of attention count the tokens in the cache, so
-    dropped ones would widen them, and bidirectional attention has no row that sees everything
-    last: such decoders cannot be pruned inside.
+    text: the decoder's config. In front of layer 0 there is no attention to go by. Windows and
+    chunks of attention count the tokens in the cache, so dropped ones would widen them, and
+    bidirectional attention has no row that sees everything last: such decoders cannot be pruned
+    inside.
     """
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -42,7 +42,7 @@ def stages_from(text: Any, first: int = 1) -> int | None:
     limits = ("sliding_window", "attention_chunk_size", "use_bidirectional_attention")
     if any(getattr(text, limit, None) for limit in limits):
         return None
-    return max(1, first)
+    return 1
 
 
 class StageDriver:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sppruner import Budget, Pruner, PruneSpec
+from sppruner import Budget, PruneSpec
 from sppruner.errors import InputError
 from sppruner.signals import probing
 from sppruner.spec import DENSE
 from sppruner.stages import LastQueryProbe
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.test_equivalence import kept_mask
 
 PRUNED = PruneSpec(method="topk", budget=Budget(ratio=0.4))
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@functools.cache
-def pruner_of(family: str) -> Pruner:
-    return Pruner(FAMILIES[family].build())
 
 
 def forward(model: Any, inputs: dict[str, Any], **changes: Any) -> Tensor:
@@ -120,7 +114,7 @@ def test_a_batch_without_images_is_plain_generate(family: str) -> None:
 def test_a_probed_decoder_still_hides_the_padding(family: str, attention: str) -> None:
     """An attention function without a mask function of its name gets no mask at all: only padded
     rows would show it."""
-    pruner = Pruner(FAMILIES[family].build(attention))
+    pruner = pruner_of(family, attention)
     inputs = FAMILIES[family].batch([1, 2, 0])
     assert not inputs["attention_mask"][0].all()
     settings: dict[str, Any] = {

@@ -16,6 +16,7 @@ from sppruner.engine.loading import load_model, load_processor, resolve_model
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import build_model, build_processor, save
+from sppruner.tiny.recipe.history import History
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder
 
@@ -48,6 +49,7 @@ def test_a_folder_is_pinned_by_its_weights_and_settings(folder: Path) -> None:
 def test_notes_hidden_files_and_the_place_do_not_change_the_revision(folder: Path) -> None:
     before = revision(folder)
     (folder / "README.md").write_text("more about")
+    History(language=1, vision=1, sharpen=1, joint=1, note="by hand").write(folder)
     (folder / ".cache").mkdir()
     (folder / ".cache" / "lock").write_text("1")
     (folder / ".gitattributes").write_text("x")
@@ -59,6 +61,12 @@ def test_notes_hidden_files_and_the_place_do_not_change_the_revision(folder: Pat
 def test_a_renamed_file_changes_the_revision(folder: Path) -> None:
     before = revision(folder)
     (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert revision(folder) != before
+
+
+def test_only_the_history_of_training_is_a_note_among_the_json_files(folder: Path) -> None:
+    before = revision(folder)
+    (folder / "tokenizer.json").write_text("{}")
     assert revision(folder) != before
 
 

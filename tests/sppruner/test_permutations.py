@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sppruner import Budget, Pruner, PruneSpec
+from sppruner import Budget, PruneSpec
 from sppruner.adapters import Kept
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.families.base import left_padded
 from tests.sppruner.families.rows import one_row
 
@@ -28,11 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "visionzip": {},
 }
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
-
-
-@functools.cache
-def pruner_of(family: str) -> Pruner:
-    return Pruner(FAMILIES[family].build())
 
 
 @functools.cache

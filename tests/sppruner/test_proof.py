@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import sppruner.pruner
 from sppruner import Budget, Prepared, Pruner, PruneReport, PruneSpec
+from sppruner.errors import PruningHadNoEffect
 from sppruner.spec import DENSE
 from tests.sppruner.families import FAMILIES
 
@@ -91,3 +94,24 @@ def test_tokens_dropped_inside_the_decoder_count_as_seen_by_it() -> None:
     (report,) = Pruner(family.build()).prepare(family.batch([1]), spec).reports
     assert report.visual_tokens_kept == 6
     assert len(bits(report)) == report.layer_tokens[0] - (report.prompt_tokens_dense - 16) > 6
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_mask_that_marks_other_than_the_tokens_due_is_no_proof(
+    off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt itself is packed as it should be: only what the report would say is wrong."""
+    family = FAMILIES["llava"]
+    pruner = Pruner(family.build())
+    prove: Callable[..., list[PruneReport]] = sppruner.pruner.pruned_reports
+
+    def with_a_wrong_mask(adapter: Any, specs: Any, inputs: Any, **given: Any) -> Any:
+        keep_BS = given["keep_BS"].clone()
+        visual_BS = adapter.placeholders(inputs["input_ids"])
+        row, place = (visual_BS & (keep_BS == (off < 0))).nonzero()[0]
+        keep_BS[row, place] = off > 0
+        return prove(adapter, specs, inputs, **(given | {"keep_BS": keep_BS}))
+
+    monkeypatch.setattr(sppruner.pruner, "pruned_reports", with_a_wrong_mask)
+    with pytest.raises(PruningHadNoEffect, match=f"leave 6 of 16 .* the mask {6 + off},"):
+        pruner.prepare(family.batch([1]), PruneSpec(method="grid", budget=Budget(tokens=6)))

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from sppruner import Budget, Pruner, PruneSpec, signals
 from sppruner.adapters import Encoded
 from sppruner.spec import DENSE, Positions
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.stages.test_driver import Fails
 
 # These need no text and leave the features alone, so that they can be compared.
@@ -47,11 +47,6 @@ specs = st.one_of(
     ),
 )
 rows = st.lists(st.tuples(st.integers(0, 2), specs), min_size=1, max_size=3)
-
-
-@functools.cache
-def pruner_of(name: str) -> Pruner:
-    return Pruner(FAMILIES[name].build())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

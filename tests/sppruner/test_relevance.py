@@ -20,9 +20,15 @@ from transformers import (
     set_seed,
 )
 
-from sppruner.errors import MissingSignal
-from sppruner.relevance import ClipText, EmbeddingCosine
+from sppruner import Pruner, PruneSpec
+from sppruner.adapters import adapter_for, capabilities
+from sppruner.errors import InputError, MissingSignal
+from sppruner.pruner import check_spec
+from sppruner.relevance import ClipText, EmbeddingCosine, TextRelevance
+from sppruner.selectors import selector_for
+from sppruner.spec import DENSE
 from sppruner.types import VisualTokens
+from tests.sppruner.families import llava
 
 WORDS = "red blue cat dog what is the of".split()
 TABLE = torch.randn(len(WORDS), 32, generator=torch.Generator().manual_seed(0))
@@ -179,3 +185,55 @@ def test_clip_says_nothing_about_empty_text_and_needs_hidden_states(
     assert ClipText(clip, lambda *_, **__: {"input_ids": []}).score(seen, "!", "mean") is None
     with pytest.raises(MissingSignal, match="hidden states"):
         ClipText(clip, tokenizer).score(image(seen.features_ND), "red", "mean")
+
+
+NONE, EMBED, CLIP = (
+    PruneSpec(method="sppruner", options={"relevance": source})
+    for source in ("none", "embed", "clip")
+)
+
+
+class Scores:
+    """A source of relevance that gives every token one number."""
+
+    def __init__(self, number: float) -> None:
+        self._number = number
+
+    def score(self, image: VisualTokens, instruction: str, pool: str) -> Tensor:
+        return torch.full((image.count,), self._number * len(instruction))
+
+
+def test_before_a_model_is_loaded_its_tokenizer_is_taken_for_granted_but_no_text_tower() -> None:
+    can = capabilities(llava.build().config)
+    check_spec(NONE, can)
+    check_spec(EMBED, can)
+    with pytest.raises(MissingSignal, match="'clip' needs the matching CLIP text tower"):
+        check_spec(CLIP, can)
+
+
+def test_a_pruner_allows_the_sources_it_was_given() -> None:
+    given: Any = Scores(1.0)
+    pruner = Pruner(llava.build(), clip_text=given)
+    pruner.check(NONE)
+    pruner.check(CLIP)
+    with pytest.raises(MissingSignal, match=r"'embed' needs Pruner\(tokenizer=…\)"):
+        pruner.check(EMBED)
+
+
+@torch.no_grad()
+def test_each_prompt_is_scored_by_the_source_its_method_asks_for() -> None:
+    words: Any = Scores(0.5)
+    clip_text: Any = Scores(0.75)
+    relevance = TextRelevance(words, clip_text)
+    images = adapter_for(llava.build()).encode(llava.batch([1, 1, 1, 1]), frozenset()).images
+    selectors = [selector_for(spec) for spec in (CLIP, NONE, EMBED, DENSE)]
+    scored = relevance.of(images, selectors, ["a", "bb", "ccc", "dddd"])
+    found = [image.planes[0].relevance_N for image in scored]
+    assert [None if score_N is None else score_N.unique().tolist() for score_N in found] == [
+        [0.75],
+        None,
+        [1.5],
+        None,
+    ]
+    with pytest.raises(InputError, match="3 instructions for 4 prompts"):
+        relevance.of(images, selectors, ["a", "bb", "ccc"])

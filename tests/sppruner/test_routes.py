@@ -14,7 +14,7 @@ from sppruner.errors import InputError
 from sppruner.pruner import Prepared
 from sppruner.spec import DENSE
 from tests.sppruner import test_equivalence as equivalence
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.test_equivalence import kept_mask, logits, reference, settings
 
 MIXED = [1, 2, 0]
@@ -23,11 +23,6 @@ TOPK = PruneSpec(method="topk", budget=Budget(ratio=0.4))
 EMBEDS = ["internvl"]
 # States of the tower that are added behind decoder layers travel with the encoder output only.
 DEEPSTACK = ["qwen3_vl"]
-
-
-@functools.cache
-def pruner_of(family: str) -> Pruner:
-    return Pruner(equivalence.model_of(family))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in EMBEDS])

@@ -152,6 +152,7 @@ def test_videos_are_refused_rather_than_dropped(images: list[int]) -> None:
     ("change", "message"),
     [
         ({"vision_feature_layer": [-2, -3]}, "concatenates vision layers"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer=0 reads the tower's embeddings"),
         ({"vision_feature_select_strategy": "default"}, "load the model with 'full'"),
         ({"vision_aspect_ratio": "square"}, "anyres_max_9"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "siglip_vision_model"),

@@ -87,6 +87,7 @@ def test_other_feature_layers_are_read_as_the_model_reads_them(layer: int) -> No
     ("change", "message"),
     [
         ({"vision_feature_layer": [-2, -3]}, "concatenates vision layers"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer=0 reads the tower's embeddings"),
         ({"vision_feature_select_strategy": "full"}, "load the model with 'default'"),
         ({"vision_config": {"image_size": [448, 224]}}, "448×224"),
     ],

@@ -16,6 +16,8 @@ from sppruner.errors import UnsupportedModel
     ("change", "message"),
     [
         ({"vision_feature_layer": [-2, -3]}, "concatenates vision layers"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer=0 reads the tower's embeddings"),
+        ({"vision_feature_layer": -25}, "vision_feature_layer=-25 reads the tower"),
         ({"vision_feature_select_strategy": "full"}, "load the model with 'default'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "clip_vision_model"),
         ({"text_config": {"model_type": "mixtral"}}, "mixtral decoder"),

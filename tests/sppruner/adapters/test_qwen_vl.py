@@ -234,6 +234,12 @@ def test_stages_start_behind_the_last_deepstack_layer() -> None:
     assert capabilities(qwen2_5_vl.build().config).stages_from == 1
 
 
+def test_a_decoder_that_allows_no_stages_gets_none_from_deepstack() -> None:
+    config = qwen3_vl.build().config
+    config.text_config.sliding_window = 32
+    assert capabilities(config).stages_from is None
+
+
 @families
 def test_positions_cannot_be_renumbered(family: str) -> None:
     spec = PruneSpec(method="grid", budget=Budget(ratio=0.5), positions="renumber")

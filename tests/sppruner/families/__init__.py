@@ -1,5 +1,8 @@
-"""Every family under test, by name."""
+"""Every family under test by name, and a pruner of each that tests share."""
 
+import functools
+
+from sppruner import Pruner
 from tests.sppruner.families import (
     idefics3,
     internvl,
@@ -26,4 +29,15 @@ _MODULES = (
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
-__all__ = ["FAMILIES", "Family"]
+
+def pruner_of(family: str, attention: str = "sdpa") -> Pruner:
+    """A pruner of the family's tiny model, built once: a test leaves it as it was."""
+    return _built(family, attention)
+
+
+@functools.cache
+def _built(family: str, attention: str) -> Pruner:
+    return Pruner(FAMILIES[family].build(attention))
+
+
+__all__ = ["FAMILIES", "Family", "pruner_of"]

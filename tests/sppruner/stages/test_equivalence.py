@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sppruner import Budget, Pruner, PruneSpec
+from sppruner import Budget, PruneSpec
 from sppruner.pruner import Prepared
 from sppruner.spec import DENSE
 from sppruner.stages import StageDriver, staged_static_cache
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.families.rows import one_row
 from tests.sppruner.stages.reference import halving, hidden, recomputed
 
@@ -27,11 +26,6 @@ TWO_STEPS = PruneSpec(
     budget=Budget(ratio=0.4),
     options={"mode": "pre+mid", "relevance": "none"},
 )
-
-
-@functools.cache
-def pruner_of(family: str, attention: str = "sdpa") -> Pruner:
-    return Pruner(FAMILIES[family].build(attention))
 
 
 def settings(family: str, **extra: Any) -> dict[str, Any]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from transformers import StaticCache
 
-from sppruner import Pruner
 from sppruner.signals import probing
 from sppruner.stages import LastQueryProbe
-from tests.sppruner.families import FAMILIES
-
-
-@functools.cache
-def pruner_of(family: str, attention: str) -> Pruner:
-    return Pruner(FAMILIES[family].build(attention))
+from tests.sppruner.families import FAMILIES, pruner_of
 
 
 def eager_map(family: str, layer: int, inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Train an embedded model from nothing: `python jobs/train_tiny.py --family llava --output DIR`.
 
-About an hour on two CPU cores (longer for `--family qwen`), where the independent stages run side
-by side; on a GPU one after another. With `--from FOLDER` only the joint training of a finished
-model goes on. Killed at any moment, the same command continues from the checkpoints in the work
-folder.
+On a CPU the independent stages run side by side, on a GPU one after another. With `--from FOLDER`
+only the joint training of a finished model goes on. Killed at any moment, the same command
+continues from the checkpoints in the work folder. The shipped LLaVA weights took more vision steps
+than this runs (their card gives the history); what a LLaVA trained by this scores was not measured.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import structlog
 import torch
 from transformers.utils import logging as transformers_logging
 
+from sppruner.errors import UnsupportedModel
 from sppruner.tiny.recipe.cache import build_cache
 from sppruner.tiny.recipe.card import write_card
 from sppruner.tiny.recipe.families import FAMILIES
 from sppruner.tiny.recipe.history import History
-from sppruner.tiny.recipe.joint import joint_model
+from sppruner.tiny.recipe.joint import joint_checkpoint, joint_model
 from sppruner.tiny.recipe.loop import load_checkpoint
 
 __all__ = ["main"]
@@ -69,67 +70,90 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     start: Path | None = arguments.start
     if start is not None:
-        if not (start / "training.json").is_file():
-            parser.error(f"--from {start}: no training.json, give a folder that this command wrote")
-        kind = json.loads((start / "config.json").read_text())["model_type"]
+        if arguments.output.resolve() == start.resolve():
+            parser.error("--output is the folder of --from, which must stay: give another")
+        try:
+            kind = _model_type(start)
+        except UnsupportedModel as error:
+            parser.error(f"--from: {error}")
         if not kind.startswith(arguments.family):
             parser.error(f"--from {start} holds a {kind} model: choose its --family")
+    if arguments.work is None:
+        arguments.work = arguments.output.with_name(f"{arguments.output.name}.work")
     return arguments
+
+
+def _model_type(start: Path) -> str:
+    """Of a folder that this command wrote. Raises UnsupportedModel for any other."""
+    History.read(start)
+    for name in ("config.json", "model.safetensors"):
+        if not (start / name).is_file():
+            raise UnsupportedModel(f"{start} holds no {name}: give a folder that train_tiny wrote")
+    try:
+        return str(json.loads((start / "config.json").read_text())["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel(
+            f"{start / 'config.json'} names no model_type: give a folder that train_tiny wrote"
+        ) from error
+
+
+def stage_rounds(arguments: argparse.Namespace, device: str) -> list[list[list[str]]]:
+    """The commands of the stages due: rounds one after another, commands of a round together."""
+
+    def worker(stage: str, *extra: str) -> list[str]:
+        command = [sys.executable, "-m", "sppruner.tiny.recipe.worker", stage, *extra]
+        command += ["--work", str(arguments.work), "--device", device]
+        command += ["--family", arguments.family, "--steps-scale", str(arguments.steps_scale)]
+        command += ["--save-seconds", str(arguments.save_seconds)]
+        return [*command, "--no-compile"] if arguments.no_compile else command
+
+    def shared(stage: str, *extra: str) -> list[list[str]]:
+        """A stage: on a CPU two processes that share gradients."""
+        if device != "cpu":
+            return [worker(stage, *extra)]
+        rendezvous = (arguments.work / f"rendezvous-{uuid.uuid4().hex}").resolve()
+        group = ["--world", "2", "--rendezvous", str(rendezvous), *extra]
+        return [worker(stage, "--rank", str(rank), *group) for rank in range(2)]
+
+    if arguments.start is not None:
+        return [shared("joint", "--start", str(arguments.start))]
+    apart = [worker("language"), worker("vision")]
+    first = [apart] if device == "cpu" else [[command] for command in apart]
+    return [*first, shared("sharpen"), shared("joint")]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run all stages, then export, evaluate and write the model card."""
     arguments = parse(argv)
-    work: Path = arguments.work or arguments.output.with_suffix(".work")
+    work: Path = arguments.work
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     log.info("scenes", folder=str(work / "scenes"), count=arguments.scenes)
     build_cache(work / "scenes", arguments.scenes)
-
-    def worker(stage: str, *extra: str) -> list[str]:
-        command = [sys.executable, "-m", "sppruner.tiny.recipe.worker", stage, *extra]
-        command += ["--work", str(work), "--device", device, "--family", arguments.family]
-        command += ["--steps-scale", str(arguments.steps_scale)]
-        command += ["--save-seconds", str(arguments.save_seconds)]
-        return [*command, "--no-compile"] if arguments.no_compile else command
-
-    def both(stage: str, *extra: str) -> list[list[str]]:
-        """A stage as two processes that share gradients."""
-        rendezvous = (work / f"rendezvous-{uuid.uuid4().hex}").resolve()
-        group = ["--world", "2", "--rendezvous", str(rendezvous), *extra]
-        return [worker(stage, "--rank", str(rank), *group) for rank in range(2)]
-
-    goes_on = [] if arguments.start is None else ["--start", str(arguments.start)]
-    if device == "cpu":
-        rounds = [[worker("language"), worker("vision")], both("sharpen"), both("joint", *goes_on)]
-    else:
-        rounds = [[worker(stage)] for stage in ("language", "vision", "sharpen")]
-        rounds.append([worker("joint", *goes_on)])
-    if goes_on:
-        rounds = rounds[-1:]
     # Spinning OpenMP threads suffer badly on shared cores.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    for commands in rounds:
+    for commands in stage_rounds(arguments, device):
         run_together(commands, environment)
 
     transformers_logging.disable_progress_bar()
     family = FAMILIES[arguments.family]
-    family.save(joint_model(family, work / "joint.pt"), arguments.output)
+    joint = joint_checkpoint(work, arguments.start)
+    family.save(joint_model(family, joint), arguments.output)
     log.info("saved", folder=str(arguments.output))
 
-    def steps(stage: str) -> int:
-        return int(load_checkpoint(work / f"{stage}.pt", CPU)["step"])
+    def steps(checkpoint: Path) -> int:
+        return int(load_checkpoint(checkpoint, CPU)["step"])
 
     if arguments.start is None:
         history = History(
-            language=steps("language"),
-            vision=steps("vision"),
-            sharpen=steps("sharpen"),
-            joint=steps("joint"),
+            language=steps(work / "language.pt"),
+            vision=steps(work / "vision.pt"),
+            sharpen=steps(work / "sharpen.pt"),
+            joint=steps(joint),
         )
     else:
-        history = History.read(arguments.start).continued(steps("joint"))
+        history = History.read(arguments.start).continued(steps(joint))
     history.write(arguments.output)
     write_card(family, arguments.output, arguments.evaluate_scenes)
     log.info("evaluated", card=str(arguments.output / "README.md"))

@@ -28,6 +28,8 @@ EMBEDDED = "tiny-llava"
 # Weight files above this size are identified by their ends: hashing 15 GB takes a minute.
 _WHOLE_FILE_BYTES = 64 * 2**20
 _END_BYTES = 2**20
+# Beside the weights but not part of what the model does: how `sppruner.tiny.recipe` trained it.
+_HISTORY_FILE = Path("training.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,8 @@ def _content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = path.relative_to(folder)
-        if path.suffix == ".md" or any(part.startswith(".") for part in inside.parts):
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or path.suffix == ".md" or inside == _HISTORY_FILE:
             continue
         size = path.stat().st_size
         digest.update(f"{inside}\0{size}\0".encode())

@@ -31,7 +31,8 @@ Split: TypeAlias = Literal["report", "tuning"]
 CAPTION = "caption"
 SPLIT_SCENES = 1_000_000
 """Scenes in each split: reporting from HELD_OUT_SEED on, tuning so many further on."""
-_JPEG_QUALITY = 92
+JPEG_QUALITY = 92
+"""Of held-out scenes, wherever they are encoded."""
 
 
 def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -> Dataset:
@@ -88,7 +89,7 @@ def _item(scene: Scene, index: int, question: Question) -> Item:
 def _decoded(seed: int) -> Image.Image:
     """What a user's JPEG of the scene would decode to."""
     buffer = io.BytesIO()
-    render(sample_scene(seed)).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    render(sample_scene(seed)).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return Image.open(buffer).convert("RGB")
 
 

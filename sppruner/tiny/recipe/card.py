@@ -94,10 +94,12 @@ def _method_table(loaded: LoadedModel, scenes: int) -> str:
     methods = ("sppruner", "topk", "grid", "random")
     specs = [PruneSpec(method=m, budget=Budget(tokens=kept)) for m in methods for kept in KEPT]
     _, *scores = generated(loaded, scene_questions(range(scenes)), specs)
-    means = [f"{_mean(score):.1f}" for score in scores]
-    for i, method in enumerate(methods):
-        row = means[i * len(KEPT) : (i + 1) * len(KEPT)]
-        lines.append(f"| {method} | {' | '.join(row)} |")
+    means = {
+        (spec.method, spec.budget.tokens): f"{_mean(score):.1f}"
+        for spec, score in zip(specs, scores, strict=True)
+    }
+    for method in methods:
+        lines.append(f"| {method} | {' | '.join(means[method, kept] for kept in KEPT)} |")
     return "\n".join(lines)
 
 

@@ -63,14 +63,14 @@ The same scenes with the library's methods at their default options, through `ge
 
 ## Training
 
-`python jobs/train_tiny.py --family {family} --output DIR` makes these weights: 48,000 procedural
-scenes (seeds from 0) drawn at 192 px, JPEG-compressed at random quality 85-97 and resized by the
-processor's bicubic filter. The language model first learns to answer from *oracle* tokens made
-from the truth ({language} steps of 16 scenes) while the vision tower learns to emit such tokens
-({vision} x 16, then {sharpen} x 32 with more weight on digits, shapes and object centres); then
-both train together on pixels ({joint} x 24), the losses on the tokens themselves fading to zero
-over the first two thirds. Muon for matrices and AdamW for the rest, bfloat16 autocast, one seed.
-About an hour on two CPU cores.{history}
+The stages of `python jobs/train_tiny.py --family {family} --output DIR` made these weights, in the
+numbers of steps given here: 48,000 procedural scenes (seeds from 0) drawn at 192 px,
+JPEG-compressed at random quality 85-97 and resized by the processor's bicubic filter. The language
+model first learns to answer from *oracle* tokens made from the truth ({language} steps of 16
+scenes) while the vision tower learns to emit such tokens ({vision} x 16, then {sharpen} x 32 with
+more weight on digits, shapes and object centres); then both train together on pixels
+({joint} x 24), the losses on the tokens themselves fading to zero over the first two thirds. Muon
+for matrices and AdamW for the rest, bfloat16 autocast, one seed.{history}
 
 ## What to know before comparing pruning methods on it
 

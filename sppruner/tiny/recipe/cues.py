@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sppruner.evaluation.scenes import JPEG_QUALITY
 from sppruner.tiny.layout import Scene
 from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS, build_tokenizer
 from sppruner.tiny.questions import questions
@@ -33,7 +34,7 @@ from sppruner.tiny.recipe.cache import (
     SceneCache,
     scene_table,
 )
-from sppruner.tiny.recipe.evaluate import JPEG_QUALITY, Score, graded
+from sppruner.tiny.recipe.evaluate import Score, graded
 from sppruner.tiny.recipe.families import Family
 from sppruner.tiny.recipe.packing import answer_logits, pack_questions
 from sppruner.tiny.recipe.vision import pixels

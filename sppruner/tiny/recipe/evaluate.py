@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from sppruner.engine.loading import LoadedModel
-from sppruner.evaluation import compare
+from sppruner.errors import EvaluationError
+from sppruner.evaluation import compare, label
 from sppruner.evaluation import score as evaluation
 from sppruner.evaluation.items import Dataset
+from sppruner.evaluation.scenes import JPEG_QUALITY
 from sppruner.spec import PruneSpec
 from sppruner.tiny.questions import KINDS
 from sppruner.tiny.recipe.cache import scene_table
@@ -28,17 +30,8 @@ from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.vision import pixels
 from sppruner.tiny.scenes import HELD_OUT_SEED
 
-__all__ = [
-    "JPEG_QUALITY",
-    "KIND_NAMES",
-    "Score",
-    "generated",
-    "graded",
-    "saliency_auc",
-    "teacher_forced",
-]
+__all__ = ["KIND_NAMES", "Score", "generated", "graded", "saliency_auc", "teacher_forced"]
 
-JPEG_QUALITY: Final = 92
 KIND_NAMES: Final = (*KINDS, "caption")
 _CPU: Final = torch.device("cpu")
 
@@ -64,8 +57,20 @@ class Score:
 def generated(
     loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec] = ()
 ) -> list[dict[str, Score]]:
-    """Exact match of greedy `generate` per kind: of all tokens first, then under each spec."""
+    """Exact match of greedy `generate` per kind: of all tokens first, then under each spec.
+
+    Raises EvaluationError for specs that the model cannot run.
+    """
     comparison = compare(loaded, dataset, specs)
+    if comparison.cannot:
+        reasons = [
+            f"{label(failed.spec.method, failed.spec.options)} with {failed.spec.budget}: "
+            f"{failed.reason}"
+            for failed in comparison.cannot
+        ]
+        raise EvaluationError(
+            f"{loaded.identity.name} cannot run these specs, leave them out: {'; '.join(reasons)}"
+        )
     return [_per_kind(score) for score in (comparison.dense, *comparison.scores)]
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from sppruner.errors import UnsupportedModel
+
 __all__ = ["STAGES", "History"]
 
 STAGES: Final = ("language", "vision", "sharpen", "joint")
@@ -25,13 +27,36 @@ class History:
     again: int = 0
     note: str = ""
 
+    def __post_init__(self) -> None:
+        for name in (*STAGES, "again"):
+            steps = getattr(self, name)
+            if type(steps) is not int or steps < 0:
+                raise ValueError(f"{name} {steps!r} is not a number of steps")
+        if not isinstance(self.note, str):
+            raise ValueError(f"note {self.note!r} is not a text")
+
     @classmethod
     def read(cls, folder: Path) -> History:
-        """Of a model folder. Raises FileNotFoundError where the recipe did not make it."""
-        return cls(**json.loads((folder / _FILE).read_text()))
+        """Of a model folder. Raises UnsupportedModel where the recipe did not make it."""
+        file = folder / _FILE
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError as error:
+            raise UnsupportedModel(
+                f"{folder} holds no {_FILE}: give a folder that train_tiny wrote"
+            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UnsupportedModel(
+                f"{file} tells no history of training ({error}): restore what train_tiny wrote"
+            ) from error
 
     def write(self, folder: Path) -> None:
         (folder / _FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @property
+    def joint_steps(self) -> int:
+        """Of joint training, by all runs."""
+        return self.joint + self.again
 
     def continued(self, steps: int) -> History:
         """After `steps` more joint steps."""

@@ -8,6 +8,7 @@ is what answering needs, not what `space` prescribes.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from sppruner.tiny.recipe.contrast import CaptionContrast
 from sppruner.tiny.recipe.families import Family
+from sppruner.tiny.recipe.history import History
 from sppruner.tiny.recipe.language import kind_weights, sample_keep
 from sppruner.tiny.recipe.loop import Draws, Schedule, load_checkpoint, run_steps
 from sppruner.tiny.recipe.packing import answer_logits, lm_loss, pack, shown_entities
@@ -25,7 +27,7 @@ from sppruner.tiny.recipe.space import Truth
 from sppruner.tiny.recipe.stages import Workshop
 from sppruner.tiny.recipe.vision import DenseLoss, pixels
 
-__all__ = ["joint_model", "train_joint"]
+__all__ = ["joint_checkpoint", "joint_model", "train_joint"]
 
 _JOINT: Final = 3
 _BATCH: Final = 24  # over all ranks
@@ -36,6 +38,17 @@ def _parts(family: Family, model: Any, contrast: CaptionContrast) -> nn.ModuleDi
     return nn.ModuleDict(
         {"eyes": family.eyes(model), "contrast": contrast, "language": model.model.language_model}
     )
+
+
+def joint_checkpoint(work: Path, start: Path | None) -> Path:
+    """Where the stage keeps its state: one file for each model folder that it goes on from.
+
+    Named by the weights, so that no other training's checkpoint is taken for this one's.
+    """
+    if start is None:
+        return work / "joint.pt"
+    weights = hashlib.sha256((start / "model.safetensors").read_bytes())
+    return work / f"joint-from-{weights.hexdigest()[:16]}.pt"
 
 
 def joint_model(family: Family, checkpoint: Path) -> Any:
@@ -51,7 +64,8 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     """Stage J, from the checkpoints of the stages before it.
 
     From a finished model (`shop.start`) the stage goes on as it ended: without dense losses, and
-    with a new caption tower, since a model folder does not keep that.
+    with a new caption tower, since a model folder does not keep that. It draws on from where the
+    joint training before it ended: the first batches would be those trained on already.
     """
     model, space = shop.build()
     contrast = CaptionContrast().to(shop.device)
@@ -62,9 +76,11 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         seen = nn.ModuleDict({"eyes": parts["eyes"], "contrast": contrast})
         parts["language"].load_state_dict(language["model"])
         seen.load_state_dict(vision["model"])
+        done = 0
     else:
         known = AutoModelForImageTextToText.from_pretrained(shop.start, dtype=torch.float32)
         model.load_state_dict(known.state_dict())
+        done = History.read(shop.start).joint_steps
 
     look = shop.compile(parts["eyes"])
     dense = DenseLoss(space, sharp=True)
@@ -73,12 +89,12 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     schedule = Schedule(steps=shop.steps(2000), peak=1e-3, warmup=40, hold=0.35, floor=0.03)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        draws = Draws(stage=_JOINT, step=step, rank=ranks.rank)
+        draws = Draws(stage=_JOINT, step=done + step, rank=ranks.rank)
         rng = draws.numpy()
         scenes = draws.scenes(len(shop.cache), batch, ranks.world)
         text = pack(shop.cache, scenes, rng, 0.75, shop.device)
         # All ranks drop equally many tokens, so that none waits for the other.
-        keep = sample_keep(batch, Draws(stage=_JOINT, step=step).torch())
+        keep = sample_keep(batch, Draws(stage=_JOINT, step=done + step).torch())
         with torch.autocast(shop.device.type, torch.bfloat16):
             tokens, pooled = look(pixels(shop.cache, scenes, shop.device))
             logits = answer_logits(shop.family, model, tokens, text, keep)
@@ -96,7 +112,7 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
         parts,
         schedule,
         loss_at,
-        shop.folder / "joint.pt",
+        joint_checkpoint(shop.folder, shop.start),
         rank=ranks.rank,
         average=ranks.average,
         save_seconds=shop.save_seconds,

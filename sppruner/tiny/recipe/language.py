@@ -81,6 +81,9 @@ def init_language(model: Any, space: TokenSpace) -> None:
                 outputs[:, head * size :][:, : len(part)] = part.T
         if index == 2:
             queries[3], keys[3] = _look_around(space, size)
+            # It tells what stands near, in all words before those for rows and columns, which
+            # hardly differ from the place looked around. That is one word more than a head has
+            # channels: the last texture, "noisy", is left out.
             part = 0.45 * space.marks_CD.cpu()[:size]
             values[3 * size :][: len(part)] = part
             outputs[:, 3 * size :][:, : len(part)] = part.T

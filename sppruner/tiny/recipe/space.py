@@ -58,9 +58,10 @@ class Truth:
         phases = np.pi * (centers - 0.5)[..., None] * (1, 2)
         waves = np.concatenate([np.sin(phases), np.cos(phases)], 3).reshape(*centers.shape[:2], -1)
         self.places_BNP = torch.from_numpy(waves.astype(np.float32)).to(device)
-        """Sines and cosines of x and y at half and one period per image, (B, 144, 8): their
-        product for two places falls with the distance between them, so that what is near is found
-        as what is alike."""
+        """Sines and cosines of x and y at half and one period per image, (B, 144, 8). The product
+        for two places is cos(pi d) + cos(2 pi d) for their distance d along x, plus the same along
+        y. It falls with d up to 0.58, about half of the image, so that what is near is found as
+        what is alike."""
         self.things_BN = torch.from_numpy(things).to(device)
         """True on objects and signs."""
         self.cores_BN = torch.from_numpy(cores[..., 0]).to(device)

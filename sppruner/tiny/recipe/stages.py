@@ -1,6 +1,7 @@
 """The stages before the joint one: each builds, trains and checkpoints its part in a work folder.
 
-`language` and `vision` are independent; `sharpen` continues `vision` on several ranks.
+`language` and `vision` are independent; `sharpen` continues `vision` on several ranks. Shipped
+weights may have taken other numbers of steps than these stages; `training.json` beside them tells.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Workshop:
 
 
 def train_language(shop: Workshop) -> None:
-    """Stage L, about 20 minutes on one core."""
+    """Stage L, in one process."""
     model, space = shop.build()
     batch = 16
     schedule = Schedule(steps=shop.steps(2600), peak=2e-3, warmup=100, hold=0.5)

@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--rendezvous", type=Path, help="a new file path shared by all ranks")
     arguments = parser.parse_args()
+    if arguments.start is not None and arguments.stage != "joint":
+        parser.error(f"--start is for stage joint: {arguments.stage} goes on from no model folder")
     structlog.configure(
         processors=[
             structlog.processors.TimeStamper(fmt="%H:%M:%S"),

@@ -85,27 +85,32 @@ def check_honest(table: pa.Table, unit_id: str) -> None:
             raise CommitRefused(f"{where} names method {row['prune_method']} beside {spec.method}")
         fewest, most = spec.budget.bounds(seen)
         if not fewest <= kept <= most:
-            allowed = str(most) if fewest == most else f"{fewest} to {most}"
             raise CommitRefused(
                 f"{where} kept {kept} of {seen} visual tokens where {spec.method} with its budget "
-                f"keeps {allowed}: pruning did not do what the row says"
+                f"keeps {_range(fewest, most)}: pruning did not do what the row says"
             )
         _check_mask(mask, seen, kept, spec, where)
 
 
 def _check_mask(mask: bytes, seen: int, kept: int, spec: PruneSpec, where: str) -> None:
-    """The mask has a bit for each token, and marks as many as entered the decoder: `kept`, or more
-    where the method drops some of them there."""
+    """The mask has a bit for each token, and marks as many as the method lets enter the decoder:
+    `kept`, or more where it drops some of them there."""
     bits = int.from_bytes(mask, "little")
     if len(mask) != -(-seen // 8) or bits.bit_length() > seen:
         raise CommitRefused(f"{where}: {len(mask)} bytes of kept_tokens do not fit {seen} tokens")
     entered = bits.bit_count()
-    if entered == kept or (entered > kept and _prunes_inside(spec)):
-        return
-    raise CommitRefused(
-        f"{where} kept {kept} visual tokens by its count and {entered} by its kept_tokens, under "
-        f"{spec.method}: one of them does not say what the model saw"
-    )
+    if entered == kept:
+        return  # Asking a method loads torch, which a sink has no other use for.
+    try:
+        fewest, most = _entering(spec, seen, kept)
+    except SpecError as error:
+        raise CommitRefused(f"{where}: {error}") from error
+    if not fewest <= entered <= most:
+        raise CommitRefused(
+            f"{where} kept {kept} visual tokens by its count and {entered} by its kept_tokens, "
+            f"where {spec.method} lets {_range(fewest, most)} of {seen} enter the decoder: one of "
+            "them does not say what the model saw"
+        )
 
 
 @lru_cache(maxsize=256)
@@ -113,14 +118,13 @@ def _spec(text: str) -> PruneSpec:
     return PruneSpec.from_dict(json.loads(text))
 
 
-@lru_cache(maxsize=256)
-def _prunes_inside(spec: PruneSpec) -> bool:
-    """Whether the method drops tokens inside the decoder, after more entered it than it counts."""
-    # Brings torch along, which a sink has no other use for: asked only where counts differ.
+def _entering(spec: PruneSpec, seen: int, kept: int) -> tuple[int, int]:
+    """Fewest and most of `seen` tokens that enter the decoder where `kept` count."""
     from sppruner.selectors import selector_for
 
-    try:
-        selector = selector_for(spec)
-    except SpecError:
-        return False
-    return selector is not None and selector.prunes_inside
+    selector = selector_for(spec)
+    return (kept, kept) if selector is None else selector.entering(seen, kept)
+
+
+def _range(fewest: int, most: int) -> str:
+    return str(most) if fewest == most else f"{fewest} to {most}"

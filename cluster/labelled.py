@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import pyarrow.parquet as pq
@@ -48,10 +49,16 @@ def labelled_rows(output: str, limit: int) -> list[LabelledRow]:
     found: list[LabelledRow] = []
     for unit in manifest.units:
         if unit.unit_id in done and len(found) < limit:
-            found += _rows_of(unit, manifest, store, source)
-    if not found:
-        raise UsageError(f"{output} has no labelled row yet: resume the run first")
-    return found[:limit]
+            # No row beyond the limit is looked at: its image may be gone, and is not needed.
+            found += islice(_rows_of(unit, manifest, store, source), limit - len(found))
+    if found:
+        return found
+    if done.issuperset(unit.unit_id for unit in manifest.units):
+        raise UsageError(
+            f"{output} has no labelled row, every row failed: mend what their error_message says "
+            "and label the corpus again, to another --output"
+        )
+    raise UsageError(f"{output} has no labelled row yet: resume the run first")
 
 
 def _rows_of(unit: Unit, manifest: Manifest, store: Store, source: Store) -> Iterator[LabelledRow]:

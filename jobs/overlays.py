@@ -4,6 +4,7 @@ what the model saw of a run's committed rows.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +22,14 @@ from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
 from sppruner.geometry import seen
-from sppruner.overlay import counts_of, legend, overlay, prepared_of, selections_of
+from sppruner.overlay import counts_of, legend, overlay, prepared_of
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 
 _IMAGES = 4
 _SIDE = 240  # of a tile on the sheet
 _MARGIN = 12
-_NAME = 60  # characters, of up to 4 bytes each
+_NAME = 50  # characters, of up to 4 bytes each
 
 
 def write_overlays(
@@ -36,11 +37,12 @@ def write_overlays(
 ) -> list[Path]:
     """Sheets `<model>-<retained>.png`: a row per image, the image itself and then each method.
 
-    A method that the model cannot run leaves an empty frame with the reason.
+    A model's name that is too long or not fit for a file is cut to its end and followed by a hash
+    of it. A method that the model cannot run leaves an empty frame with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
-    name = _file_name(loaded.identity.name)
+    name = _sheet_name(loaded.identity.name)
     written = []
     for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
         members = [spec for spec in specs if spec.budget.ratio == budget]
@@ -55,7 +57,8 @@ def write_overlays(
 
 
 def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
-    """`<key>.png` of each of a run's first labelled rows: the tokens it says the model saw.
+    """`<number>-<key>.png` of each of a run's first labelled rows, counted from 0: the tokens it
+    says the model saw. Of a long key the end is in the name.
 
     Rows are encoded and selected from once more, by the run's model on the run's images. Raises
     UsageError where those are not to be had, RedrawDiffers where a row says other tokens.
@@ -69,18 +72,22 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     written: list[Path] = []
     for number, row in enumerate(labelled):
-        name = _file_name(row.key) or f"row-{number}"
-        path = folder / f"{name}.png"
-        if path in written:  # keys are the corpus's, and may collide
-            path = folder / f"{name}-{number}.png"
+        path = folder / f"{number:04}-{_file_name(row.key)}.png"
         _picture(pruner, loaded.processor, row, summary).save(path)
         written.append(path)
     return written
 
 
 def _file_name(text: str) -> str:
-    """One that does not leave its folder and is not too long; empty where nothing of it is left."""
-    return re.sub(r"[^\w.-]+", "-", text)[:_NAME].strip("-.")
+    """One that does not leave its folder and is not too long; empty where nothing of it is left.
+    Of a path the end tells more than the beginning."""
+    return re.sub(r"[^\w.-]+", "-", text)[-_NAME:].strip("-.")
+
+
+def _sheet_name(model: str) -> str:
+    """A file name that no other model has: by a hash, where the name itself cannot be it."""
+    name = _file_name(model)
+    return name if name == model else f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:
@@ -120,15 +127,18 @@ def _model_of(summary: Summary) -> LoadedModel:
 def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
     title, image = label(spec.method, spec.options), item.image()
     try:
-        selections = selections_of(pruner, loaded.processor, image, item.prompt, spec)
+        prepared = prepared_of(pruner, loaded.processor, image, item.prompt, spec)
     except SpprunerError as error:
         return Tile(image=None, title=title, text=f"cannot: {error}", failed=True)
     view = seen(image, loaded.processor.image_processor)
-    counts = counts_of(selections)
+    counts = counts_of(prepared.selections)
     text = ", ".join(f"{name} {count}" for name, count in counts.items())
-    if "dropped" not in counts:
-        text = "all enter the decoder and are pruned there"
-    return Tile(image=overlay(view, selections, side=_SIDE, key=False), title=title, text=text)
+    if prepared.stages is not None:
+        text += ", more are dropped inside the decoder"
+        if "dropped" not in counts:
+            text = "all enter the decoder and are pruned there"
+    picture = overlay(view, prepared.selections, side=_SIDE, key=False)
+    return Tile(image=picture, title=title, text=text)
 
 
 def _with_legend(sheet: Image.Image) -> Image.Image:

@@ -4,7 +4,8 @@ python jobs/report.py s3://bucket/captions
 python jobs/report.py s3://bucket/captions --json
 python jobs/report.py s3://bucket/captions --overlay seen --rows 20
 
-The last draws which visual tokens the model saw of rows, and needs the run's model and images.
+The last draws which visual tokens the model saw of rows, `<number>-<key>.png` each, and needs the
+run's model and images.
 """
 
 from __future__ import annotations

@@ -55,11 +55,6 @@ class Selector(ABC):
     def relevance_join(self) -> Pool:
         return "mean"
 
-    @property
-    def prunes_inside(self) -> bool:
-        """Whether `schedule` may have stages: more tokens then enter the decoder than count."""
-        return False
-
     def check(self, budget: Budget, can: Capabilities) -> None:
         """Raises SpecError for a budget this method cannot run on a model that can do `can`."""
         if budget.spread:
@@ -77,6 +72,11 @@ class Selector(ABC):
         """Where the budget of `k` of an image's `n` tokens is spent; in front of the decoder
         unless the method prunes inside it."""
         return Schedule(before=k, counted=k)
+
+    def entering(self, n: int, k: int) -> tuple[int, int]:
+        """Fewest and most of `n` tokens that `schedule` lets enter a decoder, whatever its depth,
+        for a budget of `k`."""
+        return k, k
 
     def select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         """Keeps `counts[i]` tokens of image i. A count of 0 keeps nothing, a count of at least N

@@ -121,13 +121,9 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         if self.mode not in ("pre", "pre+mid"):
             raise SpecError(f"mode={self.mode!r} of 'sppruner': use 'pre' or 'pre+mid'")
 
-    @property
-    def prunes_inside(self) -> bool:
-        return self.mode == "pre+mid"
-
     def check(self, budget: Budget, can: Capabilities) -> None:
         super().check(budget, can)
-        if self.prunes_inside:
+        if self.mode == "pre+mid":
             check_stages(self.name, [can.decoder_layers // 2], can)
 
     def schedule(self, n: int, k: int, layers: int) -> Schedule:
@@ -136,7 +132,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         The average is k to the token: where halves do not come out, or fewer than 1.5 k tokens are
         there, the two are as far apart as whole numbers of that average can be.
         """
-        if not self.prunes_inside or k >= n:
+        if self.mode == "pre" or k >= n:
             return super().schedule(n, k, layers)
         middle = layers // 2
         common = gcd(middle, layers - middle)
@@ -144,6 +140,11 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         moves = min(k // (2 * more), (n - k) // more)
         stages = ((middle, k - moves * fewer),) if moves else ()
         return Schedule(before=k + moves * more, counted=k, stages=stages)
+
+    def entering(self, n: int, k: int) -> tuple[int, int]:
+        """With "pre+mid", how much more than `k` depends on where the decoder's middle is."""
+        most = k if self.mode == "pre" else min(n, k + k // 2)
+        return k, most
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         grid = images[0].grid

@@ -49,10 +49,6 @@ class StagedSelector(Selector):
         if self.count not in COUNTS:
             raise SpecError(f"count={self.count!r} of {self.name!r}: use 'final' or 'average'")
 
-    @property
-    def prunes_inside(self) -> bool:
-        return True
-
     @abstractmethod
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """The layers in front of which tokens are dropped, of a decoder with so many."""
@@ -75,6 +71,9 @@ class StagedSelector(Selector):
                 f"all of them pass {first} of {can.decoder_layers} layers. Use a ratio of at "
                 f"least {least:.3g}, an earlier layer, or count='final'"
             )
+
+    def entering(self, n: int, k: int) -> tuple[int, int]:
+        return n, n
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
         """Everything: what to drop is not known before the decoder."""

@@ -141,14 +141,14 @@ class Pruner:
         specs: one for all prompts, or one each. instructions: the users' words per prompt, for
         text relevance; without them every prompt is treated as saying nothing about its image.
         encoded: what `adapter.encode` gave for these inputs and `signals(specs)`, to ask many specs
-        of images that are encoded once. Raises InputError for prompts that do not fit their
-        images, SpecError for bad specs.
+        of images that are encoded once; `inputs` then need no pixels. Raises InputError for prompts
+        that do not fit their images, SpecError for bad specs.
         """
         ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
         per_row = _per_row(specs, ids_BS.shape[0])
         for spec in set(per_row):
             self.check(spec)
-        if inputs.get("pixel_values") is None:
+        if encoded is None and inputs.get("pixel_values") is None:
             plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
             reports = dense_reports(self.adapter, per_row, inputs)
             return Prepared(inputs=plain, reports=reports, images=(), kept=[], selections=[])

@@ -20,6 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
 from sppruner.adapters.tiles import layer_before, read
+from sppruner.adapters.towers import running_up_to
 from sppruner.cost import ImageShape
 from sppruner.errors import InputError
 from sppruner.signals import CONTENT_SEED, content_seed, probing
@@ -153,11 +154,12 @@ class AnyresAdapter(Adapter):
         owners = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
-        layers = tower.encoder.layers
-        probe = self._probe(layer_before(layers, self.model.config.vision_feature_layer).self_attn)
+        layers, feature_layer = tower.encoder.layers, self.model.config.vision_feature_layer
+        probe = self._probe(layer_before(layers, feature_layer).self_attn)
         wanted = signals - {CONTENT_SEED}
         sizes = {k: inputs[k] for k in ("image_sizes", "batch_num_images") if k in inputs}
-        with probing(tower, probe) if wanted else nullcontext():
+        reading = probing(tower, probe) if wanted else nullcontext()
+        with running_up_to(layers, feature_layer), reading:
             output = self.model.model.get_image_features(
                 pixel_values=pixels, return_dict=True, **sizes
             )

@@ -73,7 +73,8 @@ class EncodedImage:
 
     run_ND: every feature of its placeholder run, in prompt order. planes: its selectable tokens,
     grid by grid; places: for each plane, where its tokens stand in the run. What no plane holds
-    (row ends) is kept only by a budget that has room for all of the planes.
+    (row ends) is kept only by a budget that has room for all of the planes. deepstack: for each
+    DeepStack layer, the [N, D] states of the run that the decoder adds to its tokens.
     """
 
     row: int
@@ -82,6 +83,7 @@ class EncodedImage:
     planes: tuple[VisualTokens, ...]
     places: tuple[Tensor, ...]
     shape: ImageShape
+    deepstack: tuple[Tensor, ...] = ()
 
     @property
     def count(self) -> int:
@@ -90,7 +92,8 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
-    """Images in prompt order, and the family's own output object that `Adapter.pack` rebuilds."""
+    """Images in prompt order, and the family's own output object, of which `Adapter.pack` reads
+    nothing but the type."""
 
     images: tuple[EncodedImage, ...]
     output: Any

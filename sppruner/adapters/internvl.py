@@ -19,6 +19,7 @@ from sppruner.adapters.tiles import (
     runs,
     tiled_images,
 )
+from sppruner.adapters.towers import running_up_to
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.compact import Compacted
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
@@ -88,16 +89,16 @@ class InternVLAdapter(Adapter):
         config, factor = self.model.config, self._factor
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
-        probe = ClsRowProbe(
-            layer_before(tower.encoder.layer, config.vision_feature_layer).attention
-        )
+        layers, feature_layer = tower.encoder.layer, config.vision_feature_layer
+        probe = ClsRowProbe(layer_before(layers, feature_layer).attention)
         wanted = signals - {CONTENT_SEED}
-        with probing(tower, probe) if wanted else nullcontext():
+        reading = probing(tower, probe) if wanted else nullcontext()
+        with running_up_to(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
-        if config.vision_feature_layer == -1:
+        if feature_layer == -1:
             states = output.last_hidden_state
         else:
-            states = output.hidden_states[config.vision_feature_layer]
+            states = output.hidden_states[feature_layer]
         known = read(probe, len(states)) if wanted else {}
         images = tiled_images(
             shapes,

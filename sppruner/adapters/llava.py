@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, raster
 from sppruner.adapters.tiles import layer_before
+from sppruner.adapters.towers import running_up_to
 from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
@@ -51,9 +52,11 @@ class LlavaAdapter(Adapter):
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower, feature_layer = self.model.model.vision_tower, self.model.config.vision_feature_layer
-        probe = ClsRowProbe(layer_before(tower.encoder.layers, feature_layer).self_attn)
+        layers = tower.encoder.layers
+        probe = ClsRowProbe(layer_before(layers, feature_layer).self_attn)
         wanted = signals & {ATTENTION, CLS_ATTENTION, KEYS}
-        with probing(tower, probe) if wanted else nullcontext():
+        reading = probing(tower, probe) if wanted else nullcontext()
+        with running_up_to(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
         features = list(output.pooler_output)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
 from sppruner.adapters.tiles import runs
+from sppruner.adapters.towers import spans_together
 from sppruner.cost import EncoderCost, ImageShape, QwenEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import (
@@ -101,9 +102,11 @@ class QwenVLAdapter(Adapter):
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         owners = self._owners(inputs)
         pixels = inputs["pixel_values"]
+        tower = self.model.model.visual
         probe = ReceivedProbe(self._saliency_attention())
         wanted = signals - {CONTENT_SEED}
-        with probing(self.model.model.visual, probe) if wanted else nullcontext():
+        reading = probing(tower, probe) if wanted else nullcontext()
+        with spans_together(tower), reading:  # in this order: a probe wraps the attention it finds
             output = self.model.model.get_image_features(
                 pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
             )
@@ -133,9 +136,14 @@ class QwenVLAdapter(Adapter):
                     planes=(plane,),
                     places=(torch.arange(plane.count, device=pixels.device),),
                     shape=shape,
+                    deepstack=tuple(layer[i] for layer in self._deepstack(output)),
                 )
             )
         return Encoded(images=tuple(images), output=output)
+
+    def _deepstack(self, output: Any) -> Sequence[Sequence[Tensor]]:
+        """By DeepStack layer and image, the [N, D] states that the decoder adds."""
+        return ()
 
     def _grid(self, shape: ImageShape) -> tuple[int, int]:
         """(rows, columns) of tokens."""
@@ -221,12 +229,16 @@ class Qwen3VLAdapter(QwenVLAdapter):
     def _saliency_attention(self) -> nn.Module:
         return self.model.model.visual.blocks[-1].attn
 
+    def _deepstack(self, output: Any) -> Sequence[Sequence[Tensor]]:
+        return output.deepstack_features
+
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
+        layers = zip(*(image.deepstack for image in encoded.images), strict=True)
         return type(encoded.output)(
             pooler_output=[image.features_KD for image in kept],
             deepstack_features=[
                 [states[image.index_K] for states, image in zip(layer, kept, strict=True)]
-                for layer in encoded.output.deepstack_features
+                for layer in layers
             ],
         )
 

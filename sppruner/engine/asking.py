@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from sppruner.adapters import Adapter
 from sppruner.chat import ask_about
+from sppruner.cost import ImageShape
 from sppruner.engine.base import check_length
+from sppruner.engine.encodings import content_of
 from sppruner.engine.types import Request
 from sppruner.errors import InputError
 from sppruner.pruner import Pruner
@@ -24,7 +26,7 @@ from sppruner.selectors import selector_for
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
     """A request that can be read. ticket: the engine's name for it. inputs: the processor's tensors
-    of this prompt alone.
+    of this prompt alone. content: a name for its images, see `content_of`.
 
     tokens: prompt tokens that enter the decoder under its spec. patches: that enter the tower.
     """
@@ -32,6 +34,7 @@ class Asked:
     ticket: int
     request: Request
     inputs: dict[str, Tensor]
+    content: bytes
     tokens: int
     patches: int
 
@@ -91,11 +94,13 @@ class Asker:
         )
         prompt = int(inputs["attention_mask"].sum())
         check_length(prompt, request.generation, self._context)
-        visual, kept, patches = _sizes(self._pruner.adapter, inputs, request)
+        shapes = [shape for _, shape in self._pruner.adapter.shapes(inputs)]
+        visual, kept, patches = _sizes(self._pruner.adapter, shapes, request)
         asked = Asked(
             ticket=ticket,
             request=request,
             inputs=inputs,
+            content=content_of(inputs, shapes),
             tokens=prompt - visual + kept,
             patches=patches,
         )
@@ -109,9 +114,10 @@ class Asker:
         return asked
 
 
-def _sizes(adapter: Adapter, inputs: dict[str, Tensor], request: Request) -> tuple[int, int, int]:
+def _sizes(
+    adapter: Adapter, shapes: Sequence[ImageShape], request: Request
+) -> tuple[int, int, int]:
     """Visual tokens, those of them that enter the decoder, and patches."""
-    shapes = [shape for _, shape in adapter.shapes(inputs)]
     sizes = [shape.tokens for shape in shapes]
     selector = selector_for(request.spec)
     kept = sum(sizes)

@@ -11,21 +11,20 @@ from typing import Final, TypeVar
 from PIL import Image
 
 from sppruner.engine.loading import LoadedModel, load_model
-from sppruner.engine.types import Generation, Request, Result
-from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpprunerError
+from sppruner.engine.types import NO_EFFECT, Generation, Request, Result, Update
+from sppruner.errors import EngineError, InputError, PruningHadNoEffect
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import PruneReport
 
-_NO_EFFECT: Final = "pruning_no_effect"
 _WARM_UP_ROWS: Final = 4
 
 _R = TypeVar("_R")
 
 
 class ModelEngine(ABC):
-    """One model instance that answers requests. Single-threaded.
+    """An `Engine` around one model instance.
 
     model: a name or folder for `load_model`, or what that gave. max_batch_rows: requests that are
     answered side by side.
@@ -61,8 +60,25 @@ class ModelEngine(ABC):
         self._context = int(loaded.model.config.get_text_config().max_position_embeddings)
 
     @abstractmethod
+    def submit(self, request: Request) -> int:
+        """See `Engine`."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """See `Engine`."""
+
+    @abstractmethod
+    def poll(self) -> list[Update]:
+        """See `Engine`."""
+
     def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order; a bad request becomes an error result."""
+        """Answers every request, in order; for an engine that nobody else is stepping."""
+        tickets = [self.submit(request) for request in requests]
+        results: dict[int, Result] = {}
+        while len(results) < len(tickets):
+            self.step()
+            results |= {u.ticket: u.result for u in self.poll() if u.result is not None}
+        return [results[ticket] for ticket in tickets]
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec this model cannot run."""
@@ -72,21 +88,21 @@ class ModelEngine(ABC):
         """Answers blank images, dense and pruned: allocations and kernel choices of first calls are
         then over. Raises PruningHadNoEffect where the model does not see a selection, before any
         corpus has cost anything; EngineError where it cannot answer at all."""
-        blank = Image.new("RGB", (64, 64), "gray")
         half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
         for spec in (DENSE, half):
             requests = [
                 Request(
                     id=str(number),
                     prompt="warm up",
-                    images=(blank,),
+                    # All different, or one would be encoded for all.
+                    images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
                     spec=spec,
                     generation=Generation(max_new_tokens=2),
                 )
                 for number in range(min(_WARM_UP_ROWS, self.max_batch_rows))
             ]
             for result in self.run(requests):
-                if result.error_code == _NO_EFFECT:
+                if result.error_code == NO_EFFECT:
                     raise PruningHadNoEffect(str(result.error_message))
                 if result.error_code is not None:
                     raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")
@@ -154,19 +170,3 @@ def check_length(prompt: int, generation: Generation, context: int) -> None:
             f"{prompt} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed the "
             f"model's context of {context}: shorten one of them"
         )
-
-
-def failed(request: Request, error: Exception) -> Result:
-    """The result of a request that could not be answered."""
-    if isinstance(error, PruningHadNoEffect):
-        code = _NO_EFFECT
-    elif isinstance(error, SpprunerError):
-        code = "prompt_invalid"
-    else:
-        code = "inference_failed"
-    return Result(
-        id=request.id,
-        text=None,
-        error_code=code,
-        error_message=f"{type(error).__name__}: {error}",
-    )

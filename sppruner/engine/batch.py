@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sppruner.chat import ask_about
-from sppruner.engine.base import ModelEngine, both_ways, check_length, failed
-from sppruner.engine.types import Generation, Request, Result
+from sppruner.engine.base import ModelEngine, both_ways, check_length
+from sppruner.engine.isolation import isolated
+from sppruner.engine.loading import LoadedModel
+from sppruner.engine.queued import QueuedEngine
+from sppruner.engine.types import Generation, Request, Result, failed
 from sppruner.spec import DENSE
 
 
-class BatchEngine(ModelEngine):
-    """Answers lists of requests, a batch at a time.
+class BatchEngine(QueuedEngine, ModelEngine):
+    """Answers requests a batch at a time. Settings: see `ModelEngine`.
 
     Greedy requests with the same generation settings share a batch whatever their specs are;
     sampled ones run alone, so that a seed gives the same text in any company. Control requests
     form batches of their own and run twice, pruned and dense, in alternating order.
     """
 
-    def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order; a bad request becomes an error result."""
+    def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
+        ModelEngine.__init__(self, model, **settings)
+        QueuedEngine.__init__(self, self.max_batch_rows)
+
+    def answer_batch(self, requests: list[Request]) -> list[Result]:
         results: dict[int, Result] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
@@ -44,19 +51,9 @@ class BatchEngine(ModelEngine):
         return both_ways(batch, dense, self._answer, key=batch[0].id)
 
     def _answer(self, batch: list[Request]) -> list[Result]:
-        """One batch; if it fails as a whole its halves are tried, down to single rows, so that a
-        bad row is the only one to become an error and most neighbours still share a batch."""
-        try:
-            return self._generate(batch)
-        except torch.AcceleratorError:
-            raise  # A faulted device answers nothing more: the engine is broken, not a row.
-        except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
-            if len(batch) > 1:
-                half = len(batch) // 2
-                return self._answer(batch[:half]) + self._answer(batch[half:])
-            return [failed(batch[0], error)]
+        return isolated(self._generate, batch, failed)
 
-    def _generate(self, batch: list[Request]) -> list[Result]:
+    def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()
         inputs = ask_about(
             self._processor,

@@ -11,9 +11,7 @@ from torch.nn.functional import pad
 
 # One row a prompt, padded on the left; everything else is stacked by image, tile or patch, and
 # padded at the end where images differ.
-_PER_TOKEN: Final = frozenset(
-    {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
-)
+PER_TOKEN: Final = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
 
 
 def collate(prompts: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
@@ -22,7 +20,7 @@ def collate(prompts: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, T
     return {
         name: _joined(
             [prompt[name] for prompt in prompts],
-            left=name in _PER_TOKEN,
+            left=name in PER_TOKEN,
             value=pad_id if name == "input_ids" else 0,
         )
         for name in names

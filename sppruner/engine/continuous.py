@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any, Final
 
 import torch
 
 from sppruner.engine.asking import Asked, Asker
-from sppruner.engine.base import ModelEngine, both_ways, failed
+from sppruner.engine.base import ModelEngine, both_ways
+from sppruner.engine.encodings import Encodings
+from sppruner.engine.isolation import isolated
 from sppruner.engine.running import Row, RunningRows
 from sppruner.engine.schedule import Limits, Schedule
-from sppruner.engine.types import Request, Result
+from sppruner.engine.types import Request, Result, Update, failed
 from sppruner.errors import SpecError
 from sppruner.spec import DENSE
 
-# The share of slots that must be free before rows of a full house are read: a group shares one
-# forward of the tower, and running rows wait while it takes place.
-_REFILL: Final = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """What became of a request since the last `poll`. text: what it went on to say, where it asked
-    to stream. result: set in its last update."""
-
-    ticket: int
-    text: str = ""
-    result: Result | None = None
+# The share of slots that a group fills, if so many requests are about: it shares one forward, and
+# running rows wait while that takes place.
+_GROUP: Final = 0.25
 
 
 class ContinuousEngine(ModelEngine):
@@ -41,8 +34,9 @@ class ContinuousEngine(ModelEngine):
 
     max_batch_rows: slots. limits: of what is read in one forward. capacity: places of every slot,
     allocated at once, or None to grow as needed. compiled: decode as one graph, which needs a
-    capacity. threads: that prepare pixels. Other settings: see `ModelEngine`. Single-threaded: one
-    thread makes all calls.
+    capacity. threads: that prepare pixels. encodings_bytes: memory for what the last images were
+    encoded to (`encodings` counts who was served from it); 0 encodes every prompt's images anew.
+    Other settings: see `ModelEngine`. Single-threaded: one thread makes all calls.
     """
 
     def __init__(
@@ -53,6 +47,7 @@ class ContinuousEngine(ModelEngine):
         capacity: int | None = None,
         compiled: bool = False,
         threads: int = 2,
+        encodings_bytes: int = 256 * 2**20,
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
@@ -60,11 +55,13 @@ class ContinuousEngine(ModelEngine):
             raise SpecError(
                 "a compiled engine needs a capacity: places for a prompt and its answer"
             )
+        self.encodings = Encodings(encodings_bytes)
         self._rows = RunningRows(
             self._pruner,
             self._processor.tokenizer,
             ends=self._end_ids,
             slots=self.max_batch_rows,
+            encodings=self.encodings,
             capacity=capacity,
             compiled=compiled,
         )
@@ -79,6 +76,7 @@ class ContinuousEngine(ModelEngine):
         self._asking: dict[int, tuple[Request, Future[Asked]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
+        self.busy_seconds = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -111,29 +109,24 @@ class ContinuousEngine(ModelEngine):
         whether any request is left. Waits only where all that is left is being prepared."""
         self._gather()
         group = self._next_group()
+        if not group and not self._rows.rows:
+            if self._asking:
+                wait([asking for _, asking in self._asking.values()], return_when=FIRST_COMPLETED)
+            return self.in_flight > 0
+        started = time.perf_counter()
         if group and group[0].alone:
             self._answer_controls(group)
         elif group:
             self._read(group)
-        elif self._rows.rows:
+        else:
             self._decode()
-        elif self._asking:
-            wait([future for _, future in self._asking.values()], return_when=FIRST_COMPLETED)
+        self.busy_seconds += time.perf_counter() - started
         return self.in_flight > 0
 
     def poll(self) -> list[Update]:
         """What became of requests since the last call."""
         updates, self._updates = self._updates, []
         return updates
-
-    def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order; for an engine that nobody else is stepping."""
-        tickets = [self.submit(request) for request in requests]
-        results: dict[int, Result] = {}
-        while len(results) < len(tickets):
-            self.step()
-            results |= {u.ticket: u.result for u in self.poll() if u.result is not None}
-        return [results[ticket] for ticket in tickets]
 
     def close(self) -> None:
         """Ends the engine's threads."""
@@ -154,30 +147,26 @@ class ContinuousEngine(ModelEngine):
         first = self._schedule.first()
         if first is None:
             return []
-        running = self._rows.rows
+        running, free = self._rows.rows, self._rows.free
+        asking = [request for request, _ in self._asking.values()]
         if first.alone:
-            return [] if running else self._schedule.take(self._rows.cache.slots)
-        free = self._rows.free
+            # Controls are timed together: none starts while some are still being prepared.
+            ready = not running and not any(request.control for request in asking)
+            return self._schedule.take(free) if ready else []
         urgent = any(first.priority < row.asked.priority for row in running)
-        enough = 1 if urgent else min(len(self._schedule), _REFILL * self._rows.cache.slots)
-        return self._schedule.take(free) if free and free >= enough else []
+        coming = len(self._schedule) + len(asking)
+        enough = 1 if urgent else min(coming, _GROUP * self._rows.cache.slots)
+        return self._schedule.take(free) if enough <= min(free, len(self._schedule)) else []
 
     def _read(self, group: Sequence[Asked]) -> None:
-        """Reads a group; if that fails its halves are tried, down to single requests, so that a bad
-        one is the only one to become an error."""
-        try:
-            finished = self._rows.read(group)
-        except torch.AcceleratorError:
-            raise  # A faulted device answers nothing more: the engine is broken, not a request.
-        except Exception as error:  # The row boundary: whatever a row provokes stays with the row.
-            if len(group) == 1:
-                self._finish(group[0].ticket, failed(group[0].request, error))
-                return
-            half = len(group) // 2
-            self._read(group[:half])
-            self._read(group[half:])
-            return
-        self._tell(finished)
+        isolated(self._read_together, group, self._fail)
+
+    def _read_together(self, group: Sequence[Asked]) -> list[None]:
+        self._tell(self._rows.read(group))
+        return [None] * len(group)
+
+    def _fail(self, asked: Asked, error: Exception) -> None:
+        self._finish(asked.ticket, failed(asked.request, error))
 
     def _decode(self) -> None:
         try:
@@ -187,7 +176,7 @@ class ContinuousEngine(ModelEngine):
         except Exception as error:  # Nobody can tell whose fault it is: all that ran have ended.
             for row in list(self._rows.rows):
                 self._rows.drop(row)
-                self._finish(row.asked.ticket, failed(row.asked.request, error))
+                self._fail(row.asked, error)
             return
         self._tell(finished)
 
@@ -200,13 +189,15 @@ class ContinuousEngine(ModelEngine):
     def _answer_alone(self, group: list[Asked]) -> list[Result]:
         """Answers a group while nothing else runs."""
         mark = len(self._updates)
+        started = time.perf_counter()
         self._read(group)
         while self._rows.rows:
             self._decode()
+        seconds = (time.perf_counter() - started) / len(group)
         told = self._updates[mark:]
         del self._updates[mark:]
         results = {update.ticket: update.result for update in told if update.result is not None}
-        return [results[asked.ticket] for asked in group]
+        return [replace(results[asked.ticket], seconds=seconds) for asked in group]
 
     def _tell(self, finished: Sequence[Row]) -> None:
         """Updates of rows that have something to say, and of those that are finished."""

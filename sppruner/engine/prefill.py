@@ -5,18 +5,25 @@ Shapes: V vocabulary, R rows of position ids (one, or four with M-RoPE).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sppruner.adapters import Encoded
+from sppruner.engine.asking import Asked
+from sppruner.engine.collate import collate
+from sppruner.engine.encodings import Encodings
 from sppruner.pruner import Pruner
-from sppruner.spec import PruneSpec
 from sppruner.stages import StageDriver
 from sppruner.types import PruneReport
+
+# What the encoder alone reads, and large: it goes to the device only for prompts to be encoded.
+_PIXELS: Final = frozenset({"pixel_values", "pixel_attention_mask"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,13 +45,23 @@ class Prefilled:
 
 @torch.inference_mode()
 def prefill(
-    pruner: Pruner,
-    inputs: Mapping[str, Tensor],
-    specs: Sequence[PruneSpec],
-    instructions: Sequence[str],
+    pruner: Pruner, group: Sequence[Asked], encodings: Encodings | None = None
 ) -> list[Prefilled]:
-    """Encodes, selects, re-packs and reads a batch. Raises what `Pruner.prepare` raises."""
-    prepared = pruner.prepare(inputs, specs, instructions)
+    """Encodes, selects, re-packs and reads prompts of one kind.
+
+    encodings: of earlier prompts, where images are looked up and kept; without, each is encoded.
+    Raises what `Pruner.prepare` raises.
+    """
+    encoded = None
+    if encodings is not None and group[0].content:
+        encoded = _encoded(pruner, group, encodings)
+    inputs = _batch(pruner, group, without=() if encoded is None else _PIXELS)
+    prepared = pruner.prepare(
+        inputs,
+        [asked.request.spec for asked in group],
+        [asked.request.prompt for asked in group],
+        encoded=encoded,
+    )
     packed = dict(prepared.inputs)
     if "position_ids" not in packed:  # nobody has an image, nothing was moved
         positions_RBS = pruner.adapter.positions(inputs)
@@ -75,3 +92,29 @@ def prefill(
             )
         )
     return rows
+
+
+def _encoded(pruner: Pruner, group: Sequence[Asked], encodings: Encodings) -> Encoded:
+    """What the images of a group encode to; those not held go through the tower together."""
+
+    def encode(missing: Sequence[int], signals: frozenset[str]) -> Encoded:
+        inputs = _batch(pruner, [group[i] for i in missing])
+        return pruner.adapter.encode(inputs, signals)
+
+    return encodings.of(
+        [asked.content for asked in group],
+        [pruner.signals([asked.request.spec]) for asked in group],
+        encode,
+    )
+
+
+def _batch(
+    pruner: Pruner, group: Sequence[Asked], *, without: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The group's tensors on the model's device, but for some entries."""
+    prompts = [
+        {name: value for name, value in asked.inputs.items() if name not in without}
+        for asked in group
+    ]
+    batch = collate(prompts, pruner.pad_id)
+    return {name: value.to(pruner.model.device) for name, value in batch.items()}

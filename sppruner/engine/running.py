@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sppruner.engine.asking import Asked
-from sppruner.engine.collate import collate
 from sppruner.engine.decode import DecodeStep
+from sppruner.engine.encodings import Encodings
 from sppruner.engine.prefill import Prefilled, prefill
 from sppruner.engine.sampling import Choice, Chooser
 from sppruner.engine.slots import SlotCache
@@ -43,7 +43,8 @@ class Row:
 class RunningRows:
     """At most `slots` rows; row i holds slot i of the cache.
 
-    ends: ids that end an answer. pad_id: any id but a placeholder's.
+    ends: ids that end an answer. encodings: of earlier prompts' images. Control requests, which
+    are read twice to be timed, neither look there nor leave anything.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RunningRows:
         *,
         ends: Collection[int],
         slots: int,
+        encodings: Encodings,
         capacity: int | None = None,
         compiled: bool = False,
     ) -> None:
@@ -70,6 +72,7 @@ class RunningRows:
         )
         self._pruner = pruner
         self._tokenizer = tokenizer
+        self._encodings = encodings
         self._ends = frozenset(ends)
         self._device = pruner.model.device
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
@@ -81,20 +84,15 @@ class RunningRows:
     def free(self) -> int:
         return self.cache.slots - len(self.rows)
 
+    @torch.inference_mode()
     def read(self, group: Sequence[Asked]) -> list[Row]:
         """Reads prompts and says the first token of each; returns those that are finished by it.
 
         Raises what a prompt of them provokes, and then none has been taken.
         """
         started = time.perf_counter()
-        requests = [asked.request for asked in group]
-        inputs = collate([asked.inputs for asked in group], self._pruner.pad_id)
-        prompts = prefill(
-            self._pruner,
-            {name: value.to(self._device) for name, value in inputs.items()},
-            [request.spec for request in requests],
-            [request.prompt for request in requests],
-        )
+        shared = self._encodings.limit > 0 and not group[0].alone
+        prompts = prefill(self._pruner, group, self._encodings if shared else None)
         rows = [self._row(asked, prompt) for asked, prompt in zip(group, prompts, strict=True)]
         finished = self._say(torch.stack([prompt.logits_V for prompt in prompts]), rows)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -126,6 +124,7 @@ class RunningRows:
             self.drop(row)
         return finished
 
+    @torch.inference_mode()
     def drop(self, row: Row) -> None:
         """Lets a row go; the last one takes its slot."""
         slot, last = self.rows.index(row), len(self.rows) - 1

@@ -76,7 +76,7 @@ class Chooser:
                     "can do: remove it, or use the engine sppruner.engine:BatchEngine"
                 )
         suppressed = generation_config.suppress_tokens or ()
-        self._never = sorted({*never, *suppressed})
+        self._never = torch.tensor(sorted({*never, *suppressed}), dtype=torch.int64)
         penalty = generation_config.repetition_penalty
         self._penalty = (
             None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
@@ -92,9 +92,8 @@ class Chooser:
                     for c, row in zip(choices, scores_NV, strict=True)
                 ]
             )
-        scores_NV = scores_NV.index_fill(
-            1, torch.tensor(self._never, device=scores_NV.device), float("-inf")
-        )
+        never = self._never.to(scores_NV.device)
+        scores_NV = scores_NV.index_fill(1, never, float("-inf"))
         tokens = scores_NV.argmax(dim=1).tolist()
         for i, choice in enumerate(choices):
             if choice.generator is not None:

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 class Transcript:
     """The text of one answer. `text` is what may be shown: what could still turn out to begin a
-    stop string is held back until it did not.
+    stop string is held back until it did not. White space around the answer is not part of it.
 
     tokenizer: a fast one, of `transformers`.
     """
@@ -26,6 +26,8 @@ class Transcript:
     def add(self, token: int) -> str:
         """Takes one more token; returns what `text` grew by, which may be nothing."""
         self._said += self._stream.step(self._tokenizer, token) or ""
+        if not self.text:
+            self._said = self._said.lstrip()
         found = [at for stop in self._stops if (at := self._said.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -36,7 +38,7 @@ class Transcript:
         return "" if self.stopped else self._show(len(self._said))
 
     def _show(self, upto: int) -> str:
-        more = self._said[len(self.text) : upto]
+        more = self._said[:upto].rstrip()[len(self.text) :]
         self.text += more
         return more
 

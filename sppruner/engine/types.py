@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from PIL import Image
 
 from sppruner.cost import RowCost
-from sppruner.errors import SpecError
+from sppruner.errors import EngineError, PruningHadNoEffect, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
+
+NO_EFFECT: Final = "pruning_no_effect"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,10 @@ class Result:
     """The answer to one request, or why there is none (`error_code` set, `text` None).
 
     kept_tokens: which visual tokens entered the decoder, as `PruneReport.kept_tokens`. seconds:
-    wall seconds of the batch this row ran in, divided by the batch's rows. control_text
-    and control_seconds come from the dense twin of a control request. cost: modelled, from the
-    model's config alone; None on error.
+    its share of the wall seconds of what it took part in, each batch or step divided by its rows;
+    those of a control request are its group's, divided. control_text and control_seconds come from
+    the dense twin of a control request. cost: modelled, from the model's config alone; None on
+    error.
     """
 
     id: str
@@ -82,20 +85,70 @@ class Result:
     error_message: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What became of a request since the last `poll`. text: what it went on to say, where it asked
+    to stream. result: set in its last update."""
+
+    ticket: int
+    text: str = ""
+    result: Result | None = None
+
+
 class Engine(Protocol):
-    """Anything that answers requests. Single-threaded: one call at a time per instance."""
+    """Anything that answers requests: `submit` them, `step` while there are any, `poll` what became
+    of them. One thread makes all calls. A bad request ends in an error result; an exception means
+    that the engine itself is broken."""
 
     model_id: str
     model_revision: str
     # "pil" or "torchvision": their pixels differ slightly, so it is part of a run's identity.
     image_backend: str
+    # Wall seconds of reading and answering since the start; waiting for requests is not in them.
+    busy_seconds: float
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a result."""
+        ...
 
     def warm_up(self) -> None:
         """Run once before the first request, so that what only first calls cost is not measured as
         work. Raises where this engine could not keep its word on any request."""
         ...
 
-    def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order. A bad request gives an error result, never an
-        exception; an exception means that the engine itself is broken."""
+    def submit(self, request: Request) -> int:
+        """Takes a request; returns the ticket that its updates will carry."""
         ...
+
+    def cancel(self, ticket: int) -> bool:
+        """Forgets a request; False where it has ended already, or cannot be stopped any more."""
+        ...
+
+    def step(self) -> bool:
+        """Does the next piece of work; returns whether any request is left."""
+        ...
+
+    def poll(self) -> list[Update]:
+        """What became of requests since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine has started: threads, if any."""
+        ...
+
+
+def failed(request: Request, error: Exception) -> Result:
+    """The result of a request that could not be answered."""
+    if isinstance(error, PruningHadNoEffect):
+        code = NO_EFFECT
+    elif isinstance(error, EngineError) or not isinstance(error, SpprunerError):
+        code = "inference_failed"
+    else:
+        code = "prompt_invalid"
+    return Result(
+        id=request.id,
+        text=None,
+        error_code=code,
+        error_message=f"{type(error).__name__}: {error}",
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Result
+from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.engine.schedule import Limits
 from tests.sppruner.engine.requests import facts, requests
@@ -98,4 +98,17 @@ def test_a_compiled_step_is_one_graph_whatever_runs(
     engine = ContinuousEngine(loaded, max_batch_rows=4, capacity=512, compiled=True)
     assert [facts(a) for a in engine.run(asked)] == [facts(a) for a in alone.run(asked)]
     assert graphs.frame_count == 1
+    engine.close()
+
+
+def test_slots_that_have_grown_while_answering_take_the_next_request(
+    loaded: LoadedModel, alone: BatchEngine
+) -> None:
+    engine = ContinuousEngine(loaded, max_batch_rows=2)
+    long = Generation(max_new_tokens=80)
+    asked = [Request(id=str(n), prompt="a" * 40, generation=long) for n in range(3)]
+    expected = [facts(result) for result in alone.run(asked)]
+    assert expected[0].completion_tokens > 64, "places of a slot that has not grown"
+    for request, result in zip(asked, expected, strict=True):
+        assert facts(engine.run([request])[0]) == result
     engine.close()

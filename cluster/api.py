@@ -1,16 +1,15 @@
 """The HTTP edge: OpenAI's chat completions in front of the replicas, before batch work in line.
 
 Bodies and images are bounded before they are parsed or decoded; image URLs are never fetched.
-Errors have OpenAI's shape. The engine answers whole batches, so a stream carries the text in one
-chunk.
+Errors have OpenAI's shape.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from cluster.config import MediaLimits
 from cluster.controller import list_runs
 from cluster.delivery import REPLICA_GONE
 from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect
+from cluster.event_stream import begun, stream_events
 from cluster.openai_types import ChatRequest, Refused, image_bytes, usage
 from sppruner.spec import DENSE, PruneSpec
 
@@ -107,12 +107,13 @@ def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> Fast
                 param="model",
             )
         call = _call(asked, settings)
-        answer = await _answer(replicas, call)
         envelope = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": model}
         if asked.stream:
-            chunks = _stream(envelope, answer, with_usage=asked.wants_usage_chunk)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        return JSONResponse(_completion(envelope, answer))
+            # What fails before the first word still has a status of its own.
+            pieces = await begun(_said(replicas, call))
+            events = stream_events(envelope, pieces, with_usage=asked.wants_usage_chunk)
+            return StreamingResponse(events, media_type="text/event-stream")
+        return JSONResponse(_completion(envelope, await _answer(replicas, call)))
 
     return app
 
@@ -151,11 +152,29 @@ def _call(asked: ChatRequest, settings: ApiSettings) -> RowCall:
 
 
 async def _answer(replicas: Replicas, call: RowCall) -> RowAnswer:
-    try:
+    with _shedding(call):
         (answer,) = await replicas.label([call], priority=Priority.ONLINE)
+    return _good(answer, call)
+
+
+async def _said(replicas: Replicas, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    with _shedding(call):
+        async with aclosing(replicas.stream(call)) as pieces:
+            async for piece in pieces:
+                yield piece if isinstance(piece, str) else _good(piece, call)
+
+
+@contextmanager
+def _shedding(call: RowCall) -> Iterator[None]:
+    try:
+        yield
     except _UNAVAILABLE as error:
         logger.warning("request_shed", request=call.id, error=type(error).__name__)
         raise Refused("overloaded, ask again", status=503, code="overloaded") from error
+
+
+def _good(answer: RowAnswer, call: RowCall) -> RowAnswer:
+    """Raises Refused for an error."""
     if answer.error_code is None:
         return answer
     message = answer.error_message or answer.error_code
@@ -179,21 +198,3 @@ def _completion(envelope: dict[str, Any], answer: RowAnswer) -> dict[str, Any]:
         "choices": [choice],
         "usage": usage(answer),
     }
-
-
-async def _stream(
-    envelope: dict[str, Any], answer: RowAnswer, *, with_usage: bool
-) -> AsyncIterator[str]:
-    """Server-sent events: the role, the text, the finish reason, usage if asked, [DONE]."""
-    envelope = envelope | {"object": "chat.completion.chunk"}
-    steps: list[tuple[dict[str, Any], str | None]] = [
-        ({"role": "assistant", "content": ""}, None),
-        ({"content": answer.text}, None),
-        ({}, answer.finish_reason),
-    ]
-    for delta, finish in steps:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        yield f"data: {json.dumps(envelope | {'choices': [choice]})}\n\n"
-    if with_usage:
-        yield f"data: {json.dumps(envelope | {'choices': [], 'usage': usage(answer)})}\n\n"
-    yield "data: [DONE]\n\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -98,12 +98,17 @@ class Replicas(Protocol):
         """One answer per call, in order. Raises Busy, or Ray's actor errors if the replica died."""
         ...
 
+    def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+        """The answer to an online call as it is said, then the whole. Raises as `label` does."""
+        ...
+
 
 class ServeReplicas:
     """The replicas behind a Serve handle. A caller that goes away takes its call along."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
+        self._streaming = handle.options(stream=True)
 
     async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
         response = self._handle.label.remote(list(calls), priority=priority)
@@ -113,6 +118,15 @@ class ServeReplicas:
             response.cancel()
             raise
         return answers
+
+    async def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+        response = self._streaming.stream.remote(call)
+        try:
+            async for piece in response:
+                yield piece
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise
 
 
 def stage_of(code: str) -> str:

@@ -33,6 +33,7 @@ class RunConfig:
 
     control_share: share of rows that also run dense, the base of every measured saving; they run
     in whole batches, and the run's first unit always has one.
+    auto: the run measures first whether pruning pays, and labels densely where it does not.
     max_error_share: the run stops once more than this share of at least `error_share_after`
     rows failed. unit_rows / unit_bytes bound the unit of work: one commit.
     """
@@ -48,6 +49,7 @@ class RunConfig:
     unit_rows: int = 256
     unit_bytes: int = 64 * 2**20
     control_share: float = 0.05
+    auto: bool = False
     media: MediaLimits = field(default_factory=MediaLimits)
     # Below: how the run is carried out. Free to change between resumes.
     replicas: int = 1
@@ -80,7 +82,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is written. Model revision, image backend and the corpus
         listing are added by the plan, which has looked at them."""
-        return {
+        settings: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
             "input": self.input,
@@ -99,3 +101,9 @@ class RunConfig:
             "control_share": self.control_share,
             "media": {"max_bytes": self.media.max_bytes, "max_pixels": self.media.max_pixels},
         }
+        # Named where they are asked for alone: runs that were begun before they existed go on.
+        if self.generation.stop:
+            settings["generation"]["stop"] = list(self.generation.stop)
+        if self.auto:
+            settings["auto"] = True
+        return settings

@@ -72,7 +72,6 @@ class FleetStats:
 
     replicas: tuple[ReplicaStats, ...]
     rows: int
-    batches: int
     busy_seconds: float
     uptime_seconds: float
 
@@ -269,7 +268,6 @@ def _summed(replicas: Sequence[ReplicaStats]) -> FleetStats:
     return FleetStats(
         replicas=tuple(replicas),
         rows=sum(r.rows for r in replicas),
-        batches=sum(r.batches for r in replicas),
         busy_seconds=sum(r.busy_seconds for r in replicas),
         uptime_seconds=sum(r.uptime_seconds for r in replicas),
     )

@@ -126,7 +126,7 @@ class RunLedger:
 
     def measured_ratio(self, *, seed: int = 0) -> MeasuredRatio | None:
         """The measured speed-up with its 95 % bootstrap interval; None without control rows."""
-        return _measured_ratio(self.total.control_pairs, seed)
+        return measured_ratio(self.total.control_pairs, seed)
 
 
 def unit_ledger(table: pa.Table) -> UnitLedger:
@@ -143,10 +143,10 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
             failed[row["error_code"]] += 1
             continue
         totals.update({name: row[name] or 0 for name in _COUNTED})
-        nanoseconds = round((row["seconds"] or 0.0) * _NANO)
-        totals.update(nanoseconds=nanoseconds)
+        spent = nanoseconds(row["seconds"] or 0.0)
+        totals.update(nanoseconds=spent)
         if row["is_control"] and row["control_seconds"] is not None:
-            pairs.append((nanoseconds, round(row["control_seconds"] * _NANO)))
+            pairs.append((spent, nanoseconds(row["control_seconds"])))
             totals.update(agreements=int(row["text"] == row["control_text"]))
         if row[COST_FIELD.name] is not None:
             cost = json.loads(row[COST_FIELD.name])
@@ -228,7 +228,13 @@ def _total(values: Sequence[Any]) -> Any:
     return {name: sum(mapping.get(name, 0) for mapping in values) for name in names}
 
 
-def _measured_ratio(pairs: Sequence[tuple[int, int]], seed: int) -> MeasuredRatio | None:
+def nanoseconds(seconds: float) -> int:
+    """Seconds as ledgers add them up."""
+    return round(seconds * _NANO)
+
+
+def measured_ratio(pairs: Sequence[tuple[int, int]], seed: int = 0) -> MeasuredRatio | None:
+    """The ratio of control rows, given each row's pruned and dense nanoseconds; None without."""
     if not pairs or not sum(pruned for pruned, _ in pairs):
         return None
     # Rows of one batch share their seconds to the nanosecond: equal pairs are one observation.

@@ -101,6 +101,9 @@ class Prune(_Strict):
         )
 
 
+NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
 
@@ -119,6 +122,7 @@ class ChatRequest(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
+    stop: Annotated[list[NonEmpty], Field(max_length=4)] | NonEmpty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prune: Prune | None = None
@@ -165,6 +169,7 @@ class ChatRequest(_Strict):
             temperature=temperature,
             top_p=1.0 if self.top_p is None or temperature == 0 else self.top_p,
             seed=secrets.randbelow(2**31) if seed is None else seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
         )
 
     def spec(self, default: PruneSpec) -> PruneSpec:

@@ -8,6 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.breakeven import BreakEven
+from cluster.ledger import MeasuredRatio
 from cluster.summary import Summary
 from sppruner.cost import PARTS
 
@@ -60,6 +62,8 @@ def _facts(summary: Summary, note: str | None) -> Table:
     facts.add_row("run", f"{summary.run_id}  {state}{f' ({note})' if note else ''}")
     facts.add_row("model", f"{settings['model']}  {settings['model_revision']}")
     facts.add_row("pruning", _spec(summary))
+    if summary.break_even is not None:
+        facts.add_row("break-even", _break_even(summary.break_even))
     failed = "  ".join(f"{code} {n}" for code, n in sorted(total.failed.items()))
     facts.add_row("rows", f"{total.rows} of {summary.rows_planned} done")
     facts.add_row("failed", f"{total.rows_failed}{f'  ({failed})' if failed else ''}")
@@ -95,6 +99,24 @@ def _spec(summary: Summary) -> str:
     return f"{spec['method']}, keeps {kept}{options}"
 
 
+def _break_even(found: BreakEven) -> str:
+    if found.measured is None:
+        return "too few rows to measure whether pruning pays: every row ran dense"
+    ratio = f"dense / pruned was {_ratio(found.measured)} before the run"
+    return f"{ratio}: pruning pays" if found.pays else f"{ratio}: every row ran dense"
+
+
+def _ratio(ratio: MeasuredRatio) -> str:
+    interval = (
+        f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
+        if ratio.low is not None and ratio.high is not None
+        else "one batch: no interval"
+    )
+    return (
+        f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})"
+    )
+
+
 def _modelled(summary: Summary) -> Table:
     total = summary.total
     table = Table(title="modelled, from the model's config", title_justify="left")
@@ -124,15 +146,7 @@ def _measured(summary: Summary) -> RenderableType:
     if ratio is None:
         facts.add_row("control", "no control rows: nothing can be said about time saved")
         return facts
-    interval = (
-        f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
-        if ratio.low is not None and ratio.high is not None
-        else "one batch: no interval"
-    )
-    facts.add_row(
-        "dense / pruned",
-        f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})",
-    )
+    facts.add_row("dense / pruned", _ratio(ratio))
     saved = total.seconds * (ratio.ratio - 1)
     verb = "saved" if saved >= 0 else "lost"
     facts.add_row(f"time {verb}", f"{abs(saved):.2f} s estimated from that ratio")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.data import DataContext
 from rich.console import Console
 
+from cluster.calibrate import calibrate
 from cluster.caller import CALLER_CPUS, CallerSettings, label_units
 from cluster.commit import CommitSink
 from cluster.config import RunConfig
@@ -91,6 +92,9 @@ def run(
                 f"replicas decode with {fleet.image_backend}, this machine with "
                 f"{pinned.image_backend}: install torchvision on both or on neither"
             )
+        if config.auto:
+            spec = calibrate(config, plan, todo, store, fleet).spec(config.spec)
+            config = replace(config, spec=spec)
         attempt = _label(config, plan, todo, store, fleet, pinned, console, began)
     summary = summarise(config.output, attempt)
     store.put(SUMMARY_KEY, summary.to_json().encode())

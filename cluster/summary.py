@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.accuracy import Accuracy, measure, reference_column
+from cluster.breakeven import BreakEven, read_break_even
 from cluster.corpus.manifest import Manifest, read_manifest
 from cluster.corpus.plan import done_units, unit_key
 from cluster.errors import UsageError
@@ -49,6 +50,7 @@ class Summary:
     """One run as of now. Modelled figures come from the model's config, measured ones from clocks;
     `measured` is None until a control row is committed. accuracy: VQA with references only.
     duplicate_keys: rows whose key another row has too; None where there are too many to compare.
+    break_even: what a run that may choose chose, once it has.
     """
 
     run_id: str
@@ -64,6 +66,7 @@ class Summary:
     duplicate_keys: int | None
     accuracy: Accuracy | None
     attempt: Attempt | None = None
+    break_even: BreakEven | None = None
 
     @property
     def state(self) -> str:
@@ -106,6 +109,7 @@ class Summary:
             "completion_tokens": total.completion_tokens,
             "modelled": modelled,
             "measured": measured,
+            "break_even": None if self.break_even is None else self.break_even.to_dict(),
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "attempt": None if self.attempt is None else asdict(self.attempt),
         }
@@ -137,6 +141,7 @@ def summarise(output: str, attempt: Attempt | None = None) -> Summary:
         duplicate_keys=_duplicates(columns),
         accuracy=_accuracy(columns),
         attempt=attempt,
+        break_even=read_break_even(store),
     )
 
 

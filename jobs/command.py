@@ -59,6 +59,11 @@ def parser(job: Job) -> argparse.ArgumentParser:
     made.add_argument(
         "--retain", type=float, default=0.222, help="share of visual tokens kept (%(default)s)"
     )
+    made.add_argument(
+        "--auto",
+        action="store_true",
+        help="measure first whether pruning pays on these rows, and label densely where not",
+    )
     made.add_argument("--prompt", default=job.prompt, help="(%(default)r)")
     made.add_argument("--limit", type=int, help="only the first N rows")
     made.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
@@ -81,6 +86,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConf
         generation=Generation(max_new_tokens=job.max_new_tokens),
         limit=arguments.limit,
         replicas=arguments.replicas,
+        auto=arguments.auto,
         **(_DEMO_BOUNDS if demo else {}),
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sppruner.engine.queued import QueuedEngine
 from sppruner.engine.types import Request, Result
 
 VISUAL_TOKENS = 100
@@ -41,7 +42,7 @@ def first_kept(kept: int, total: int) -> bytes:
     return ((1 << kept) - 1).to_bytes(-(-total // 8), "little")
 
 
-class FakeEngine:
+class FakeEngine(QueuedEngine):
     """Prompts that do something: "raise" (the whole batch raises), "fault" (the device does),
     "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
 
@@ -59,11 +60,13 @@ class FakeEngine:
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
+        max_batch_rows: int = 16,
         seconds: float = 0.0,
         journal: str = "",
     ) -> None:
         if model == "missing":
             raise FileNotFoundError("no weights under 'missing'")
+        super().__init__(max_batch_rows)
         self.model_id = model
         self.seconds = seconds
         self.journal = journal
@@ -71,7 +74,7 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
-    def run(self, requests: list[Request]) -> list[Result]:
+    def answer_batch(self, requests: list[Request]) -> list[Result]:
         if self.journal:
             with Path(self.journal).open("a") as file:
                 file.write(" ".join(f"{r.id}{'*' * r.control}" for r in requests) + "\n")

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,20 +30,34 @@ ENGINE = "tests.cluster.fake_engine:FakeEngine"
 
 
 class Recorded:
-    """A replica in this process that remembers the calls it got, or fails as told."""
+    """A replica in this process that remembers the calls it got, or fails as told: at once, or
+    after the first word of a stream."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(
+        self, failure: Exception | None = None, *, breaks: Exception | None = None
+    ) -> None:
         self.calls: list[RowCall] = []
         self._failure = failure
+        self._breaks = breaks
 
     async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.ONLINE
         self.calls.extend(calls)
         if self._failure is not None:
             raise self._failure
-        # A replica belongs to one event loop, and every `send` has its own.
         replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
-        return await replica.label(calls, priority=priority)
+        try:
+            return await replica.label(calls, priority=priority)
+        finally:
+            replica.close()
+
+    async def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+        (answer,) = await self.label([call], priority=Priority.ONLINE)
+        for word in str(answer.text).split(" ") if answer.error_code is None else ():
+            yield f"{word} "
+            if self._breaks is not None:
+                raise self._breaks
+        yield answer
 
 
 def data_uri(data: bytes) -> str:
@@ -138,7 +152,8 @@ def test_generation_settings_reach_the_engine_and_greedy_requests_share_one_sett
     [
         ({"n": 2}, "n"),
         ({"tools": []}, "tools"),
-        ({"stop": ["x"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": list("abcde")}, "stop"),
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"temperature": 3}, "temperature"),
@@ -252,6 +267,42 @@ def test_the_engines_own_errors_are_400_for_the_prompt_and_500_for_the_model() -
     assert "raised" not in error["message"]
 
 
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_brings_every_piece_as_it_is_said_and_usage_if_asked() -> None:
+    chunks = events(ask(stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    words = expected_text(picture(1)).split(" ")
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert deltas[1:] == [{"content": f"{word} "} for word in words] + [{}]
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"]["visual_tokens"] == 100
+
+
+def test_a_stream_that_fails_before_its_first_word_has_the_status_of_its_error() -> None:
+    assert refusal(ask(Recorded(Busy("full")), stream=True))[0] == 503
+    bad = user(text_part("bad"), image_part(data_uri(picture(1))))
+    assert refusal(ask(stream=True, messages=[bad]))[0] == 400
+
+
+def test_a_stream_that_breaks_off_ends_in_an_error_not_in_a_finish_reason() -> None:
+    chunks = events(ask(Recorded(breaks=ActorDiedError()), stream=True))
+    assert chunks[1]["choices"][0]["delta"]["content"]
+    assert chunks[-1]["error"]["code"] == "overloaded"
+    assert not any(c["choices"][0]["finish_reason"] for c in chunks[:-1])
+
+
+def test_stop_strings_travel_as_one_or_several() -> None:
+    replicas = Recorded()
+    ask(replicas, stop="x")
+    ask(replicas, stop=["x", "yz"])
+    assert [call.generation.stop for call in replicas.calls] == [("x",), ("x", "yz")]
+
+
 # From here on with real Serve and the official client.
 
 
@@ -309,7 +360,7 @@ def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(fleet: Fleet
         time.sleep(0.5)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=quick, timeout=0.5)
-        while fleet.stats().replicas[0].queued_online:
+        while fleet.stats().replicas[0].waiting_online > 1:
             time.sleep(0.05)
         assert not running.done()
         assert running.result().status_code == 200

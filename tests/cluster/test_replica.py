@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,10 +11,10 @@ import pytest
 from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.config import MediaLimits
 from cluster.errors import Busy, UsageError
-from cluster.replica import EngineBroken, EngineSettings, VLMReplica, run_isolated
-from sppruner.engine.types import Generation, Request
+from cluster.replica import EngineBroken, EngineSettings, VLMReplica
+from sppruner.engine.types import Generation
 from sppruner.spec import Budget, PruneSpec
-from tests.cluster.fake_engine import FakeEngine, expected_text, picture
+from tests.cluster.fake_engine import expected_text, picture
 
 T = TypeVar("T")
 
@@ -39,7 +40,11 @@ def run(
     engine: EngineSettings, scenario: Callable[[VLMReplica], Awaitable[T]], *, within: float = 20
 ) -> T:
     async def body() -> T:
-        return await scenario(VLMReplica(engine))
+        replica = VLMReplica(engine)
+        try:
+            return await scenario(replica)
+        finally:
+            replica.close()
 
     return asyncio.run(asyncio.wait_for(body(), within))
 
@@ -160,18 +165,6 @@ def test_a_row_the_engine_raises_on_is_found_by_halving(journal: Path) -> None:
     assert answers[2].error_message == "RuntimeError: the model raised"
 
 
-def test_results_that_do_not_match_the_requests_are_failures_not_other_rows_answers() -> None:
-    class Shuffles(FakeEngine):
-        def run(self, requests: list[Request]) -> list[object]:  # type: ignore[override]
-            return super().run(requests)[::-1] if len(requests) > 1 else []
-
-    requests = [Request(id=name, prompt="describe") for name in "ab"]
-    answers, raised = run_isolated(Shuffles(model="fake"), requests)  # type: ignore[arg-type]
-
-    assert [a.error_code for a in answers] == ["inference_failed"] * 2
-    assert raised == 2
-
-
 def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         running = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
@@ -179,11 +172,11 @@ def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> 
             await asyncio.sleep(0.01)
         gone = asyncio.create_task(replica.label([call(1), call(2)], priority=Priority.BATCH))
         await asyncio.sleep(0.1)
-        assert (await replica.stats()).queued_batch == 2
+        assert (await replica.stats()).waiting_batch == 3
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         stats = await replica.stats()
-        assert (stats.queued_batch, stats.batch_rows_in_flight) == (0, 1)
+        assert (stats.waiting_batch, stats.batch_rows_in_flight) == (1, 1)
         await running
         await replica.label([call(3)], priority=Priority.BATCH)
 
@@ -194,12 +187,13 @@ def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> 
 
 def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
-        for number in range(3):
+        for first in range(0, 12, 4):
             await replica.check_health()
-            await replica.label([call(number, "raise")], priority=Priority.BATCH)
+            calls = [call(first + n, "raise") for n in range(4)]
+            await replica.label(calls, priority=Priority.BATCH)
         with pytest.raises(EngineBroken):
             await replica.check_health()
-        await replica.label([call(9)], priority=Priority.BATCH)
+        await replica.label([call(99)], priority=Priority.BATCH)
         await replica.check_health()
 
     run(settings(journal), scenario)
@@ -208,16 +202,33 @@ def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal
 def test_a_device_fault_ends_the_process_and_blames_no_row(
     journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = asyncio.Event()
+    ended = threading.Event()
     monkeypatch.setattr("cluster.replica._end_process", ended.set)
 
     async def scenario(replica: VLMReplica) -> None:
         calls = [call(0), call(1, "fault")]
         waiting = asyncio.create_task(replica.label(calls, priority=Priority.BATCH))
-        await ended.wait()
+        while not ended.is_set():
+            await asyncio.sleep(0.01)
         assert not waiting.done()
+        replica.close()
         with pytest.raises(EngineBroken):
             await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
+def test_a_streamed_answer_ends_with_the_whole_and_a_bad_image_is_all_there_is(
+    journal: Path,
+) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        said, whole = [piece async for piece in replica.stream(call(1))]
+        assert said == expected_text(picture(1))
+        assert isinstance(whole, RowAnswer)
+        assert whole.text == said
+        (missing,) = [piece async for piece in replica.stream(call(2, images=(None,)))]
+        assert isinstance(missing, RowAnswer)
+        assert missing.error_code == "image_missing"
 
     run(settings(journal), scenario)
 
@@ -226,7 +237,7 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         await replica.label([call(n) for n in range(6)], priority=Priority.BATCH)
         stats = await replica.stats()
-        assert (stats.rows, stats.batches) == (6, 2)
+        assert stats.rows == 6
         assert 0.2 <= stats.busy_seconds <= stats.uptime_seconds
         assert (stats.model, stats.model_revision, stats.image_backend) == ("fake", "fake-1", "pil")
 

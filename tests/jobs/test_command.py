@@ -25,6 +25,7 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--model": "tiny-llava",
         "--method": "sppruner",
         "--retain": 0.222,
+        "--auto": False,
         "--prompt": job.prompt,
         "--limit": None,
         "--replicas": 1,

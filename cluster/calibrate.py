@@ -1,0 +1,72 @@
+"""Measuring, before a run labels anything, whether pruning pays: its own model, rows and load."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+import structlog
+
+from cluster.breakeven import BreakEven, keep_break_even, read_break_even
+from cluster.caller import prompt_of
+from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.config import RunConfig
+from cluster.corpus.plan import Plan
+from cluster.corpus.source import read_unit
+from cluster.corpus.unit import Unit
+from cluster.fleet import Fleet
+from cluster.ledger import measured_ratio, nanoseconds
+from cluster.store import Store, open_store
+
+logger = structlog.get_logger(__name__)
+
+# Batches that are timed, behind one that is not: the first of a shape pays for allocations.
+_BATCHES: Final = 6
+
+
+def calibrate(
+    config: RunConfig, plan: Plan, todo: Sequence[Unit], store: Store, fleet: Fleet
+) -> BreakEven:
+    """The run's choice: the one that was made before, or a new one, measured on rows of `todo` in
+    the fleet's own batches. Their answers are thrown away. Raises what a replica's death raises."""
+    if (known := read_break_even(store)) is not None:
+        return known
+    calls = _calls(config, plan, todo)
+    answers: list[RowAnswer] = []
+    for number in range(1 + _BATCHES):
+        batch = list(islice(calls, fleet.max_batch_rows))
+        if len(batch) < fleet.max_batch_rows:
+            break  # seconds of a batch that is not full would say nothing about full ones
+        answered = fleet.handle.label.remote(batch, priority=Priority.BATCH).result()
+        answers += answered if number else ()
+    pairs = [
+        (nanoseconds(answer.seconds), nanoseconds(answer.control_seconds))
+        for answer in answers
+        if answer.control_seconds is not None
+    ]
+    chosen = BreakEven(measured=measured_ratio(pairs))
+    logger.info("break_even", run_id=plan.run_id, pays=chosen.pays, rows=len(pairs))
+    return keep_break_even(store, chosen, writer=uuid.uuid4().hex)
+
+
+def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[RowCall]:
+    """Rows that can be asked about, as control calls."""
+    source = open_store(plan.input_uri)
+    for unit in todo:
+        table = read_unit(source, unit, plan.layout)
+        names = ["_in_row", "_in_image", "_in_prompt", "_in_error_code"]
+        for row in table.select(names).to_pylist():
+            prompt = prompt_of(config.kind, config.prompt, row["_in_prompt"])
+            if prompt is None or row["_in_error_code"] is not None:
+                continue
+            yield RowCall(
+                id=f"break-even:{unit.unit_id}:{row['_in_row']}",
+                prompt=prompt,
+                images=(row["_in_image"],),
+                spec=config.spec,
+                generation=config.generation,
+                control=True,
+                media=config.media,
+            )

@@ -1,0 +1,119 @@
+"""A run that may choose prunes only where its own rows say that it pays, and stays with that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.breakeven import BreakEven, read_break_even
+from cluster.calibrate import calibrate
+from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.corpus import Plan
+from cluster.ledger import MeasuredRatio
+from cluster.report import console, render
+from cluster.store import Store, open_store
+from cluster.summary import summarise
+from jobs.make_corpus import make_corpus
+from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.cluster.corpora import config, plan
+
+SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
+
+
+class Replicas:
+    """A fleet of `rows` rows a batch whose dense answers take `dense(batch)` seconds a row, and
+    pruned ones a second."""
+
+    def __init__(self, dense: Callable[[int], float], rows: int = 4) -> None:
+        self.batches: list[list[RowCall]] = []
+        self.max_batch_rows = rows
+        self.handle = SimpleNamespace(label=SimpleNamespace(remote=self._label))
+        self._dense = dense
+
+    def _label(self, calls: Sequence[RowCall], *, priority: Priority) -> Any:
+        assert priority is Priority.BATCH
+        number = len(self.batches)
+        self.batches.append(list(calls))
+        answers = [
+            RowAnswer(
+                id=c.id, text="", seconds=1 + number / 1e6, control_seconds=self._dense(number)
+            )
+            for c in calls
+        ]
+        return SimpleNamespace(result=lambda: answers)
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    make_corpus(kind="caption", rows=60, output=f"{tmp_path}/in", faults=True)
+    return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
+
+
+def chosen(planned: Plan, replicas: Replicas) -> tuple[BreakEven, Store]:
+    settings = config(planned.input_uri, planned.output_uri, spec=SPEC, auto=True)
+    store = open_store(planned.output_uri)
+    fleet: Any = replicas
+    return calibrate(settings, planned, planned.units, store, fleet), store
+
+
+def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(planned: Plan) -> None:
+    replicas = Replicas(lambda _: 2.0)
+    found, _ = chosen(planned, replicas)
+    assert found.pays
+    assert found.spec(SPEC) == SPEC
+    assert found.measured is not None
+    assert found.measured.ratio == pytest.approx(2, rel=1e-4)
+    assert [len(batch) for batch in replicas.batches] == [4] * 7
+    asked = [call for batch in replicas.batches for call in batch]
+    assert all(call.control and call.spec == SPEC for call in asked)
+    assert len({call.id for call in asked}) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [lambda _: 0.9, lambda _: 1.0, lambda n: 0.5 if n % 2 else 2.0],
+    ids="slower equal unsure".split(),
+)
+def test_a_run_is_dense_unless_pruning_surely_pays(
+    planned: Plan, dense: Callable[[int], float]
+) -> None:
+    found, _ = chosen(planned, Replicas(dense))
+    assert found.spec(SPEC) == DENSE
+
+
+def test_the_first_batch_is_not_counted(planned: Plan) -> None:
+    found, _ = chosen(planned, Replicas(lambda number: 2.0 if number else 0.01))
+    assert found.pays
+
+
+def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Plan) -> None:
+    found, _ = chosen(planned, Replicas(lambda _: 2.0, rows=30))
+    assert not found.pays
+
+
+def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Plan) -> None:
+    first, store = chosen(planned, Replicas(lambda _: 2.0))
+    again = Replicas(lambda _: 0.1)
+    second, _ = chosen(planned, again)
+    assert second == first == read_break_even(store)
+    assert not again.batches
+
+
+def test_the_report_says_what_was_measured_and_what_ran(planned: Plan) -> None:
+    def said() -> str:
+        wide = console()
+        with wide.capture() as captured:
+            wide.print(render(summarise(planned.output_uri)))
+        return captured.get()
+
+    assert "break-even" not in said()
+    found, store = chosen(planned, Replicas(lambda _: 0.5))
+    assert "dense / pruned was 0.50 ×" in said()
+    assert "every row ran dense" in said()
+    assert summarise(planned.output_uri).to_dict()["break_even"] == found.to_dict()
+    assert isinstance(found.measured, MeasuredRatio)
+    assert store.head("_run/break-even.json") is not None

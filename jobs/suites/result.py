@@ -24,5 +24,5 @@ def machine() -> dict[str, Any]:
 
 
 def ratio(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of one ratio per round."""
+    """Median, smallest and largest of one figure per round."""
     return {"value": median(values), "low": min(values), "high": max(values)}

@@ -1,0 +1,164 @@
+"""What pruned tokens buy end to end: the engines side by side, dense and pruned.
+
+Every case answers the same requests, each about a drawn scene of its own, with a fixed number of
+new tokens. Rounds go through all cases, every other one backwards; one more round before them is
+not counted (but with --quick there is none). Columns of a case:
+
+- batch_rows: requests side by side at most. For `generate best static batch` the fastest of a few,
+  found in a trial before the rounds; for the continuous engine its slots.
+- images_per_second: all requests, from the first submission to the last answer, pixels included.
+- ttft_ms: one request alone, from its submission to its first token.
+- inter_token_ms: the same request, from one token to the next.
+- vision_ms, pruner_ms, prefill_ms, decode_ms, other_ms: where a pass of its own, with timers around
+  the steps of an engine, spent its time, per image. vision: tower and projector, with the signals
+  read on the way. pruner: relevance, schedules, selection, kept features. prefill, decode: forwards
+  of prompts, and of one more token. other: the rest, such as pixels, positions, re-packing, copies
+  into slots, and choosing tokens.
+- peak_memory_mib: allocated on the GPU at most in that pass, weights included; empty on a CPU.
+- kv_bytes: keys and values of one request in its last step, with the padding of its batch.
+
+Speeds are medians over the rounds with their smallest and largest value, and ratios of them are
+taken round by round. `pruner_share` is the pruner's part of a pass with timers, of which this one
+case has as many as there are rounds. Images are encoded anew in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Final
+
+from rich.console import Console
+
+from jobs.suites.passes import Timed, Way, best_rows, in_turns, timed_pass
+from jobs.suites.phases import Phase, Trace
+from jobs.suites.random_models import build
+from jobs.suites.result import machine
+from jobs.suites.result import ratio as spread
+from jobs.suites.shapes import Shape, scenes
+from sppruner import Budget, PruneSpec
+from sppruner.engine import Generation, Request
+
+_METHODS: Final = ("sppruner", "fsr", "prunesid", "visionzip", "random")
+_RATIOS: Final = (0.333, 0.222, 0.111)
+_HEADLINE: Final = "sppruner", 0.222
+_NEW_TOKENS: Final = 8
+_PROMPT: Final = "what is the shape of the red object"
+_STATIC: Final = "generate best static batch"
+_DENSE: Final = "engine dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """See the module for what each column covers."""
+
+    case: str
+    batch_rows: int
+    images_per_second: dict[str, float]
+    ttft_ms: dict[str, float]
+    inter_token_ms: dict[str, float]
+    vision_ms: float
+    pruner_ms: float
+    prefill_ms: float
+    decode_ms: float
+    other_ms: float
+    peak_memory_mib: float | None
+    kv_bytes: int
+
+
+def engine(shape: Shape, *, quick: bool, told: Console) -> dict[str, Any]:
+    """Raises UsageError for a shape that this machine cannot run."""
+    about = machine()
+    loaded = build(shape)
+    count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
+    generation = Generation(max_new_tokens=_NEW_TOKENS)
+    *requests, alone = [
+        Request(id=str(number), prompt=_PROMPT, images=(image,), generation=generation)
+        for number, image in enumerate(scenes(shape, count + 1))
+    ]
+    slots = min(shape.rows, count)
+    best = best_rows(loaded, requests[:slots])
+    told.print(f"{shape.name}: {count} images, static batches of {best}", highlight=False)
+    ways = _ways(best, slots, quick=quick)
+    timed = in_turns(
+        loaded, ways, requests, alone, rounds=rounds, uncounted=int(not quick), told=told
+    )
+    cases = []
+    shares = []
+    for way in ways:
+        told.print(f"timers in {way.name}", highlight=False)
+        repeats = rounds if way.name == _pruned(*_HEADLINE) else 1
+        passes = [timed_pass(loaded, way, requests) for _ in range(repeats)]
+        if way.name == _pruned(*_HEADLINE):
+            shares = [trace.seconds["pruner"] / trace.total for trace, _ in passes]
+        cases.append(_case(way, count, [found[way.name] for found in timed], passes))
+
+    def paired(above: str, below: str) -> dict[str, float]:
+        speeds = [(row[above].images_per_second, row[below].images_per_second) for row in timed]
+        return spread([a / b for a, b in speeds])
+
+    return {
+        "suite": "engine",
+        "machine": about
+        | {
+            "shape": shape.name,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "images": count,
+            "rounds": rounds,
+        },
+        "cases": [asdict(case) for case in cases],
+        "ratios": {
+            "engine_dense_vs_static_batch": paired(_DENSE, _STATIC),
+            "engine_pruned_vs_dense": paired(_pruned(*_HEADLINE), _DENSE),
+            "pruner_share": spread(shares),
+        },
+    }
+
+
+def _pruned(method: str, ratio: float) -> str:
+    return f"engine {method} {100 * ratio:.1f} %"
+
+
+def _ways(best: int, slots: int, *, quick: bool) -> list[Way]:
+    everything = [(method, ratio) for method in _METHODS for ratio in _RATIOS]
+    return [
+        Way(name="generate batch 1", rows=1),
+        Way(name=_STATIC, rows=best),
+        Way(name=_DENSE, rows=slots, continuous=True),
+        *(
+            Way(
+                name=_pruned(method, ratio),
+                rows=slots,
+                continuous=True,
+                spec=PruneSpec(method=method, budget=Budget(ratio=ratio)),
+            )
+            for method, ratio in ([_HEADLINE] if quick else everything)
+        ),
+    ]
+
+
+def _case(
+    way: Way,
+    images: int,
+    timed: Sequence[Timed],
+    passes: Sequence[tuple[Trace, float | None]],
+) -> Case:
+    def per_image(phase: Phase) -> float:
+        return 1e3 * median(trace.seconds[phase] for trace, _ in passes) / images
+
+    trace, memory = passes[-1]
+    return Case(
+        case=way.name,
+        batch_rows=way.rows,
+        images_per_second=spread([one.images_per_second for one in timed]),
+        ttft_ms=spread([1e3 * one.first_token for one in timed]),
+        inter_token_ms=spread([1e3 * one.between_tokens for one in timed]),
+        vision_ms=per_image("vision"),
+        pruner_ms=per_image("pruner"),
+        prefill_ms=per_image("prefill"),
+        decode_ms=per_image("decode"),
+        other_ms=per_image("other"),
+        peak_memory_mib=memory,
+        kv_bytes=trace.kv_bytes,
+    )

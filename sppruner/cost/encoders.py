@@ -8,10 +8,15 @@ from typing import Any
 from sppruner.cost.model import ImageShape
 
 
+def layers_run(layers: int, state: int) -> int:
+    """How many of a tower's layers run for hidden state `state`: 0 is the embeddings, -1 the last.
+    Adapters stop there."""
+    return state if state >= 0 else layers + 1 + state
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipTowerCost:
-    """A CLIP vision tower: patches and one CLS token through every layer. The layer after the
-    one whose features are used runs too, so it counts."""
+    """A CLIP vision tower: patches and one CLS token through the layers that run."""
 
     layers: int
     hidden: int
@@ -20,9 +25,10 @@ class ClipTowerCost:
     channels: int = 3
 
     @classmethod
-    def from_config(cls, vision: Any) -> ClipTowerCost:
+    def from_config(cls, vision: Any, state: int = -1) -> ClipTowerCost:
+        """state: the hidden state that is read."""
         return cls(
-            layers=vision.num_hidden_layers,
+            layers=layers_run(vision.num_hidden_layers, state),
             hidden=vision.hidden_size,
             intermediate=vision.intermediate_size,
             patch=vision.patch_size,
@@ -46,11 +52,9 @@ class LlavaEncoderCost:
 
     @classmethod
     def from_config(cls, config: Any) -> LlavaEncoderCost:
-        layers = config.vision_feature_layer
-        concatenated = len(layers) if isinstance(layers, list | tuple) else 1
         return cls(
-            tower=ClipTowerCost.from_config(config.vision_config),
-            projector_input=config.vision_config.hidden_size * concatenated,
+            tower=ClipTowerCost.from_config(config.vision_config, config.vision_feature_layer),
+            projector_input=config.vision_config.hidden_size,
             width=config.text_config.hidden_size,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from sppruner.cost.encoders import ClipTowerCost
+from sppruner.cost.encoders import ClipTowerCost, layers_run
 from sppruner.cost.model import ImageShape
 
 
@@ -31,9 +31,10 @@ class SiglipTowerCost:
     pooled: bool = False
 
     @classmethod
-    def from_config(cls, vision: Any) -> SiglipTowerCost:
+    def from_config(cls, vision: Any, state: int = -1) -> SiglipTowerCost:
+        """state: the hidden state that is read."""
         return cls(
-            layers=vision.num_hidden_layers,
+            layers=layers_run(vision.num_hidden_layers, state),
             hidden=vision.hidden_size,
             intermediate=vision.intermediate_size,
             patch=vision.patch_size,
@@ -66,7 +67,7 @@ class TiledEncoderCost:
         """LLaVA-OneVision: SigLIP, a two-layer projector on every patch."""
         vision, width = config.vision_config, config.text_config.hidden_size
         return cls(
-            tower=SiglipTowerCost.from_config(vision),
+            tower=SiglipTowerCost.from_config(vision, config.vision_feature_layer),
             merge=1,
             widths=(vision.hidden_size, width, width),
         )
@@ -77,7 +78,7 @@ class TiledEncoderCost:
         vision, width = config.vision_config, config.text_config.hidden_size
         merge = int(1 / config.downsample_ratio) ** 2
         tower = ClipTowerCost(
-            layers=vision.num_hidden_layers,
+            layers=layers_run(vision.num_hidden_layers, config.vision_feature_layer),
             hidden=vision.hidden_size,
             intermediate=vision.intermediate_size,
             patch=vision.patch_size[0],

@@ -66,12 +66,14 @@ class BatchEngine(QueuedEngine, ModelEngine):
         check_length(int(inputs["attention_mask"].sum(dim=1).max()), generation, self._context)
         if generation.temperature > 0:
             torch.manual_seed(generation.seed)
-        generated = self._pruner.generate(
-            inputs,
-            specs,
-            [request.prompt for request in batch],
-            **self._generate_kwargs(generation),
-        )
+        prompts = [request.prompt for request in batch]
+        generate_kwargs = self._generate_kwargs(generation)
+        if batch[0].control:
+            # Both sides of a control encode alike: what a tower skips is not pruning's saving.
+            prepared = self._pruner.prepare(inputs, specs, prompts)
+            generated = self._pruner.run(prepared, **generate_kwargs)
+        else:
+            generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
         rows = generated.tokens_BT.tolist()
         seconds = (time.perf_counter() - started) / len(batch)
         return [

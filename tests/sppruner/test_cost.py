@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import cost_of
+from sppruner.adapters.towers import running_up_to
 from sppruner.cost import PARTS, DecoderCost, ImageShape, ModelCost, RowCost
 from tests.sppruner.families.llava import IMAGE, TOKENS, batch, build
 
@@ -40,7 +41,9 @@ def counted(call: Any) -> int:
 def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: ModelCost) -> None:
     pixels = batch([1])["pixel_values"]
     hidden = torch.randn(1, TOKENS, 32)
-    tower = counted(lambda: model.model.vision_tower(pixel_values=pixels))
+    vision = model.model.vision_tower
+    with running_up_to(vision.encoder.layers, model.config.vision_feature_layer):
+        tower = counted(lambda: vision(pixel_values=pixels))
     assert tower == cost.encoder.vision(IMAGE_SHAPE)
     projector = counted(lambda: model.model.multi_modal_projector(hidden))
     assert projector == cost.encoder.projector(IMAGE_SHAPE)

@@ -78,13 +78,13 @@ def train_language(shop: Workshop) -> None:
 
 def train_vision(shop: Workshop) -> None:
     """Stage V, beside stage L on another core."""
-    schedule = Schedule(steps=shop.steps(2600), peak=1.5e-3, warmup=100, floor=0.08)
+    schedule = Schedule(steps=shop.steps(1500), peak=1.5e-3, warmup=100, floor=0.08)
     _look_and_tell(shop, Ranks(0, 1, None), "vision", schedule, 16)
 
 
 def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
     """Stage S: the vision tower again, on all ranks, for what it learns last."""
-    schedule = Schedule(steps=shop.steps(600), peak=1.2e-3, warmup=50, floor=0.15)
+    schedule = Schedule(steps=shop.steps(400), peak=1.2e-3, warmup=50, floor=0.15)
     _look_and_tell(shop, ranks, "sharpen", schedule, 32 // ranks.world)
 
 

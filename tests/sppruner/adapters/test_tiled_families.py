@@ -183,9 +183,8 @@ def test_encoder_costs_equal_the_flop_counter(family: str) -> None:
     shapes = [shape for _, shape in adapter.shapes(inputs)]
     parts = adapter.model.model
     tower = parts.vision_model if hasattr(parts, "vision_model") else parts.vision_tower
-    pixels = {name: v for name, v in inputs.items() if name not in ("input_ids", "attention_mask")}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        adapter.model.model.get_image_features(**pixels, return_dict=True)
+        adapter.encode(inputs, frozenset())
     counted = counter.get_flop_counts()
     by_module = {name: sum(flops.values()) for name, flops in counted.items()}
     vision = by_module[next(n for n in by_module if n.endswith(type(tower).__name__))]

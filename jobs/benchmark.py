@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from cluster.errors import RunError
 from cluster.logs import configure_logs
 from cluster.report import console
-from jobs.suites.engine import engine
+from jobs.suites.engine import METHODS, engine
 from jobs.suites.pipeline import pipeline
 from jobs.suites.selection import selection
 from jobs.suites.shapes import SHAPES
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="suite engine: the embedded model, or random weights in the proportions of a 7B model "
         "or of its size, which needs a GPU (%(default)s)",
     )
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="suite engine: comma between (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--markdown", type=Path, help="write its tables to this file")
     arguments = parser.parse_args(argv)
@@ -105,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.suite == "pipeline":
             result = pipeline(arguments.model, quick=arguments.quick, told=told)
         elif arguments.suite == "engine":
-            result = engine(SHAPES[arguments.shape], quick=arguments.quick, told=told)
+            result = engine(
+                SHAPES[arguments.shape],
+                methods=arguments.methods.split(","),
+                quick=arguments.quick,
+                told=told,
+            )
         else:
             dtype = getattr(torch, arguments.dtype)
             result = selection(quick=arguments.quick, told=told, dtype=dtype)

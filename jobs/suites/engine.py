@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from cluster.errors import UsageError
 from jobs.suites.passes import Timed, Way, best_rows, in_turns, timed_pass
 from jobs.suites.phases import Phase, Trace
 from jobs.suites.random_models import build
@@ -39,8 +40,10 @@ from jobs.suites.result import ratio as spread
 from jobs.suites.shapes import Shape, scenes
 from sppruner import Budget, PruneSpec
 from sppruner.engine import Generation, Request
+from sppruner.errors import SpecError
+from sppruner.selectors import selector_for
 
-_METHODS: Final = ("sppruner", "fsr", "prunesid", "visionzip", "random")
+METHODS: Final = ("sppruner", "fsr", "prunesid", "visionzip", "random")
 _RATIOS: Final = (0.333, 0.222, 0.111)
 _HEADLINE: Final = "sppruner", 0.222
 _NEW_TOKENS: Final = 8
@@ -67,8 +70,16 @@ class Case:
     kv_bytes: int
 
 
-def engine(shape: Shape, *, quick: bool, told: Console) -> dict[str, Any]:
-    """Raises UsageError for a shape that this machine cannot run."""
+def engine(
+    shape: Shape, *, methods: Sequence[str] = METHODS, quick: bool, told: Console
+) -> dict[str, Any]:
+    """methods: those to time at every budget, beside the headline's; with `quick` it alone. Raises
+    UsageError for a shape that this machine cannot run."""
+    for method in methods:
+        try:
+            selector_for(PruneSpec.parse(method, Budget(ratio=_HEADLINE[1])))
+        except SpecError as error:
+            raise UsageError(f"--methods: {error}") from error
     about = machine()
     loaded = build(shape)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
@@ -80,7 +91,7 @@ def engine(shape: Shape, *, quick: bool, told: Console) -> dict[str, Any]:
     slots = min(shape.rows, count)
     best = best_rows(loaded, requests[:slots])
     told.print(f"{shape.name}: {count} images, static batches of {best}", highlight=False)
-    ways = _ways(best, slots, quick=quick)
+    ways = _ways(best, slots, [] if quick else methods)
     timed = in_turns(
         loaded, ways, requests, alone, rounds=rounds, uncounted=int(not quick), told=told
     )
@@ -120,8 +131,8 @@ def _pruned(method: str, ratio: float) -> str:
     return f"engine {method} {100 * ratio:.1f} %"
 
 
-def _ways(best: int, slots: int, *, quick: bool) -> list[Way]:
-    everything = [(method, ratio) for method in _METHODS for ratio in _RATIOS]
+def _ways(best: int, slots: int, methods: Sequence[str]) -> list[Way]:
+    pruned = [_HEADLINE, *((method, ratio) for method in methods for ratio in _RATIOS)]
     return [
         Way(name="generate batch 1", rows=1),
         Way(name=_STATIC, rows=best),
@@ -131,9 +142,9 @@ def _ways(best: int, slots: int, *, quick: bool) -> list[Way]:
                 name=_pruned(method, ratio),
                 rows=slots,
                 continuous=True,
-                spec=PruneSpec(method=method, budget=Budget(ratio=ratio)),
+                spec=PruneSpec.parse(method, Budget(ratio=ratio)),
             )
-            for method, ratio in ([_HEADLINE] if quick else everything)
+            for method, ratio in dict.fromkeys(pruned)
         ),
     ]
 

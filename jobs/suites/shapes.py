@@ -99,7 +99,7 @@ class Shape:
 _LLAVA: Final = Shape(
     name="llava",
     side=336,
-    images=16,
+    images=8,
     quick_images=2,
     rows=8,
     widths=_LLAVA_7B.scaled(
@@ -109,7 +109,7 @@ _LLAVA: Final = Shape(
 _QWEN: Final = Shape(
     name="qwen",
     side=896,
-    images=16,
+    images=8,
     quick_images=2,
     rows=8,
     widths=_QWEN_7B.scaled(width=Fraction(1, 4), depth=Fraction(3, 4), tower_depth=Fraction(5, 8)),

@@ -7,20 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.evaluation.scenes import scene_questions
 from sppruner.tiny import TINY_MODELS
 from sppruner.tiny.recipe.evaluate import Score, generated, saliency_auc, teacher_forced
-from sppruner.tiny.recipe.families import LLAVA
+from sppruner.tiny.recipe.families import FAMILIES, Family
 from sppruner.tiny.scenes import HELD_OUT_SEED
 
 FRESH = 900_000  # scenes of the reporting split that no table uses
 SCENES = 24
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return load_model(EMBEDDED, device="cpu", dtype="bfloat16")
+def loaded(family: Family) -> LoadedModel:
+    return load_model(f"tiny-{family.name}", device="cpu", dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,9 @@ def _mean(scores: dict[str, Score]) -> float:
     return sum(scores[kind].accuracy for kind in kinds) / len(kinds)
 
 
-def test_shipped_files_are_small_and_bfloat16(model: Any) -> None:
-    assert model.dtype == torch.bfloat16
-    assert (TINY_MODELS[EMBEDDED] / "model.safetensors").stat().st_size < 15e6
+def test_shipped_files_are_small_and_bfloat16(loaded: LoadedModel) -> None:
+    assert loaded.model.dtype == torch.bfloat16
+    assert (TINY_MODELS[loaded.identity.name] / "model.safetensors").stat().st_size < 15e6
 
 
 def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
@@ -52,8 +57,10 @@ def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
         assert score.accuracy >= floors.get(kind, 0.9), (kind, score)
 
 
-def test_generate_agrees_with_teacher_forcing(model: Any, answers: dict[str, Score]) -> None:
-    forced = teacher_forced(LLAVA, model, SCENES, HELD_OUT_SEED + FRESH)
+def test_generate_agrees_with_teacher_forcing(
+    family: Family, model: Any, answers: dict[str, Score]
+) -> None:
+    forced = teacher_forced(family, model, SCENES, HELD_OUT_SEED + FRESH)
     assert {kind: score.asked for kind, score in forced.items()} == {
         kind: score.asked for kind, score in answers.items()
     }
@@ -62,12 +69,14 @@ def test_generate_agrees_with_teacher_forcing(model: Any, answers: dict[str, Sco
         assert abs(forced[kind].right - score.right) <= max(1, 0.06 * score.asked), kind
 
 
-def test_random_ninth_of_the_tokens_is_not_enough(model: Any, answers: dict[str, Score]) -> None:
+def test_random_ninth_of_the_tokens_is_not_enough(
+    family: Family, model: Any, answers: dict[str, Score]
+) -> None:
     assert (
-        _mean(teacher_forced(LLAVA, model, SCENES, HELD_OUT_SEED + FRESH, kept=16))
+        _mean(teacher_forced(family, model, SCENES, HELD_OUT_SEED + FRESH, kept=16))
         < _mean(answers) - 0.3
     )
 
 
-def test_class_token_looks_at_things(model: Any) -> None:
-    assert saliency_auc(LLAVA, model, 40, HELD_OUT_SEED + FRESH)[-1] > 0.9
+def test_saliency_looks_at_things(family: Family, model: Any) -> None:
+    assert saliency_auc(family, model, 40, HELD_OUT_SEED + FRESH)[-1] > 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,8 @@ class Asked:
     """A request that can be read. ticket: the engine's name for it. inputs: the processor's tensors
     of this prompt alone. content: a name for its images, see `content_of`.
 
-    tokens: prompt tokens that enter the decoder under its spec. patches: that enter the tower.
+    tokens: prompt tokens that enter the decoder under its spec, at most; of a control request those
+    of its dense twin. patches: that enter the tower.
     """
 
     ticket: int
@@ -47,6 +48,11 @@ class Asked:
         return self.request.control
 
     @property
+    def need(self) -> int:
+        """Tokens of its slot in the end, at most."""
+        return self.tokens + self.request.generation.max_new_tokens
+
+    @property
     def kind(self) -> Hashable:
         """Batches cannot mix prompts with and without pixels, nor policies for positions."""
         spec = self.request.spec
@@ -56,8 +62,8 @@ class Asked:
 class Asker:
     """Turns requests into `Asked` in `threads` threads.
 
-    context: the most tokens of prompt and answer together, unpruned. capacity: the most that are
-    left of them, or None.
+    context: the most tokens of prompt and answer together, unpruned. fits: whether so many tokens
+    find room in a slot, with nobody beside.
     """
 
     def __init__(
@@ -66,13 +72,13 @@ class Asker:
         pruner: Pruner,
         *,
         context: int,
-        capacity: int | None = None,
+        fits: Callable[[int], bool],
         threads: int = 2,
     ) -> None:
         self._processor = processor
         self._pruner = pruner
         self._context = context
-        self._capacity = capacity
+        self._fits = fits
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
 
@@ -104,12 +110,11 @@ class Asker:
             tokens=prompt - visual + kept,
             patches=patches,
         )
-        longest = asked.tokens + request.generation.max_new_tokens
-        if self._capacity is not None and longest > self._capacity:
+        if not self._fits(asked.need):
             raise InputError(
                 f"{asked.tokens} prompt tokens and max_new_tokens "
-                f"{request.generation.max_new_tokens} exceed the engine's capacity of "
-                f"{self._capacity} a request: keep fewer visual tokens, or raise the capacity"
+                f"{request.generation.max_new_tokens} are more than one slot of the engine can "
+                "hold: keep fewer visual tokens, or raise its capacity or kv_bytes"
             )
         return asked
 
@@ -117,14 +122,11 @@ class Asker:
 def _sizes(
     adapter: Adapter, shapes: Sequence[ImageShape], request: Request
 ) -> tuple[int, int, int]:
-    """Visual tokens, those of them that enter the decoder, and patches."""
+    """Visual tokens, those of them that enter the decoder at most, and patches."""
     sizes = [shape.tokens for shape in shapes]
+    total = kept = sum(sizes)
     selector = selector_for(request.spec)
-    kept = sum(sizes)
-    if selector is not None:
-        layers = adapter.capabilities.decoder_layers
-        counts = request.spec.budget.per_image(sizes)
-        kept = sum(
-            selector.schedule(n, k, layers).before for n, k in zip(sizes, counts, strict=True)
-        )
-    return sum(sizes), kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)
+    if selector is not None and not request.control:
+        _, most = request.spec.budget.bounds(total, len(sizes))
+        _, kept = selector.entering(total, most)
+    return total, kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from sppruner.spec import DENSE
 # The share of slots that a group fills, if so many requests are about: it shares one forward, and
 # running rows wait while that takes place.
 _GROUP: Final = 0.25
+_KV_SHARE: Final = 0.6
 
 
 class ContinuousEngine(ModelEngine):
@@ -33,9 +35,11 @@ class ContinuousEngine(ModelEngine):
     answered by themselves, pruned and dense, once everything else that ran has finished.
 
     max_batch_rows: slots. limits: of what is read in one forward. capacity: places of every slot,
-    allocated at once, or None to grow as needed. compiled: decode as one graph, which needs a
-    capacity. threads: that prepare pixels. encodings_bytes: memory for what the last images were
-    encoded to (`encodings` counts who was served from it); 0 encodes every prompt's images anew.
+    allocated at once, or None to grow as needed. kv_bytes: what keys and values may grow to, by
+    default without bounds on a CPU and 60 % of what a GPU has left; requests wait for room.
+    compiled: decode as one graph, which needs a capacity. threads: that prepare pixels.
+    encodings_bytes: memory for what the last images were encoded to (`encodings` counts who was
+    served from it); 0 encodes every prompt's images anew.
     Other settings: see `ModelEngine`. Single-threaded: one thread makes all calls.
     """
 
@@ -45,6 +49,7 @@ class ContinuousEngine(ModelEngine):
         *,
         limits: Limits | None = None,
         capacity: int | None = None,
+        kv_bytes: int | None = None,
         compiled: bool = False,
         threads: int = 2,
         encodings_bytes: int = 256 * 2**20,
@@ -63,13 +68,14 @@ class ContinuousEngine(ModelEngine):
             slots=self.max_batch_rows,
             encodings=self.encodings,
             capacity=capacity,
+            kv_bytes=_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
             compiled=compiled,
         )
         self._asker = Asker(
             self._processor,
             self._pruner,
             context=self._context,
-            capacity=capacity,
+            fits=partial(self._rows.cache.fits, 1),
             threads=threads,
         )
         self._schedule: Schedule[Asked] = Schedule(limits or Limits())
@@ -152,11 +158,13 @@ class ContinuousEngine(ModelEngine):
         if first.alone:
             # Controls are timed together: none starts while some are still being prepared.
             ready = not running and not any(request.control for request in asking)
-            return self._schedule.take(free) if ready else []
+            return self._schedule.take(free, self._rows.fits) if ready else []
         urgent = any(first.priority < row.asked.priority for row in running)
         coming = len(self._schedule) + len(asking)
         enough = 1 if urgent else min(coming, _GROUP * self._rows.cache.slots)
-        return self._schedule.take(free) if enough <= min(free, len(self._schedule)) else []
+        if enough > min(free, len(self._schedule)):
+            return []
+        return self._schedule.take(free, self._rows.fits)
 
     def _read(self, group: Sequence[Asked]) -> None:
         isolated(self._read_together, group, self._fail)
@@ -213,3 +221,11 @@ class ContinuousEngine(ModelEngine):
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:
         self._updates.append(Update(ticket=ticket, text=text, result=result))
+
+
+def _kv_bytes(device: torch.device) -> int | None:
+    """The rest of a GPU is for what forwards need on the way."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(_KV_SHARE * free)

@@ -35,6 +35,11 @@ class Row:
     unsaid: str = ""
 
     @property
+    def need(self) -> int:
+        """Tokens of its slot in the end, at most."""
+        return self.report.prompt_tokens + self.asked.request.generation.max_new_tokens
+
+    @property
     def stopped(self) -> bool:
         """Whether it said a stop string."""
         return self.transcript is not None and self.transcript.stopped
@@ -56,6 +61,7 @@ class RunningRows:
         slots: int,
         encodings: Encodings,
         capacity: int | None = None,
+        kv_bytes: int | None = None,
         compiled: bool = False,
     ) -> None:
         text = pruner.model.config.get_text_config()
@@ -69,6 +75,7 @@ class RunningRows:
             dtype=pruner.model.dtype,
             device=pruner.model.device,
             capacity=capacity,
+            limit=kv_bytes,
         )
         self._pruner = pruner
         self._tokenizer = tokenizer
@@ -84,6 +91,11 @@ class RunningRows:
     def free(self) -> int:
         return self.cache.slots - len(self.rows)
 
+    def fits(self, group: Sequence[Asked]) -> bool:
+        """Whether the cache has room for a group beside those that run, to their last token."""
+        needs = [row.need for row in self.rows] + [asked.need for asked in group]
+        return self.cache.fits(len(needs), max(needs))
+
     @torch.inference_mode()
     def read(self, group: Sequence[Asked]) -> list[Row]:
         """Reads prompts and says the first token of each; returns those that are finished by it.
@@ -95,10 +107,15 @@ class RunningRows:
         prompts = prefill(self._pruner, group, self._encodings if shared else None)
         rows = [self._row(asked, prompt) for asked, prompt in zip(group, prompts, strict=True)]
         finished = self._say(torch.stack([prompt.logits_V for prompt in prompts]), rows)
-        for row, prompt in zip(rows, prompts, strict=True):
-            if row not in finished:
-                self.cache.write(len(self.rows), prompt.keys, prompt.values)
-                self.rows.append(row)
+        stay = [
+            (row, prompt) for row, prompt in zip(rows, prompts, strict=True) if row not in finished
+        ]
+        if stay:
+            # What memory is missing is missing here, while none of them has a slot.
+            self.cache.prepare(*self._extent([row for row, _ in stay]))
+        for row, prompt in stay:
+            self.cache.write(len(self.rows), prompt.keys, prompt.values)
+            self.rows.append(row)
         _share(rows, started)
         return finished
 
@@ -133,6 +150,11 @@ class RunningRows:
             self.rows[slot] = self.rows[last]
         self.rows.pop()
         self.cache.release(last)
+
+    def _extent(self, more: Sequence[Row]) -> tuple[int, int]:
+        """Rows, and tokens of the longest in the end, with `more` beside those that run."""
+        needs = [row.need for row in (*self.rows, *more)]
+        return len(needs), max(needs)
 
     def _row(self, asked: Asked, prompt: Prefilled) -> Row:
         request = asked.request

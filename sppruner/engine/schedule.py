@@ -7,7 +7,7 @@ together: with or without images, under one policy for positions, control reques
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -74,10 +74,13 @@ class Schedule(Generic[_W]):
     def first(self) -> _W | None:
         return next(iter(self), None)
 
-    def take(self, rows: int) -> list[_W]:
-        """The first request and those that can be read with it, `rows` at most.
+    def take(self, rows: int, fits: Callable[[list[_W]], bool] = bool) -> list[_W]:
+        """The first request and those that can be read with it, `rows` at most; nobody where it
+        does not fit.
 
-        Requests of another kind keep their place: the first of them leads the next group.
+        fits: whether a group may run, as far as it depends on who else does. Requests of another
+        kind keep their place: the first of them leads the next group. One that does not fit holds
+        up those behind it, or it would wait for ever.
         """
         group: list[_W] = []
         longest = patches = 0
@@ -90,6 +93,8 @@ class Schedule(Generic[_W]):
             if group and (
                 longest * (len(group) + 1) > self._limits.tokens or more > self._limits.patches
             ):
+                break
+            if not fits([*group, request]):
                 break
             patches = more
             group.append(request)

@@ -29,8 +29,8 @@ class SlotCache:
     length inside one divides it, for good.
 
     heads, width: KV heads and their width. capacity: places of every slot at every layer, allocated
-    at once and never grown, as captured graphs need it; with None a layer grows to what its longest
-    slot has needed so far.
+    at once and never changed, as captured graphs need it; with None slots and layers grow as far as
+    they are needed. limit: bytes that such a cache may grow to, see `fits`.
     """
 
     def __init__(
@@ -43,9 +43,12 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
         capacity: int | None = None,
+        limit: int | None = None,
     ) -> None:
         self._fixed = None if capacity is None else _grained(capacity)
-        shape = slots, heads, self._fixed or 0, width
+        self._limit = limit
+        self._token_bytes = 2 * layers * heads * width * dtype.itemsize
+        shape = (0, heads, 0, width) if self._fixed is None else (slots, heads, self._fixed, width)
 
         def places() -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -74,8 +77,34 @@ class SlotCache:
         """Tokens of a slot at each layer."""
         return [int(length) for length in self._known_LS[:, slot]]
 
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether so many requests may run side by side, the longest of so many tokens in the end,
+        at all layers."""
+        if self._fixed is not None:
+            return tokens <= self._fixed
+        return self._limit is None or rows * _grained(tokens) * self._token_bytes <= self._limit
+
+    def prepare(self, rows: int, tokens: int) -> None:
+        """Makes slots for requests that `fits`, and gives places back that only longer ones needed
+        where the limit asks for it. Writing to these slots then needs no more memory than it."""
+        held = len(self.keys[0])
+        if self._fixed is not None:
+            return
+        places = _grained(tokens)
+        wanted = max(rows, min(self.slots, 2 * held)) if rows > held else held
+        if self._limit is not None:
+            wanted = min(wanted, max(rows, self._limit // (places * self._token_bytes)))
+        for held_layers in (self.keys, self.values):
+            for layer, states in enumerate(held_layers):
+                kept = states if self._limit is None else states[:wanted, :, :places]
+                more = (0, 0, 0, 0, 0, 0, 0, wanted - len(kept))
+                if more[-1]:
+                    held_layers[layer] = torch.nn.functional.pad(kept, more)
+                elif kept.shape != states.shape:
+                    held_layers[layer] = kept.clone()
+
     def write(self, slot: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Fills a slot with a prompt: [heads, length, width] keys and values of each layer.
+        """Fills a prepared slot with a prompt: [heads, length, width] keys and values by layer.
 
         Raises EngineError where it is longer than a fixed capacity.
         """

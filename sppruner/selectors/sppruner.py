@@ -24,11 +24,12 @@ counts where its own standard deviation is above relevance_floor times the forme
 quarter, is what 16 unrelated words spread by chance. On the embedded model that request spreads
 0.03 of chance, and kinds of questions that name things 0.4 to 1.3 on average.
 
-The constants are those that `jobs/tune.py` chose on the tuning scenes of the embedded model, at
+The constants are those that `jobs/tune.py` chose on the tuning scenes of the embedded LLaVA, at
 33.3, 22.2 and 11.1 %: 99.7 % of dense accuracy on 600 questions, where values argued beforehand
 (λ=0.5, η=1, μ=0.3, four windows) had 99.3 %. On 3,000 further tuning questions the two could not be
-told apart (0.03 to 0.07 points, intervals on both sides of 0), nor could merging and none: that
-model does not tell these constants, and the cheaper ones are kept (no coherence to compute).
+told apart (0.03 to 0.07 points, intervals on both sides of 0): of two sets that this model does not
+tell, the cheaper one is kept, which has no coherence to compute. Nor could merging be told from
+none; it stays, being the last step of restoring context (kappa=0 turns it off).
 
 Limits: λ=1, μ=0, ω=0, windows=0, redundancy=1, no root, energy 1, percentile 1, an endless σ and no
 norms restored is FSR; focus 0, ω=0 and windows=0 is farthest-point sampling, DivPrune with another

@@ -112,3 +112,23 @@ def test_slots_that_have_grown_while_answering_take_the_next_request(
     for request, result in zip(asked, expected, strict=True):
         assert facts(engine.run([request])[0]) == result
     engine.close()
+
+
+def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: BatchEngine) -> None:
+    """Room for about two of the longest: the others wait, and get the same answers."""
+    asked = requests(alone, random.Random(4), 12)
+    expected = [facts(result) for result in alone.run(asked)]
+    plenty = ContinuousEngine(loaded, max_batch_rows=8)
+    assert [facts(result) for result in plenty.run(asked)] == expected
+    longest = max(result.prompt_tokens for result in expected) + 8
+    per_token = plenty._rows.cache._token_bytes
+    bound = 2 * (longest + 64) * per_token
+    tight = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=bound)
+    assert [facts(result) for result in tight.run(asked)] == expected
+    assert tight._rows.cache.nbytes <= bound < plenty._rows.cache.nbytes
+    hopeless = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=64 * per_token)
+    refused = [result for result in hopeless.run(asked) if result.error_code]
+    assert {result.error_code for result in refused} == {"prompt_invalid"}
+    assert all("kv_bytes" in str(result.error_message) for result in refused)
+    for engine in (plenty, tight, hopeless):
+        engine.close()

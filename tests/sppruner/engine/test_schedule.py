@@ -80,6 +80,14 @@ def test_a_request_larger_than_every_limit_is_read_by_itself() -> None:
     assert len(line) == 1
 
 
+def test_one_that_does_not_fit_beside_those_that_run_holds_up_those_behind_it() -> None:
+    line = waiting(Asking(number=0), Asking(number=1, tokens=50), Asking(number=2))
+    taken = line.take(8, lambda group: sum(request.tokens for request in group) < 30)
+    assert [request.number for request in taken] == [0]
+    assert line.take(8, lambda _: False) == []
+    assert [request.number for request in line] == [1, 2]
+
+
 @pytest.mark.parametrize("bad", [{"tokens": 0}, {"patches": -1}])
 def test_limits_that_let_nothing_in_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(SpecError, match="give at least 1"):

@@ -14,7 +14,7 @@ from sppruner.errors import EngineError
 LAYERS, SLOTS, HEADS, WIDTH = 3, 4, 2, 5
 
 
-def cache(capacity: int | None = None) -> SlotCache:
+def cache(capacity: int | None = None, limit: int | None = None) -> SlotCache:
     return SlotCache(
         layers=LAYERS,
         slots=SLOTS,
@@ -23,6 +23,7 @@ def cache(capacity: int | None = None) -> SlotCache:
         dtype=torch.float32,
         device=torch.device("cpu"),
         capacity=capacity,
+        limit=limit,
     )
 
 
@@ -46,6 +47,7 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
     slots = cache()
     expected: list[list[Tensor]] = []
     for number, lengths in enumerate(prompts):
+        slots.prepare(number + 1, max(lengths))
         keys = states(number, lengths)
         slots.write(number, keys, [-key for key in keys])
         expected.append(keys)
@@ -78,6 +80,8 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
 
 def test_layers_behind_a_stage_take_no_more_room_than_they_need() -> None:
     plain, staged = cache(), cache()
+    plain.prepare(1, 640)
+    staged.prepare(1, 640)
     plain.write(0, *[states(0, [640] * LAYERS)] * 2)
     staged.write(0, *[states(0, [640, 64, 64])] * 2)
     assert staged.nbytes * 640 * 3 == plain.nbytes * (640 + 64 + 64)
@@ -92,3 +96,50 @@ def test_a_fixed_capacity_is_allocated_at_once_and_never_exceeded() -> None:
         slots.begin(1)
     with pytest.raises(EngineError, match="129 tokens in slots of 128"):
         slots.write(1, *[states(0, [129] * LAYERS)] * 2)
+
+
+TOKEN = 2 * LAYERS * HEADS * WIDTH * 4  # bytes
+
+
+@given(
+    groups=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=SLOTS), max_size=12),
+    places=st.integers(1, 12),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_fits_stays_within_the_limit_and_loses_nothing(
+    groups: list[list[int]], places: int
+) -> None:
+    """Groups of requests come one after another, each when the one before has gone."""
+    limit = places * 64 * TOKEN
+    slots = cache(limit=limit)
+    for group in groups:
+        if not slots.fits(len(group), max(group)):
+            assert len(group) * (max(group) + 63) * TOKEN > limit, "refused for no reason"
+            continue
+        for rows in range(1, len(group) + 1):
+            slots.prepare(rows, max(group))
+            keys = states(rows, [group[rows - 1]] * LAYERS)
+            slots.write(rows - 1, keys, keys)
+            assert slots.nbytes <= limit
+        slots.begin(len(group))
+        assert slots.nbytes <= limit or max(group) % 64 == 0
+        for row, length in enumerate(group):
+            for layer, kept in enumerate(states(row + 1, [length] * LAYERS)):
+                assert torch.equal(slots.keys[layer][row, :, :length], kept)
+        for row in range(len(group)):
+            slots.release(row)
+
+
+def test_places_that_only_a_long_request_needed_are_given_back_for_more_slots() -> None:
+    slots = cache(limit=4 * 64 * TOKEN)
+    assert slots.fits(1, 256)
+    assert not slots.fits(2, 256)
+    slots.prepare(1, 256)
+    slots.write(0, *[states(0, [256] * LAYERS)] * 2)
+    slots.release(0)
+    assert slots.fits(4, 64)
+    slots.prepare(4, 64)
+    for slot in range(4):
+        slots.write(slot, *[states(slot, [63] * LAYERS)] * 2)
+    slots.begin(4)
+    assert slots.nbytes <= 4 * 64 * TOKEN

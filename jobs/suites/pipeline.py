@@ -1,7 +1,8 @@
 """The job against the bare engine on the same images.
 
-One corpus is labelled in turns: with the engine alone in this process, fed from memory, and with
-the job (S3 server, Ray Data, a Serve replica, commits). Replicas are up before any clock starts.
+One corpus is labelled in turns: with the replica's engine alone in this process, fed from memory,
+and with the job (S3 server, Ray Data, a Serve replica, commits). Replicas are up before any clock
+starts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ from cluster.store import open_store
 from jobs.make_corpus import make_corpus
 from jobs.suites.result import machine, ratio
 from sppruner import Budget, PruneSpec
-from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine import Engine, Generation, Request
 from sppruner.engine.loading import resolve_model
 from sppruner.tiny.questions import CAPTION_PROMPT
 
@@ -45,23 +47,27 @@ class Case:
     replica_busy_share: float | None = None
 
 
-def engine_pass(engine: BatchEngine, images: Sequence[bytes], rows: int, number: int) -> Case:
-    """The engine alone: decode and answer, in batches of `rows`."""
+def engine_pass(engine: Engine, images: Sequence[bytes], held: int, number: int) -> Case:
+    """The engine alone, kept full: decode and submit while fewer than `held` are in flight."""
     limits = MediaLimits()
     began = time.monotonic()
-    for start in range(0, len(images), rows):
-        batch = [
-            Request(
-                id=str(start + i),
-                prompt=CAPTION_PROMPT,
-                images=(decode_image(data, limits),),
-                spec=_SPEC,
-                generation=_GENERATION,
+    waiting = iter(enumerate(images))
+    left = len(images)
+    while left:
+        for id, data in islice(waiting, max(0, held - engine.in_flight)):
+            engine.submit(
+                Request(
+                    id=str(id),
+                    prompt=CAPTION_PROMPT,
+                    images=(decode_image(data, limits),),
+                    spec=_SPEC,
+                    generation=_GENERATION,
+                )
             )
-            for i, data in enumerate(images[start : start + rows])
-        ]
-        failed = [result for result in engine.run(batch) if result.error_code is not None]
-        assert not failed, failed[0]
+        engine.step()
+        results = [update.result for update in engine.poll() if update.result is not None]
+        assert not [result for result in results if result.error_code is not None]
+        left -= len(results)
     seconds = time.monotonic() - began
     return Case(
         name="engine",
@@ -99,9 +105,8 @@ def job_pass(corpus: str, output: str, model: str, told: Console, number: int) -
 def pipeline(model: str, *, quick: bool, told: Console) -> dict[str, Any]:
     about = machine()
     rows, rounds = (256, 1) if quick else (2048, 3)
-    engine = BatchEngine(model)
     served = EngineSettings(model=model, revision=resolve_model(model).revision)
-    batch_rows = served.max_batch_rows
+    engine, held = served.build(), served.batch_rows_held
     cases: list[Case] = []
     with LocalS3("benchmark") as server:
         corpus = f"{server.uri}/corpus"
@@ -112,9 +117,9 @@ def pipeline(model: str, *, quick: bool, told: Console) -> dict[str, Any]:
             column = pq.read_table(io.BytesIO(store.get(info.key)), columns=["image"])["image"]
             images += [value["bytes"] for value in column.to_pylist()]
         with open_fleet(FleetSettings(engine=served)):
-            engine_pass(engine, images[: 2 * batch_rows], batch_rows, -1)  # warm-up, not counted
+            engine_pass(engine, images[: 2 * held], held, -1)  # warm-up, not counted
             for number in range(rounds):
-                cases.append(engine_pass(engine, images, batch_rows, number))
+                cases.append(engine_pass(engine, images, held, number))
                 output = f"{server.uri}/labels-{number}"
                 cases.append(job_pass(corpus, output, model, told, number))
     ratios = [

@@ -149,7 +149,7 @@ def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
     embedded: Fleet, s3: str
 ) -> None:
     """The official client asks for corpus images while the job runs on the same replica."""
-    make_corpus(kind="caption", rows=96, output=f"{s3}/corpus")
+    make_corpus(kind="caption", rows=480, output=f"{s3}/corpus")
     file = open_store(f"{s3}/corpus").get("00000.parquet")
     images = {r["key"]: r["image"]["bytes"] for r in pq.read_table(io.BytesIO(file)).to_pylist()}
     before = embedded.stats()
@@ -157,14 +157,14 @@ def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
     job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))
     job.start()
     client = openai.OpenAI(base_url=f"{embedded.http_url}/v1", api_key="unused")
-    asked = {key: _caption(client, images[key]) for key in list(images)[::12]}
+    asked = {key: _caption(client, images[key]) for key in list(images)[::60]}
     was_running = job.is_alive()
     job.join()
     assert codes == [0]
     assert was_running, "the job was over before the client had asked: nothing was tested"
     after = embedded.stats()
     assert {r.pid for r in after.replicas} == {r.pid for r in before.replicas}
-    assert after.rows - before.rows >= 96 + len(asked)
+    assert after.rows - before.rows >= 480 + len(asked)
     written = {row["key"]: row["text"] for row in committed(f"{s3}/labels")}
     assert asked == {key: written[key] for key in asked}
 

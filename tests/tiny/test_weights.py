@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.evaluation.scenes import scene_questions
@@ -25,7 +26,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def loaded(family: Family) -> LoadedModel:
-    return load_model(f"tiny-{family.name}", device="cpu", dtype="bfloat16")
+    # In float32, which a CPU computes several times as fast: the card was scored in bfloat16.
+    return load_model(f"tiny-{family.name}", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,10 @@ def _mean(scores: dict[str, Score]) -> float:
     return sum(scores[kind].accuracy for kind in kinds) / len(kinds)
 
 
-def test_shipped_files_are_small_and_bfloat16(loaded: LoadedModel) -> None:
-    assert loaded.model.dtype == torch.bfloat16
-    assert (TINY_MODELS[loaded.identity.name] / "model.safetensors").stat().st_size < 15e6
+def test_shipped_files_are_small_and_bfloat16(family: Family) -> None:
+    file = TINY_MODELS[f"tiny-{family.name}"] / "model.safetensors"
+    assert file.stat().st_size < 15e6
+    assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
 
 
 def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
@@ -65,7 +68,7 @@ def test_generate_agrees_with_teacher_forcing(
         kind: score.asked for kind, score in answers.items()
     }
     for kind, score in answers.items():
-        # bfloat16 sums differ between the two routes, so an uncertain answer may flip.
+        # The two routes sum in different orders, so an uncertain answer may flip.
         assert abs(forced[kind].right - score.right) <= max(1, 0.06 * score.asked), kind
 
 

@@ -7,7 +7,7 @@ together: with or without images, under one policy for positions, control reques
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -83,21 +83,32 @@ class Schedule(Generic[_W]):
         up those behind it, or it would wait for ever.
         """
         group: list[_W] = []
-        longest = patches = 0
         for request in list(self):
             if len(group) == rows:
                 break
             if group and request.kind != group[0].kind:
                 continue
-            longest, more = max(longest, request.tokens), patches + request.patches
-            if group and (
-                longest * (len(group) + 1) > self._limits.tokens or more > self._limits.patches
-            ):
+            # Those that run by themselves are timed together, however many forwards they take.
+            together = not group or request.alone or self._within([*group, request])
+            if not together or not fits([*group, request]):
                 break
-            if not fits([*group, request]):
-                break
-            patches = more
             group.append(request)
         for request in group:
             self.remove(request)
         return group
+
+    def parts(self, group: Sequence[_W]) -> Iterator[list[_W]]:
+        """A group in as many as the limits ask for, in its order."""
+        part: list[_W] = []
+        for request in group:
+            if part and not self._within([*part, request]):
+                yield part
+                part = []
+            part.append(request)
+        if part:
+            yield part
+
+    def _within(self, group: Sequence[_W]) -> bool:
+        padded = len(group) * max(request.tokens for request in group)
+        patches = sum(request.patches for request in group)
+        return padded <= self._limits.tokens and patches <= self._limits.patches

@@ -80,6 +80,14 @@ def test_a_request_larger_than_every_limit_is_read_by_itself() -> None:
     assert len(line) == 1
 
 
+def test_requests_that_run_by_themselves_stay_together_and_are_read_in_parts() -> None:
+    controls = [Asking(number=n, alone=True) for n in range(5)]
+    line = waiting(*controls, limits=Limits(tokens=20, patches=1000))
+    group = line.take(8)
+    assert group == controls
+    assert list(line.parts(group)) == [controls[:2], controls[2:4], controls[4:]]
+
+
 def test_one_that_does_not_fit_beside_those_that_run_holds_up_those_behind_it() -> None:
     line = waiting(Asking(number=0), Asking(number=1, tokens=50), Asking(number=2))
     taken = line.take(8, lambda group: sum(request.tokens for request in group) < 30)

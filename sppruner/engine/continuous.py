@@ -167,14 +167,13 @@ class ContinuousEngine(ModelEngine):
         return self._schedule.take(free, self._rows.fits)
 
     def _read(self, group: Sequence[Asked]) -> None:
-        isolated(self._read_together, group, self._fail)
+        for finished in isolated(lambda part: [self._rows.read(part)], group, self._fail):
+            self._tell(finished)
 
-    def _read_together(self, group: Sequence[Asked]) -> list[None]:
-        self._tell(self._rows.read(group))
-        return [None] * len(group)
-
-    def _fail(self, asked: Asked, error: Exception) -> None:
+    def _fail(self, asked: Asked, error: Exception) -> list[Row]:
+        """Ends a request in an error; no row is finished by it."""
         self._finish(asked.ticket, failed(asked.request, error))
+        return []
 
     def _decode(self) -> None:
         try:

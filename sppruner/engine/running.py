@@ -35,9 +35,10 @@ class Row:
     unsaid: str = ""
 
     @property
-    def need(self) -> int:
-        """Tokens of its slot in the end, at most."""
-        return self.report.prompt_tokens + self.asked.request.generation.max_new_tokens
+    def need(self) -> list[int]:
+        """Tokens of its slot at each layer in the end, at most."""
+        new = self.asked.request.generation.max_new_tokens
+        return [tokens + new for tokens in self.report.layer_tokens]
 
     @property
     def stopped(self) -> bool:
@@ -93,7 +94,7 @@ class RunningRows:
 
     def fits(self, group: Sequence[Asked]) -> bool:
         """Whether the cache has room for a group beside those that run, to their last token."""
-        needs = [row.need for row in self.rows] + [asked.need for asked in group]
+        needs = [max(row.need) for row in self.rows] + [asked.need for asked in group]
         return self.cache.fits(len(needs), max(needs))
 
     @torch.inference_mode()
@@ -112,7 +113,8 @@ class RunningRows:
         ]
         if stay:
             # What memory is missing is missing here, while none of them has a slot.
-            self.cache.prepare(*self._extent([row for row, _ in stay]))
+            needs = [row.need for row in (*self.rows, *(row for row, _ in stay))]
+            self.cache.prepare(len(needs), [max(layer) for layer in zip(*needs, strict=True)])
         for row, prompt in stay:
             self.cache.write(len(self.rows), prompt.keys, prompt.values)
             self.rows.append(row)
@@ -150,11 +152,6 @@ class RunningRows:
             self.rows[slot] = self.rows[last]
         self.rows.pop()
         self.cache.release(last)
-
-    def _extent(self, more: Sequence[Row]) -> tuple[int, int]:
-        """Rows, and tokens of the longest in the end, with `more` beside those that run."""
-        needs = [row.need for row in (*self.rows, *more)]
-        return len(needs), max(needs)
 
     def _row(self, asked: Asked, prompt: Prefilled) -> Row:
         request = asked.request

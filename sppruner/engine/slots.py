@@ -29,8 +29,8 @@ class SlotCache:
     length inside one divides it, for good.
 
     heads, width: KV heads and their width. capacity: places of every slot at every layer, allocated
-    at once and never changed, as captured graphs need it; with None slots and layers grow as far as
-    they are needed. limit: bytes that such a cache may grow to, see `fits`.
+    at once and never changed, as captured graphs need it; with None slots and layers grow to what
+    `prepare` was asked for. limit: bytes that such a cache may grow to, see `fits`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SlotCache:
     ) -> None:
         self._fixed = None if capacity is None else _grained(capacity)
         self._limit = limit
-        self._token_bytes = 2 * layers * heads * width * dtype.itemsize
+        self._place_bytes = 2 * heads * width * dtype.itemsize  # of a token at one layer
         shape = (0, heads, 0, width) if self._fixed is None else (slots, heads, self._fixed, width)
 
         def places() -> list[Tensor]:
@@ -82,35 +82,32 @@ class SlotCache:
         at all layers."""
         if self._fixed is not None:
             return tokens <= self._fixed
-        return self._limit is None or rows * _grained(tokens) * self._token_bytes <= self._limit
+        each = len(self.keys) * _grained(tokens) * self._place_bytes
+        return self._limit is None or rows * each <= self._limit
 
-    def prepare(self, rows: int, tokens: int) -> None:
-        """Makes slots for requests that `fits`, and gives places back that only longer ones needed
-        where the limit asks for it. Writing to these slots then needs no more memory than it."""
-        held = len(self.keys[0])
+    def prepare(self, rows: int, lengths: Sequence[int]) -> None:
+        """Takes all memory that `rows` requests need, of which the longest has so many tokens at
+        each layer in the end; nothing else does. They are requests that `fits`. Places that only
+        longer ones needed are given back where the limit asks for it."""
         if self._fixed is not None:
             return
-        places = _grained(tokens)
-        wanted = max(rows, min(self.slots, 2 * held)) if rows > held else held
-        if self._limit is not None:
-            wanted = min(wanted, max(rows, self._limit // (places * self._token_bytes)))
-        for held_layers in (self.keys, self.values):
-            for layer, states in enumerate(held_layers):
-                kept = states if self._limit is None else states[:wanted, :, :places]
-                more = (0, 0, 0, 0, 0, 0, 0, wanted - len(kept))
-                if more[-1]:
-                    held_layers[layer] = torch.nn.functional.pad(kept, more)
-                elif kept.shape != states.shape:
-                    held_layers[layer] = kept.clone()
+        held, needed = len(self.keys[0]), [_grained(length) for length in lengths]
+        slots = held if rows <= held else max(rows, min(self.slots, 2 * held))
+        places = [max(n, layer.shape[2]) for n, layer in zip(needed, self.keys, strict=True)]
+        if self._limit is not None and slots * sum(places) * self._place_bytes > self._limit:
+            slots = min(self.slots, self._limit // (sum(needed) * self._place_bytes))
+            places = needed
+        for layers in (self.keys, self.values):
+            layers[:] = [_resized(one, slots, n) for one, n in zip(layers, places, strict=True)]
 
     def write(self, slot: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Fills a prepared slot with a prompt: [heads, length, width] keys and values by layer.
 
-        Raises EngineError where it is longer than a fixed capacity.
+        Raises EngineError where it is longer than what the slot holds.
         """
         lengths = [int(key.shape[1]) for key in keys]
+        self._check(lengths)
         self._divide(lengths)
-        self._reserve(lengths)
         for layer, (key, value, length) in enumerate(zip(keys, values, lengths, strict=True)):
             self.keys[layer][slot, :, :length] = key
             self.values[layer][slot, :, :length] = value
@@ -129,11 +126,11 @@ class SlotCache:
         self._set(slot, [0] * len(self.keys))
 
     def begin(self, rows: int) -> None:
-        """Makes room for one more token in each of the first `rows` slots; `update` then reads
-        these. Raises EngineError where a fixed capacity is full."""
+        """Begins a step of one more token in each of the first `rows` slots; `update` then reads
+        these. Raises EngineError where one of them is full."""
         self._rows = rows
         longest = (self._known_LS[:, :rows].max(axis=1) + 1).tolist()
-        self._reserve(longest)
+        self._check(longest)
         ends = [*self._starts[1:], len(longest)]
         for start, end in zip(self._starts, ends, strict=True):
             extent = self._fixed or _grained(max(longest[start:end]))
@@ -175,17 +172,22 @@ class SlotCache:
         changes = {i for i, (a, b) in enumerate(pairwise(lengths), start=1) if a != b}
         self._starts = sorted({*self._starts, *changes})
 
-    def _reserve(self, lengths: Sequence[int]) -> None:
-        """Sees to `lengths` places at each layer."""
-        for layer, length in enumerate(lengths):
-            held = self.keys[layer].shape[2]
-            if length <= held:
-                continue
-            if self._fixed is not None:
-                raise EngineError(f"{length} tokens in slots of {self._fixed}: raise the capacity")
-            more = (0, 0, 0, _grained(length) - held)
-            self.keys[layer] = torch.nn.functional.pad(self.keys[layer], more)
-            self.values[layer] = torch.nn.functional.pad(self.values[layer], more)
+    def _check(self, lengths: Sequence[int]) -> None:
+        for length, layer in zip(lengths, self.keys, strict=True):
+            if length > layer.shape[2]:
+                raise EngineError(
+                    f"{length} tokens in slots of {layer.shape[2]}: raise the capacity"
+                )
+
+
+def _resized(states: Tensor, slots: int, places: int) -> Tensor:
+    """[slots, heads, places, width] with what was there, as far as it finds room."""
+    if states.shape[0] == slots and states.shape[2] == places:
+        return states
+    resized = states.new_zeros(slots, states.shape[1], places, states.shape[3])
+    kept = states[:slots, :, :places]
+    resized[: kept.shape[0], :, : kept.shape[2]] = kept
+    return resized
 
 
 def _grained(places: int) -> int:

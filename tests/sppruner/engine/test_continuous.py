@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import pytest
+import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
@@ -121,7 +122,8 @@ def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: B
     plenty = ContinuousEngine(loaded, max_batch_rows=8)
     assert [facts(result) for result in plenty.run(asked)] == expected
     longest = max(result.prompt_tokens for result in expected) + 8
-    per_token = plenty._rows.cache._token_bytes
+    cache = plenty._rows.cache
+    per_token = len(cache.keys) * cache._place_bytes
     bound = 2 * (longest + 64) * per_token
     tight = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=bound)
     assert [facts(result) for result in tight.run(asked)] == expected
@@ -132,3 +134,28 @@ def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: B
     assert all("kv_bytes" in str(result.error_message) for result in refused)
     for engine in (plenty, tight, hopeless):
         engine.close()
+
+
+def test_a_group_that_finds_no_memory_is_read_in_parts_and_answered_once(
+    loaded: LoadedModel, alone: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [r for r in requests(alone, random.Random(6), 30) if len(r.images) == 1][:6]
+    expected = [facts(result) for result in alone.run(asked)]
+    engine = ContinuousEngine(loaded, max_batch_rows=8)
+    prepare = engine._rows.cache.prepare
+
+    def tight(rows: int, lengths: list[int]) -> None:
+        if rows > 2:
+            raise torch.OutOfMemoryError("no room")
+        prepare(rows, lengths)
+
+    monkeypatch.setattr(engine._rows.cache, "prepare", tight)
+    tickets = [engine.submit(request) for request in asked]
+    told: list[int] = []
+    while engine.step():
+        told += [u.ticket for u in engine.poll() if u.result is not None]
+    told += [u.ticket for u in engine.poll() if u.result is not None]
+    assert sorted(told) == tickets, "each ended once"
+    monkeypatch.undo()
+    assert [facts(result) for result in engine.run(asked)] == expected
+    engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,12 +12,12 @@ import structlog
 
 from cluster.breakeven import BreakEven, keep_break_even, read_break_even
 from cluster.caller import prompt_of
-from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.calls import Replicas, RowAnswer, RowCall
 from cluster.config import RunConfig
 from cluster.corpus.plan import Plan
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
-from cluster.fleet import Fleet
+from cluster.delivery import Delivery
 from cluster.ledger import measured_ratio, nanoseconds
 from cluster.store import Store, open_store
 
@@ -27,20 +28,19 @@ _BATCHES: Final = 6
 
 
 def calibrate(
-    config: RunConfig, plan: Plan, todo: Sequence[Unit], store: Store, fleet: Fleet
+    config: RunConfig,
+    plan: Plan,
+    todo: Sequence[Unit],
+    store: Store,
+    replicas: Replicas,
+    *,
+    batch_rows: int,
 ) -> BreakEven:
     """The run's choice: the one that was made before, or a new one, measured on rows of `todo` in
-    the fleet's own batches. Their answers are thrown away. Raises what a replica's death raises."""
+    the fleet's own batches. Their answers are thrown away."""
     if (known := read_break_even(store)) is not None:
         return known
-    calls = _calls(config, plan, todo)
-    answers: list[RowAnswer] = []
-    for number in range(1 + _BATCHES):
-        batch = list(islice(calls, fleet.max_batch_rows))
-        if len(batch) < fleet.max_batch_rows:
-            break  # seconds of a batch that is not full would say nothing about full ones
-        answered = fleet.handle.label.remote(batch, priority=Priority.BATCH).result()
-        answers += answered if number else ()
+    answers = asyncio.run(_answers(config, _calls(config, plan, todo), replicas, batch_rows))
     pairs = [
         (nanoseconds(answer.seconds), nanoseconds(answer.control_seconds))
         for answer in answers
@@ -49,6 +49,21 @@ def calibrate(
     chosen = BreakEven(measured=measured_ratio(pairs))
     logger.info("break_even", run_id=plan.run_id, pays=chosen.pays, rows=len(pairs))
     return keep_break_even(store, chosen, writer=uuid.uuid4().hex)
+
+
+async def _answers(
+    config: RunConfig, calls: Iterator[RowCall], replicas: Replicas, batch_rows: int
+) -> list[RowAnswer]:
+    """Of the batches that count, one after the other: each had its replica to itself."""
+    delivery = Delivery(replicas, credits=1, max_attempts=config.max_attempts)
+    answers: list[RowAnswer] = []
+    for number in range(1 + _BATCHES):
+        batch = list(islice(calls, batch_rows))
+        if len(batch) < batch_rows:
+            break  # seconds of a batch that is not full would say nothing about full ones
+        delivered = await delivery.deliver(batch)
+        answers += [one.answer for one in delivered] if number else ()
+    return answers
 
 
 def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[RowCall]:

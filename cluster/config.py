@@ -69,6 +69,10 @@ class RunConfig:
                 f"max_error_share {self.max_error_share} not in [0, 1]",
             ),
             (1 <= self.unit_rows <= 512, f"unit_rows {self.unit_rows} outside 1..512"),
+            (
+                not (self.auto and self.spec.method == "none"),
+                "--auto chooses between a method and none: name a --method",
+            ),
             (self.max_attempts >= 1, f"max_attempts {self.max_attempts}: give at least 1"),
         ]
         for ok, message in checks:

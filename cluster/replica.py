@@ -52,7 +52,7 @@ class EngineSettings:
     model: str
     revision: str | None = None
     max_batch_rows: int = 16
-    engine: str = "sppruner.engine:ContinuousEngine"
+    engine: str = "sppruner.engine:open_engine"
     device: str = "auto"
     dtype: str = "auto"
     options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -120,7 +120,12 @@ class VLMReplica:
         self._started = time.monotonic()
         self._rows = 0
         self._failed_in_a_row = 0
-        logger.info("replica_ready", model=settings.model, revision=self._engine.model_revision)
+        logger.info(
+            "replica_ready",
+            model=settings.model,
+            revision=self._engine.model_revision,
+            engine=type(self._engine).__name__,
+        )
 
     async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
         """One answer per call, in order. Raises Busy if batch rows exceed what the replica holds;

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster.calibrate import calibrate
 from cluster.caller import CALLER_CPUS, CallerSettings, label_units
+from cluster.calls import ServeReplicas
 from cluster.commit import CommitSink
 from cluster.config import RunConfig
 from cluster.controller import report_commit
@@ -93,8 +94,9 @@ def run(
                 f"{pinned.image_backend}: install torchvision on both or on neither"
             )
         if config.auto:
-            spec = calibrate(config, plan, todo, store, fleet).spec(config.spec)
-            config = replace(config, spec=spec)
+            replicas, batch_rows = ServeReplicas(fleet.handle), fleet.max_batch_rows
+            chosen = calibrate(config, plan, todo, store, replicas, batch_rows=batch_rows)
+            config = replace(config, spec=chosen.spec(config.spec), auto=False)
         attempt = _label(config, plan, todo, store, fleet, pinned, console, began)
     summary = summarise(config.output, attempt)
     store.put(SUMMARY_KEY, summary.to_json().encode())

@@ -101,13 +101,13 @@ class Pruner:
         tokenizer: Any = None,
         clip_text: ClipText | None = None,
     ) -> None:
+        self.model = model
+        self.adapter = adapter or adapter_for(model)
         if not model._supports_mm_encoder_outputs():
             raise UnsupportedModel(
                 f"{type(model).__name__} takes no pre-computed encoder outputs: "
                 "use a transformers version from 5.19 to 5.23"
             )
-        self.model = model
-        self.adapter = adapter or adapter_for(model)
         words = None
         if tokenizer is not None:
             words = EmbeddingCosine(

@@ -10,13 +10,23 @@ from sppruner.engine.types import Engine, Generation, Request, Result
 if TYPE_CHECKING:
     from sppruner.engine.batch import BatchEngine
     from sppruner.engine.continuous import ContinuousEngine
+    from sppruner.engine.opening import open_engine
 
-__all__ = ["BatchEngine", "ContinuousEngine", "Engine", "Generation", "Request", "Result"]
+__all__ = [
+    "BatchEngine",
+    "ContinuousEngine",
+    "Engine",
+    "Generation",
+    "Request",
+    "Result",
+    "open_engine",
+]
 
 # torch and transformers come with the engines, not with the requests that travel to them.
 _ENGINES = {
     "BatchEngine": "sppruner.engine.batch",
     "ContinuousEngine": "sppruner.engine.continuous",
+    "open_engine": "sppruner.engine.opening",
 }
 
 

@@ -31,7 +31,8 @@ _KV_SHARE: Final = 0.6
 class ContinuousEngine(ModelEngine):
     """`submit` requests, `step` while there are any, `poll` what became of them.
 
-    Greedy answers are those of `generate` on each request alone. Control requests are read and
+    Greedy answers are those of `generate` on each request alone (in float32: less exact numbers
+    depend on the company that a row has). Control requests are read and
     answered by themselves, pruned and dense, once everything else that ran has finished.
 
     max_batch_rows: slots. limits: of what is read in one forward. capacity: places of every slot,

@@ -32,7 +32,7 @@ class DecodeStep:
         if stages_from(self._decoder.config) is None:
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: a decoder with windows or chunks of attention "
-                "cannot run in slots; use the engine sppruner.engine:BatchEngine"
+                "cannot run in slots; a BatchEngine can run it"
             )
         self._forward: Any = self._run
         if compiled:

@@ -73,7 +73,7 @@ class Chooser:
             if asked not in neutral:
                 raise UnsupportedModel(
                     f"the model's generation config sets {name}={asked!r}, which only `generate` "
-                    "can do: remove it, or use the engine sppruner.engine:BatchEngine"
+                    "can do: remove it, or answer with a BatchEngine"
                 )
         suppressed = generation_config.suppress_tokens or ()
         self._never = torch.tensor(sorted({*never, *suppressed}), dtype=torch.int64)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from cluster.breakeven import BreakEven, read_break_even
 from cluster.calibrate import calibrate
 from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.corpus import Plan
+from cluster.errors import UsageError
 from cluster.ledger import MeasuredRatio
 from cluster.report import console, render
 from cluster.store import Store, open_store
@@ -24,27 +24,27 @@ from tests.cluster.corpora import config, plan
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 
 
-class Replicas:
-    """A fleet of `rows` rows a batch whose dense answers take `dense(batch)` seconds a row, and
-    pruned ones a second."""
+class TimedReplicas:
+    """Replicas whose dense answers to a batch of that number take `dense(number)` seconds a row,
+    and pruned ones a second. Of each batch in `deaths` a replica dies first."""
 
-    def __init__(self, dense: Callable[[int], float], rows: int = 4) -> None:
+    def __init__(self, dense: Callable[[int], float], deaths: Sequence[int] = ()) -> None:
         self.batches: list[list[RowCall]] = []
-        self.max_batch_rows = rows
-        self.handle = SimpleNamespace(label=SimpleNamespace(remote=self._label))
         self._dense = dense
+        self._deaths = set(deaths)
 
-    def _label(self, calls: Sequence[RowCall], *, priority: Priority) -> Any:
+    def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+        raise AssertionError("nothing streams here")
+
+    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.BATCH
         number = len(self.batches)
+        if number in self._deaths:
+            self._deaths.remove(number)
+            raise RayActorError
         self.batches.append(list(calls))
-        answers = [
-            RowAnswer(
-                id=c.id, text="", seconds=1 + number / 1e6, control_seconds=self._dense(number)
-            )
-            for c in calls
-        ]
-        return SimpleNamespace(result=lambda: answers)
+        pruned, dense = 1 + number / 1e6, self._dense(number)
+        return [RowAnswer(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in calls]
 
 
 @pytest.fixture
@@ -53,15 +53,14 @@ def planned(tmp_path: Path) -> Plan:
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
 
 
-def chosen(planned: Plan, replicas: Replicas) -> tuple[BreakEven, Store]:
+def chosen(planned: Plan, replicas: TimedReplicas, rows: int = 4) -> tuple[BreakEven, Store]:
     settings = config(planned.input_uri, planned.output_uri, spec=SPEC, auto=True)
     store = open_store(planned.output_uri)
-    fleet: Any = replicas
-    return calibrate(settings, planned, planned.units, store, fleet), store
+    return calibrate(settings, planned, planned.units, store, replicas, batch_rows=rows), store
 
 
 def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(planned: Plan) -> None:
-    replicas = Replicas(lambda _: 2.0)
+    replicas = TimedReplicas(lambda _: 2.0)
     found, _ = chosen(planned, replicas)
     assert found.pays
     assert found.spec(SPEC) == SPEC
@@ -81,23 +80,35 @@ def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(plan
 def test_a_run_is_dense_unless_pruning_surely_pays(
     planned: Plan, dense: Callable[[int], float]
 ) -> None:
-    found, _ = chosen(planned, Replicas(dense))
+    found, _ = chosen(planned, TimedReplicas(dense))
     assert found.spec(SPEC) == DENSE
 
 
 def test_the_first_batch_is_not_counted(planned: Plan) -> None:
-    found, _ = chosen(planned, Replicas(lambda number: 2.0 if number else 0.01))
+    found, _ = chosen(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
     assert found.pays
 
 
+def test_a_replica_that_dies_meanwhile_costs_no_choice(planned: Plan) -> None:
+    replicas = TimedReplicas(lambda _: 2.0, deaths=[0, 3])
+    found, _ = chosen(planned, replicas)
+    assert found.pays
+    assert [len(batch) for batch in replicas.batches] == [4] * 7
+
+
 def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Plan) -> None:
-    found, _ = chosen(planned, Replicas(lambda _: 2.0, rows=30))
+    found, _ = chosen(planned, TimedReplicas(lambda _: 2.0), rows=30)
     assert not found.pays
 
 
+def test_a_run_that_may_choose_must_have_something_to_choose(planned: Plan) -> None:
+    with pytest.raises(UsageError, match="--auto"):
+        config(planned.input_uri, planned.output_uri, spec=DENSE, auto=True)
+
+
 def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Plan) -> None:
-    first, store = chosen(planned, Replicas(lambda _: 2.0))
-    again = Replicas(lambda _: 0.1)
+    first, store = chosen(planned, TimedReplicas(lambda _: 2.0))
+    again = TimedReplicas(lambda _: 0.1)
     second, _ = chosen(planned, again)
     assert second == first == read_break_even(store)
     assert not again.batches
@@ -111,7 +122,7 @@ def test_the_report_says_what_was_measured_and_what_ran(planned: Plan) -> None:
         return captured.get()
 
     assert "break-even" not in said()
-    found, store = chosen(planned, Replicas(lambda _: 0.5))
+    found, store = chosen(planned, TimedReplicas(lambda _: 0.5))
     assert "dense / pruned was 0.50 ×" in said()
     assert "every row ran dense" in said()
     assert summarise(planned.output_uri).to_dict()["break_even"] == found.to_dict()

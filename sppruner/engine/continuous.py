@@ -160,10 +160,10 @@ class ContinuousEngine(ModelEngine):
             # Controls are timed together: none starts while some are still being prepared.
             ready = not running and not any(request.control for request in asking)
             return self._schedule.take(free, self._rows.fits) if ready else []
-        urgent = any(first.priority < row.asked.priority for row in running)
-        coming = len(self._schedule) + len(asking)
-        enough = 1 if urgent else min(coming, _GROUP * self._rows.cache.slots)
-        if enough > min(free, len(self._schedule)):
+        # Among equals a group is worth waiting for; others who are on their way never are.
+        waiting = sum(asked.priority == first.priority for asked in self._schedule)
+        coming = waiting + sum(request.priority == first.priority for request in asking)
+        if min(free, waiting) < min(coming, _GROUP * self._rows.cache.slots):
             return []
         return self._schedule.take(free, self._rows.fits)
 

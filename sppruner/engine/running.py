@@ -86,7 +86,9 @@ class RunningRows:
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
         # A captured step has one shape: slots that nobody holds run along.
         self._shape = slots if compiled else None
-        self._chooser = Chooser(pruner.model.generation_config, pruner.adapter.placeholder_ids)
+        self._chooser = Chooser(
+            pruner.model.generation_config, pruner.adapter.placeholder_ids, pruner.model.device
+        )
 
     @property
     def free(self) -> int:

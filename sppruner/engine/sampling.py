@@ -63,11 +63,13 @@ class Choice:
 class Chooser:
     """Chooses tokens as a model's own `generate` does with the same settings.
 
-    never: ids that are never chosen. Raises UnsupportedModel for a generation config that asks for
-    something else, so that no answer silently differs.
+    never: ids that are never chosen. device: of the logits. Raises UnsupportedModel for a
+    generation config that asks for something else, so that no answer silently differs.
     """
 
-    def __init__(self, generation_config: Any, never: Sequence[int]) -> None:
+    def __init__(
+        self, generation_config: Any, never: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
         for name, neutral in _NOT_DONE.items():
             asked = getattr(generation_config, name, None)
             if asked not in neutral:
@@ -76,7 +78,7 @@ class Chooser:
                     "can do: remove it, or answer with a BatchEngine"
                 )
         suppressed = generation_config.suppress_tokens or ()
-        self._never = torch.tensor(sorted({*never, *suppressed}), dtype=torch.int64)
+        self._never = torch.tensor(sorted({*never, *suppressed}), dtype=torch.int64, device=device)
         penalty = generation_config.repetition_penalty
         self._penalty = (
             None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
@@ -92,8 +94,7 @@ class Chooser:
                     for c, row in zip(choices, scores_NV, strict=True)
                 ]
             )
-        never = self._never.to(scores_NV.device)
-        scores_NV = scores_NV.index_fill(1, never, float("-inf"))
+        scores_NV = scores_NV.index_fill(1, self._never, float("-inf"))
         tokens = scores_NV.argmax(dim=1).tolist()
         for i, choice in enumerate(choices):
             if choice.generator is not None:

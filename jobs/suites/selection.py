@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from jobs.suites.result import machine, ratio
+from jobs.suites.shapes import LLAVA_7B, QWEN_7B, Widths
 from sppruner import Budget, PruneSpec
 from sppruner.selectors import selector_for
 from sppruner.signals import ATTENTION, KEYS
@@ -30,15 +31,11 @@ METHODS = ("sppruner", "fsr", "prunesid", "visionzip", "vispruner", "divprune", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model's widths and one prompt of it."""
+class Prompt:
+    """One prompt of a model of these widths. encoder_width: of what its selectors see."""
 
     model: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
+    widths: Widths
     encoder_width: int
     grid: int
     text_tokens: int
@@ -48,38 +45,31 @@ class Shape:
         return self.grid**2
 
 
-_LLAVA = Shape(
+# Qwen's tower merges four patches into a token.
+_LLAVA = Prompt(
     model="LLaVA-1.5-7B",
-    layers=32,
-    hidden=4096,
-    heads=32,
-    kv_heads=32,
-    intermediate=11008,
-    encoder_width=1024,
+    widths=LLAVA_7B,
+    encoder_width=LLAVA_7B.tower_hidden,
     grid=24,
     text_tokens=60,
 )
-_QWEN = Shape(
+_QWEN = Prompt(
     model="Qwen2.5-VL-7B",
-    layers=28,
-    hidden=3584,
-    heads=28,
-    kv_heads=4,
-    intermediate=18944,
-    encoder_width=5120,
+    widths=QWEN_7B,
+    encoder_width=4 * QWEN_7B.tower_hidden,
     grid=24,
     text_tokens=30,
 )
 
 
-def published_shapes() -> list[Shape]:
+def published() -> list[Prompt]:
     """576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
-    return [replace(shape, grid=grid) for shape in (_LLAVA, _QWEN) for grid in (24, 36)]
+    return [replace(prompt, grid=grid) for prompt in (_LLAVA, _QWEN) for grid in (24, 36)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One method at one shape. Seconds are medians over the rounds; prefill_seconds is the layer's
+    """One method at one prompt. Seconds are medians over the rounds; prefill_seconds is the layer's
     times the number of layers, with every visual token and with those kept."""
 
     model: str
@@ -94,37 +84,37 @@ class Case:
     share_high: float
 
 
-def _image(shape: Shape, dtype: torch.dtype) -> VisualTokens:
+def _image(prompt: Prompt, dtype: torch.dtype) -> VisualTokens:
     """Features with the structure real ones have: a smooth map plus noise."""
     generator = torch.Generator().manual_seed(0)
 
     def smooth(width: int) -> Tensor:
         coarse = torch.randn(1, width, 6, 6, generator=generator)
-        fine = torch.nn.functional.interpolate(coarse, (shape.grid, shape.grid), mode="bilinear")
-        noise = torch.randn(shape.visual_tokens, width, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (prompt.grid, prompt.grid), mode="bilinear")
+        noise = torch.randn(prompt.visual_tokens, width, generator=generator)
         return (fine[0].flatten(1).T + 0.3 * noise).to(dtype)
 
-    cells = torch.arange(shape.grid)
+    cells = torch.arange(prompt.grid)
     return VisualTokens(
-        features_ND=smooth(shape.hidden),
-        hidden_NV=smooth(shape.encoder_width),
+        features_ND=smooth(prompt.widths.hidden),
+        hidden_NV=smooth(prompt.encoder_width),
         coords_N2=torch.cartesian_prod(cells, cells),
         signals={
-            ATTENTION: torch.rand(shape.visual_tokens, generator=generator) ** 4,
+            ATTENTION: torch.rand(prompt.visual_tokens, generator=generator) ** 4,
             KEYS: smooth(64).float(),
         },
-        relevance_N=torch.rand(shape.visual_tokens, generator=generator),
+        relevance_N=torch.rand(prompt.visual_tokens, generator=generator),
     )
 
 
-def _layer(shape: Shape, dtype: torch.dtype) -> LlamaModel:
+def _layer(prompt: Prompt, dtype: torch.dtype) -> LlamaModel:
     config = LlamaConfig(
         vocab_size=8,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
+        hidden_size=prompt.widths.hidden,
+        intermediate_size=prompt.widths.intermediate,
         num_hidden_layers=1,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
+        num_attention_heads=prompt.widths.heads,
+        num_key_value_heads=prompt.widths.kv_heads,
     )
     return LlamaModel(config).to(dtype).eval()
 
@@ -161,40 +151,40 @@ def selection(
     told: Console,
     dtype: torch.dtype = torch.float32,
     methods: Sequence[str] = METHODS,
-    shapes: Sequence[Shape] | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> dict[str, Any]:
-    """Every method at every shape; `ratios` holds the share of the dense prefill per case, and
+    """Every method at every prompt; `ratios` holds the share of the dense prefill per case, and
     `pruner_share` the largest one of `sppruner`."""
     rounds = 2 if quick else 7
     about = machine()
     cases: list[Case] = []
     shares: dict[str, dict[str, float]] = {}
-    for shape in shapes or published_shapes():
-        told.print(f"{shape.model}, {shape.visual_tokens} visual tokens", highlight=False)
-        image = _image(shape, dtype)
-        kept = Budget(ratio=_RATIO).count(shape.visual_tokens)
-        layer = _layer(shape, dtype)
-        dense = _prefill(layer, shape.visual_tokens + shape.text_tokens, dtype)
-        pruned = _prefill(layer, kept + shape.text_tokens, dtype)
+    for prompt in prompts or published():
+        told.print(f"{prompt.model}, {prompt.visual_tokens} visual tokens", highlight=False)
+        image = _image(prompt, dtype)
+        kept = Budget(ratio=_RATIO).count(prompt.visual_tokens)
+        layer = _layer(prompt, dtype)
+        dense = _prefill(layer, prompt.visual_tokens + prompt.text_tokens, dtype)
+        pruned = _prefill(layer, kept + prompt.text_tokens, dtype)
         selectors = {name: _select(name, image, kept) for name in methods}
         times = _in_turns({"dense": dense, "pruned": pruned} | selectors, rounds)
         for name in selectors:
             part = ratio(
                 [
-                    took / (shape.layers * whole)
+                    took / (prompt.widths.layers * whole)
                     for took, whole in zip(times[name], times["dense"], strict=True)
                 ]
             )
-            shares[f"{name} {shape.model} {shape.visual_tokens}"] = part
+            shares[f"{name} {prompt.model} {prompt.visual_tokens}"] = part
             cases.append(
                 Case(
-                    model=shape.model,
-                    visual_tokens=shape.visual_tokens,
+                    model=prompt.model,
+                    visual_tokens=prompt.visual_tokens,
                     method=name,
                     rounds=rounds,
                     select_seconds=median(times[name]),
-                    prefill_seconds=shape.layers * median(times["dense"]),
-                    prefill_seconds_pruned=shape.layers * median(times["pruned"]),
+                    prefill_seconds=prompt.widths.layers * median(times["dense"]),
+                    prefill_seconds_pruned=prompt.widths.layers * median(times["pruned"]),
                     share_of_prefill=part["value"],
                     share_low=part["low"],
                     share_high=part["high"],

@@ -54,7 +54,7 @@ class Widths:
         return replace(self, **changed)
 
 
-_LLAVA_7B: Final = Widths(
+LLAVA_7B: Final = Widths(
     family="llava",
     layers=32,
     hidden=4096,
@@ -67,7 +67,7 @@ _LLAVA_7B: Final = Widths(
     tower_heads=16,
     tower_intermediate=4096,
 )
-_QWEN_7B: Final = Widths(
+QWEN_7B: Final = Widths(
     family="qwen",
     layers=28,
     hidden=3584,
@@ -102,7 +102,7 @@ _LLAVA: Final = Shape(
     images=8,
     quick_images=2,
     rows=8,
-    widths=_LLAVA_7B.scaled(
+    widths=LLAVA_7B.scaled(
         width=Fraction(5, 16), depth=Fraction(1, 2), tower_depth=Fraction(5, 12)
     ),
 )
@@ -112,7 +112,7 @@ _QWEN: Final = Shape(
     images=8,
     quick_images=2,
     rows=8,
-    widths=_QWEN_7B.scaled(width=Fraction(1, 4), depth=Fraction(3, 4), tower_depth=Fraction(5, 8)),
+    widths=QWEN_7B.scaled(width=Fraction(1, 4), depth=Fraction(3, 4), tower_depth=Fraction(5, 8)),
 )
 
 
@@ -132,8 +132,8 @@ _ALL: Final = (
     Shape(name="tiny", side=192, images=256, quick_images=32, rows=64),
     _LLAVA,
     _QWEN,
-    _whole(_LLAVA, _LLAVA_7B),
-    _whole(_QWEN, _QWEN_7B),
+    _whole(_LLAVA, LLAVA_7B),
+    _whole(_QWEN, QWEN_7B),
 )
 SHAPES: Final[Mapping[str, Shape]] = {shape.name: shape for shape in _ALL}
 

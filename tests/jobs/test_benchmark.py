@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from jobs.suites.selection import Shape, published_shapes, selection
+from jobs.suites.selection import Prompt, published, selection
+from jobs.suites.shapes import LLAVA_7B
 
-SMALL = Shape(
-    model="small",
-    layers=3,
-    hidden=64,
-    heads=4,
-    kv_heads=2,
-    intermediate=96,
-    encoder_width=32,
-    grid=8,
-    text_tokens=5,
+WIDTHS = replace(
+    LLAVA_7B, layers=3, hidden=64, heads=4, kv_heads=2, intermediate=96, tower_hidden=32
 )
+SMALL = Prompt(model="small", widths=WIDTHS, encoder_width=32, grid=8, text_tokens=5)
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     methods = ("sppruner", "topk")
-    return selection(quick=True, told=Console(quiet=True), methods=methods, shapes=[SMALL])
+    return selection(quick=True, told=Console(quiet=True), methods=methods, prompts=[SMALL])
 
 
 def test_every_method_is_timed_at_every_shape_beside_the_same_prefill(
@@ -44,11 +39,16 @@ def test_the_headline_ratio_is_the_worst_shape_of_sppruner(result: dict[str, Any
     assert ratios["pruner_share"] == ratios["sppruner small 64"]
 
 
-def test_the_published_shapes_are_those_of_the_models() -> None:
-    shapes = {(s.model, s.visual_tokens): s for s in published_shapes()}
-    assert set(shapes) == {
+def test_the_published_prompts_are_those_of_the_models() -> None:
+    prompts = {(p.model, p.visual_tokens): p for p in published()}
+    assert set(prompts) == {
         (model, n) for model in ("LLaVA-1.5-7B", "Qwen2.5-VL-7B") for n in (576, 1296)
     }
-    llava, qwen = shapes["LLaVA-1.5-7B", 576], shapes["Qwen2.5-VL-7B", 1296]
-    assert (llava.hidden, llava.layers, llava.intermediate) == (4096, 32, 11008)
-    assert (qwen.hidden, qwen.layers, qwen.intermediate, qwen.kv_heads) == (3584, 28, 18944, 4)
+    llava, qwen = prompts["LLaVA-1.5-7B", 576], prompts["Qwen2.5-VL-7B", 1296]
+    assert (llava.widths.hidden, llava.widths.layers, llava.widths.intermediate) == (
+        4096,
+        32,
+        11008,
+    )
+    assert (qwen.widths.hidden, qwen.widths.layers, qwen.widths.intermediate) == (3584, 28, 18944)
+    assert (qwen.widths.kv_heads, llava.encoder_width, qwen.encoder_width) == (4, 1024, 5120)

@@ -30,6 +30,9 @@ class Asked:
 
     tokens: prompt tokens that enter the decoder under its spec, at most; of a control request those
     of its dense twin. patches: that enter the tower.
+
+    prefix: a name for the prompt up to its last image, as the decoder reads it, the same for the
+    same beginning only; None where it cannot be shared. behind: tokens of text behind it.
     """
 
     ticket: int
@@ -38,6 +41,8 @@ class Asked:
     content: bytes
     tokens: int
     patches: int
+    prefix: Hashable | None
+    behind: int
 
     @property
     def priority(self) -> int:
@@ -102,13 +107,17 @@ class Asker:
         check_length(prompt, request.generation, self._context)
         shapes = [shape for _, shape in self._pruner.adapter.shapes(inputs)]
         visual, kept, patches = _sizes(self._pruner.adapter, shapes, request)
+        content = content_of(inputs, shapes)
+        behind = _text_behind(self._pruner.adapter, inputs["input_ids"])
         asked = Asked(
             ticket=ticket,
             request=request,
             inputs=inputs,
-            content=content_of(inputs, shapes),
+            content=content,
             tokens=prompt - visual + kept,
             patches=patches,
+            prefix=_prefix(request, content, inputs["input_ids"][0, : prompt - behind]),
+            behind=behind,
         )
         if not self._fits(asked.need):
             raise InputError(
@@ -130,3 +139,19 @@ def _sizes(
         _, most = request.spec.budget.bounds(total, len(sizes))
         _, kept = selector.entering(total, most)
     return total, kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)
+
+
+def _text_behind(adapter: Adapter, ids_1S: Tensor) -> int:
+    """Tokens behind the last visual one."""
+    visual_S = adapter.placeholders(ids_1S)[0].nonzero()
+    return ids_1S.shape[1] - 1 - int(visual_S[-1]) if len(visual_S) else ids_1S.shape[1]
+
+
+def _prefix(request: Request, content: bytes, ids_S: Tensor) -> Hashable | None:
+    """See `Asked`: everything that decides what the decoder reads of a prompt's beginning. What is
+    pruned inside the decoder is chosen by the prompt's end."""
+    selector = selector_for(request.spec)
+    if not content or (selector is not None and selector.staged):
+        return None
+    by_text = selector is not None and selector.relevance_source != "none"
+    return content, ids_S.numpy().tobytes(), request.spec, request.prompt if by_text else None

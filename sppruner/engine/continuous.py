@@ -16,6 +16,7 @@ from sppruner.engine.asking import Asked, Asker
 from sppruner.engine.base import ModelEngine, both_ways
 from sppruner.engine.encodings import Encodings
 from sppruner.engine.isolation import isolated
+from sppruner.engine.prefixes import Prefixes
 from sppruner.engine.running import Row, RunningRows
 from sppruner.engine.schedule import Limits, Schedule
 from sppruner.engine.types import Request, Result, Update, failed
@@ -40,7 +41,8 @@ class ContinuousEngine(ModelEngine):
     default without bounds on a CPU and 60 % of what a GPU has left; requests wait for room.
     compiled: decode as one graph, which needs a capacity. threads: that prepare pixels.
     encodings_bytes: memory for what the last images were encoded to (`encodings` counts who was
-    served from it); 0 encodes every prompt's images anew.
+    served from it), and as much again for what the decoder read of their prompts (`prefixes`); 0
+    encodes and reads everything anew.
     Other settings: see `ModelEngine`. Single-threaded: one thread makes all calls.
     """
 
@@ -61,13 +63,14 @@ class ContinuousEngine(ModelEngine):
             raise SpecError(
                 "a compiled engine needs a capacity: places for a prompt and its answer"
             )
-        self.encodings = Encodings(encodings_bytes)
+        self.encodings, self.prefixes = Encodings(encodings_bytes), Prefixes(encodings_bytes)
         self._rows = RunningRows(
             self._pruner,
             self._processor.tokenizer,
             ends=self._end_ids,
             slots=self.max_batch_rows,
             encodings=self.encodings,
+            prefixes=self.prefixes,
             capacity=capacity,
             kv_bytes=_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
             compiled=compiled,

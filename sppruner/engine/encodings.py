@@ -7,12 +7,12 @@ beside it.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from sppruner.adapters import Encoded, EncodedImage
@@ -50,15 +50,20 @@ class Encodings:
 
     limit: bytes that entries may hold together; those that were not asked for longest go first.
     hits, misses: prompts that were served without and with a pass of their images through the
-    tower. size: bytes held. Raises SpecError for a negative limit.
+    tower. Raises SpecError for a negative limit.
     """
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
             raise SpecError(f"encodings of {limit} bytes: give 0 to keep none, or more")
         self.limit = limit
-        self.hits = self.misses = self.size = 0
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self.hits = self.misses = 0
+        self._entries: LRUCache[bytes, _Entry] = LRUCache(limit, getsizeof=lambda e: e.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return int(self._entries.currsize)
 
     def of(
         self,
@@ -105,21 +110,12 @@ class Encodings:
 
     def _find(self, content: bytes, signals: frozenset[str]) -> _Entry | None:
         entry = self._entries.get(content)
-        if entry is None or not signals <= entry.signals:
-            return None
-        self._entries.move_to_end(content)
-        return entry
+        return entry if entry is not None and signals <= entry.signals else None
 
     def _keep(self, content: bytes, entry: _Entry) -> None:
-        if (before := self._entries.pop(content, None)) is not None:
-            self.size -= before.size
-        if entry.size > self.limit:
-            return
-        self._entries[content] = entry
-        self.size += entry.size
-        while self.size > self.limit:
-            _, oldest = self._entries.popitem(last=False)
-            self.size -= oldest.size
+        self._entries.pop(content, None)
+        if entry.size <= self.limit:
+            self._entries[content] = entry
 
 
 def own(images: Sequence[EncodedImage]) -> tuple[EncodedImage, ...]:

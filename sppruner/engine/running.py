@@ -13,6 +13,7 @@ from sppruner.engine.asking import Asked
 from sppruner.engine.decode import DecodeStep
 from sppruner.engine.encodings import Encodings
 from sppruner.engine.prefill import Prefilled, prefill
+from sppruner.engine.prefixes import Prefixes
 from sppruner.engine.sampling import Choice, Chooser
 from sppruner.engine.slots import SlotCache
 from sppruner.engine.transcript import Transcript
@@ -49,7 +50,7 @@ class Row:
 class RunningRows:
     """At most `slots` rows; row i holds slot i of the cache.
 
-    ends: ids that end an answer. encodings: of earlier prompts' images. Control requests, which
+    ends: ids that end an answer. encodings, prefixes: of earlier prompts. Control requests, which
     are read twice to be timed, neither look there nor leave anything.
     """
 
@@ -61,6 +62,7 @@ class RunningRows:
         ends: Collection[int],
         slots: int,
         encodings: Encodings,
+        prefixes: Prefixes,
         capacity: int | None = None,
         kv_bytes: int | None = None,
         compiled: bool = False,
@@ -81,6 +83,7 @@ class RunningRows:
         self._pruner = pruner
         self._tokenizer = tokenizer
         self._encodings = encodings
+        self._prefixes = prefixes
         self._ends = frozenset(ends)
         self._device = pruner.model.device
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
@@ -106,8 +109,9 @@ class RunningRows:
         Raises what a prompt of them provokes, and then none has been taken.
         """
         started = time.perf_counter()
-        shared = self._encodings.limit > 0 and not group[0].alone
-        prompts = prefill(self._pruner, group, self._encodings if shared else None)
+        anew = group[0].alone or self._encodings.limit == 0
+        known = () if anew else (self._encodings, self._prefixes)
+        prompts = prefill(self._pruner, group, *known)
         rows = [self._row(asked, prompt) for asked, prompt in zip(group, prompts, strict=True)]
         finished = self._say(torch.stack([prompt.logits_V for prompt in prompts]), rows)
         stay = [

@@ -73,6 +73,11 @@ class Selector(ABC):
         unless the method prunes inside it."""
         return Schedule(before=k, counted=k)
 
+    @property
+    def staged(self) -> bool:
+        """Whether it prunes inside the decoder."""
+        return False
+
     def entering(self, n: int, k: int) -> tuple[int, int]:
         """Fewest and most of `n` tokens that `schedule` lets enter a decoder, whatever its depth,
         for a budget of `k`."""

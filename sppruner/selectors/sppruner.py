@@ -122,9 +122,13 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         if self.mode not in ("pre", "pre+mid"):
             raise SpecError(f"mode={self.mode!r} of 'sppruner': use 'pre' or 'pre+mid'")
 
+    @property
+    def staged(self) -> bool:
+        return self.mode == "pre+mid"
+
     def check(self, budget: Budget, can: Capabilities) -> None:
         super().check(budget, can)
-        if self.mode == "pre+mid":
+        if self.staged:
             check_stages(self.name, [can.decoder_layers // 2], can)
 
     def schedule(self, n: int, k: int, layers: int) -> Schedule:
@@ -133,7 +137,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         The average is k to the token: where halves do not come out, or fewer than 1.5 k tokens are
         there, the two are as far apart as whole numbers of that average can be.
         """
-        if self.mode == "pre" or k >= n:
+        if not self.staged or k >= n:
             return super().schedule(n, k, layers)
         middle = layers // 2
         common = gcd(middle, layers - middle)
@@ -144,7 +148,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
 
     def entering(self, n: int, k: int) -> tuple[int, int]:
         """With "pre+mid", how much more than `k` depends on where the decoder's middle is."""
-        most = k if self.mode == "pre" else min(n, k + k // 2)
+        most = min(n, k + k // 2) if self.staged else k
         return k, most
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:

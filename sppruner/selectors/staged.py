@@ -72,6 +72,10 @@ class StagedSelector(Selector):
                 f"least {least:.3g}, an earlier layer, or count='final'"
             )
 
+    @property
+    def staged(self) -> bool:
+        return True
+
     def entering(self, n: int, k: int) -> tuple[int, int]:
         return n, n
 

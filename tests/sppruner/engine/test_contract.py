@@ -208,10 +208,11 @@ def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
 def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
     engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pruner, "adapter", IgnoresTheSelection(engine._model))
+        with pytest.raises(PruningHadNoEffect, match="72 of 144"):
+            engine.warm_up()
     engine.warm_up()
-    monkeypatch.setattr(engine._pruner, "adapter", IgnoresTheSelection(engine._model))
-    with pytest.raises(PruningHadNoEffect, match="72 of 144"):
-        engine.warm_up()
 
 
 def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -24,8 +24,9 @@ from cluster.calls import Priority, Replicas, RowAnswer, RowCall, ServeReplicas
 from cluster.config import MediaLimits
 from cluster.controller import list_runs
 from cluster.delivery import REPLICA_GONE
-from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect
+from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect, UsageError
 from cluster.event_stream import begun, stream_events
+from cluster.online_breakeven import OnlineBreakEven, measure
 from cluster.openai_types import ChatRequest, Refused, image_bytes, usage
 from sppruner.spec import DENSE, PruneSpec
 
@@ -38,34 +39,68 @@ _RETRY_AFTER_SECONDS = "1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
-    """What the edge allows. default_spec: the pruning of requests that do not ask for any."""
+    """What the edge allows. default_spec: the pruning of requests that do not ask for any; with
+    `auto` only where it was measured to pay. replicas: that share the requests."""
 
     default_spec: PruneSpec = DENSE
+    auto: bool = False
+    replicas: int = 1
     media: MediaLimits = field(default_factory=MediaLimits)
     max_body_bytes: int = 64 * 2**20
     max_images: int = 8
     default_tokens: int = 256
     most_tokens: int = 2048
 
+    def __post_init__(self) -> None:
+        if self.auto and self.default_spec.is_dense:
+            raise UsageError("auto chooses between a method and none: name a method")
+
+
+class Load:
+    """Requests that are being answered now."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+
 
 class Api:
-    """The Serve ingress. It is up once a replica is: it asks one for the model's name."""
+    """The Serve ingress. It is up once a replica is: it asks one for the model's name, and with
+    `auto` where pruning pays."""
 
     # Serve awaits a constructor that is a coroutine.
     async def __init__(  # type: ignore[misc]
         self, handle: DeploymentHandle[Any], settings: ApiSettings
     ) -> None:
         stats = await handle.stats.remote()
-        self._app = create_app(ServeReplicas(handle), settings, model=stats.model)
+        replicas, break_even = ServeReplicas(handle), None
+        if settings.auto:
+            most = stats.max_batch_rows
+            break_even = await measure(replicas, settings.default_spec, most=most)
+        self._app = create_app(replicas, settings, model=stats.model, break_even=break_even)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> FastAPI:
+def create_app(
+    replicas: Replicas,
+    settings: ApiSettings,
+    *,
+    model: str,
+    break_even: OnlineBreakEven | None = None,
+) -> FastAPI:
     """The endpoint for one model. Needs no Ray but for /v1/runs."""
     app = FastAPI(title="sppruner", docs_url=None, redoc_url=None)
     started = int(time.time())
+    load = Load()
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -88,7 +123,14 @@ def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> Fast
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {"id": model, "object": "model", "created": started, "owned_by": "sppruner"}
+        card: dict[str, Any] = {
+            "id": model,
+            "object": "model",
+            "created": started,
+            "owned_by": "sppruner",
+        }
+        if break_even is not None:
+            card["break_even"] = break_even.to_list()
         return {"object": "list", "data": [card]}
 
     @app.get("/v1/runs")
@@ -107,13 +149,16 @@ def create_app(replicas: Replicas, settings: ApiSettings, *, model: str) -> Fast
                 param="model",
             )
         call = _call(asked, settings)
+        if break_even is not None and asked.prune is None:
+            per_replica = max(1.0, (load.count + 1) / settings.replicas)
+            call = replace(call, spec=break_even.spec(call.spec, call.images, per_replica))
         envelope = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": model}
         if asked.stream:
             # What fails before the first word still has a status of its own.
-            pieces = await begun(_said(replicas, call))
+            pieces = await begun(_said(replicas, call, load))
             events = stream_events(envelope, pieces, with_usage=asked.wants_usage_chunk)
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(_completion(envelope, await _answer(replicas, call)))
+        return JSONResponse(_completion(envelope, await _answer(replicas, call, load)))
 
     return app
 
@@ -151,14 +196,14 @@ def _call(asked: ChatRequest, settings: ApiSettings) -> RowCall:
     )
 
 
-async def _answer(replicas: Replicas, call: RowCall) -> RowAnswer:
-    with _shedding(call):
+async def _answer(replicas: Replicas, call: RowCall, load: Load) -> RowAnswer:
+    with _shedding(call), load.one():
         (answer,) = await replicas.label([call], priority=Priority.ONLINE)
     return _good(answer, call)
 
 
-async def _said(replicas: Replicas, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
-    with _shedding(call):
+async def _said(replicas: Replicas, call: RowCall, load: Load) -> AsyncGenerator[str | RowAnswer]:
+    with _shedding(call), load.one():
         async with aclosing(replicas.stream(call)) as pieces:
             async for piece in pieces:
                 yield piece if isinstance(piece, str) else _good(piece, call)

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -28,7 +28,7 @@ from cluster.attach import http_root, join_ray, join_serve, serve_details
 from cluster.errors import FleetUnavailable, UsageError
 from cluster.replica import BATCHES_SENT, EngineSettings, ReplicaStats, VLMReplica
 from sppruner.engine.loading import resolve_model
-from sppruner.spec import Budget, PruneSpec
+from sppruner.spec import DENSE, Budget, PruneSpec
 
 logger = structlog.get_logger(__name__)
 
@@ -139,22 +139,26 @@ def application(settings: FleetSettings) -> serve.Application:
         logging_config=_QUIET,
     )
     threads = None if gpus else max(1, (os.cpu_count() or 1) // settings.replicas)
-    return edge.bind(replica.bind(engine, threads=threads), settings.api)
+    api = replace(settings.api, replicas=settings.replicas)
+    return edge.bind(replica.bind(engine, threads=threads), api)
 
 
 def build(args: Mapping[str, str]) -> serve.Application:
     """For `serve run cluster.fleet:build model=PATH [replicas=N] [max_batch_rows=N] [revision=R]
-    [dtype=D] [prune=METHOD retain=0.222]`; prune sets the default of online requests.
+    [dtype=D] [prune=METHOD retain=0.222 auto=true]`; prune sets the default of online requests, and
+    auto applies it only where it is measured, at start-up, to be faster than dense.
 
     The model is pinned to what it is now, as a job pins it: that is how the job finds it.
     """
-    known = {"model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain"}
+    known = {"model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto"}
     if "model" not in args or set(args) - known:
         raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(known)}")
-    api = ApiSettings()
-    if "prune" in args:
-        retain = Budget(ratio=float(args.get("retain", "0.222")))
-        api = ApiSettings(default_spec=PruneSpec.parse(args["prune"], retain))
+    auto = args.get("auto", "false")
+    if auto not in ("true", "false"):
+        raise UsageError(f"auto={auto}: write true or false")
+    retain = Budget(ratio=float(args.get("retain", "0.222")))
+    spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
+    api = ApiSettings(default_spec=spec, auto=auto == "true")
     pinned = resolve_model(args["model"], args.get("revision"))
     engine = EngineSettings(
         model=args["model"],

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,97 +13,25 @@ import ray
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from cluster.api import ApiSettings, create_app
-from cluster.calls import Priority, Replicas, RowAnswer, RowCall
+from cluster.api import ApiSettings
 from cluster.config import MediaLimits
 from cluster.controller import get_controller
 from cluster.errors import Busy
 from cluster.fleet import Fleet
 from cluster.ledger import UnitLedger
-from cluster.replica import EngineSettings, VLMReplica
 from sppruner.spec import Budget, PruneSpec
+from tests.cluster.edge import (
+    ASKED,
+    Recorded,
+    ask,
+    data_uri,
+    image_part,
+    refusal,
+    send,
+    text_part,
+    user,
+)
 from tests.cluster.fake_engine import expected_text, picture
-
-ENGINE = "tests.cluster.fake_engine:FakeEngine"
-
-
-class Recorded:
-    """A replica in this process that remembers the calls it got, or fails as told: at once, or
-    after the first word of a stream."""
-
-    def __init__(
-        self, failure: Exception | None = None, *, breaks: Exception | None = None
-    ) -> None:
-        self.calls: list[RowCall] = []
-        self._failure = failure
-        self._breaks = breaks
-
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
-        assert priority is Priority.ONLINE
-        self.calls.extend(calls)
-        if self._failure is not None:
-            raise self._failure
-        replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
-        try:
-            return await replica.label(calls, priority=priority)
-        finally:
-            replica.close()
-
-    async def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
-        (answer,) = await self.label([call], priority=Priority.ONLINE)
-        for word in str(answer.text).split(" ") if answer.error_code is None else ():
-            yield f"{word} "
-            if self._breaks is not None:
-                raise self._breaks
-        yield answer
-
-
-def data_uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def image_part(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def user(*parts: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "user", "content": list(parts)}
-
-
-ASKED = user(text_part("describe"), image_part(data_uri(picture(1))))
-
-
-def send(
-    method: str,
-    path: str,
-    replicas: Replicas | None = None,
-    settings: ApiSettings | None = None,
-    **more: Any,
-) -> httpx.Response:
-    async def body() -> httpx.Response:
-        app = create_app(replicas or Recorded(), settings or ApiSettings(), model="fake")
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
-            return await client.request(method, path, **more)
-
-    return asyncio.run(asyncio.wait_for(body(), 20))
-
-
-def ask(
-    replicas: Replicas | None = None, settings: ApiSettings | None = None, **fields: Any
-) -> httpx.Response:
-    body = {"model": "fake", "messages": [ASKED], **fields}
-    return send("POST", "/v1/chat/completions", replicas, settings, json=body)
-
-
-def refusal(response: httpx.Response) -> tuple[int, dict[str, Any]]:
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return response.status_code, error
 
 
 def test_an_answer_has_openais_shape_and_says_how_many_visual_tokens_were_kept() -> None:
@@ -265,35 +191,6 @@ def test_the_engines_own_errors_are_400_for_the_prompt_and_500_for_the_model() -
     status, error = refusal(ask(messages=[failing]))
     assert (status, error["code"]) == (500, "inference_failed")
     assert "raised" not in error["message"]
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def test_a_stream_brings_every_piece_as_it_is_said_and_usage_if_asked() -> None:
-    chunks = events(ask(stream=True, stream_options={"include_usage": True}))
-    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
-    words = expected_text(picture(1)).split(" ")
-    assert deltas[0] == {"role": "assistant", "content": ""}
-    assert deltas[1:] == [{"content": f"{word} "} for word in words] + [{}]
-    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
-    assert chunks[-1]["usage"]["visual_tokens"] == 100
-
-
-def test_a_stream_that_fails_before_its_first_word_has_the_status_of_its_error() -> None:
-    assert refusal(ask(Recorded(Busy("full")), stream=True))[0] == 503
-    bad = user(text_part("bad"), image_part(data_uri(picture(1))))
-    assert refusal(ask(stream=True, messages=[bad]))[0] == 400
-
-
-def test_a_stream_that_breaks_off_ends_in_an_error_not_in_a_finish_reason() -> None:
-    chunks = events(ask(Recorded(breaks=ActorDiedError()), stream=True))
-    assert chunks[1]["choices"][0]["delta"]["content"]
-    assert chunks[-1]["error"]["code"] == "overloaded"
-    assert not any(c["choices"][0]["finish_reason"] for c in chunks[:-1])
 
 
 def test_stop_strings_travel_as_one_or_several() -> None:

@@ -149,6 +149,10 @@ def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
 def test_build_refuses_arguments_it_does_not_know() -> None:
     with pytest.raises(UsageError, match="model=PATH"):
         build({"modle": "x"})
+    with pytest.raises(UsageError, match="true or false"):
+        build({"model": "x", "auto": "yes"})
+    with pytest.raises(UsageError, match="name a method"):
+        build({"model": "x", "auto": "true"})
 
 
 @pytest.mark.slow

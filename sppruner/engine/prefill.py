@@ -131,8 +131,8 @@ def _beginning(read: Prefilled, behind: int) -> Prefix:
     """Of a prompt that was read, without the last `behind` tokens."""
     length = len(read.ids) - behind
     return Prefix(
-        keys=[key[:, :length].clone() for key in read.keys],
-        values=[value[:, :length].clone() for value in read.values],
+        keys=[key[:, :length] for key in read.keys],
+        values=[value[:, :length] for value in read.values],
         ids=read.ids[:length],
         positions=[position - behind for position in read.positions],
         report=read.report,

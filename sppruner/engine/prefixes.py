@@ -21,9 +21,9 @@ from sppruner.types import PruneReport
 class Prefix:
     """The beginning of a prompt.
 
-    keys, values: of each layer, [heads, length, width], in memory of their own. ids: its tokens as
-    the decoder read them. positions: of the token behind it, R of them. report: of the prompt it
-    was read with, which went on for `behind` tokens.
+    keys, values: of each layer, [heads, length, width]. ids: its tokens as the decoder read them.
+    positions: of the token behind it, R of them. report: of the prompt it was read with, which went
+    on for `behind` tokens.
     """
 
     keys: list[Tensor]
@@ -73,5 +73,10 @@ class Prefixes:
         return self._held.get(key)
 
     def keep(self, key: Hashable, prefix: Prefix) -> None:
+        """In memory of its own: what it was read with may be large."""
         if prefix.size <= self.limit:
-            self._held[key] = prefix
+            self._held[key] = replace(
+                prefix,
+                keys=[states.clone() for states in prefix.keys],
+                values=[states.clone() for states in prefix.values],
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -178,6 +179,9 @@ def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngin
     rng = random.Random(6)
     asked = [ask(drawn(rng), id=str(n)) for n in range(6)]
     expected = [facts(result) for result in engine.run(asked)]
+    held = list(copy.copy(engine.prefixes._held).values())
+    owned = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in held for t in p.keys}
+    assert 2 * sum(storage.nbytes() for storage in owned.values()) == engine.prefixes.size
     limit = engine.prefixes.size // 2
     little = ContinuousEngine(loaded, max_batch_rows=4, encodings_bytes=limit)
     assert [facts(result) for result in little.run(asked)] == expected

@@ -104,6 +104,9 @@ class RunConfig:
             "unit_bytes": self.unit_bytes,
             "control_share": self.control_share,
             "media": {"max_bytes": self.media.max_bytes, "max_pixels": self.media.max_pixels},
+            # Other pixels than decoding in full gives (`sppruner.engine.reduction`): a run that was
+            # begun before that existed cannot be gone on with.
+            "reduced_jpegs": True,
         }
         # Named where they are asked for alone: runs that were begun before they existed go on.
         if self.generation.stop:

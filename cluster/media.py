@@ -6,21 +6,30 @@ Bytes, format and pixels are checked on the header, before anything is decoded.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
+from sppruner.engine.types import Reduction
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
-def decode_image(data: bytes | None, limits: MediaLimits) -> Image.Image:
+def decode_image(
+    data: bytes | None, limits: MediaLimits, reduction: Reduction | None = None
+) -> Image.Image:
     """The image as plain RGB, upright (EXIF orientation applied), fully in memory.
 
-    Of an animation, the first frame. Transparency is dropped, as the models' own processors do.
-    Raises ImageMissing, ImageTooLarge or ImageUndecodable; a truncated image is undecodable.
+    reduction: by how much a JPEG is decoded smaller (`Engine.reduction`), None for not at all;
+    other formats never are. Of an animation, the first frame. Transparency is dropped, as the
+    models' own processors do. Raises ImageMissing, ImageTooLarge or ImageUndecodable, and for the
+    same bytes whatever the reduction; a truncated image is undecodable.
     """
     if data is None:
         raise ImageMissing("the row has no image")
@@ -28,14 +37,38 @@ def decode_image(data: bytes | None, limits: MediaLimits) -> Image.Image:
         raise ImageTooLarge(f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,}")
     if not data:
         raise ImageUndecodable("the image is empty (0 bytes)")
+    with _opened(data) as image:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise ImageTooLarge(
+                f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
+            )
+        if reduction is None or not isinstance(image, JpegImageFile):
+            return _rgb(image)
+        if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE:
+            width, height = height, width
+    factor = reduction(width, height)
+    if factor > 1:
+        try:
+            return _decoded(data, factor)
+        except ImageUndecodable:
+            pass  # Some JPEGs, lossless ones for instance, decode in full or not at all.
+    return _decoded(data, 1)
+
+
+def _decoded(data: bytes, factor: int) -> Image.Image:
+    with _opened(data) as image:
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
+        return _rgb(image)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read; whatever goes wrong with it inside is a row error."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise ImageTooLarge(
-                    f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
-                )
-            return _rgb(image)
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(str(error)) from error
     except UnidentifiedImageError as error:

@@ -26,7 +26,7 @@ from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.engine_thread import EngineThread
 from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageError
 from cluster.media import decode_image
-from sppruner.engine.types import Engine, Request, Result
+from sppruner.engine.types import Engine, Reduction, Request, Result
 from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
@@ -145,7 +145,8 @@ class VLMReplica:
     async def stream(self, call: RowCall) -> AsyncIterator[str | RowAnswer]:
         """The answer to an online call as it is said, then the whole."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
-        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE)
+        reduction = self._engine.reduction
+        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, reduction)
         if isinstance(item, RowAnswer):
             yield item
             return
@@ -184,8 +185,10 @@ class VLMReplica:
 
     async def _label(self, calls: Sequence[RowCall], priority: Priority) -> list[RowAnswer]:
         loop = asyncio.get_running_loop()
-        pool = self._decoders[priority]
-        decoding = (loop.run_in_executor(pool, _decode, call, priority) for call in calls)
+        pool, reduction = self._decoders[priority], self._engine.reduction
+        decoding = (
+            loop.run_in_executor(pool, _decode, call, priority, reduction) for call in calls
+        )
         decoded = await asyncio.gather(*decoding)
         return await asyncio.gather(*(self._answer(item) for item in decoded))
 
@@ -215,10 +218,10 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _decode(call: RowCall, priority: Priority) -> Request | RowAnswer:
+def _decode(call: RowCall, priority: Priority, reduction: Reduction) -> Request | RowAnswer:
     try:
         images: tuple[Image.Image, ...] = tuple(
-            decode_image(data, call.media) for data in call.images
+            decode_image(data, call.media, reduction) for data in call.images
         )
     except RowError as error:
         return RowAnswer.from_error(call.id, error)

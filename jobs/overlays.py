@@ -19,6 +19,7 @@ from cluster.labelled import LabelledRow, labelled_rows
 from cluster.media import decode_image
 from cluster.summary import Summary
 from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.engine.reduction import reduction_of
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
 from sppruner.geometry import seen
@@ -92,7 +93,9 @@ def _sheet_name(model: str) -> str:
 
 def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:
     try:
-        image = decode_image(row.image, MediaLimits(**summary.settings["media"]))
+        # As the run decoded: one that was begun before reductions existed read all pixels.
+        reduction = reduction_of(processor) if summary.settings.get("reduced_jpegs") else None
+        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), reduction)
         prepared = prepared_of(pruner, processor, image, row.prompt, row.spec)
     except (RowError, SpprunerError) as error:
         raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error

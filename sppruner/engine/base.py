@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from PIL import Image
 
 from sppruner.engine.loading import LoadedModel, load_model
+from sppruner.engine.reduction import reduction_of
 from sppruner.engine.types import NO_EFFECT, Generation, Request, Result, Update
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect
 from sppruner.pruner import Pruner
@@ -49,6 +50,7 @@ class ModelEngine(ABC):
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
         self.max_batch_rows = max_batch_rows
+        self._reduction = reduction_of(loaded.processor)
         self._model = loaded.model
         self._processor = loaded.processor
         self._pruner = Pruner(
@@ -70,6 +72,10 @@ class ModelEngine(ABC):
     @abstractmethod
     def poll(self) -> list[Update]:
         """See `Engine`."""
+
+    def reduction(self, width: int, height: int) -> int:
+        """See `Engine`."""
+        return self._reduction(width, height)
 
     def run(self, requests: list[Request]) -> list[Result]:
         """Answers every request, in order; for an engine that nobody else is stepping."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -12,6 +13,10 @@ from sppruner.errors import EngineError, PruningHadNoEffect, SpecError, Sppruner
 from sppruner.spec import DENSE, PruneSpec
 
 NO_EFFECT: Final = "pruning_no_effect"
+
+Reduction: TypeAlias = Callable[[int, int], int]
+"""By how much an upright JPEG of a width and height may be decoded smaller: 1, 2, 4 or 8, which
+divides both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +102,8 @@ class Update:
 
 class Engine(Protocol):
     """Anything that answers requests: `submit` them, `step` while there are any, `poll` what became
-    of them. One thread makes all calls. A bad request ends in an error result; an exception means
-    that the engine itself is broken."""
+    of them. One thread makes all calls but `reduction`. A bad request ends in an error result; an
+    exception means that the engine itself is broken."""
 
     model_id: str
     model_revision: str
@@ -110,6 +115,11 @@ class Engine(Protocol):
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
+        ...
+
+    def reduction(self, width: int, height: int) -> int:
+        """See `Reduction`. What the model is shown keeps its shape, and hardly changes by it. Any
+        thread may ask."""
         ...
 
     def warm_up(self) -> None:

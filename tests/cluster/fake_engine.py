@@ -47,7 +47,7 @@ class FakeEngine(QueuedEngine):
     "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
 
     seconds: how long a batch takes. journal: a file that gets one line per batch, and a * after
-    the id of each control row.
+    the id of each control row. reduced: the reduction of every JPEG.
     """
 
     model_revision = "fake-1"
@@ -63,6 +63,7 @@ class FakeEngine(QueuedEngine):
         max_batch_rows: int = 16,
         seconds: float = 0.0,
         journal: str = "",
+        reduced: int = 1,
     ) -> None:
         if model == "missing":
             raise FileNotFoundError("no weights under 'missing'")
@@ -70,6 +71,10 @@ class FakeEngine(QueuedEngine):
         self.model_id = model
         self.seconds = seconds
         self.journal = journal
+        self.reduced = reduced
+
+    def reduction(self, width: int, height: int) -> int:
+        return self.reduced
 
     def warm_up(self) -> None:
         """Nothing to warm."""

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from PIL import Image
 
 from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.config import MediaLimits
 from cluster.errors import Busy, UsageError
+from cluster.media import decode_image
 from cluster.replica import EngineBroken, EngineSettings, VLMReplica
 from sppruner.engine.types import Generation
 from sppruner.spec import Budget, PruneSpec
-from tests.cluster.fake_engine import expected_text, picture
+from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
 
 T = TypeVar("T")
 
@@ -26,8 +29,10 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "batches"
 
 
-def settings(journal: Path, *, seconds: float = 0.0, rows: int = 4) -> EngineSettings:
-    options = {"journal": str(journal), "seconds": seconds}
+def settings(
+    journal: Path, *, seconds: float = 0.0, rows: int = 4, reduced: int = 1
+) -> EngineSettings:
+    options = {"journal": str(journal), "seconds": seconds, "reduced": reduced}
     return EngineSettings(model="fake", engine=ENGINE, max_batch_rows=rows, options=options)
 
 
@@ -148,6 +153,29 @@ def test_a_bad_image_is_an_answer_and_does_not_harm_its_neighbours(
     assert [a.error_code for a in answers] == [None, code, None]
     assert answers[1].error_stage == "decode"
     assert answers[2].text == expected_text(picture(2))
+
+
+def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
+    journal: Path,
+) -> None:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "JPEG")
+    data = buffer.getvalue()
+
+    async def scenario(replica: VLMReplica) -> list[str | None]:
+        asked = [call(0, images=(data,))]
+        batch, online = [
+            (await replica.label(asked, priority=priority))[0].text for priority in Priority
+        ]
+        *_, streamed = [piece async for piece in replica.stream(asked[0])]
+        assert isinstance(streamed, RowAnswer)
+        return [batch, online, streamed.text]
+
+    small = decode_image(data, MediaLimits(), lambda width, height: 4)
+    assert small.size == (64, 64)
+    told = f"{image_hash(small)} kept {VISUAL_TOKENS}"
+    assert run(settings(journal, reduced=4), scenario) == [told, told, told]
+    assert told not in run(settings(journal), scenario)
 
 
 def test_an_engines_error_result_keeps_its_code_and_gets_the_stage_of_it(journal: Path) -> None:

@@ -1,13 +1,16 @@
 """Speed, side by side in one run.
 
-    python jobs/benchmark.py --suite pipeline --json pipeline.json
-    python jobs/benchmark.py --suite selection --dtype bfloat16
     python jobs/benchmark.py --suite engine --shape llava --markdown engine.md
+    python jobs/benchmark.py --suite pipeline --shape llava --json pipeline.json
+    python jobs/benchmark.py --suite scale
+    python jobs/benchmark.py --suite online
+    python jobs/benchmark.py --suite selection --dtype bfloat16
 
-`pipeline`: the job against the bare engine on the same images. `selection`: what choosing tokens
-costs beside the prefill it shortens, at the widths of 7B models. `engine`: the engines side by
-side, dense and pruned; `jobs/suites/engine.py` says what its columns cover. Ratios are medians over
-the rounds with their smallest and largest value.
+`engine`: the engines side by side, dense and pruned. `pipeline`: the job against the bare engine on
+the same images. `scale`: what a row costs as the corpus grows. `online`: the endpoint under load,
+idle and beside a batch job. `selection`: what choosing tokens costs beside the prefill it shortens,
+at the widths of 7B models. Each file in `jobs/suites/` says what its columns cover. Ratios are
+medians over the rounds with their smallest and largest value.
 """
 
 from __future__ import annotations
@@ -17,19 +20,32 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from rich.console import Console
 from rich.table import Column, Table
 
-from cluster.errors import RunError
+from cluster.errors import RunError, UsageError
+from cluster.local_s3 import LocalS3
 from cluster.logs import configure_logs
 from cluster.report import console
 from jobs.suites.engine import METHODS, engine
+from jobs.suites.online import online
 from jobs.suites.pipeline import pipeline
+from jobs.suites.scale import scale
 from jobs.suites.selection import selection
 from jobs.suites.shapes import SHAPES
 from sppruner.engine.loading import EMBEDDED
+
+# Each with the options that mean something to it alone.
+SUITES: Final = {
+    "engine": ("shape", "methods", "peer"),
+    "pipeline": ("model", "shape"),
+    "scale": ("model",),
+    "online": ("model",),
+    "selection": ("dtype",),
+}
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[list[str]]]:
@@ -81,42 +97,73 @@ def _figure(value: object) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Speed, side by side in one run.")
-    parser.add_argument("--suite", choices=["pipeline", "selection", "engine"], required=True)
-    parser.add_argument("--quick", action="store_true", help="few images, few rounds")
-    parser.add_argument("--model", default=EMBEDDED, help="suite pipeline: folder or Hub name")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="suite selection"
-    )
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description="Speed, side by side in one run.")
+    made.add_argument("--suite", choices=SUITES, required=True)
+    made.add_argument("--quick", action="store_true", help="little work, two rounds")
+    made.add_argument("--model", help=f"{_for('model')}: folder or Hub name ({EMBEDDED})")
+    made.add_argument(
         "--shape",
         choices=list(SHAPES),
-        default="llava",
-        help="suite engine: the embedded model, or random weights in the proportions of a 7B model "
-        "or of its size, which needs a GPU (%(default)s)",
+        help=f"{_for('shape')}: the embedded model with answers of a fixed length, or random "
+        "weights in the proportions of a 7B model or of its size, which needs a GPU (engine: "
+        "llava; pipeline: none, but --model)",
     )
-    parser.add_argument(
-        "--methods", default=",".join(METHODS), help="suite engine: comma between (%(default)s)"
+    made.add_argument("--methods", help=f"{_for('methods')}: comma between ({','.join(METHODS)})")
+    made.add_argument(
+        "--peer",
+        type=Path,
+        metavar="PYTHON",
+        help=f"{_for('peer')}: interpreter of an environment with vLLM, timed on the same requests",
     )
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--markdown", type=Path, help="write its tables to this file")
-    arguments = parser.parse_args(argv)
-    configure_logs()
-    told = console(stderr=True)
-    try:
-        if arguments.suite == "pipeline":
-            result = pipeline(arguments.model, quick=arguments.quick, told=told)
-        elif arguments.suite == "engine":
-            result = engine(
-                SHAPES[arguments.shape],
-                methods=arguments.methods.split(","),
-                quick=arguments.quick,
-                told=told,
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"{_for('dtype')} (float32)")
+    made.add_argument("--json", type=Path, help="write the result to this file")
+    made.add_argument("--markdown", type=Path, help="write its tables to this file")
+    return made
+
+
+def _for(option: str) -> str:
+    names = [suite for suite, options in SUITES.items() if option in options]
+    return f"suite{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def checked(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Raises UsageError for an option that would change nothing."""
+    for option in sorted({option for options in SUITES.values() for option in options}):
+        if getattr(arguments, option) is not None and option not in SUITES[arguments.suite]:
+            raise UsageError(
+                f"--{option} is for {_for(option)}: leave it out of --suite {arguments.suite}"
             )
-        else:
-            dtype = getattr(torch, arguments.dtype)
-            result = selection(quick=arguments.quick, told=told, dtype=dtype)
+    if arguments.model is not None and arguments.shape is not None:
+        raise UsageError(f"--shape {arguments.shape} brings its own model: leave out --model")
+    return arguments
+
+
+def timed(arguments: argparse.Namespace, told: Console) -> dict[str, Any]:
+    """The result of the suite that was asked for. Raises RunErrors."""
+    how: dict[str, Any] = {"quick": arguments.quick, "told": told}
+    if arguments.suite == "engine":
+        methods = METHODS if arguments.methods is None else arguments.methods.split(",")
+        shape = SHAPES[arguments.shape or "llava"]
+        return engine(shape, methods=methods, peer=arguments.peer, **how)
+    if arguments.suite == "selection":
+        return selection(dtype=getattr(torch, arguments.dtype or "float32"), **how)
+    model = arguments.model or EMBEDDED
+    with LocalS3("benchmark") as server:
+        how |= {"root": server.uri, "environment": server.environment}
+        if arguments.suite == "scale":
+            return scale(model, **how)
+        if arguments.suite == "online":
+            return online(model, **how)
+        random = None if arguments.shape is None else SHAPES[arguments.shape]
+        return pipeline(model, shape=random, **how)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    configure_logs()
+    try:
+        result = timed(checked(arguments), console(stderr=True))
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code

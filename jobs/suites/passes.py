@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
 
 from jobs.suites.phases import Trace, traced
 from sppruner import DENSE, PruneSpec
-from sppruner.engine import BatchEngine, ContinuousEngine, Request
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result
 from sppruner.engine.loading import LoadedModel
 from sppruner.errors import EngineError
+from sppruner.types import PruneReport
 
 _Engine: TypeAlias = BatchEngine | ContinuousEngine
 
@@ -61,9 +63,11 @@ def in_turns(
     rounds: int,
     uncounted: int,
     told: Console,
+    others: Mapping[str, Callable[[], Timed]] | None = None,
 ) -> list[dict[str, Timed]]:
     """What was timed of each way, by round. alone: the request that is also timed by itself. One
-    continuous engine serves all budgets. Raises EngineError as `_answer` does."""
+    continuous engine serves all budgets. others: what else takes a turn in every round, by name.
+    Raises EngineError as `_answer` does, and what `others` raise."""
     timed = []
     with ExitStack() as stack:
         engines: dict[tuple[bool, int], _Engine] = {}
@@ -71,15 +75,26 @@ def in_turns(
             if (way.continuous, way.rows) not in engines:
                 opened = stack.enter_context(closing(_engine(loaded, way)))
                 engines[way.continuous, way.rows] = opened
+        turns: dict[str, Callable[[], Timed]] = {
+            way.name: partial(
+                _timed, loaded, engines[way.continuous, way.rows], way, requests, alone
+            )
+            for way in ways
+        } | dict(others or {})
         for number in range(-uncounted, rounds):
             told.print(f"round {number + 1} of {rounds}", highlight=False)
-            found = {
-                way.name: _timed(loaded, engines[way.continuous, way.rows], way, requests, alone)
-                for way in (ways if number % 2 else ways[::-1])
-            }
+            order = list(turns) if number % 2 else list(turns)[::-1]
+            found = {name: turns[name]() for name in order}
             if number >= 0:
                 timed.append(found)
     return timed
+
+
+def spoken(loaded: LoadedModel, way: Way, requests: Sequence[Request]) -> list[list[int]]:
+    """The tokens of each answer, which results do not hold, of a way that is continuous."""
+    with closing(_Noting(loaded, max_batch_rows=way.rows, encodings_bytes=0)) as answering:
+        _answer(answering, way, requests)
+    return [answering.tokens[request.id] for request in requests]
 
 
 def timed_pass(
@@ -95,6 +110,20 @@ def timed_pass(
         with traced(loaded.model) as trace:
             _answer(answering, way, requests)
     return trace, torch.cuda.max_memory_allocated() / 2**20 if gpu else None
+
+
+class _Noting(ContinuousEngine):
+    """Keeps the tokens of its answers by request."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.tokens: dict[str, list[int]] = {}
+
+    def _result(
+        self, request: Request, report: PruneReport, tokens: Sequence[int], *args: Any, **said: Any
+    ) -> Result:
+        self.tokens[request.id] = list(tokens)
+        return super()._result(request, report, tokens, *args, **said)
 
 
 def _engine(loaded: LoadedModel, way: Way) -> _Engine:

@@ -1,134 +1,259 @@
 """The job against the bare engine on the same images.
 
-One corpus is labelled in turns: with the replica's engine alone in this process, fed from memory,
-and with the job (S3 server, Ray Data, a Serve replica, commits). Replicas are up before any clock
-starts.
+A corpus is labelled in turns: with the replica's engine alone in this process, fed from memory and
+kept full, and with the job (S3 server, Ray Data, a Serve replica, commits). Both have the same
+settings and as many threads; both answer some rows before any clock starts. Every round has images
+of its own, and every other one begins with the job.
+
+What is labelled is a named model's captions, or answers of a fixed length by the random weights of
+a shape: there the model takes nearly all of the time, as it does on a GPU.
 """
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
-import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 
-from cluster.config import MediaLimits, RunConfig
+from cluster.config import MediaLimits
+from cluster.demo import Row
 from cluster.fleet import FleetSettings, open_fleet
-from cluster.local_s3 import LocalS3
 from cluster.media import decode_image
 from cluster.replica import EngineSettings
-from cluster.run import run
-from cluster.store import open_store
-from jobs.make_corpus import make_corpus
-from jobs.suites.result import machine, ratio
-from sppruner import Budget, PruneSpec
+from jobs.suites.corpora import captioned, squares, write_corpus
+from jobs.suites.labelling import SPEC, captions, carry_out, replica_threads
+from jobs.suites.random_models import save
+from jobs.suites.result import in_turn, known_ratio, machine, ratio
+from jobs.suites.shapes import Shape
 from sppruner.engine import Engine, Generation, Request
 from sppruner.engine.loading import resolve_model
+from sppruner.errors import EngineError
 from sppruner.tiny.questions import CAPTION_PROMPT
 
-_SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
-_GENERATION = Generation(max_new_tokens=64)
+_SIDES: Final = ("engine", "job")
+_NEW_TOKENS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What either side does in a round. batch_rows: slots of the engine, and rows of a call. side:
+    pixels of the images of a shape, whose answers all have `new_tokens` tokens; None for a named
+    model, whose answers end where it wants."""
+
+    model: str
+    images: int
+    unit_rows: int
+    batch_rows: int = 16
+    new_tokens: int = 64
+    side: int | None = None
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(max_new_tokens=self.new_tokens)
+
+    def draw(self, count: int, seed: int) -> list[Row]:
+        return captioned(count, seed) if self.side is None else squares(count, seed, self.side)
+
+    def check(self, answered: int, completion_tokens: int) -> None:
+        """Raises EngineError where the seconds of so many answers would not be those of the work
+        that was meant."""
+        if self.side is not None and completion_tokens != answered * self.new_tokens:
+            raise EngineError(
+                f"{answered} answers have {completion_tokens} tokens instead of {self.new_tokens} "
+                "each: use a model that cannot end early"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One side in one round. busy_share: of a job, the share of time in which an engine ran."""
+
+    seconds: float
+    images_per_second: float
+    busy_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One timed pass. replica_busy_share: of a job, the share of time in which an engine ran."""
+    """One side, over the rounds. replica_busy_share: see `cluster.summary.Attempt`."""
 
-    name: str
-    round: int
+    case: str
     images: int
-    seconds: float
-    images_per_second: float
-    replica_busy_share: float | None = None
+    seconds: dict[str, float]
+    images_per_second: dict[str, float]
+    replica_busy_share: dict[str, float] | None
 
 
-def engine_pass(engine: Engine, images: Sequence[bytes], held: int, number: int) -> Case:
-    """The engine alone, kept full: decode and submit while fewer than `held` are in flight."""
+def work_of_model(model: str, *, quick: bool) -> Work:
+    rows, units = (64, 4) if quick else (256, 8)
+    return Work(model=model, images=rows * units, unit_rows=rows)
+
+
+def work_of_shape(shape: Shape, folder: str, *, quick: bool) -> Work:
+    """folder: holds its model. A unit has as many images as a pass of suite `engine`, and calls as
+    many rows as its engine has slots, but no more than a job would send."""
+    rows, units = (shape.quick_images, 3) if quick else (shape.images, 6)
+    return Work(
+        model=folder,
+        images=rows * units,
+        unit_rows=rows,
+        batch_rows=min(shape.rows, 16),
+        new_tokens=_NEW_TOKENS,
+        side=shape.side,
+    )
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def engine_pass(engine: Engine, work: Work, images: Sequence[bytes], held: int) -> Pass:
+    """The engine alone, kept full: decode and submit while fewer than `held` are in flight. Raises
+    EngineError for an answer that failed or is not as long as it should be."""
     limits = MediaLimits()
     began = time.monotonic()
     waiting = iter(enumerate(images))
-    left = len(images)
+    left, tokens = len(images), 0
     while left:
         for id, data in islice(waiting, max(0, held - engine.in_flight)):
             engine.submit(
                 Request(
                     id=str(id),
                     prompt=CAPTION_PROMPT,
-                    images=(decode_image(data, limits),),
-                    spec=_SPEC,
-                    generation=_GENERATION,
+                    images=(decode_image(data, limits, engine.reduction),),
+                    spec=SPEC,
+                    generation=work.generation,
                 )
             )
         engine.step()
-        results = [update.result for update in engine.poll() if update.result is not None]
-        assert not [result for result in results if result.error_code is not None]
-        left -= len(results)
+        for update in engine.poll():
+            if update.result is None:
+                continue
+            if update.result.error_code is not None:
+                raise EngineError(f"image {update.result.id}: {update.result.error_message}")
+            left -= 1
+            tokens += update.result.completion_tokens
     seconds = time.monotonic() - began
-    return Case(
-        name="engine",
-        round=number,
-        images=len(images),
-        seconds=seconds,
-        images_per_second=len(images) / seconds,
-    )
+    work.check(len(images), tokens)
+    return Pass(seconds=seconds, images_per_second=len(images) / seconds)
 
 
-def job_pass(corpus: str, output: str, model: str, told: Console, number: int) -> Case:
-    """The job on replicas that are up; its clock runs from the first read to the last commit."""
-    config = RunConfig(
-        kind="caption",
-        input=corpus,
-        output=output,
-        model=model,
-        prompt=CAPTION_PROMPT,
-        spec=_SPEC,
-        generation=_GENERATION,
-        control_share=0.0,
+def job_pass(corpus: str, output: str, work: Work, told: Console) -> Pass:
+    """The job on replicas that are up; its clock runs from the first read to the last commit.
+    Raises EngineError as `engine_pass` does, RunErrors as jobs do."""
+    config = captions(
+        corpus,
+        output,
+        work.model,
+        generation=work.generation,
+        unit_rows=work.unit_rows,
+        max_batch_rows=work.batch_rows,
     )
-    attempt = run(config, console=told).summary.attempt
-    assert attempt is not None
-    return Case(
-        name="job",
-        round=number,
-        images=attempt.rows,
+    summary, attempt = carry_out(config, told)
+    work.check(attempt.rows, summary.total.completion_tokens)
+    return Pass(
         seconds=attempt.wall_seconds,
         images_per_second=attempt.rows_per_second,
-        replica_busy_share=attempt.replica_busy_share,
+        busy_share=attempt.replica_busy_share,
     )
 
 
-def pipeline(model: str, *, quick: bool, told: Console) -> dict[str, Any]:
-    about = machine()
-    rows, rounds = (256, 1) if quick else (2048, 3)
-    served = EngineSettings(model=model, revision=resolve_model(model).revision)
-    engine, held = served.build(), served.batch_rows_held
-    cases: list[Case] = []
-    with LocalS3("benchmark") as server:
-        corpus = f"{server.uri}/corpus"
-        make_corpus(kind="caption", rows=rows, output=corpus)
-        store = open_store(corpus)
-        images: list[bytes] = []
-        for info in store.list(suffixes=(".parquet",)):
-            column = pq.read_table(io.BytesIO(store.get(info.key)), columns=["image"])["image"]
-            images += [value["bytes"] for value in column.to_pylist()]
-        with open_fleet(FleetSettings(engine=served)):
-            engine_pass(engine, images[: 2 * held], held, -1)  # warm-up, not counted
-            for number in range(rounds):
-                cases.append(engine_pass(engine, images, held, number))
-                output = f"{server.uri}/labels-{number}"
-                cases.append(job_pass(corpus, output, model, told, number))
-    ratios = [
-        job.images_per_second / alone.images_per_second
-        for alone, job in zip(cases[::2], cases[1::2], strict=True)
-    ]
+def pipeline(
+    model: str,
+    *,
+    shape: Shape | None = None,
+    quick: bool,
+    root: str,
+    environment: Mapping[str, str] | None = None,
+    told: Console,
+) -> dict[str, Any]:
+    """model: whose captions are timed if no shape is given. root: where corpora and labels go.
+    environment: with which Ray's workers reach it. Raises UsageError as `build` does."""
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(replica_threads()))
+        about = machine()
+        if shape is None:
+            work = work_of_model(model, quick=quick)
+        else:
+            folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
+            save(shape, Path(folder))
+            work = work_of_shape(shape, folder, quick=quick)
+        rounds = 2 if quick else 5
+        passes = sides_in_turns(
+            work, rounds=rounds, root=root, environment=environment or {}, told=told
+        )
+    speeds = {side: [one.images_per_second for one in passes[side]] for side in _SIDES}
     return {
         "suite": "pipeline",
-        "machine": about,
-        "cases": [asdict(case) for case in cases],
-        "ratios": {"ray_vs_engine": ratio(ratios)},
+        "machine": about
+        | {
+            "model": shape.name if shape else model,
+            "images": work.images,
+            "unit_rows": work.unit_rows,
+            "slots": work.batch_rows,
+            "most_new_tokens": work.new_tokens,
+            "rounds": rounds,
+        },
+        "cases": [asdict(_case(side, work, passes[side])) for side in _SIDES],
+        "ratios": {
+            "ray_vs_engine": ratio(
+                [job / alone for alone, job in zip(speeds["engine"], speeds["job"], strict=True)]
+            )
+        },
     }
+
+
+def sides_in_turns(
+    work: Work, *, rounds: int, root: str, environment: Mapping[str, str], told: Console
+) -> dict[str, list[Pass]]:
+    """What was timed of each side, by round. Raises as the passes do."""
+    served = EngineSettings(
+        model=work.model,
+        revision=resolve_model(work.model).revision,
+        max_batch_rows=work.batch_rows,
+    )
+    engine, held = served.build(), served.batch_rows_held
+    passes: dict[str, list[Pass]] = {side: [] for side in _SIDES}
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.enter_context(open_fleet(FleetSettings(engine=served, environment=environment)))
+        for number in range(-1, rounds):
+            uncounted = number < 0
+            count = min(work.images, 2 * work.batch_rows) if uncounted else work.images
+            rows = work.draw(count, seed=number + 1)
+            corpus = f"{root}/corpus-{number + 1}"
+            write_corpus(corpus, rows, work.unit_rows)
+            told.print(f"round {number + 1} of {rounds}: {count} images", highlight=False)
+            for side in in_turn(_SIDES, number):
+                if side == "engine":
+                    images = [row.image for row in rows if row.image is not None]
+                    timed = engine_pass(engine, work, images, held)
+                else:
+                    timed = job_pass(corpus, f"{root}/labels-{number + 1}", work, told)
+                if not uncounted:
+                    passes[side].append(timed)
+    return passes
+
+
+def _case(side: str, work: Work, passes: Sequence[Pass]) -> Case:
+    return Case(
+        case=side,
+        images=work.images,
+        seconds=ratio([one.seconds for one in passes]),
+        images_per_second=ratio([one.images_per_second for one in passes]),
+        replica_busy_share=known_ratio([one.busy_share for one in passes]),
+    )

@@ -6,10 +6,13 @@ models want them.
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -41,6 +44,16 @@ def build(shape: Shape) -> LoadedModel:
     # Lengths are then those that were asked for, whatever a model says.
     loaded.model.generation_config.eos_token_id = None
     return loaded
+
+
+def save(shape: Shape, folder: Path) -> None:
+    """Writes what `build` makes as a folder that `load_model` takes, in this process or another:
+    there too its answers end only where `max_new_tokens` does. Raises as `build` does."""
+    loaded = build(shape)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # as where models are loaded
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
 
 
 def config_and_processor(shape: Shape, widths: Widths) -> tuple[Any, Any]:

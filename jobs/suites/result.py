@@ -6,9 +6,11 @@ import os
 import platform
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 def machine() -> dict[str, Any]:
@@ -26,3 +28,15 @@ def machine() -> dict[str, Any]:
 def ratio(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of one figure per round."""
     return {"value": median(values), "low": min(values), "high": max(values)}
+
+
+def known_ratio(values: Sequence[float | None]) -> dict[str, float] | None:
+    """`ratio` of a figure that may be unknown: None if it was in any round."""
+    known = [value for value in values if value is not None]
+    return ratio(known) if len(known) == len(values) else None
+
+
+def in_turn(things: Sequence[_T], number: int) -> Sequence[_T]:
+    """The order of round `number`: every other one backwards, so that nothing always runs behind
+    the same."""
+    return things[::-1] if number % 2 else things

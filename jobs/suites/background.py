@@ -1,0 +1,111 @@
+"""A batch job that keeps a fleet's replicas busy while something else is timed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO, Final
+
+import ray
+
+from cluster.corpus.plan import done_units
+from cluster.errors import RunError, UsageError
+from cluster.fleet import Fleet
+from cluster.store import open_store
+
+_START_SECONDS: Final = 300.0
+_END_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.2
+_LOG_BYTES: Final = 2000
+
+
+class BatchJob:
+    """Context manager: `jobs/caption_corpus.py` as a user starts it, a process of its own on the
+    cluster and the replicas of `fleet`. Inside, every replica has had rows of it; at its end it is
+    interrupted, and no replica has any.
+
+    units: those of the corpus. Raises RunError where the job does not start or end.
+    """
+
+    def __init__(self, fleet: Fleet, corpus: str, output: str, *, units: int) -> None:
+        self._fleet = fleet
+        self._corpus = corpus
+        self._output = output
+        self._units = units
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def __enter__(self) -> BatchJob:
+        command = [sys.executable, "-m", "jobs.caption_corpus", "--model", self._fleet.model]
+        command += ["--input", self._corpus, "--output", self._output]
+        address = ray.get_runtime_context().gcs_address
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            command, env=os.environ | {"RAY_ADDRESS": address}, stdout=self._log, stderr=self._log
+        )
+        try:
+            self._wait(lambda: all(self._rows_held()), _START_SECONDS, "had no rows on replicas")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+        if error is None:
+            self._wait(lambda: not any(self._rows_held()), _END_SECONDS, "left rows on replicas")
+        assert self._log is not None
+        self._log.close()
+
+    def check(self) -> None:
+        """Raises UsageError if the job has labelled all, and RunError if it has failed."""
+        assert self._process is not None
+        if len(done_units(open_store(self._output))) == self._units:
+            raise UsageError(
+                "the batch job was over before the requests beside it: give a slower --model"
+            )
+        if self._process.poll() is not None:
+            raise RunError(
+                f"the batch job ended with status {self._process.returncode}: {self._told()}"
+            )
+
+    def _rows_held(self) -> list[int]:
+        """Batch rows of every replica that it has no answer to."""
+        return [replica.batch_rows_in_flight for replica in self._fleet.stats().replicas]
+
+    def _wait(self, condition: Callable[[], bool], seconds: float, problem: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self._process is not None:
+                self.check()
+            if time.monotonic() > deadline:
+                raise RunError(f"the batch job {problem} after {seconds:.0f} s: {self._told()}")
+            time.sleep(_POLL_SECONDS)
+
+    def _told(self) -> str:
+        """The end of what it printed."""
+        assert self._log is not None
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        return self._log.read().decode(errors="replace")
+
+    def _stop(self) -> None:
+        """What is committed stays; nothing more is asked of the replicas."""
+        process, self._process = self._process, None
+        assert process is not None
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,53 @@
+"""The benchmark's command line refuses what would change nothing, and rounds alternate."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.benchmark import SUITES, main
+from jobs.suites.result import in_turn, known_ratio, ratio
+
+VALUES = {
+    "model": "tiny-qwen",
+    "shape": "tiny",
+    "methods": "topk",
+    "peer": "python",
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("suite", "option"),
+    [(suite, option) for suite in SUITES for option in VALUES if option not in SUITES[suite]],
+)
+def test_an_option_of_another_suite_is_refused_with_the_suites_it_is_for(
+    suite: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--suite", suite, f"--{option}", VALUES[option]]) == 2
+    told = capsys.readouterr().err
+    assert f"--{option} is for suite" in told
+    assert f"leave it out of --suite {suite}" in told
+    for name, options in SUITES.items():
+        assert (option not in options) or name in told
+
+
+def test_a_shape_and_a_model_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "pipeline", "--shape", "llava", "--model", "tiny-qwen"]) == 2
+    assert "--shape llava brings its own model" in capsys.readouterr().err
+
+
+def test_every_other_round_runs_backwards() -> None:
+    assert [list(in_turn("abc", number)) for number in range(3)] == [
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+        ["a", "b", "c"],
+    ]
+
+
+def test_a_ratio_is_the_median_over_rounds_with_its_range() -> None:
+    assert ratio([3.0, 1.0, 8.0]) == {"value": 3.0, "low": 1.0, "high": 8.0}
+    assert known_ratio([3.0, 1.0, 8.0]) == ratio([3.0, 1.0, 8.0])
+
+
+def test_a_figure_that_is_unknown_in_one_round_is_unknown() -> None:
+    assert known_ratio([3.0, None]) is None

@@ -138,9 +138,14 @@ def application(settings: FleetSettings) -> serve.Application:
         graceful_shutdown_timeout_s=10.0,
         logging_config=_QUIET,
     )
-    threads = None if gpus else max(1, (os.cpu_count() or 1) // settings.replicas)
+    threads = replica_threads(settings.replicas, gpus=gpus)
     api = replace(settings.api, replicas=settings.replicas)
     return edge.bind(replica.bind(engine, threads=threads), api)
+
+
+def replica_threads(replicas: int, *, gpus: float) -> int | None:
+    """Torch threads of a replica with so many GPUs beside others; None: torch's default."""
+    return None if gpus else max(1, (os.cpu_count() or 1) // replicas)
 
 
 def build(args: Mapping[str, str]) -> serve.Application:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final
 
 import torch
 from rich.console import Console
 
 from cluster.config import RunConfig
+from cluster.fleet import replica_threads
 from cluster.run import run
 from cluster.summary import Attempt, Summary
 from sppruner import Budget, PruneSpec
@@ -18,9 +18,9 @@ from sppruner.tiny.questions import CAPTION_PROMPT
 SPEC: Final = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
 
 
-def replica_threads() -> int | None:
-    """Torch threads of a fleet's only replica (`cluster.fleet.application`); None: the default."""
-    return None if torch.cuda.is_available() else os.cpu_count() or 1
+def threads_of_one_replica() -> int | None:
+    """As a fleet of this machine alone gives it."""
+    return replica_threads(1, gpus=torch.cuda.device_count())
 
 
 def captions(corpus: str, output: str, model: str, **more: Any) -> RunConfig:

@@ -35,7 +35,7 @@ from cluster.fleet import Fleet, FleetSettings, open_fleet
 from cluster.replica import EngineSettings
 from jobs.suites.background import BatchJob
 from jobs.suites.corpora import captioned, write_corpus
-from jobs.suites.labelling import SPEC, replica_threads
+from jobs.suites.labelling import SPEC, threads_of_one_replica
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from sppruner.engine.loading import resolve_model
 from sppruner.spec import DENSE
@@ -114,7 +114,7 @@ def online(
     reach it. Raises UsageError without httpx, and as `BatchJob.check` does."""
     if importlib.util.find_spec("httpx") is None:
         raise UsageError("--suite online needs httpx: pip install 'sppruner[benchmark]'")
-    about = machine() | {"torch_threads": replica_threads()}
+    about = machine() | {"torch_threads": threads_of_one_replica()}
     extent = extent or (QUICK if quick else FULL)
     served = EngineSettings(model=model, revision=resolve_model(model).revision)
     with open_fleet(FleetSettings(engine=served, environment=environment or {})) as fleet:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from jobs.suites.phases import Trace, traced
+from jobs.suites.result import in_turn
 from sppruner import DENSE, PruneSpec
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result
 from sppruner.engine.loading import LoadedModel
@@ -83,7 +84,7 @@ def in_turns(
         } | dict(others or {})
         for number in range(-uncounted, rounds):
             told.print(f"round {number + 1} of {rounds}", highlight=False)
-            order = list(turns) if number % 2 else list(turns)[::-1]
+            order = in_turn(list(turns), number)
             found = {name: turns[name]() for name in order}
             if number >= 0:
                 timed.append(found)

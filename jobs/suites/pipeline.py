@@ -29,7 +29,7 @@ from cluster.fleet import FleetSettings, open_fleet
 from cluster.media import decode_image
 from cluster.replica import EngineSettings
 from jobs.suites.corpora import captioned, squares, write_corpus
-from jobs.suites.labelling import SPEC, captions, carry_out, replica_threads
+from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
 from jobs.suites.random_models import save
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from jobs.suites.shapes import Shape
@@ -184,7 +184,7 @@ def pipeline(
     """model: whose captions are timed if no shape is given. root: where corpora and labels go.
     environment: with which Ray's workers reach it. Raises UsageError as `build` does."""
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(replica_threads()))
+        stack.enter_context(torch_threads(threads_of_one_replica()))
         about = machine()
         if shape is None:
             work = work_of_model(model, quick=quick)

@@ -28,7 +28,7 @@ from cluster.fleet import Fleet, FleetSettings, open_fleet
 from cluster.replica import EngineSettings
 from cluster.store import open_store
 from jobs.suites.corpora import captioned, write_corpus
-from jobs.suites.labelling import captions, carry_out, replica_threads
+from jobs.suites.labelling import captions, carry_out, threads_of_one_replica
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from sppruner.engine.loading import resolve_model
 
@@ -77,7 +77,7 @@ def scale(
 ) -> dict[str, Any]:
     """base: rows of the smallest corpus. root: where corpora and labels go. environment: with which
     Ray's workers reach it. Raises RunErrors as jobs do."""
-    about = machine() | {"torch_threads": replica_threads()}
+    about = machine() | {"torch_threads": threads_of_one_replica()}
     base = base or (64 if quick else 256)
     rounds = rounds or (2 if quick else 5)
     unit_rows = -(-base // _UNITS)

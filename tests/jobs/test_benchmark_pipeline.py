@@ -17,7 +17,7 @@ from cluster.fleet import FleetSettings, application
 from cluster.replica import EngineSettings
 from cluster.store import open_store
 from jobs.suites.corpora import captioned, squares, write_corpus
-from jobs.suites.labelling import replica_threads
+from jobs.suites.labelling import threads_of_one_replica
 from jobs.suites.pipeline import (
     Work,
     engine_pass,
@@ -67,7 +67,7 @@ def test_a_saved_model_answers_as_it_did_and_never_ends_early(shape: Shape, tmp_
 def test_the_bare_engine_has_the_threads_of_a_replica() -> None:
     built = application(FleetSettings(engine=EngineSettings(model="m")))
     (replica,) = [a for a in built._bound_deployment.init_args if hasattr(a, "_bound_deployment")]
-    threads = replica_threads()
+    threads = threads_of_one_replica()
     assert replica._bound_deployment.init_kwargs["threads"] == threads
     before = torch.get_num_threads()
     with torch_threads(before + 1):
@@ -144,7 +144,7 @@ def test_job_and_engine_label_the_same_images_in_turns(
     assert found["suite"] == "pipeline"
     assert [case["case"] for case in found["cases"]] == ["engine", "job"]
     images = found["machine"]["images"]
-    assert found["machine"]["torch_threads"] == replica_threads()
+    assert found["machine"]["torch_threads"] == threads_of_one_replica()
     for case in found["cases"]:
         assert case["images"] == images
         for figure in ("seconds", "images_per_second"):

@@ -259,7 +259,7 @@ def test_rounds_go_through_our_ways_and_the_peer_and_back(
         others={NAME: lambda: turn(NAME)},
     )
     there = ["generate", "engine", NAME]
-    assert order == [*there, *there[::-1], *there]
+    assert order == [*there[::-1], *there, *there[::-1]]
     assert [set(row) for row in found] == [set(there)] * 2
 
 

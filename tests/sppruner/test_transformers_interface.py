@@ -34,6 +34,25 @@ IMPORTED: dict[tuple[str, str], set[str]] = {
     ("models.auto.processing_auto", "PROCESSOR_MAPPING"): set(),
     ("processing_utils", "ProcessorMixin"): set(),
     ("utils", "is_torchvision_available"): set(),
+    # engine/reduction.py
+    ("image_processing_utils", "get_patch_output_size"): {
+        "image",
+        "target_resolution",
+        "input_data_format",
+    },
+    ("image_transforms", "get_resize_output_image_size"): {
+        "size",
+        "default_to_square",
+        "input_data_format",
+    },
+    ("image_utils", "ChannelDimension"): set(),
+    ("models.qwen2_vl.image_processing_pil_qwen2_vl", "smart_resize"): {
+        "height",
+        "width",
+        "factor",
+        "min_pixels",
+        "max_pixels",
+    },
     # signals.py
     ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"): set(),
     ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"): set(),

@@ -17,6 +17,7 @@ from cluster.config import RunConfig
 from cluster.corpus.plan import Plan
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
+from cluster.credits import Credits
 from cluster.delivery import Delivery
 from cluster.ledger import measured_ratio, nanoseconds
 from cluster.store import Store, open_store
@@ -55,7 +56,7 @@ async def _answers(
     config: RunConfig, calls: Iterator[RowCall], replicas: Replicas, batch_rows: int
 ) -> list[RowAnswer]:
     """Of the batches that count, one after the other: each had its replica to itself."""
-    delivery = Delivery(replicas, credits=1, max_attempts=config.max_attempts)
+    delivery = Delivery(replicas, credits=Credits(rows=1), max_attempts=config.max_attempts)
     answers: list[RowAnswer] = []
     for number in range(1 + _BATCHES):
         batch = list(islice(calls, batch_rows))

@@ -22,12 +22,17 @@ from ray.data import ActorPoolStrategy, Dataset
 from cluster.calls import Replicas, RowAnswer, RowCall, ServeReplicas
 from cluster.config import Kind, RunConfig
 from cluster.controller import stop_reason
+from cluster.credits import Credits
 from cluster.delivery import Delivered, Delivery
 from cluster.errors import ErrorShareExceeded, PromptInvalid
 from cluster.rows import COST_FIELD, INPUT_FIELDS, is_internal, output_schema
 
 logger = structlog.get_logger(__name__)
 
+# Rows of a call. Control rows come in calls of as many as a replica runs side by side.
+_CALL_ROWS = 16
+# Calls that each replica gets however long their rows are: one that runs, and one that waits.
+_CALLS_SENT = 2
 # Units one actor has in work: enough that the next unit's calls start before this one's last end.
 _UNITS_AT_ONCE = 4
 # Anything but the reader's share of a CPU: with equal resources Ray Data would fuse the reader
@@ -40,8 +45,9 @@ _QUESTION = "{question}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerSettings:
-    """What a caller is told. first_unit: the run's first, which always has control rows;
-    chunk_rows: rows per call; credits: calls in flight per actor."""
+    """What a caller is told. first_unit: the run's first, which always has control rows.
+    batch_rows: slots of a replica. rows_sent, tokens_sent: what the actor may have on its way, see
+    `Fleet` and `Credits`."""
 
     run_id: str
     first_unit: str
@@ -49,8 +55,10 @@ class CallerSettings:
     model_revision: str
     app: str
     deployment: str
-    chunk_rows: int = 16
-    credits: int = 3
+    batch_rows: int = 16
+    replicas: int = 1
+    rows_sent: int = 48
+    tokens_sent: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +81,11 @@ class Caller:
         self._delivery = Delivery(
             replicas
             or ServeReplicas(serve.get_deployment_handle(settings.deployment, settings.app)),
-            credits=settings.credits,
+            credits=Credits(
+                rows=settings.rows_sent,
+                tokens=settings.tokens_sent,
+                calls=_CALLS_SENT * settings.replicas,
+            ),
             max_attempts=settings.config.max_attempts,
         )
 
@@ -99,7 +111,10 @@ class Caller:
         controls = self._controls(rows)
         plain = [row for row in rows if row.error is None and row.number not in controls]
         control = [row for row in rows if row.number in controls]
-        chunks = [*self._chunks(plain), *self._chunks(control)]
+        chunks = [
+            *_chunks(plain, min(_CALL_ROWS, self._settings.batch_rows)),
+            *_chunks(control, self._settings.batch_rows),
+        ]
         calls = [[self._call(row, control=row.number in controls) for row in c] for c in chunks]
         answered = await asyncio.gather(*(self._delivery.deliver(call) for call in calls))
         outcomes = {
@@ -147,22 +162,18 @@ class Caller:
         if not share or not numbers or self._config.spec.is_dense:
             return frozenset()
         unit = rows[0].unit
-        calls, rest = divmod(share * len(numbers) / self._settings.chunk_rows, 1)
+        calls, rest = divmod(share * len(numbers) / self._settings.batch_rows, 1)
         calls += self._draw(unit, "calls") < rest
         if unit == self._settings.first_unit:
             calls = max(calls, 1)
         drawn = sorted(numbers, key=lambda number: self._draw(unit, number))
-        return frozenset(drawn[: int(calls) * self._settings.chunk_rows])
+        return frozenset(drawn[: int(calls) * self._settings.batch_rows])
 
     def _draw(self, *what: object) -> float:
         """A number in [0, 1) that depends on the run and on `what` alone."""
         text = "\0".join(map(str, (self._run_id, *what)))
         digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
-
-    def _chunks(self, rows: Sequence[_Row]) -> list[Sequence[_Row]]:
-        size = self._settings.chunk_rows
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _call(self, row: _Row, *, control: bool) -> RowCall:
         assert row.prompt is not None
@@ -243,12 +254,16 @@ def prompt_of(kind: Kind, prompt: str, asked: str | None) -> str | None:
     return prompt.replace(_QUESTION, asked) if _QUESTION in prompt else asked
 
 
+def _chunks(rows: Sequence[_Row], size: int) -> list[Sequence[_Row]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 _INPUT_NAMES = [field.name for field in INPUT_FIELDS]
 
 
 def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -> Dataset:
     """The stage itself: every unit of `units` labelled. One caller keeps about eight replicas
-    busy; with several, `settings.credits` counts for each of them."""
+    busy; with several, what `settings` lets on its way counts for each of them."""
     return units.map_batches(
         Caller,
         fn_constructor_kwargs={"settings": settings},

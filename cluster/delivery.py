@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -19,6 +18,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from cluster.calls import Priority, Replicas, RowAnswer, RowCall
+from cluster.credits import Credits
 from cluster.errors import Busy, PoisonRow
 
 logger = structlog.get_logger(__name__)
@@ -46,43 +46,6 @@ class Delivered:
     attempts: int
 
 
-class Floor:
-    """Admission: up to `credits` calls at once, or one call alone. Who asks to be alone goes
-    first: no further calls start until it is through."""
-
-    def __init__(self, credits: int) -> None:
-        self._credits = credits
-        self._in_flight = 0
-        self._asking_alone = 0
-        self._closed = False
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def place(self, *, alone: bool = False) -> AsyncIterator[None]:
-        async with self._changed:
-            await (self._empty() if alone else self._changed.wait_for(self._open))
-            self._closed = alone
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._in_flight -= 1
-                self._closed = False
-                self._changed.notify_all()
-
-    def _open(self) -> bool:
-        return not self._closed and not self._asking_alone and self._in_flight < self._credits
-
-    async def _empty(self) -> None:
-        self._asking_alone += 1
-        try:
-            await self._changed.wait_for(lambda: self._in_flight == 0)
-        finally:
-            self._asking_alone -= 1
-            self._changed.notify_all()
-
-
 class Delivery:
     """Sends calls to replicas under one set of credits. One event loop owns it."""
 
@@ -90,12 +53,12 @@ class Delivery:
         self,
         replicas: Replicas,
         *,
-        credits: int,
+        credits: Credits,
         max_attempts: int,
         pause_seconds: float = 0.5,
     ) -> None:
         self._replicas = replicas
-        self._floor = Floor(credits)
+        self._credits = credits
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
 
@@ -128,10 +91,12 @@ class Delivery:
         """The answers, or None if the replica died. A refused call keeps its place while it
         waits: letting the next one try would only be refused too."""
         refusals = 0
-        async with self._floor.place(alone=alone):
+        async with self._credits.place(len(calls), alone=alone):
             while True:
                 try:
-                    return await self._replicas.label(calls, priority=Priority.BATCH)
+                    answers = await self._replicas.label(calls, priority=Priority.BATCH)
+                    self._credits.learn(calls, answers)
+                    return answers
                 except REPLICA_FULL as error:
                     refusals += 1
                     logger.debug("replica_full", refusals=refusals, error=str(error))

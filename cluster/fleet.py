@@ -78,7 +78,8 @@ class FleetStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fleet:
-    """Replicas that are up. `credits` calls of `max_batch_rows` rows keep all of them full."""
+    """Replicas that are up. max_batch_rows: slots of each. rows_sent, tokens_sent: rows on their
+    way that keep all of them full, and tokens of these beyond which none of them runs more rows."""
 
     app: str
     deployment: str
@@ -86,14 +87,20 @@ class Fleet:
     handle: DeploymentHandle[Any]
     replicas: int
     max_batch_rows: int
+    token_room: int | None
     model: str
     model_revision: str
     image_backend: str
     deployed_here: bool
 
     @property
-    def credits(self) -> int:
-        return self.replicas * BATCHES_SENT
+    def rows_sent(self) -> int:
+        return self.replicas * BATCHES_SENT * self.max_batch_rows
+
+    @property
+    def tokens_sent(self) -> int | None:
+        room = self.token_room
+        return None if room is None else self.replicas * BATCHES_SENT * room
 
     def stats(self) -> FleetStats:
         """Asks every replica now. Raises TimeoutError if one does not answer."""
@@ -115,8 +122,8 @@ def fingerprint(engine: EngineSettings) -> str:
 
 def application(settings: FleetSettings) -> serve.Application:
     """The Serve application: HTTP edge and replicas, which get a GPU each if there are any."""
-    engine = settings.engine
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    engine = settings.engine.sized(gpu=gpus > 0)
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     replica = serve.deployment(VLMReplica).options(
         name=settings.name,
@@ -168,7 +175,7 @@ def build(args: Mapping[str, str]) -> serve.Application:
     engine = EngineSettings(
         model=args["model"],
         revision=pinned.revision,
-        max_batch_rows=int(args.get("max_batch_rows", "16")),
+        max_batch_rows=int(args["max_batch_rows"]) if "max_batch_rows" in args else None,
         dtype=args.get("dtype", "auto"),
     )
     return application(
@@ -259,6 +266,7 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
         handle=handle,
         replicas=len(replicas),
         max_batch_rows=replicas[0].max_batch_rows,
+        token_room=replicas[0].token_room,
         model=replicas[0].model,
         model_revision=replicas[0].model_revision,
         image_backend=replicas[0].image_backend,

@@ -31,11 +31,15 @@ from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
 
-# Batches a caller keeps with each replica: one runs, one waits decoded, one is being decoded. The
-# replica holds one more before it refuses: Serve spreads calls evenly only on average.
+# What a caller keeps with each replica, in fillings of its slots: one runs, one waits decoded, one
+# is being decoded. The replica holds one more before it refuses: Serve spreads calls evenly only on
+# average.
 BATCHES_SENT = 3
 _BATCHES_HELD = BATCHES_SENT + 1
 _BATCH_DECODERS = 2
+# Slots where nobody asked for a number. A CPU computes no faster for more; a GPU does, as far as it
+# has room for their keys and values, which its engine sees to.
+_CPU_ROWS, _GPU_ROWS = 16, 64
 # So many batches of rows in a row without one good one: the engine is broken, not the rows.
 _BROKEN_AFTER = 3
 
@@ -47,29 +51,38 @@ class EngineSettings:
     engine: "module:callable"; called with model, device, dtype, max_batch_rows, revision (if set)
     and `options`.
     device: "auto" is the accelerator where the replica has one, else the CPU.
+    max_batch_rows: None for what the replica's device suits, see `sized`.
     """
 
     model: str
     revision: str | None = None
-    max_batch_rows: int = 16
+    max_batch_rows: int | None = None
     engine: str = "sppruner.engine:open_engine"
     device: str = "auto"
     dtype: str = "auto"
     options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_batch_rows < 1:
+        if self.max_batch_rows is not None and self.max_batch_rows < 1:
             raise UsageError(f"max_batch_rows {self.max_batch_rows}: give at least 1")
         if self.engine.count(":") != 1:
             raise UsageError(f"engine {self.engine!r}: write it as module:callable")
 
+    def sized(self, *, gpu: bool) -> EngineSettings:
+        """These settings, with a number of rows."""
+        rows = self.max_batch_rows or (_GPU_ROWS if gpu else _CPU_ROWS)
+        return replace(self, max_batch_rows=rows)
+
     @property
     def batch_rows_held(self) -> int:
-        """Batch rows one replica accepts before it answers Busy."""
+        """Batch rows one replica accepts before it answers Busy. For settings that are `sized`."""
+        assert self.max_batch_rows is not None
         return _BATCHES_HELD * self.max_batch_rows
 
     def build(self) -> Engine:
-        """Imports and calls the factory. Raises what the factory raises."""
+        """Imports and calls the factory. Raises what the factory raises. For settings that are
+        `sized`."""
+        assert self.max_batch_rows is not None
         module, name = self.engine.split(":")
         factory = getattr(importlib.import_module(module), name)
         pinned = {} if self.revision is None else {"revision": self.revision}
@@ -81,13 +94,14 @@ class EngineSettings:
 class ReplicaStats:
     """What one replica has done since it started. `rows` counts compute, retries included: how
     many rows were committed is the ledger's to say. waiting: rows that the engine has no result
-    for yet."""
+    for yet. max_batch_rows, token_room: the engine's."""
 
     pid: int
     model: str
     model_revision: str
     image_backend: str
     max_batch_rows: int
+    token_room: int | None
     uptime_seconds: float
     busy_seconds: float
     rows: int
@@ -109,6 +123,7 @@ class VLMReplica:
     def __init__(self, settings: EngineSettings, threads: int | None = None) -> None:
         """threads: torch threads on a CPU replica; None leaves the default. Raises what the
         engine's factory raises."""
+        settings = settings.sized(gpu=settings.device != "cpu" and torch.cuda.is_available())
         self._thread = EngineThread(partial(_build_engine, settings, threads), _fault)
         self._engine = self._thread.engine
         self._decoders = {
@@ -163,7 +178,8 @@ class VLMReplica:
             model=self._engine.model_id,
             model_revision=self._engine.model_revision,
             image_backend=self._engine.image_backend,
-            max_batch_rows=self._settings.max_batch_rows,
+            max_batch_rows=self._engine.max_batch_rows,
+            token_room=self._engine.token_room,
             uptime_seconds=time.monotonic() - self._started,
             busy_seconds=self._engine.busy_seconds,
             rows=self._rows,
@@ -174,7 +190,7 @@ class VLMReplica:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        if self._failed_in_a_row >= _BROKEN_AFTER * self._settings.max_batch_rows:
+        if self._failed_in_a_row >= _BROKEN_AFTER * self._engine.max_batch_rows:
             raise EngineBroken(f"the last {self._failed_in_a_row} rows could not be run")
         if not self._thread.alive:
             raise EngineBroken("the engine's thread has ended")

@@ -23,6 +23,7 @@ class QueuedEngine(ABC):
 
     def __init__(self, max_batch_rows: int) -> None:
         self.max_batch_rows = max_batch_rows
+        self.token_room: int | None = None
         self.busy_seconds = 0.0
         self._kinds: dict[tuple[int, bool, Generation], deque[tuple[int, Request]]] = {}
         self._tickets = count()

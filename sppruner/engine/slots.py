@@ -73,6 +73,13 @@ class SlotCache:
         """Bytes held, used or not."""
         return sum(layer.nbytes for layer in (*self.keys, *self.values))
 
+    @property
+    def room(self) -> int | None:
+        """Tokens that all slots may hold together, at all layers; None for any number."""
+        if self._fixed is not None:
+            return self.slots * self._fixed
+        return None if self._limit is None else self._limit // (len(self.keys) * self._place_bytes)
+
     def lengths(self, slot: int) -> list[int]:
         """Tokens of a slot at each layer."""
         return [int(length) for length in self._known_LS[:, slot]]

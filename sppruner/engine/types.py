@@ -13,6 +13,8 @@ from sppruner.errors import EngineError, PruningHadNoEffect, SpecError, Sppruner
 from sppruner.spec import DENSE, PruneSpec
 
 NO_EFFECT: Final = "pruning_no_effect"
+# Of a model; auto is bfloat16 on a GPU and float32 on a CPU.
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 Reduction: TypeAlias = Callable[[int, int], int]
 """By how much an upright JPEG of a width and height may be decoded smaller: 1, 2, 4 or 8, which
@@ -111,6 +113,11 @@ class Engine(Protocol):
     image_backend: str
     # Wall seconds of reading and answering since the start; waiting for requests is not in them.
     busy_seconds: float
+
+    # Requests that are answered side by side at most, and tokens of prompts and answers that these
+    # may have together: None where nothing bounds them.
+    max_batch_rows: int
+    token_room: int | None
 
     @property
     def in_flight(self) -> int:

@@ -38,7 +38,7 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
 
 
 def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> CallerSettings:
-    values = {"first_unit": "first", "app": "", "deployment": "", "chunk_rows": 4, **more}
+    values = {"first_unit": "first", "app": "", "deployment": "", "batch_rows": 4, **more}
     return CallerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
 
@@ -199,13 +199,40 @@ def test_a_captions_own_prompt_goes_before_the_runs() -> None:
     assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "mine"]
 
 
+def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> None:
+    class Counted(Recorded):
+        on_their_way = 0
+        known = 0  # answers of calls that have ended
+
+        async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+            self.on_their_way += len(calls)
+            seen.append((self.known, self.on_their_way))
+            answers = await super().label(calls, priority=priority)
+            self.on_their_way -= len(calls)
+            self.known += len(answers)
+            return answers
+
+    async def body() -> None:
+        run = config(control_share=0.0)
+        length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
+        settings = caller_settings(run, rows_sent=32, tokens_sent=9 * length)
+        await Caller(settings, Counted())(unit("u", 80))
+
+    seen: list[tuple[int, int]] = []
+    asyncio.run(asyncio.wait_for(body(), 30))
+    assert max(rows for known, rows in seen if not known) == 32
+    assert max(rows for known, rows in seen if known >= 32) == 8  # two calls of four
+
+
 # From here on with real Ray and real Serve.
 
 
 def label_on(
     fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
 ) -> list[dict[str, object]]:
-    settings = caller_settings(run, run_id, app=fleet.app, deployment=fleet.deployment, credits=3)
+    settings = caller_settings(
+        run, run_id, app=fleet.app, deployment=fleet.deployment, rows_sent=12
+    )
     rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
     return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
 

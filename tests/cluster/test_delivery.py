@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.credits import Credits
 from cluster.delivery import Delivered, Delivery
 from cluster.errors import Busy
 
@@ -50,11 +51,11 @@ class OneReplica:
 
 
 def deliver(
-    replica: OneReplica, chunks: Sequence[Sequence[str]], *, credits: int = 3, max_attempts: int = 2
+    replica: OneReplica, chunks: Sequence[Sequence[str]], *, rows: int = 3, max_attempts: int = 2
 ) -> list[list[Delivered]]:
     async def body() -> list[list[Delivered]]:
         delivery = Delivery(
-            replica, credits=credits, max_attempts=max_attempts, pause_seconds=0.0001
+            replica, credits=Credits(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
         )
         calls = [[RowCall(id=name, prompt="p") for name in chunk] for chunk in chunks]
         return list(await asyncio.gather(*(delivery.deliver(chunk) for chunk in calls)))
@@ -62,9 +63,9 @@ def deliver(
     return asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_calls_in_flight_never_exceed_the_credits() -> None:
+def test_rows_in_flight_never_exceed_the_credits() -> None:
     replica = OneReplica()
-    deliver(replica, [[str(n)] for n in range(20)], credits=3)
+    deliver(replica, [[str(n)] for n in range(20)], rows=3)
     assert replica.most_in_flight == 3
 
 
@@ -94,19 +95,19 @@ def test_an_error_that_is_no_death_ends_the_delivery() -> None:
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
     poison=st.sets(st.integers(0, 35), max_size=3),
-    credits=st.integers(1, 4),
+    rows=st.integers(1, 10),
     max_attempts=st.integers(1, 3),
 )
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_whatever_dies_every_row_is_answered_once_and_only_poison_is_accused(
-    sizes: list[int], poison: set[int], credits: int, max_attempts: int
+    sizes: list[int], poison: set[int], rows: int, max_attempts: int
 ) -> None:
     """Neighbours in the call, and calls that shared the replica with it, are never accused."""
     numbers = iter(range(sum(sizes)))
     chunks = [[str(next(numbers)) for _ in range(size)] for size in sizes]
     bad = frozenset(map(str, poison))
 
-    delivered = deliver(OneReplica(poison=bad), chunks, credits=credits, max_attempts=max_attempts)
+    delivered = deliver(OneReplica(poison=bad), chunks, rows=rows, max_attempts=max_attempts)
 
     answers = [d.answer for chunk in delivered for d in chunk]
     assert [a.id for a in answers] == [name for chunk in chunks for name in chunk]

@@ -272,6 +272,13 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
     run(settings(journal, seconds=0.1), scenario)
 
 
+def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
+    by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", max_batch_rows=3)
+    on_cpu, on_gpu = (by_default.sized(gpu=gpu) for gpu in (False, True))
+    assert on_cpu.batch_rows_held < on_gpu.batch_rows_held
+    assert {asked.sized(gpu=gpu).max_batch_rows for gpu in (False, True)} == {3}
+
+
 def test_engine_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(UsageError, match="max_batch_rows"):
         EngineSettings(model="m", max_batch_rows=0)

@@ -62,6 +62,7 @@ def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: B
     tight = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=bound)
     assert [facts(result) for result in tight.run(asked)] == expected
     assert tight._rows.cache.nbytes <= bound < plenty._rows.cache.nbytes
+    assert (plenty.token_room, tight.token_room) == (None, 2 * (longest + 64))
     hopeless = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=64 * per_token)
     refused = [result for result in hopeless.run(asked) if result.error_code]
     assert {result.error_code for result in refused} == {"prompt_invalid"}

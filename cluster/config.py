@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from cluster.errors import UsageError
 from sppruner.engine import Generation
+from sppruner.engine.types import DTYPES
 from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
@@ -34,6 +35,8 @@ class RunConfig:
     control_share: share of rows that also run dense, the base of every measured saving; they run
     in whole batches, and the run's first unit always has one.
     auto: the run measures first whether pruning pays, and labels densely where it does not.
+    dtype: the model's, or auto: bfloat16 on a GPU, float32 on a CPU.
+    max_batch_rows: rows a replica answers side by side at most; None for what its device suits.
     max_error_share: the run stops once more than this share of at least `error_share_after`
     rows failed. unit_rows / unit_bytes bound the unit of work: one commit.
     """
@@ -44,6 +47,7 @@ class RunConfig:
     model: str
     prompt: str
     spec: PruneSpec
+    dtype: str = "auto"
     generation: Generation = field(default_factory=Generation)
     limit: int | None = None
     unit_rows: int = 256
@@ -53,7 +57,7 @@ class RunConfig:
     media: MediaLimits = field(default_factory=MediaLimits)
     # Below: how the run is carried out. Free to change between resumes.
     replicas: int = 1
-    max_batch_rows: int = 16
+    max_batch_rows: int | None = None
     max_error_share: float = 0.2
     error_share_after: int = 500
     max_attempts: int = 3
@@ -61,6 +65,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         checks: list[tuple[bool, str]] = [
             (self.kind in ("caption", "vqa"), f"kind {self.kind!r}: use caption or vqa"),
+            (self.dtype in DTYPES, f"--dtype {self.dtype!r}: use one of {', '.join(DTYPES)}"),
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give at least 1"),
             (self.replicas >= 1, f"--replicas {self.replicas}: give at least 1"),
             (0 <= self.control_share <= 1, f"control_share {self.control_share} outside [0, 1]"),
@@ -113,4 +118,6 @@ class RunConfig:
             settings["generation"]["stop"] = list(self.generation.stop)
         if self.auto:
             settings["auto"] = True
+        if self.dtype != "auto":
+            settings["dtype"] = self.dtype
         return settings

@@ -82,7 +82,10 @@ def run(
 
     settings = FleetSettings(
         engine=EngineSettings(
-            model=config.model, revision=pinned.revision, max_batch_rows=config.max_batch_rows
+            model=config.model,
+            revision=pinned.revision,
+            max_batch_rows=config.max_batch_rows,
+            dtype=config.dtype,
         ),
         replicas=config.replicas,
         environment=environment or {},
@@ -142,8 +145,10 @@ def _label(
         model_revision=pinned.revision,
         app=fleet.app,
         deployment=fleet.deployment,
-        chunk_rows=fleet.max_batch_rows,
-        credits=fleet.credits,
+        batch_rows=fleet.max_batch_rows,
+        replicas=fleet.replicas,
+        rows_sent=fleet.rows_sent,
+        tokens_sent=fleet.tokens_sent,
     )
     _warn_if_starved(console)
     labelled = label_units(read_units(plan, todo), caller)

@@ -1,6 +1,6 @@
 """Speed, side by side in one run.
 
-    python jobs/benchmark.py --suite engine --shape llava --markdown engine.md
+    python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
     python jobs/benchmark.py --suite pipeline --shape llava --json pipeline.json
     python jobs/benchmark.py --suite scale
     python jobs/benchmark.py --suite online
@@ -40,8 +40,8 @@ from sppruner.engine.loading import EMBEDDED
 
 # Each with the options that mean something to it alone.
 SUITES: Final = {
-    "engine": ("shape", "methods", "peer"),
-    "pipeline": ("model", "shape"),
+    "engine": ("shape", "methods", "dtype", "peer"),
+    "pipeline": ("model", "shape", "dtype"),
     "scale": ("model",),
     "online": ("model",),
     "selection": ("dtype",),
@@ -116,7 +116,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help=f"{_for('peer')}: interpreter of an environment with vLLM, timed on the same requests",
     )
-    made.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"{_for('dtype')} (float32)")
+    made.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help=f"{_for('dtype')}: of the model (selection: float32; else bfloat16 on a GPU, float32 "
+        "on a CPU)",
+    )
     made.add_argument("--json", type=Path, help="write the result to this file")
     made.add_argument("--markdown", type=Path, help="write its tables to this file")
     return made
@@ -142,10 +147,11 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
 def timed(arguments: argparse.Namespace, told: Console) -> dict[str, Any]:
     """The result of the suite that was asked for. Raises RunErrors."""
     how: dict[str, Any] = {"quick": arguments.quick, "told": told}
+    dtype = arguments.dtype or "auto"
     if arguments.suite == "engine":
         methods = METHODS if arguments.methods is None else arguments.methods.split(",")
         shape = SHAPES[arguments.shape or "llava"]
-        return engine(shape, methods=methods, peer=arguments.peer, **how)
+        return engine(shape, methods=methods, dtype=dtype, peer=arguments.peer, **how)
     if arguments.suite == "selection":
         return selection(dtype=getattr(torch, arguments.dtype or "float32"), **how)
     model = arguments.model or EMBEDDED
@@ -156,7 +162,7 @@ def timed(arguments: argparse.Namespace, told: Console) -> dict[str, Any]:
         if arguments.suite == "online":
             return online(model, **how)
         random = None if arguments.shape is None else SHAPES[arguments.shape]
-        return pipeline(model, shape=random, **how)
+        return pipeline(model, shape=random, dtype=dtype, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

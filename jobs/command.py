@@ -25,6 +25,7 @@ from jobs.make_corpus import make_corpus
 from sppruner import Budget, PruneSpec
 from sppruner.engine import Generation
 from sppruner.engine.loading import EMBEDDED
+from sppruner.engine.types import DTYPES
 from sppruner.errors import SpecError
 
 _INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
@@ -66,6 +67,12 @@ def parser(job: Job) -> argparse.ArgumentParser:
     )
     made.add_argument("--prompt", default=job.prompt, help="(%(default)r)")
     made.add_argument("--limit", type=int, help="only the first N rows")
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the model; auto is bfloat16 on a GPU, float32 on a CPU (%(default)s)",
+    )
     made.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
     return made
 
@@ -85,6 +92,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConf
         spec=spec,
         generation=Generation(max_new_tokens=job.max_new_tokens),
         limit=arguments.limit,
+        dtype=arguments.dtype,
         replicas=arguments.replicas,
         auto=arguments.auto,
         **(_DEMO_BOUNDS if demo else {}),

@@ -115,7 +115,8 @@ def _model_of(summary: Summary) -> LoadedModel:
     """The run's model as it was. Raises UsageError."""
     model, revision = summary.settings["model"], summary.settings["model_revision"]
     try:
-        loaded = load_model(model, revision=revision)
+        dtype = summary.settings.get("dtype", "auto")
+        loaded = load_model(model, revision=revision, dtype=dtype)
     except SpprunerError as error:
         raise UsageError(f"the run's model is needed to draw its rows: {error}") from error
     backend = summary.settings["image_backend"]

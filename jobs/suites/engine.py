@@ -84,20 +84,22 @@ def engine(
     shape: Shape,
     *,
     methods: Sequence[str] = METHODS,
+    dtype: str = "auto",
     quick: bool,
     told: Console,
     peer: Path | None = None,
 ) -> dict[str, Any]:
-    """methods: those to time at every budget, beside the headline's; with `quick` it alone. peer:
-    the Python of an environment with vLLM, whose side is then timed too. Raises UsageError for a
-    shape that this machine cannot run, and as `peer.opened` and `Peer.answer` do."""
+    """methods: those to time at every budget, beside the headline's; with `quick` it alone. dtype:
+    of the model. peer: the Python of an environment with vLLM, whose side is then timed too. Raises
+    UsageError for a shape that this machine cannot run, and as `peer.opened` and `Peer.answer`
+    do."""
     for method in methods:
         try:
             selector_for(PruneSpec.parse(method, Budget(ratio=_HEADLINE[1])))
         except SpecError as error:
             raise UsageError(f"--methods: {error}") from error
     about = machine()
-    loaded = build(shape)
+    loaded = build(shape, dtype)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
     generation = Generation(max_new_tokens=_NEW_TOKENS)
     *requests, alone = [

@@ -165,7 +165,9 @@ def _write(
     new_tokens = requests[0].generation.max_new_tokens
     longest = max(map(len, prompts)) + new_tokens
     written = {
-        "settings": _settings(loaded.model.config, -(-longest // _BLOCK) * _BLOCK, slots),
+        "settings": _settings(
+            loaded.model.config, loaded.model.dtype, -(-longest // _BLOCK) * _BLOCK, slots
+        ),
         "new_tokens": new_tokens,
         "requests": asked,
     }
@@ -173,11 +175,11 @@ def _write(
     return prompts
 
 
-def _settings(config: Any, context: int, slots: int) -> dict[str, Any]:
+def _settings(config: Any, dtype: torch.dtype, context: int, slots: int) -> dict[str, Any]:
     """Of vLLM's `LLM`. context: tokens of a prompt and its answer, at most."""
-    decoder = DecoderCost.from_config(config.get_text_config(), bytes_per_value=4)
+    decoder = DecoderCost.from_config(config.get_text_config(), bytes_per_value=dtype.itemsize)
     return {
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         # Compiled it spent as much CPU time on a pass of `llava`, and began 40 s later.
         "enforce_eager": True,
         "max_model_len": context,

@@ -46,7 +46,7 @@ _NEW_TOKENS: Final = 8
 class Work:
     """What either side does in a round. batch_rows: slots of the engine, and rows of a call. side:
     pixels of the images of a shape, whose answers all have `new_tokens` tokens; None for a named
-    model, whose answers end where it wants."""
+    model, whose answers end where it wants. dtype: of the model."""
 
     model: str
     images: int
@@ -54,6 +54,7 @@ class Work:
     batch_rows: int = 16
     new_tokens: int = 64
     side: int | None = None
+    dtype: str = "auto"
 
     @property
     def generation(self) -> Generation:
@@ -92,15 +93,16 @@ class Case:
     replica_busy_share: dict[str, float] | None
 
 
-def work_of_model(model: str, *, quick: bool) -> Work:
+def work_of_model(model: str, *, dtype: str = "auto", quick: bool) -> Work:
     rows, units = (64, 4) if quick else (256, 8)
-    return Work(model=model, images=rows * units, unit_rows=rows)
+    return Work(model=model, images=rows * units, unit_rows=rows, dtype=dtype)
 
 
-def work_of_shape(shape: Shape, folder: str, *, quick: bool) -> Work:
+def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool) -> Work:
     """folder: holds its model. A unit has as many images as a pass of suite `engine`, and calls as
-    many rows as its engine has slots, but no more than a job would send."""
-    rows, units = (shape.quick_images, 3) if quick else (shape.images, 6)
+    many rows as its engine has slots, but no more than a job would send. Ray's workers take seconds
+    to start: with this many units, minutes are timed."""
+    rows, units = (shape.quick_images, 3) if quick else (shape.images, 24)
     return Work(
         model=folder,
         images=rows * units,
@@ -108,6 +110,7 @@ def work_of_shape(shape: Shape, folder: str, *, quick: bool) -> Work:
         batch_rows=min(shape.rows, 16),
         new_tokens=_NEW_TOKENS,
         side=shape.side,
+        dtype=dtype,
     )
 
 
@@ -160,6 +163,7 @@ def job_pass(corpus: str, output: str, work: Work, told: Console) -> Pass:
         output,
         work.model,
         generation=work.generation,
+        dtype=work.dtype,
         unit_rows=work.unit_rows,
         max_batch_rows=work.batch_rows,
     )
@@ -176,6 +180,7 @@ def pipeline(
     model: str,
     *,
     shape: Shape | None = None,
+    dtype: str = "auto",
     quick: bool,
     root: str,
     environment: Mapping[str, str] | None = None,
@@ -187,11 +192,11 @@ def pipeline(
         stack.enter_context(torch_threads(threads_of_one_replica()))
         about = machine()
         if shape is None:
-            work = work_of_model(model, quick=quick)
+            work = work_of_model(model, dtype=dtype, quick=quick)
         else:
             folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
             save(shape, Path(folder))
-            work = work_of_shape(shape, folder, quick=quick)
+            work = work_of_shape(shape, folder, dtype=dtype, quick=quick)
         rounds = 2 if quick else 5
         passes = sides_in_turns(
             work, rounds=rounds, root=root, environment=environment or {}, told=told
@@ -202,6 +207,7 @@ def pipeline(
         "machine": about
         | {
             "model": shape.name if shape else model,
+            "dtype": work.dtype,
             "images": work.images,
             "unit_rows": work.unit_rows,
             "slots": work.batch_rows,
@@ -225,6 +231,7 @@ def sides_in_turns(
         model=work.model,
         revision=resolve_model(work.model).revision,
         max_batch_rows=work.batch_rows,
+        dtype=work.dtype,
     )
     engine, held = served.build(), served.batch_rows_held
     passes: dict[str, list[Pass]] = {side: [] for side in _SIDES}

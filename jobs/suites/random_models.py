@@ -35,12 +35,15 @@ _PATCH: Final = 14  # pixels, of both towers
 _MERGE: Final = 2  # Qwen: patches of a token along either axis
 
 
-def build(shape: Shape) -> LoadedModel:
-    """The model in bfloat16 on a GPU if there is one, else in float32 on the CPU; its answers end
-    only where `max_new_tokens` does. Raises UsageError for a model that needs a GPU."""
+def build(shape: Shape, dtype: str = "auto") -> LoadedModel:
+    """The model on a GPU if there is one, else on the CPU; dtype as for `load_model`. Its answers
+    end only where `max_new_tokens` does. Raises UsageError for a model that needs a GPU."""
     if shape.needs_gpu and not torch.cuda.is_available():
         raise UsageError(f"--shape {shape.name} needs a CUDA device: use one of its smaller shapes")
-    loaded = load_model(EMBEDDED) if shape.widths is None else _random(shape, shape.widths)
+    if shape.widths is None:
+        loaded = load_model(EMBEDDED, dtype=dtype)
+    else:
+        loaded = _random(shape, shape.widths, dtype)
     # Lengths are then those that were asked for, whatever a model says.
     loaded.model.generation_config.eos_token_id = None
     return loaded
@@ -61,13 +64,14 @@ def config_and_processor(shape: Shape, widths: Widths) -> tuple[Any, Any]:
     return _llava(shape, widths) if widths.family == "llava" else _qwen(shape, widths)
 
 
-def _random(shape: Shape, widths: Widths) -> LoadedModel:
+def _random(shape: Shape, widths: Widths, dtype: str) -> LoadedModel:
     config, processor = config_and_processor(shape, widths)
     gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    with torch.random.fork_rng(), torch.device(device):
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
+    with torch.random.fork_rng(), torch.device("cuda" if gpu else "cpu"):
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     return LoadedModel(
         identity=ModelIdentity(name=f"random {shape.name}", path="", revision="random"),
         model=model.eval(),

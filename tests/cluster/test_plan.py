@@ -62,10 +62,11 @@ def test_changed_settings_are_refused_and_shown(source: Store, place: str) -> No
     plan(source.uri, f"{place}/out", spec=spec)
     other = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
     with pytest.raises(SettingsChanged) as caught:
-        plan(source.uri, f"{place}/out", spec=other, prompt="tell me")
+        plan(source.uri, f"{place}/out", spec=other, prompt="tell me", dtype="bfloat16")
     message = str(caught.value)
     assert "spec.budget.ratio: 0.5 → 0.25" in message
     assert 'prompt: "describe" → "tell me"' in message
+    assert "bfloat16" in message
     assert "unit_rows" not in message
     assert "another --output" in message
 

@@ -28,6 +28,7 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--auto": False,
         "--prompt": job.prompt,
         "--limit": None,
+        "--dtype": "auto",
         "--replicas": 1,
     }
 

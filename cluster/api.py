@@ -35,6 +35,8 @@ logger = structlog.get_logger(__name__)
 _UNAVAILABLE = (Busy, BackPressureError, DeploymentUnavailableError, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
 _RETRY_AFTER_SECONDS = "1"
+# Requests at once that break-even is measured with at most: an endpoint must start in time.
+_FULL_LOAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Api:
         stats = await handle.stats.remote()
         replicas, break_even = ServeReplicas(handle), None
         if settings.auto:
-            most = stats.max_batch_rows
+            most = min(stats.max_batch_rows, _FULL_LOAD)
             break_even = await measure(replicas, settings.default_spec, most=most)
         self._app = create_app(replicas, settings, model=stats.model, break_even=break_even)
 

@@ -26,6 +26,9 @@ logger = structlog.get_logger(__name__)
 
 # Batches that are timed, behind one that is not: the first of a shape pays for allocations.
 _BATCHES: Final = 6
+# Measuring takes no more than this share of the rows, but batches have so many at least.
+_SHARE: Final = 0.05
+_LEAST_ROWS: Final = 16
 
 
 def calibrate(
@@ -38,9 +41,12 @@ def calibrate(
     batch_rows: int,
 ) -> BreakEven:
     """The run's choice: the one that was made before, or a new one, measured on rows of `todo` in
-    the fleet's own batches. Their answers are thrown away."""
+    batches of as many as a replica has slots, or of fewer where there are few rows. Their answers
+    are thrown away."""
     if (known := read_break_even(store)) is not None:
         return known
+    share = _SHARE * sum(unit.row_count for unit in todo) / (1 + _BATCHES)
+    batch_rows = min(batch_rows, max(_LEAST_ROWS, int(share)))
     answers = asyncio.run(_answers(config, _calls(config, plan, todo), replicas, batch_rows))
     pairs = [
         (nanoseconds(answer.seconds), nanoseconds(answer.control_seconds))

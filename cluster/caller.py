@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import pyarrow as pa
@@ -25,15 +26,12 @@ from cluster.controller import stop_reason
 from cluster.credits import Credits
 from cluster.delivery import Delivered, Delivery
 from cluster.errors import ErrorShareExceeded, PromptInvalid
+from cluster.replica import call_rows, rows_waiting
 from cluster.rows import COST_FIELD, INPUT_FIELDS, is_internal, output_schema
 
 logger = structlog.get_logger(__name__)
 
-# Rows of a call. Control rows come in calls of as many as a replica runs side by side.
-_CALL_ROWS = 16
-# Calls that each replica gets however long their rows are: one that runs, and one that waits.
-_CALLS_SENT = 2
-# Units one actor has in work: enough that the next unit's calls start before this one's last end.
+# Units one actor has in work at least: the next unit's calls start before this one's last end.
 _UNITS_AT_ONCE = 4
 # Anything but the reader's share of a CPU: with equal resources Ray Data would fuse the reader
 # into this stage, and every read would stall the event loop that drives the calls.
@@ -46,8 +44,8 @@ _QUESTION = "{question}"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerSettings:
     """What a caller is told. first_unit: the run's first, which always has control rows.
-    batch_rows: slots of a replica. rows_sent, tokens_sent: what the actor may have on its way, see
-    `Fleet` and `Credits`."""
+    replicas, batch_rows, token_room: what one actor keeps full, slots and tokens as in `Fleet`.
+    unit_rows: of a typical unit."""
 
     run_id: str
     first_unit: str
@@ -57,8 +55,21 @@ class CallerSettings:
     deployment: str
     batch_rows: int = 16
     replicas: int = 1
-    rows_sent: int = 48
-    tokens_sent: int | None = None
+    token_room: int | None = None
+    unit_rows: int = 256
+
+    @property
+    def credits(self) -> Credits:
+        return Credits(
+            rows=self.replicas * self.batch_rows,
+            tokens=self.token_room,
+            waiting=self.replicas * rows_waiting(self.batch_rows),
+        )
+
+    @property
+    def units_at_once(self) -> int:
+        """Units that hold all rows which the credits let on their way, and one more."""
+        return max(_UNITS_AT_ONCE, 1 + ceil(self.credits.rows / max(1, self.unit_rows)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +92,7 @@ class Caller:
         self._delivery = Delivery(
             replicas
             or ServeReplicas(serve.get_deployment_handle(settings.deployment, settings.app)),
-            credits=Credits(
-                rows=settings.rows_sent,
-                tokens=settings.tokens_sent,
-                calls=_CALLS_SENT * settings.replicas,
-            ),
+            credits=settings.credits,
             max_attempts=settings.config.max_attempts,
         )
 
@@ -112,7 +119,7 @@ class Caller:
         plain = [row for row in rows if row.error is None and row.number not in controls]
         control = [row for row in rows if row.number in controls]
         chunks = [
-            *_chunks(plain, min(_CALL_ROWS, self._settings.batch_rows)),
+            *_chunks(plain, call_rows(self._settings.batch_rows)),
             *_chunks(control, self._settings.batch_rows),
         ]
         calls = [[self._call(row, control=row.number in controls) for row in c] for c in chunks]
@@ -153,21 +160,22 @@ class Caller:
     def _controls(self, rows: Sequence[_Row]) -> frozenset[int]:
         """Row numbers of the unit that also run dense, the same ones at every attempt.
 
-        They come in whole calls: seconds measured on a batch of two would say nothing about
-        batches of sixteen. The share is kept over many units, a fraction of a call being drawn by
-        hash; the run's first unit always has one. A dense run is its own control.
+        They come in whole calls, as long as the slots or else the unit: seconds measured on a batch
+        of two would say nothing about batches of sixteen. The share is kept over many units, a
+        fraction of a call being drawn by hash; the run's first unit always has one. A dense run is
+        its own control.
         """
         share = self._config.control_share
         numbers = [row.number for row in rows if row.error is None]
         if not share or not numbers or self._config.spec.is_dense:
             return frozenset()
-        unit = rows[0].unit
-        calls, rest = divmod(share * len(numbers) / self._settings.batch_rows, 1)
+        unit, size = rows[0].unit, min(self._settings.batch_rows, len(numbers))
+        calls, rest = divmod(share * len(numbers) / size, 1)
         calls += self._draw(unit, "calls") < rest
         if unit == self._settings.first_unit:
             calls = max(calls, 1)
         drawn = sorted(numbers, key=lambda number: self._draw(unit, number))
-        return frozenset(drawn[: int(calls) * self._settings.batch_rows])
+        return frozenset(drawn[: int(calls) * size])
 
     def _draw(self, *what: object) -> float:
         """A number in [0, 1) that depends on the run and on `what` alone."""
@@ -262,8 +270,8 @@ _INPUT_NAMES = [field.name for field in INPUT_FIELDS]
 
 
 def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -> Dataset:
-    """The stage itself: every unit of `units` labelled. One caller keeps about eight replicas
-    busy; with several, what `settings` lets on its way counts for each of them."""
+    """The stage itself: every unit of `units` labelled. With several callers each has the replicas
+    that `settings` names to keep full."""
     return units.map_batches(
         Caller,
         fn_constructor_kwargs={"settings": settings},
@@ -271,8 +279,8 @@ def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             size=callers,
-            max_concurrent_calls_per_actor=_UNITS_AT_ONCE,
-            max_tasks_in_flight_per_actor=2 * _UNITS_AT_ONCE,
+            max_concurrent_calls_per_actor=settings.units_at_once,
+            max_tasks_in_flight_per_actor=2 * settings.units_at_once,
         ),
         num_cpus=CALLER_CPUS,
     )

@@ -26,13 +26,13 @@ from ray.serve.schema import ApplicationDetails, ApplicationStatus
 from cluster.api import Api, ApiSettings
 from cluster.attach import http_root, join_ray, join_serve, serve_details
 from cluster.errors import FleetUnavailable, UsageError
-from cluster.replica import BATCHES_SENT, EngineSettings, ReplicaStats, VLMReplica
+from cluster.replica import EngineSettings, ReplicaStats, VLMReplica, rows_held
 from sppruner.engine.loading import resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 logger = structlog.get_logger(__name__)
 
-# Slots that batch calls cannot take: they are refused above the replica's `batch_rows_held` rows.
+# Slots that batch calls cannot take: they are refused above `rows_held`.
 ONLINE_SLOTS = 32
 _QUEUED_CALLS = 512
 _POLL_SECONDS = 0.5
@@ -78,8 +78,8 @@ class FleetStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fleet:
-    """Replicas that are up. max_batch_rows: slots of each. rows_sent, tokens_sent: rows on their
-    way that keep all of them full, and tokens of these beyond which none of them runs more rows."""
+    """Replicas that are up. max_batch_rows: slots of each. token_room: tokens, of prompts and
+    answers, that all of them may hold together; None where nothing bounds them."""
 
     app: str
     deployment: str
@@ -92,15 +92,6 @@ class Fleet:
     model_revision: str
     image_backend: str
     deployed_here: bool
-
-    @property
-    def rows_sent(self) -> int:
-        return self.replicas * BATCHES_SENT * self.max_batch_rows
-
-    @property
-    def tokens_sent(self) -> int | None:
-        room = self.token_room
-        return None if room is None else self.replicas * BATCHES_SENT * room
 
     def stats(self) -> FleetStats:
         """Asks every replica now. Raises TimeoutError if one does not answer."""
@@ -124,12 +115,13 @@ def application(settings: FleetSettings) -> serve.Application:
     """The Serve application: HTTP edge and replicas, which get a GPU each if there are any."""
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
     engine = settings.engine.sized(gpu=gpus > 0)
+    assert engine.max_batch_rows is not None
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     replica = serve.deployment(VLMReplica).options(
         name=settings.name,
         num_replicas=settings.replicas,
         ray_actor_options=options,
-        max_ongoing_requests=engine.batch_rows_held + ONLINE_SLOTS,
+        max_ongoing_requests=rows_held(engine.max_batch_rows) + ONLINE_SLOTS,
         max_queued_requests=_QUEUED_CALLS,
         max_constructor_retry_count=2,
         graceful_shutdown_wait_loop_s=0.5,
@@ -259,6 +251,7 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
     assert details is not None
     handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, app.name)
     replicas = _ask(handle)
+    rooms = [replica.token_room for replica in replicas]
     return Fleet(
         app=app.name,
         deployment=deployment,
@@ -266,7 +259,7 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
         handle=handle,
         replicas=len(replicas),
         max_batch_rows=replicas[0].max_batch_rows,
-        token_room=replicas[0].token_room,
+        token_room=None if None in rooms else sum(room for room in rooms if room is not None),
         model=replicas[0].model,
         model_revision=replicas[0].model_revision,
         image_backend=replicas[0].image_backend,

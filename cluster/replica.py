@@ -31,11 +31,10 @@ from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
 
-# What a caller keeps with each replica, in fillings of its slots: one runs, one waits decoded, one
-# is being decoded. The replica holds one more before it refuses: Serve spreads calls evenly only on
-# average.
-BATCHES_SENT = 3
-_BATCHES_HELD = BATCHES_SENT + 1
+# Rows of a call, of as many slots at least. A caller keeps two calls with each replica beside what
+# fills its slots: one waits decoded, one is being decoded.
+_CALL_ROWS = 16
+_CALLS_WAITING = 2
 _BATCH_DECODERS = 2
 # Slots where nobody asked for a number. A CPU computes no faster for more; a GPU does, as far as it
 # has room for their keys and values, which its engine sees to.
@@ -70,14 +69,7 @@ class EngineSettings:
 
     def sized(self, *, gpu: bool) -> EngineSettings:
         """These settings, with a number of rows."""
-        rows = self.max_batch_rows or (_GPU_ROWS if gpu else _CPU_ROWS)
-        return replace(self, max_batch_rows=rows)
-
-    @property
-    def batch_rows_held(self) -> int:
-        """Batch rows one replica accepts before it answers Busy. For settings that are `sized`."""
-        assert self.max_batch_rows is not None
-        return _BATCHES_HELD * self.max_batch_rows
+        return replace(self, max_batch_rows=self.max_batch_rows or slots_of(gpu=gpu))
 
     def build(self) -> Engine:
         """Imports and calls the factory. Raises what the factory raises. For settings that are
@@ -88,6 +80,27 @@ class EngineSettings:
         pinned = {} if self.revision is None else {"revision": self.revision}
         settings = dict(model=self.model, device=self.device, dtype=self.dtype, **pinned)
         return cast(Engine, factory(max_batch_rows=self.max_batch_rows, **settings, **self.options))
+
+
+def slots_of(*, gpu: bool) -> int:
+    """Of a replica on such a device, where nobody asked for a number."""
+    return _GPU_ROWS if gpu else _CPU_ROWS
+
+
+def call_rows(slots: int) -> int:
+    """Rows of a call to replicas of so many slots; control rows come in as many as the slots."""
+    return min(_CALL_ROWS, slots)
+
+
+def rows_waiting(slots: int) -> int:
+    """Batch rows that a caller keeps with such a replica beside those that run."""
+    return _CALLS_WAITING * call_rows(slots)
+
+
+def rows_held(slots: int) -> int:
+    """Batch rows that such a replica takes before it answers Busy: what a caller keeps with it and
+    as many as its slots, since Serve spreads calls evenly only on average."""
+    return 2 * slots + rows_waiting(slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +114,13 @@ class ReplicaStats:
     model_revision: str
     image_backend: str
     max_batch_rows: int
-    token_room: int | None
     uptime_seconds: float
     busy_seconds: float
     rows: int
     waiting_online: int
     waiting_batch: int
     batch_rows_in_flight: int
+    token_room: int | None
 
 
 class EngineBroken(ClusterError):
@@ -147,10 +160,10 @@ class VLMReplica:
         online calls are bounded by Serve's max_ongoing_requests alone."""
         if priority is Priority.ONLINE:
             return await self._label(calls, priority)
-        held = self._batch_rows_in_flight
+        held, most = self._batch_rows_in_flight, rows_held(self._engine.max_batch_rows)
         # A call larger than the limit still runs on an idle replica: refusing it for ever is worse.
-        if held and held + len(calls) > self._settings.batch_rows_held:
-            raise Busy(f"{held} batch rows in flight of {self._settings.batch_rows_held}")
+        if held and held + len(calls) > most:
+            raise Busy(f"{held} batch rows in flight of {most}")
         self._batch_rows_in_flight += len(calls)
         try:
             return await self._label(calls, priority)
@@ -179,13 +192,13 @@ class VLMReplica:
             model_revision=self._engine.model_revision,
             image_backend=self._engine.image_backend,
             max_batch_rows=self._engine.max_batch_rows,
-            token_room=self._engine.token_room,
             uptime_seconds=time.monotonic() - self._started,
             busy_seconds=self._engine.busy_seconds,
             rows=self._rows,
             waiting_online=self._thread.waiting(Priority.ONLINE),
             waiting_batch=self._thread.waiting(Priority.BATCH),
             batch_rows_in_flight=self._batch_rows_in_flight,
+            token_room=self._engine.token_room,
         )
 
     async def check_health(self) -> None:

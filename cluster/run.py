@@ -80,17 +80,7 @@ def run(
             store.put(SUMMARY_KEY, summary.to_json().encode())
         return Outcome(summary=summary, note="finished before: nothing was left to do")
 
-    settings = FleetSettings(
-        engine=EngineSettings(
-            model=config.model,
-            revision=pinned.revision,
-            max_batch_rows=config.max_batch_rows,
-            dtype=config.dtype,
-        ),
-        replicas=config.replicas,
-        environment=environment or {},
-    )
-    with open_fleet(settings) as fleet:
+    with open_fleet(fleet_of(config, pinned.revision, environment or {})) as fleet:
         if fleet.image_backend != pinned.image_backend:
             raise UsageError(
                 f"replicas decode with {fleet.image_backend}, this machine with "
@@ -106,6 +96,17 @@ def run(
     resumed = len(plan.units) - len(todo)
     note = f"resumed: {resumed} of {len(plan.units)} units were done before" if resumed else None
     return Outcome(summary=summary, note=note)
+
+
+def fleet_of(config: RunConfig, revision: str, environment: Mapping[str, str]) -> FleetSettings:
+    """The replicas that a run asks for."""
+    engine = EngineSettings(
+        model=config.model,
+        revision=revision,
+        max_batch_rows=config.max_batch_rows,
+        dtype=config.dtype,
+    )
+    return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
 
 
 def _pin(config: RunConfig) -> _Pinned:
@@ -147,8 +148,8 @@ def _label(
         deployment=fleet.deployment,
         batch_rows=fleet.max_batch_rows,
         replicas=fleet.replicas,
-        rows_sent=fleet.rows_sent,
-        tokens_sent=fleet.tokens_sent,
+        token_room=fleet.token_room,
+        unit_rows=sum(unit.row_count for unit in todo) // len(todo),
     )
     _warn_if_starved(console)
     labelled = label_units(read_units(plan, todo), caller)

@@ -31,7 +31,7 @@ from sppruner.errors import SpecError
 _INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _DEMO_ROWS = 384
 # So that the few rows of a demonstration still show several commits and control batches.
-_DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25}
+_DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25, "max_batch_rows": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,13 @@ def parser(job: Job) -> argparse.ArgumentParser:
         help="measure first whether pruning pays on these rows, and label densely where not",
     )
     made.add_argument("--prompt", default=job.prompt, help="(%(default)r)")
+    made.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        default=job.max_new_tokens,
+        help="longest answer (%(default)s)",
+    )
     made.add_argument("--limit", type=int, help="only the first N rows")
     made.add_argument(
         "--dtype",
@@ -81,6 +88,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConf
     """The run the command line asks for. Raises UsageError."""
     try:
         spec = PruneSpec.parse(arguments.method, Budget(ratio=arguments.retain))
+        generation = Generation(max_new_tokens=arguments.max_new_tokens)
     except SpecError as error:
         raise UsageError(str(error)) from error
     return RunConfig(
@@ -90,7 +98,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConf
         model=arguments.model,
         prompt=arguments.prompt,
         spec=spec,
-        generation=Generation(max_new_tokens=job.max_new_tokens),
+        generation=generation,
         limit=arguments.limit,
         dtype=arguments.dtype,
         replicas=arguments.replicas,

@@ -27,10 +27,10 @@ from cluster.config import MediaLimits
 from cluster.demo import Row
 from cluster.fleet import FleetSettings, open_fleet
 from cluster.media import decode_image
-from cluster.replica import EngineSettings
+from cluster.replica import EngineSettings, rows_held, slots_of
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
-from jobs.suites.random_models import save
+from jobs.suites.random_models import resolved_dtype, save
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from jobs.suites.shapes import Shape
 from sppruner.engine import Engine, Generation, Request
@@ -44,7 +44,7 @@ _NEW_TOKENS: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What either side does in a round. batch_rows: slots of the engine, and rows of a call. side:
+    """What either side does in a round. batch_rows: slots of the engine. side:
     pixels of the images of a shape, whose answers all have `new_tokens` tokens; None for a named
     model, whose answers end where it wants. dtype: of the model."""
 
@@ -99,15 +99,15 @@ def work_of_model(model: str, *, dtype: str = "auto", quick: bool) -> Work:
 
 
 def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool) -> Work:
-    """folder: holds its model. A unit has as many images as a pass of suite `engine`, and calls as
-    many rows as its engine has slots, but no more than a job would send. Ray's workers take seconds
-    to start: with this many units, minutes are timed."""
+    """folder: holds its model. A unit has as many images as a pass of suite `engine`, which has as
+    many slots, but no more than a job's replicas. Ray's workers take seconds to start: with this
+    many units, minutes are timed."""
     rows, units = (shape.quick_images, 3) if quick else (shape.images, 24)
     return Work(
         model=folder,
         images=rows * units,
         unit_rows=rows,
-        batch_rows=min(shape.rows, 16),
+        batch_rows=min(shape.rows, slots_of(gpu=shape.needs_gpu)),
         new_tokens=_NEW_TOKENS,
         side=shape.side,
         dtype=dtype,
@@ -195,7 +195,7 @@ def pipeline(
             work = work_of_model(model, dtype=dtype, quick=quick)
         else:
             folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
-            save(shape, Path(folder))
+            save(shape, Path(folder), dtype)
             work = work_of_shape(shape, folder, dtype=dtype, quick=quick)
         rounds = 2 if quick else 5
         passes = sides_in_turns(
@@ -207,7 +207,7 @@ def pipeline(
         "machine": about
         | {
             "model": shape.name if shape else model,
-            "dtype": work.dtype,
+            "dtype": resolved_dtype(work.dtype),
             "images": work.images,
             "unit_rows": work.unit_rows,
             "slots": work.batch_rows,
@@ -233,7 +233,7 @@ def sides_in_turns(
         max_batch_rows=work.batch_rows,
         dtype=work.dtype,
     )
-    engine, held = served.build(), served.batch_rows_held
+    engine, held = served.build(), rows_held(work.batch_rows)
     passes: dict[str, list[Pass]] = {side: [] for side in _SIDES}
     with ExitStack() as stack:
         stack.callback(engine.close)

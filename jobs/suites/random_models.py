@@ -49,10 +49,17 @@ def build(shape: Shape, dtype: str = "auto") -> LoadedModel:
     return loaded
 
 
-def save(shape: Shape, folder: Path) -> None:
+def resolved_dtype(dtype: str) -> str:
+    """What `load_model` makes of one on this machine."""
+    if dtype == "auto":
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+    return dtype
+
+
+def save(shape: Shape, folder: Path, dtype: str = "auto") -> None:
     """Writes what `build` makes as a folder that `load_model` takes, in this process or another:
     there too its answers end only where `max_new_tokens` does. Raises as `build` does."""
-    loaded = build(shape)
+    loaded = build(shape, dtype)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # as where models are loaded
     loaded.model.save_pretrained(folder)
@@ -66,12 +73,11 @@ def config_and_processor(shape: Shape, widths: Widths) -> tuple[Any, Any]:
 
 def _random(shape: Shape, widths: Widths, dtype: str) -> LoadedModel:
     config, processor = config_and_processor(shape, widths)
-    gpu = torch.cuda.is_available()
-    if dtype == "auto":
-        dtype = "bfloat16" if gpu else "float32"
-    with torch.random.fork_rng(), torch.device("cuda" if gpu else "cpu"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_in = getattr(torch, resolved_dtype(dtype))
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForImageTextToText.from_config(config, dtype=made_in)
     return LoadedModel(
         identity=ModelIdentity(name=f"random {shape.name}", path="", revision="random"),
         model=model.eval(),

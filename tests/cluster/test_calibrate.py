@@ -53,10 +53,14 @@ def planned(tmp_path: Path) -> Plan:
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
 
 
-def chosen(planned: Plan, replicas: TimedReplicas, rows: int = 4) -> tuple[BreakEven, Store]:
+def chosen(
+    planned: Plan, replicas: TimedReplicas, rows: int = 4, units: int | None = None
+) -> tuple[BreakEven, Store]:
     settings = config(planned.input_uri, planned.output_uri, spec=SPEC, auto=True)
     store = open_store(planned.output_uri)
-    return calibrate(settings, planned, planned.units, store, replicas, batch_rows=rows), store
+    return calibrate(
+        settings, planned, planned.units[:units], store, replicas, batch_rows=rows
+    ), store
 
 
 def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(planned: Plan) -> None:
@@ -97,8 +101,14 @@ def test_a_replica_that_dies_meanwhile_costs_no_choice(planned: Plan) -> None:
 
 
 def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Plan) -> None:
-    found, _ = chosen(planned, TimedReplicas(lambda _: 2.0), rows=30)
+    found, _ = chosen(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
     assert not found.pays
+
+
+def test_of_few_rows_only_small_batches_are_measured(planned: Plan) -> None:
+    replicas = TimedReplicas(lambda _: 2.0)
+    chosen(planned, replicas, rows=64)
+    assert {len(batch) for batch in replicas.batches} == {16}
 
 
 def test_a_run_that_may_choose_must_have_something_to_choose(planned: Plan) -> None:

@@ -67,9 +67,10 @@ def unit(
 class Recorded:
     """A replica in this process that remembers the calls it got."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int | None = None) -> None:
         self.calls: list[Sequence[RowCall]] = []
-        self._replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
+        settings = EngineSettings(model="fake", engine=ENGINE, max_batch_rows=slots)
+        self._replica = VLMReplica(settings)
 
     async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
         self.calls.append(calls)
@@ -199,6 +200,39 @@ def test_a_captions_own_prompt_goes_before_the_runs() -> None:
     assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "mine"]
 
 
+def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> None:
+    async def body() -> None:
+        settings = caller_settings(config(control_share=0.25), first_unit="u", batch_rows=40)
+        await Caller(settings, replicas)(unit("u", 160))
+
+    replicas = Recorded(slots=40)
+    asyncio.run(asyncio.wait_for(body(), 30))
+    control = [len(calls) for calls in replicas.calls if calls[0].control]
+    plain = [len(calls) for calls in replicas.calls if not calls[0].control]
+    assert control == [40]
+    assert sorted(plain) == [8] + [16] * 7
+
+
+@pytest.mark.parametrize("rows", [16, 40, 64])
+def test_units_shorter_than_the_slots_keep_the_control_share(rows: int) -> None:
+    share, units = 0.25, 400
+    caller = Caller(caller_settings(config(control_share=share), batch_rows=64), Recorded())
+    drawn = 0
+    for number in range(units):
+        table = unit(f"u{number}", rows)
+        drawn += len(caller._controls([caller._row(r) for r in table.to_pylist()]))
+    assert drawn / (rows * units) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize(("replicas", "unit_rows"), [(1, 256), (8, 256), (8, 16), (1, 0)])
+def test_the_units_in_work_hold_what_the_credits_let_on_their_way(
+    replicas: int, unit_rows: int
+) -> None:
+    settings = caller_settings(config(), replicas=replicas, batch_rows=64, unit_rows=unit_rows)
+    assert settings.units_at_once >= 4
+    assert (settings.units_at_once - 1) * max(1, unit_rows) >= settings.credits.rows
+
+
 def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> None:
     class Counted(Recorded):
         on_their_way = 0
@@ -215,13 +249,13 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
     async def body() -> None:
         run = config(control_share=0.0)
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
-        settings = caller_settings(run, rows_sent=32, tokens_sent=9 * length)
-        await Caller(settings, Counted())(unit("u", 80))
+        settings = caller_settings(run, replicas=4, token_room=5 * length)
+        await Caller(settings, Counted())(unit("u", 200))
 
     seen: list[tuple[int, int]] = []
     asyncio.run(asyncio.wait_for(body(), 30))
-    assert max(rows for known, rows in seen if not known) == 32
-    assert max(rows for known, rows in seen if known >= 32) == 8  # two calls of four
+    assert max(rows for known, rows in seen if not known) == 4 * (4 + 8)
+    assert max(rows for known, rows in seen if known >= 48) == 36  # five that run, 32 that wait
 
 
 # From here on with real Ray and real Serve.
@@ -231,7 +265,7 @@ def label_on(
     fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
 ) -> list[dict[str, object]]:
     settings = caller_settings(
-        run, run_id, app=fleet.app, deployment=fleet.deployment, rows_sent=12
+        run, run_id, app=fleet.app, deployment=fleet.deployment, batch_rows=4
     )
     rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
     return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))

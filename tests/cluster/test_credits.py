@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -42,11 +41,11 @@ def test_until_a_row_is_answered_only_rows_are_counted() -> None:
 
 
 def test_long_rows_are_fewer_and_short_rows_no_more_than_the_slots_take() -> None:
-    credits = Credits(rows=48, tokens=1000)
+    credits = Credits(rows=48, tokens=1000, waiting=5)
     learn(credits, 90, 90)
-    assert credits.rows == 10  # 1,000 tokens of rows of 90 and an answer of 10
+    assert credits.rows == 10 + 5  # 1,000 tokens of rows of 90 and an answer of 10
     learn(credits, *[0] * 100)
-    assert credits.rows == 48
+    assert credits.rows == 48 + 5
 
 
 def test_without_a_bound_on_tokens_length_does_not_matter() -> None:
@@ -55,27 +54,71 @@ def test_without_a_bound_on_tokens_length_does_not_matter() -> None:
     assert credits.rows == 48
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3])
-def test_so_many_calls_are_let_through_however_large_they_are(calls: int) -> None:
-    """Or rows longer than all credits would wait for ever, and a replica between its calls."""
+def test_the_length_is_that_of_the_last_rows() -> None:
+    """A corpus in the order of its sizes has long rows first, and then none."""
+    credits = Credits(rows=48, tokens=1000)
+    for _ in range(1000):
+        learn(credits, *[990] * 16)
+    assert credits.rows == 1
+    for _ in range(500):
+        learn(credits, *[0] * 16)
+    assert credits.rows == 48
 
+
+def test_a_call_larger_than_all_credits_goes_by_itself() -> None:
     async def body() -> None:
-        credits = Credits(rows=1, calls=calls)
+        credits = Credits(rows=1)
         inside = 0
 
         async def call() -> None:
             nonlocal inside
             async with credits.place(16):
                 inside += 1
-                most.append(inside)
+                assert inside == 1
                 await asyncio.sleep(0)
                 inside -= 1
 
-        most: list[int] = []
         await asyncio.gather(*(call() for _ in range(8)))
-        assert max(most) == calls
 
     run(body)
+
+
+def test_nobody_overtakes_a_large_call() -> None:
+    """Small calls fit into every gap: a call of control rows would wait for the last of them."""
+
+    async def body() -> None:
+        credits = Credits(rows=8)
+        started: list[int] = []
+
+        async def call(number: int, rows: int) -> None:
+            async with credits.place(rows):
+                started.append(number)
+                await asyncio.sleep(0.001 * (1 + number % 3))
+
+        sizes = [2, 2, 2, 8, *[2] * 12]
+        await asyncio.gather(*(call(number, rows) for number, rows in enumerate(sizes)))
+        assert started == list(range(len(sizes)))
+
+    run(body)
+
+
+def test_who_stops_waiting_holds_up_nobody() -> None:
+    async def body() -> None:
+        credits = Credits(rows=4)
+        async with credits.place(4):
+            first = asyncio.ensure_future(_hold(credits, 4))
+            second = asyncio.ensure_future(_hold(credits, 4))
+            await asyncio.sleep(0)
+            first.cancel()
+        await second
+        assert first.cancelled()
+
+    run(body)
+
+
+async def _hold(credits: Credits, rows: int) -> None:
+    async with credits.place(rows):
+        pass
 
 
 @given(

@@ -14,7 +14,14 @@ from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.config import MediaLimits
 from cluster.errors import Busy, UsageError
 from cluster.media import decode_image
-from cluster.replica import EngineBroken, EngineSettings, VLMReplica
+from cluster.replica import (
+    EngineBroken,
+    EngineSettings,
+    VLMReplica,
+    rows_held,
+    rows_waiting,
+    slots_of,
+)
 from sppruner.engine.types import Generation
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
@@ -274,9 +281,15 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
 
 def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
     by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", max_batch_rows=3)
-    on_cpu, on_gpu = (by_default.sized(gpu=gpu) for gpu in (False, True))
-    assert on_cpu.batch_rows_held < on_gpu.batch_rows_held
+    on_cpu, on_gpu = (by_default.sized(gpu=gpu).max_batch_rows for gpu in (False, True))
+    assert (on_cpu, on_gpu) == (slots_of(gpu=False), slots_of(gpu=True))
+    assert slots_of(gpu=False) < slots_of(gpu=True)
     assert {asked.sized(gpu=gpu).max_batch_rows for gpu in (False, True)} == {3}
+
+
+@pytest.mark.parametrize("slots", [1, 4, 16, 64])
+def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(slots: int) -> None:
+    assert rows_held(slots) >= slots + rows_waiting(slots) + slots
 
 
 def test_engine_settings_that_cannot_work_are_refused() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.run import fleet_of
 from jobs import answer_vqa, caption_corpus, evaluate, report
-from jobs.command import Job, parser
+from jobs.command import Job, config_of, parser
 
 JOBS = [caption_corpus.JOB, answer_vqa.JOB]
 
@@ -27,10 +28,20 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--retain": 0.222,
         "--auto": False,
         "--prompt": job.prompt,
+        "--max-new-tokens": job.max_new_tokens,
         "--limit": None,
         "--dtype": "auto",
         "--replicas": 1,
     }
+
+
+def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
+    asked = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
+    config = config_of(JOBS[0], parser(JOBS[0]).parse_args([*asked, "--replicas", "3"]), demo=False)
+    assert config.generation.max_new_tokens == 7
+    fleet = fleet_of(config, "r", {})
+    assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
+    assert fleet.engine.max_batch_rows is None
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -45,6 +56,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--method", "spruner"], "there are none, "),
         (["--retain", "22.2"], "outside (0, 1]"),
         (["--limit", "0"], "give at least 1"),
+        (["--max-new-tokens", "0"], "ask for at least 1"),
         (["--replicas", "0"], "give at least 1"),
         (["--model", "no/such-model"], "not a local folder"),
     ],

@@ -60,7 +60,9 @@ def test_a_decoder_with_windows_is_answered_in_static_batches(
 
 def test_a_generation_config_of_its_own_is_left_to_generate(embedded: LoadedModel) -> None:
     embedded.model.generation_config.no_repeat_ngram_size = 2
-    assert isinstance(open_engine(embedded), BatchEngine)
+    engine = open_engine(embedded, max_batch_rows=64)
+    assert isinstance(engine, BatchEngine)
+    assert engine.max_batch_rows == 16
 
 
 def test_a_model_that_no_engine_runs_is_refused(embedded: LoadedModel) -> None:

@@ -43,12 +43,14 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """What to serve and where. `replicas`, `api`, `host` and `port` count only for what this
-    fleet starts itself; port None takes 8000, or a free one if 8000 is taken. `environment`:
-    variables for Ray's workers, if this process is not connected to Ray yet."""
+    """What to serve and where. `replicas`, `threads`, `api`, `host` and `port` count only for what
+    this fleet starts itself. threads: torch threads of a replica; None shares out a CPU's cores.
+    Port None takes 8000, or a free one if 8000 is taken. `environment`: variables for Ray's
+    workers, if this process is not connected to Ray yet."""
 
     engine: EngineSettings
     replicas: int = 1
+    threads: int | None = None
     api: ApiSettings = field(default_factory=ApiSettings)
     host: str = "127.0.0.1"
     port: int | None = None
@@ -137,7 +139,7 @@ def application(settings: FleetSettings) -> serve.Application:
         graceful_shutdown_timeout_s=10.0,
         logging_config=_QUIET,
     )
-    threads = replica_threads(settings.replicas, gpus=gpus)
+    threads = settings.threads or replica_threads(settings.replicas, gpus=gpus)
     api = replace(settings.api, replicas=settings.replicas)
     return edge.bind(replica.bind(engine, threads=threads), api)
 

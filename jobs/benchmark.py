@@ -1,7 +1,7 @@
 """Speed, side by side in one run.
 
     python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
-    python jobs/benchmark.py --suite pipeline --shape llava --json pipeline.json
+    python jobs/benchmark.py --suite pipeline --shape llava --threads 1 --json pipeline.json
     python jobs/benchmark.py --suite scale
     python jobs/benchmark.py --suite online
     python jobs/benchmark.py --suite selection --dtype bfloat16
@@ -41,7 +41,7 @@ from sppruner.engine.loading import EMBEDDED
 # Each with the options that mean something to it alone.
 SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
-    "pipeline": ("model", "shape", "dtype"),
+    "pipeline": ("model", "shape", "dtype", "threads"),
     "scale": ("model",),
     "online": ("model",),
     "selection": ("dtype",),
@@ -122,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"{_for('dtype')}: of the model (selection: float32; else bfloat16 on a GPU, float32 "
         "on a CPU)",
     )
+    made.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"{_for('threads')}: of the model on a CPU; fewer than cores leave the others to Ray "
+        "(all)",
+    )
     made.add_argument("--json", type=Path, help="write the result to this file")
     made.add_argument("--markdown", type=Path, help="write its tables to this file")
     return made
@@ -141,6 +148,8 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
             )
     if arguments.model is not None and arguments.shape is not None:
         raise UsageError(f"--shape {arguments.shape} brings its own model: leave out --model")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads {arguments.threads}: give at least 1")
     return arguments
 
 
@@ -162,7 +171,7 @@ def timed(arguments: argparse.Namespace, told: Console) -> dict[str, Any]:
         if arguments.suite == "online":
             return online(model, **how)
         random = None if arguments.shape is None else SHAPES[arguments.shape]
-        return pipeline(model, shape=random, dtype=dtype, **how)
+        return pipeline(model, shape=random, dtype=dtype, threads=arguments.threads, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 A corpus is labelled in turns: with the replica's engine alone in this process, fed from memory and
 kept full, and with the job (S3 server, Ray Data, a Serve replica, commits). Both have the same
 settings and as many threads; both answer some rows before any clock starts. Every round has images
-of its own, and every other one begins with the job.
+of its own, and every other one begins with the job. With fewer threads than cores the others are
+left to Ray, as a GPU leaves it all of them: else the job's own processes slow the model down.
 
 What is labelled is a named model's captions, or answers of a fixed length by the random weights of
 a shape: there the model takes nearly all of the time, as it does on a GPU.
@@ -181,15 +182,17 @@ def pipeline(
     *,
     shape: Shape | None = None,
     dtype: str = "auto",
+    threads: int | None = None,
     quick: bool,
     root: str,
     environment: Mapping[str, str] | None = None,
     told: Console,
 ) -> dict[str, Any]:
-    """model: whose captions are timed if no shape is given. root: where corpora and labels go.
+    """model: whose captions are timed if no shape is given. threads: of the model on a CPU, None
+    for those that a replica gets. root: where corpora and labels go.
     environment: with which Ray's workers reach it. Raises UsageError as `build` does."""
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(threads_of_one_replica()))
+        stack.enter_context(torch_threads(threads or threads_of_one_replica()))
         about = machine()
         if shape is None:
             work = work_of_model(model, dtype=dtype, quick=quick)
@@ -199,7 +202,12 @@ def pipeline(
             work = work_of_shape(shape, folder, dtype=dtype, quick=quick)
         rounds = 2 if quick else 5
         passes = sides_in_turns(
-            work, rounds=rounds, root=root, environment=environment or {}, told=told
+            work,
+            rounds=rounds,
+            root=root,
+            environment=environment or {},
+            threads=threads,
+            told=told,
         )
     speeds = {side: [one.images_per_second for one in passes[side]] for side in _SIDES}
     return {
@@ -224,7 +232,13 @@ def pipeline(
 
 
 def sides_in_turns(
-    work: Work, *, rounds: int, root: str, environment: Mapping[str, str], told: Console
+    work: Work,
+    *,
+    rounds: int,
+    root: str,
+    environment: Mapping[str, str],
+    threads: int | None = None,
+    told: Console,
 ) -> dict[str, list[Pass]]:
     """What was timed of each side, by round. Raises as the passes do."""
     served = EngineSettings(
@@ -237,7 +251,8 @@ def sides_in_turns(
     passes: dict[str, list[Pass]] = {side: [] for side in _SIDES}
     with ExitStack() as stack:
         stack.callback(engine.close)
-        stack.enter_context(open_fleet(FleetSettings(engine=served, environment=environment)))
+        fleet = FleetSettings(engine=served, threads=threads, environment=environment)
+        stack.enter_context(open_fleet(fleet))
         for number in range(-1, rounds):
             uncounted = number < 0
             count = min(work.images, 2 * work.batch_rows) if uncounted else work.images

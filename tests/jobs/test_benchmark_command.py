@@ -13,6 +13,7 @@ VALUES = {
     "methods": "topk",
     "peer": "python",
     "dtype": "bfloat16",
+    "threads": "1",
 }
 
 
@@ -34,6 +35,11 @@ def test_an_option_of_another_suite_is_refused_with_the_suites_it_is_for(
 def test_a_shape_and_a_model_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--suite", "pipeline", "--shape", "llava", "--model", "tiny-qwen"]) == 2
     assert "--shape llava brings its own model" in capsys.readouterr().err
+
+
+def test_no_threads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "pipeline", "--threads", "0"]) == 2
+    assert "give at least 1" in capsys.readouterr().err
 
 
 def test_every_other_round_runs_backwards() -> None:

@@ -69,6 +69,9 @@ def test_the_bare_engine_has_the_threads_of_a_replica() -> None:
     (replica,) = [a for a in built._bound_deployment.init_args if hasattr(a, "_bound_deployment")]
     threads = threads_of_one_replica()
     assert replica._bound_deployment.init_kwargs["threads"] == threads
+    built = application(FleetSettings(engine=EngineSettings(model="m"), threads=7))
+    (replica,) = [a for a in built._bound_deployment.init_args if hasattr(a, "_bound_deployment")]
+    assert replica._bound_deployment.init_kwargs["threads"] == 7
     before = torch.get_num_threads()
     with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -23,10 +23,9 @@ from ray.data import ActorPoolStrategy, Dataset
 from cluster.calls import Replicas, RowAnswer, RowCall, ServeReplicas
 from cluster.config import Kind, RunConfig
 from cluster.controller import stop_reason
-from cluster.credits import Credits
+from cluster.credits import Credits, call_rows, rows_waiting
 from cluster.delivery import Delivered, Delivery
 from cluster.errors import ErrorShareExceeded, PromptInvalid
-from cluster.replica import call_rows, rows_waiting
 from cluster.rows import COST_FIELD, INPUT_FIELDS, is_internal, output_schema
 
 logger = structlog.get_logger(__name__)

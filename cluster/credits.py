@@ -14,6 +14,10 @@ from contextlib import asynccontextmanager
 
 from cluster.calls import RowAnswer, RowCall
 
+# Rows of a call to replicas of as many slots at least. A caller keeps two calls with each of them
+# beside what fills its slots: one waits decoded, one is being decoded.
+_CALL_ROWS = 16
+_CALLS_WAITING = 2
 # Rows after which what was learned of their length counts half: corpora come in order.
 _REMEMBERED = 1024
 
@@ -94,3 +98,19 @@ class Credits:
         finally:
             self._asking_alone -= 1
             self._changed.notify_all()
+
+
+def call_rows(slots: int) -> int:
+    """Rows of a call to replicas of so many slots; control rows come in as many as the slots."""
+    return min(_CALL_ROWS, slots)
+
+
+def rows_waiting(slots: int) -> int:
+    """Batch rows that a caller keeps with such a replica beside those that run."""
+    return _CALLS_WAITING * call_rows(slots)
+
+
+def rows_held(slots: int) -> int:
+    """Batch rows that such a replica takes before it answers Busy: what a caller keeps with it and
+    as many as its slots, since Serve spreads calls evenly only on average."""
+    return 2 * slots + rows_waiting(slots)

@@ -25,8 +25,9 @@ from ray.serve.schema import ApplicationDetails, ApplicationStatus
 
 from cluster.api import Api, ApiSettings
 from cluster.attach import http_root, join_ray, join_serve, serve_details
+from cluster.credits import rows_held
 from cluster.errors import FleetUnavailable, UsageError
-from cluster.replica import EngineSettings, ReplicaStats, VLMReplica, rows_held
+from cluster.replica import EngineSettings, ReplicaStats, VLMReplica
 from sppruner.engine.loading import resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
 

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from cluster.calls import Priority, RowAnswer, RowCall
+from cluster.credits import rows_held
 from cluster.engine_thread import EngineThread
 from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageError
 from cluster.media import decode_image
@@ -31,10 +32,6 @@ from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
 
-# Rows of a call, of as many slots at least. A caller keeps two calls with each replica beside what
-# fills its slots: one waits decoded, one is being decoded.
-_CALL_ROWS = 16
-_CALLS_WAITING = 2
 _BATCH_DECODERS = 2
 # Slots where nobody asked for a number. A CPU computes no faster for more; a GPU does, as far as it
 # has room for their keys and values, which its engine sees to.
@@ -85,22 +82,6 @@ class EngineSettings:
 def slots_of(*, gpu: bool) -> int:
     """Of a replica on such a device, where nobody asked for a number."""
     return _GPU_ROWS if gpu else _CPU_ROWS
-
-
-def call_rows(slots: int) -> int:
-    """Rows of a call to replicas of so many slots; control rows come in as many as the slots."""
-    return min(_CALL_ROWS, slots)
-
-
-def rows_waiting(slots: int) -> int:
-    """Batch rows that a caller keeps with such a replica beside those that run."""
-    return _CALLS_WAITING * call_rows(slots)
-
-
-def rows_held(slots: int) -> int:
-    """Batch rows that such a replica takes before it answers Busy: what a caller keeps with it and
-    as many as its slots, since Serve spreads calls evenly only on average."""
-    return 2 * slots + rows_waiting(slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

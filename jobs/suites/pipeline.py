@@ -25,10 +25,11 @@ import torch
 from rich.console import Console
 
 from cluster.config import MediaLimits
+from cluster.credits import rows_held
 from cluster.demo import Row
 from cluster.fleet import FleetSettings, open_fleet
 from cluster.media import decode_image
-from cluster.replica import EngineSettings, rows_held, slots_of
+from cluster.replica import EngineSettings, slots_of
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
 from jobs.suites.random_models import resolved_dtype, save

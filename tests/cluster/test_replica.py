@@ -12,14 +12,13 @@ from PIL import Image
 
 from cluster.calls import Priority, RowAnswer, RowCall
 from cluster.config import MediaLimits
+from cluster.credits import rows_held, rows_waiting
 from cluster.errors import Busy, UsageError
 from cluster.media import decode_image
 from cluster.replica import (
     EngineBroken,
     EngineSettings,
     VLMReplica,
-    rows_held,
-    rows_waiting,
     slots_of,
 )
 from sppruner.engine.types import Generation

@@ -32,11 +32,11 @@ from cluster.media import decode_image
 from cluster.replica import EngineSettings, slots_of
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
-from jobs.suites.random_models import resolved_dtype, save
+from jobs.suites.random_models import save
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from jobs.suites.shapes import Shape
 from sppruner.engine import Engine, Generation, Request
-from sppruner.engine.loading import resolve_model
+from sppruner.engine.loading import dtype_on, resolve_model
 from sppruner.errors import EngineError
 from sppruner.tiny.questions import CAPTION_PROMPT
 
@@ -46,9 +46,9 @@ _NEW_TOKENS: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What either side does in a round. batch_rows: slots of the engine. side:
-    pixels of the images of a shape, whose answers all have `new_tokens` tokens; None for a named
-    model, whose answers end where it wants. dtype: of the model."""
+    """What either side does in a round. batch_rows: slots of the engine. side: pixels of the images
+    of a shape, whose answers all have `new_tokens` tokens; None for a named model, whose answers
+    end where it wants. dtype: of the model."""
 
     model: str
     images: int
@@ -101,9 +101,9 @@ def work_of_model(model: str, *, dtype: str = "auto", quick: bool) -> Work:
 
 
 def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool) -> Work:
-    """folder: holds its model. A unit has as many images as a pass of suite `engine`, which has as
-    many slots, but no more than a job's replicas. Ray's workers take seconds to start: with this
-    many units, minutes are timed."""
+    """folder: holds its model. A unit has as many images as a pass of suite `engine`; the engine as
+    many slots as there, but no more than a job's replica. Ray's workers take seconds to start: with
+    this many units, minutes are timed."""
     rows, units = (shape.quick_images, 3) if quick else (shape.images, 24)
     return Work(
         model=folder,
@@ -190,8 +190,8 @@ def pipeline(
     told: Console,
 ) -> dict[str, Any]:
     """model: whose captions are timed if no shape is given. threads: of the model on a CPU, None
-    for those that a replica gets. root: where corpora and labels go.
-    environment: with which Ray's workers reach it. Raises UsageError as `build` does."""
+    for those that a replica gets. root: where corpora and labels go. environment: with which Ray's
+    workers reach it. Raises UsageError as `build` does."""
     with ExitStack() as stack:
         stack.enter_context(torch_threads(threads or threads_of_one_replica()))
         about = machine()
@@ -216,7 +216,7 @@ def pipeline(
         "machine": about
         | {
             "model": shape.name if shape else model,
-            "dtype": resolved_dtype(work.dtype),
+            "dtype": dtype_on("cuda" if torch.cuda.is_available() else "cpu", dtype),
             "images": work.images,
             "unit_rows": work.unit_rows,
             "slots": work.batch_rows,

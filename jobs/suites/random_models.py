@@ -23,6 +23,7 @@ from sppruner.engine.loading import (
     EMBEDDED,
     LoadedModel,
     ModelIdentity,
+    dtype_on,
     image_backend,
     load_model,
     load_processor,
@@ -49,13 +50,6 @@ def build(shape: Shape, dtype: str = "auto") -> LoadedModel:
     return loaded
 
 
-def resolved_dtype(dtype: str) -> str:
-    """What `load_model` makes of one on this machine."""
-    if dtype == "auto":
-        return "bfloat16" if torch.cuda.is_available() else "float32"
-    return dtype
-
-
 def save(shape: Shape, folder: Path, dtype: str = "auto") -> None:
     """Writes what `build` makes as a folder that `load_model` takes, in this process or another:
     there too its answers end only where `max_new_tokens` does. Raises as `build` does."""
@@ -74,7 +68,7 @@ def config_and_processor(shape: Shape, widths: Widths) -> tuple[Any, Any]:
 def _random(shape: Shape, widths: Widths, dtype: str) -> LoadedModel:
     config, processor = config_and_processor(shape, widths)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made_in = getattr(torch, resolved_dtype(dtype))
+    made_in = getattr(torch, dtype_on(device, dtype))
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=made_in)

@@ -50,7 +50,6 @@ class ModelEngine(ABC):
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
         self.max_batch_rows = max_batch_rows
-        self.token_room: int | None = None
         self._reduction = reduction_of(loaded.processor)
         self._model = loaded.model
         self._processor = loaded.processor

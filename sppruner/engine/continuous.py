@@ -75,7 +75,7 @@ class ContinuousEngine(ModelEngine):
             kv_bytes=_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
             compiled=compiled,
         )
-        self.token_room = self._rows.cache.room
+        self.token_room: int | None = self._rows.cache.room
         self._asker = Asker(
             self._processor,
             self._pruner,

@@ -120,6 +120,13 @@ def load_config(identity: ModelIdentity) -> Any:
     return AutoConfig.from_pretrained(identity.path, trust_remote_code=False)
 
 
+def dtype_on(device: str, dtype: str) -> str:
+    """What a model on a device is computed in: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return "bfloat16" if device.startswith("cuda") else "float32"
+    return dtype
+
+
 def load_model(
     name: str,
     *,
@@ -127,17 +134,15 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
 ) -> LoadedModel:
-    """Loads weights and processor. Device "auto" is the GPU if there is one; dtype "auto" is
-    bfloat16 on a GPU and float32 on a CPU. Raises UnsupportedModel."""
+    """Loads weights and processor. Device "auto" is the GPU if there is one; dtype: see `dtype_on`.
+    Raises UnsupportedModel."""
     identity = resolve_model(name, revision)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # a bar redraws itself into a job's log
     model = AutoModelForImageTextToText.from_pretrained(
-        identity.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        identity.path, dtype=dtype_on(device, dtype), use_safetensors=True, trust_remote_code=False
     )
     processor = load_processor(identity)
     return LoadedModel(

@@ -27,7 +27,7 @@ from cluster.credits import rows_held
 from cluster.engine_thread import EngineThread
 from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageError
 from cluster.media import decode_image
-from sppruner.engine.types import Engine, Reduction, Request, Result
+from sppruner.engine.types import DTYPES, Engine, Reduction, Request, Result
 from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
@@ -61,6 +61,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.max_batch_rows is not None and self.max_batch_rows < 1:
             raise UsageError(f"max_batch_rows {self.max_batch_rows}: give at least 1")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.engine.count(":") != 1:
             raise UsageError(f"engine {self.engine!r}: write it as module:callable")
 

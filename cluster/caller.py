@@ -58,17 +58,20 @@ class CallerSettings:
     unit_rows: int = 256
 
     @property
-    def credits(self) -> Credits:
-        return Credits(
-            rows=self.replicas * self.batch_rows,
-            tokens=self.token_room,
-            waiting=self.replicas * rows_waiting(self.batch_rows),
-        )
+    def rows_running(self) -> int:
+        """Slots of all replicas."""
+        return self.replicas * self.batch_rows
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows on their way beside those that run."""
+        return self.replicas * rows_waiting(self.batch_rows)
 
     @property
     def units_at_once(self) -> int:
-        """Units that hold all rows which the credits let on their way, and one more."""
-        return max(_UNITS_AT_ONCE, 1 + ceil(self.credits.rows / max(1, self.unit_rows)))
+        """Units that hold all rows that may be on their way, and one more."""
+        rows = self.rows_running + self.rows_waiting
+        return max(_UNITS_AT_ONCE, 1 + ceil(rows / max(1, self.unit_rows)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,11 @@ class Caller:
         self._delivery = Delivery(
             replicas
             or ServeReplicas(serve.get_deployment_handle(settings.deployment, settings.app)),
-            credits=settings.credits,
+            credits=Credits(
+                rows=settings.rows_running,
+                tokens=settings.token_room,
+                waiting=settings.rows_waiting,
+            ),
             max_attempts=settings.config.max_attempts,
         )
 

@@ -230,7 +230,8 @@ def test_the_units_in_work_hold_what_the_credits_let_on_their_way(
 ) -> None:
     settings = caller_settings(config(), replicas=replicas, batch_rows=64, unit_rows=unit_rows)
     assert settings.units_at_once >= 4
-    assert (settings.units_at_once - 1) * max(1, unit_rows) >= settings.credits.rows
+    on_their_way = replicas * (64 + 2 * 16)
+    assert (settings.units_at_once - 1) * max(1, unit_rows) >= on_their_way
 
 
 def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+import torch
 from PIL import Image, ImageOps
 
 from cluster.config import MediaLimits
@@ -23,9 +25,11 @@ from sppruner.engine.reduction import reduction_of
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
 from sppruner.geometry import seen
-from sppruner.overlay import counts_of, legend, overlay, prepared_of
+from sppruner.overlay import counts_of, legend, overlay, prepared_of, selections_as_told
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
+
+log = structlog.get_logger(__name__)
 
 _IMAGES = 4
 _SIDE = 240  # of a tile on the sheet
@@ -61,8 +65,10 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
     """`<number>-<key>.png` of each of a run's first labelled rows, counted from 0: the tokens it
     says the model saw. Of a long key the end is in the name.
 
-    Rows are encoded and selected from once more, by the run's model on the run's images. Raises
-    UsageError where those are not to be had, RedrawDiffers where a row says other tokens.
+    Rows are encoded and selected from once more, by the run's model on the run's images. Where a
+    row says other tokens than that chose, float32 raises RedrawDiffers; in half precision the row
+    is drawn as it says, without focus and context, and a warning counts the tokens. Raises
+    UsageError where model or images are not to be had.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,8 @@ def _sheet_name(model: str) -> str:
 
 
 def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:
+    if row.spec.is_dense:
+        raise UsageError(f"row {row.key!r} was labelled with every token: nothing to draw")
     try:
         # As the run decoded: one that was begun before reductions existed read all pixels.
         reduction = reduction_of(processor) if summary.settings.get("reduced_jpegs") else None
@@ -100,15 +108,26 @@ def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary)
     except (RowError, SpprunerError) as error:
         raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error
     (report,) = prepared.reports
-    if report.kept_tokens != row.kept_tokens:
-        model = pruner.model
+    view = seen(image, processor.image_processor)
+    if report.kept_tokens == row.kept_tokens:
+        return overlay(view, prepared.selections)
+    dtype, device = pruner.model.dtype, pruner.model.device.type
+    if dtype == torch.float32:
         raise RedrawDiffers(
-            f"row {row.key!r}: selecting again on {model.device.type} in {model.dtype} gives other "
-            "tokens than the run committed: draw on the device and with the packages of the run; "
-            "where it differs there too, either the row is wrong about what the model saw, or "
-            "scores were so close that encoding in a batch tipped them"
+            f"row {row.key!r}: selecting again on {device} in {dtype} gives other tokens than the "
+            "run committed: draw on the device and with the packages of the run; where it differs "
+            "there too, either the row is wrong about what the model saw, or scores were so close "
+            "that encoding in a batch tipped them"
         )
-    return overlay(seen(image, processor.image_processor), prepared.selections)
+    # Half precision rounds otherwise in a batch than alone, and tips what scored alike.
+    differ = _differ(report.kept_tokens, row.kept_tokens)
+    log.warning("overlay_as_told", row=row.key, dtype=str(dtype), tokens_chosen_otherwise=differ)
+    return overlay(view, selections_as_told(prepared, row.kept_tokens))
+
+
+def _differ(one: bytes, other: bytes) -> int:
+    """Bits that two masks of as many bytes do not share."""
+    return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).bit_count()
 
 
 def _model_of(summary: Summary) -> LoadedModel:

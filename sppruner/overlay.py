@@ -108,6 +108,29 @@ def selections_of(
     return prepared_of(pruner, processor, image, prompt, spec).selections
 
 
+def selections_as_told(
+    prepared: Prepared, kept_tokens: bytes
+) -> list[tuple[VisualTokens, Selection]]:
+    """(tokens, selection) of each plane of one prompt, as a `PruneReport.kept_tokens` tells them
+    instead of its own choice; which were focus, and what was merged, that does not tell.
+
+    Raises InputError where it speaks of another number of tokens.
+    """
+    count = sum(image.count for image in prepared.images)
+    if len(kept_tokens) != -(-count // 8):
+        raise InputError(
+            f"{len(kept_tokens)} bytes of kept tokens do not go with {count} visual tokens: give "
+            "those of the same image and model"
+        )
+    bits_N = np.unpackbits(np.frombuffer(kept_tokens, np.uint8), count=count, bitorder="little")
+    per_image = torch.split(torch.from_numpy(bits_N), [image.count for image in prepared.images])
+    return [
+        (plane, Selection(index_K=told_N[place_P.cpu()].nonzero().flatten()))
+        for image, told_N in zip(prepared.images, per_image, strict=True)
+        for plane, place_P in zip(image.planes, image.places, strict=True)
+    ]
+
+
 def counts_of(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:
     """Tokens of each kind, by its name in the legend; merged ones count there too."""
     every = [_cells(plane, choice) for plane, choice in selections]

@@ -33,6 +33,7 @@ from sppruner.engine.loading import EMBEDDED, load_model, resolve_model
 from sppruner.engine.reduction import reduction_of
 from sppruner.evaluation import drawn_scenes
 from sppruner.overlay import overlay_of
+from sppruner.spec import DENSE
 from tests.cluster.corpora import config, put_parquet
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
@@ -100,12 +101,22 @@ def copy(output: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(output, tmp_path / "labels"))
 
 
+def densely(labels: Path) -> None:
+    """Commits every row as if nothing had been pruned."""
+    for path in labels.glob("*.parquet"):
+        ledger = pq.read_metadata(path).metadata[LEDGER_KEY.encode()]
+        table = pq.read_table(path).replace_schema_metadata({LEDGER_KEY: ledger})
+        specs = [json.dumps(DENSE.to_dict())] * len(table)
+        at = table.column_names.index("prune_spec")
+        pq.write_table(table.set_column(at, "prune_spec", pa.array(specs)), path)
+
+
 def change(labels: Path, **settings: Any) -> None:
     """Rewrites parts of the manifest."""
     manifest = json.loads((labels / MANIFEST_KEY).read_text())
     for name, value in settings.items():
         part = manifest if name in manifest else manifest["settings"]
-        assert name in part
+        assert name in part or name == "dtype", "which a run has that was given one"
         part[name] = value
     (labels / MANIFEST_KEY).write_text(json.dumps(manifest))
 
@@ -161,6 +172,30 @@ def test_a_row_that_says_other_tokens_is_not_drawn(
     assert draw(copy, tmp_path / "seen") == 1
     assert "row 'a-b': selecting again" in told(capsys)
     assert not (tmp_path / "seen" / "0002-a-b.png").exists()
+
+
+def test_a_row_of_half_precision_is_drawn_as_it_says_and_the_difference_is_told(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding in a batch tips scores there, so that no selection alone could back every row."""
+    rewrite(copy, "a-b", ((1 << 32) - 1).to_bytes(18, "little"))
+    change(copy, dtype="bfloat16")
+    assert draw(copy, tmp_path / "seen") == 0
+    assert "overlay_as_told" in (said := told(capsys))
+    assert "a-b" in said
+    picture = np.asarray(Image.open(tmp_path / "seen" / "0002-a-b.png")).astype(int)
+    grey = (np.ptp(picture[:480], axis=2) == 0).reshape(12, 40, 12, 40).all(axis=(1, 3))
+    # The first 32 of 12 × 12 tokens: two whole rows and two thirds of a third.
+    assert grey[3:].all(), "which no row says was kept"
+    assert not grey.flatten()[:32].any(), "each of them has its line"
+
+
+def test_a_dense_run_has_nothing_to_draw(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    densely(copy)
+    assert draw(copy, tmp_path / "seen") == 2
+    assert "row 'a/b' was labelled with every token: nothing to draw" in told(capsys)
 
 
 def test_what_it_takes_to_draw_is_said_where_it_is_not_there(

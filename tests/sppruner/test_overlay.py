@@ -11,10 +11,18 @@ from sppruner.adapters.base import raster
 from sppruner.engine.loading import EMBEDDED, load_model
 from sppruner.errors import InputError
 from sppruner.evaluation import drawn_scenes
-from sppruner.overlay import counts_of, legend, overlay, overlay_of, selections_of
+from sppruner.overlay import (
+    counts_of,
+    legend,
+    overlay,
+    overlay_of,
+    selections_as_told,
+    selections_of,
+)
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
 from sppruner.types import Selection, VisualTokens
+from tests.sppruner.families import FAMILIES
 
 RED = (255, 0, 0)
 FOCUS, CONTEXT, MERGED = (213, 94, 0), (86, 180, 233), (0, 158, 115)
@@ -118,3 +126,25 @@ def test_a_spec_is_drawn_on_a_real_model() -> None:
     picture = overlay_of(*arguments, side=240)
     assert is_colour(picture, FOCUS).any()
     assert is_colour(picture, CONTEXT).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_what_a_report_tells_is_what_was_selected(family: str, ratio: float) -> None:
+    """Of two images of several planes, with row ends between them where the family has such."""
+    pruner = Pruner(FAMILIES[family].build())
+    spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
+    prepared = pruner.prepare(FAMILIES[family].batch([2]), spec)
+    (report,) = prepared.reports
+    told = selections_as_told(prepared, report.kept_tokens)
+    for (plane, choice), (other, due) in zip(told, prepared.selections, strict=True):
+        assert plane is other
+        assert choice.index_K.tolist() == due.index_K.tolist()
+
+
+def test_a_report_of_another_image_is_not_drawn() -> None:
+    family = FAMILIES["llava"]
+    spec = PruneSpec(method="grid", budget=Budget(ratio=0.3))
+    one, two = (Pruner(family.build()).prepare(family.batch([images]), spec) for images in (1, 2))
+    with pytest.raises(InputError, match=r"2 bytes of kept tokens do not go with 32 visual tokens"):
+        selections_as_told(two, one.reports[0].kept_tokens)

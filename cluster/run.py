@@ -152,7 +152,7 @@ def _label(
         unit_rows=sum(unit.row_count for unit in todo) // len(todo),
     )
     _warn_if_starved(console)
-    labelled = label_units(read_units(plan, todo), caller)
+    labelled = label_units(read_units(plan, todo, replicas=fleet.replicas), caller)
     sink = CommitSink(plan, on_commit=report_commit)
     with RunWatch(config, plan, store) as watch:
         busy_before = fleet.stats().busy_seconds

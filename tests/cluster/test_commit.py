@@ -13,8 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from ray.data import DataContext
 
 from cluster.commit import CommitSink, commit_unit
 from cluster.config import Kind, MediaLimits
@@ -197,24 +195,6 @@ def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [False] * 3
     assert len(open_store(planned.output_uri).list(suffixes=(".parquet",))) == 3
-
-
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("bound", [1_000, None])
-def test_ray_never_divides_a_unit(
-    s3: str, monkeypatch: pytest.MonkeyPatch, bound: int | None
-) -> None:
-    """Neither to keep blocks small nor, with fewer units than CPUs, to have more of them."""
-    if bound is not None:
-        monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", bound)
-    make_corpus(kind="caption", rows=60, output=f"{s3}/in")
-    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30)
-    # Another number of CPUs keeps Ray from fusing the stages, which would hide a divided block.
-    labelling = read_units(planned, planned.units).map_batches(
-        lambda table: table, batch_size=None, batch_format="pyarrow", num_cpus=0.5
-    )
-    rows = [len(ray.get(block)) for block in labelling.to_arrow_refs()]
-    assert rows == [30, 30]
 
 
 @pytest.mark.usefixtures("local_ray")

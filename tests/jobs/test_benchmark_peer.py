@@ -4,7 +4,6 @@ for vLLM, gets what we get and is asked in turns; whatever goes wrong in it has 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import sys
 import time
@@ -30,125 +29,11 @@ from jobs.suites.shapes import SHAPES, scenes
 from sppruner.chat import ask_about
 from sppruner.engine import Generation, Request
 from sppruner.engine.loading import LoadedModel
+from tests.jobs.stand_in import StandIn
 
 QUIET = Console(quiet=True)
 TOKENS = 8
 PROMPT = "what is the shape of the red object"
-
-# Reads prompts as vLLM does, says what the test tells it to, and notes what it was given.
-STAND_IN = """
-import atexit, json, os, subprocess, sys, threading, time
-from pathlib import Path
-from types import SimpleNamespace
-
-from safetensors import safe_open
-from tokenizers import Tokenizer
-
-__version__ = "0"
-told = json.loads(os.environ["STAND_IN"])
-
-
-def note(**what):
-    with open(told["notes"], "a") as notes:
-        notes.write(json.dumps(what) + "\\n")
-
-
-class SamplingParams(SimpleNamespace):
-    pass
-
-
-class LLM:
-    def __init__(self, model, **settings):
-        names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE")
-        child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL).pid
-        with safe_open(f"{model}/model.safetensors", "np") as weights:
-            note(
-                settings=settings,
-                environment={name: os.environ[name] for name in names},
-                weights=list(weights.keys()),
-                folder=str(Path(model).parent),
-                pids=[os.getpid(), child],
-            )
-        self.config = json.loads(Path(model, "config.json").read_text())
-        self.tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-        self.llm_engine, self.renderer, self.waiting = self, self, []
-        print("loaded, says vLLM, to stdout")
-        atexit.register(note, tidied=True)
-
-    def read(self, prompt):
-        visual, ids = self.config["image_token_index"], []
-        for token in self.tokenizer.encode(prompt["prompt"]).ids:
-            ids += [token] * (self.config["image_seq_length"] if token == visual else 1)
-        return ids + [0] if told.get("fault") == "one more" else ids
-
-    def generate(self, prompts, params, use_tqdm):
-        os.write(1, b"so does what vLLM has started\\n")
-        if told.get("fault") == "dies":
-            print("out of luck", file=sys.stderr, flush=True)
-            os._exit(3)
-        if told.get("fault") == "dies later":
-            threading.Timer(0.1, os._exit, (4,)).start()
-        assert (params.temperature, params.ignore_eos) == (0.0, True)
-        note(asked=[prompt["multi_modal_data"]["image"].tobytes().hex() for prompt in prompts])
-        answers = told["answers"] or [[7] * params.max_tokens] * len(prompts)
-        if told.get("fault") == "ends early":
-            answers = [answer[:-1] for answer in answers]
-        ids = [self.read(prompt) for prompt in prompts]
-        if told.get("fault") == "other words":
-            ids[1][-1] += 1
-        time.sleep(0.01)
-        return [
-            SimpleNamespace(prompt_token_ids=one, outputs=[SimpleNamespace(token_ids=answer)])
-            for one, answer in zip(ids, answers, strict=True)
-        ]
-
-    def render_cmpl(self, prompts):
-        return [prompt | {"rendered": True} for prompt in prompts]
-
-    def add_request(self, name, prompt, params):
-        assert prompt["rendered"]
-        note(alone=prompt["multi_modal_data"]["image"].tobytes().hex())
-        self.waiting = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=())])]
-        self.waiting += [
-            SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * n)])
-            for n in range(1, params.max_tokens + 1)
-        ]
-
-    def has_unfinished_requests(self):
-        return bool(self.waiting)
-
-    def step(self):
-        time.sleep(0.05 if len(self.waiting) > 8 else 0.01)
-        return [self.waiting.pop(0)]
-"""
-# An interpreter that finds the stand-in where one with vLLM finds vLLM.
-PYTHON = """#!{python}
-import runpy, sys
-assert sys.argv[1] == "-I"
-sys.path.insert(0, {folder!r})
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-class StandIn:
-    """python: to be given as --peer. notes: what the stand-in was given, in order."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.python, self._notes = folder / "python", folder / "notes"
-        self._monkeypatch = monkeypatch
-        (folder / "vllm.py").write_text(STAND_IN)
-        self.python.write_text(PYTHON.format(python=sys.executable, folder=str(folder)))
-        self.python.chmod(0o755)
-        self.told()
-
-    def told(self, *, fault: str | None = None, answers: list[list[int]] | None = None) -> None:
-        said = {"fault": fault, "answers": answers, "notes": str(self._notes)}
-        self._monkeypatch.setenv("STAND_IN", json.dumps(said))
-
-    @property
-    def notes(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._notes.read_text().splitlines()]
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool
     """folder: holds its model. A unit has as many images as a pass of suite `engine`; the engine as
     many slots as there, but no more than a job's replica. Ray's workers take seconds to start: with
     this many units, minutes are timed."""
-    rows, units = (shape.quick_images, 3) if quick else (shape.images, 24)
+    rows, units = (shape.quick_images, 3) if quick else (shape.images, 36)
     return Work(
         model=folder,
         images=rows * units,

@@ -77,7 +77,7 @@ def read_units(plan: Plan, units: Sequence[Unit], *, replicas: int = 1) -> ray.d
         UnitSource(plan, units),
         override_num_blocks=len(units),
         num_cpus=READER_CPUS,
-        concurrency=_READERS_PER_REPLICA * replicas,
+        concurrency=min(len(units), _READERS_PER_REPLICA * replicas),  # Ray warns of more
     )
     dataset.context.target_max_block_size = None
     return dataset

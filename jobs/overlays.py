@@ -66,9 +66,9 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
     says the model saw. Of a long key the end is in the name.
 
     Rows are encoded and selected from once more, by the run's model on the run's images. Where a
-    row says other tokens than that chose, float32 raises RedrawDiffers; in half precision the row
-    is drawn as it says, without focus and context, and a warning counts the tokens. Raises
-    UsageError where model or images are not to be had.
+    row says other tokens than that chose, RedrawDiffers is raised; in half precision only where they
+    are not as many, else the row is drawn as it says, without focus and context, and a warning
+    counts the tokens. Raises UsageError where model or images are not to be had.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,17 +112,23 @@ def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary)
     if report.kept_tokens == row.kept_tokens:
         return overlay(view, prepared.selections)
     dtype, device = pruner.model.dtype, pruner.model.device.type
-    if dtype == torch.float32:
+    # Half precision rounds otherwise in a batch than alone, and tips what scored alike: other tokens
+    # are chosen then, never more or fewer.
+    tipped = dtype != torch.float32 and _count(report.kept_tokens) == _count(row.kept_tokens)
+    if not tipped or len(report.kept_tokens) != len(row.kept_tokens):
         raise RedrawDiffers(
             f"row {row.key!r}: selecting again on {device} in {dtype} gives other tokens than the "
             "run committed: draw on the device and with the packages of the run; where it differs "
             "there too, either the row is wrong about what the model saw, or scores were so close "
             "that encoding in a batch tipped them"
         )
-    # Half precision rounds otherwise in a batch than alone, and tips what scored alike.
     differ = _differ(report.kept_tokens, row.kept_tokens)
     log.warning("overlay_as_told", row=row.key, dtype=str(dtype), tokens_chosen_otherwise=differ)
     return overlay(view, selections_as_told(prepared, row.kept_tokens))
+
+
+def _count(mask: bytes) -> int:
+    return int.from_bytes(mask, "little").bit_count()
 
 
 def _differ(one: bytes, other: bytes) -> int:

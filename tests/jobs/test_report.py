@@ -190,6 +190,17 @@ def test_a_row_of_half_precision_is_drawn_as_it_says_and_the_difference_is_told(
     assert not grey.flatten()[:32].any(), "each of them has its line"
 
 
+@pytest.mark.parametrize("mask", [((1 << 33) - 1).to_bytes(18, "little"), b"\xff" * 4])
+def test_no_rounding_explains_another_number_of_tokens(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mask: bytes
+) -> None:
+    """More of the image's tokens than were kept, or as many of a smaller image."""
+    rewrite(copy, "a-b", mask)
+    change(copy, dtype="bfloat16")
+    assert draw(copy, tmp_path / "seen") == 1
+    assert "row 'a-b': selecting again" in told(capsys)
+
+
 def test_a_dense_run_has_nothing_to_draw(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,9 +66,9 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
     says the model saw. Of a long key the end is in the name.
 
     Rows are encoded and selected from once more, by the run's model on the run's images. Where a
-    row says other tokens than that chose, RedrawDiffers is raised; in half precision only where they
-    are not as many, else the row is drawn as it says, without focus and context, and a warning
-    counts the tokens. Raises UsageError where model or images are not to be had.
+    row says other tokens than that chose, RedrawDiffers is raised; in half precision only where
+    they are not as many, else the row is drawn as it says, without focus and context, and a
+    warning counts the tokens. Raises UsageError where model or images are not to be had.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +112,8 @@ def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary)
     if report.kept_tokens == row.kept_tokens:
         return overlay(view, prepared.selections)
     dtype, device = pruner.model.dtype, pruner.model.device.type
-    # Half precision rounds otherwise in a batch than alone, and tips what scored alike: other tokens
-    # are chosen then, never more or fewer.
+    # Half precision rounds otherwise in a batch than alone, and tips what scored alike: other
+    # tokens are chosen then, never more or fewer.
     tipped = dtype != torch.float32 and _count(report.kept_tokens) == _count(row.kept_tokens)
     if not tipped or len(report.kept_tokens) != len(row.kept_tokens):
         raise RedrawDiffers(

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from cluster.errors import UsageError
 from sppruner.engine import Generation
-from sppruner.engine.types import DTYPES
+from sppruner.engine.interface import DTYPES
 from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
@@ -109,8 +109,8 @@ class RunConfig:
             "unit_bytes": self.unit_bytes,
             "control_share": self.control_share,
             "media": {"max_bytes": self.media.max_bytes, "max_pixels": self.media.max_pixels},
-            # Other pixels than decoding in full gives (`sppruner.engine.reduction`): a run that was
-            # begun before that existed cannot be gone on with.
+            # JPEGs decoded at reduced scale (`sppruner.models.jpeg_scaling`) have other pixels than
+            # in full: a run from before that existed cannot be resumed.
             "reduced_jpegs": True,
         }
         # Named where they are asked for alone: runs that were begun before they existed go on.

@@ -17,7 +17,7 @@ import structlog
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from cluster.ledger import UnitLedger
+from cluster.accounting.ledger import UnitLedger
 
 logger = structlog.get_logger(__name__)
 

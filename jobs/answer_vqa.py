@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs.command import Job
-from jobs.command import main as run_job
+from jobs.labelling_cli import Job
+from jobs.labelling_cli import main as run_job
 
 JOB = Job(kind="vqa", prompt="{question}", max_new_tokens=16, about=__doc__ or "")
 

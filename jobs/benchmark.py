@@ -26,17 +26,17 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
-from cluster.local_s3 import LocalS3
 from cluster.logs import configure_logs
-from cluster.report import console
+from cluster.report.terminal import console
 from jobs.suites.engine import METHODS, engine
 from jobs.suites.online import online
 from jobs.suites.pipeline import pipeline
 from jobs.suites.scale import scale
 from jobs.suites.selection import selection
 from jobs.suites.shapes import SHAPES
-from sppruner.engine.loading import EMBEDDED
+from sppruner.models.loading import EMBEDDED
 
 # Each with the options that mean something to it alone.
 SUITES: Final = {

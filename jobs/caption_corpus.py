@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs.command import Job
-from jobs.command import main as run_job
+from jobs.labelling_cli import Job
+from jobs.labelling_cli import main as run_job
 from sppruner.tiny.questions import CAPTION_PROMPT
 
 JOB = Job(kind="caption", prompt=CAPTION_PROMPT, max_new_tokens=64, about=__doc__ or "")

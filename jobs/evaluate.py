@@ -27,12 +27,11 @@ from rich.table import Table
 
 from cluster.config import MediaLimits
 from cluster.errors import RowError
-from cluster.media import decode_image
-from cluster.report import console
-from jobs.method_specs import parse_methods, parse_shares, specs_of
+from cluster.images import decode_image
+from cluster.report.terminal import console
+from jobs.arguments import parse_methods, parse_shares, specs_of
 from jobs.overlays import write_overlays
 from sppruner import PruneSpec, SpprunerError
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model, resolve_model
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import (
     FORMATS,
@@ -55,6 +54,7 @@ from sppruner.evaluation.tables import (
     percent,
     written,
 )
+from sppruner.models.loading import EMBEDDED, LoadedModel, load_model, resolve_model
 
 _LINE_SECONDS = 30
 

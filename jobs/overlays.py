@@ -15,17 +15,17 @@ import torch
 from PIL import Image, ImageOps
 
 from cluster.config import MediaLimits
-from cluster.contact_sheet import Tile, contact_sheet
+from cluster.demo.contact_sheet import Tile, contact_sheet
 from cluster.errors import RedrawDiffers, RowError, UsageError
-from cluster.labelled import LabelledRow, labelled_rows
-from cluster.media import decode_image
-from cluster.summary import Summary
-from sppruner.engine.loading import LoadedModel, load_model
-from sppruner.engine.reduction import reduction_of
+from cluster.images import decode_image
+from cluster.output.answered_rows import LabelledRow, labelled_rows
+from cluster.output.summary import Summary
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
-from sppruner.geometry import seen
-from sppruner.overlay import counts_of, legend, overlay, prepared_of, selections_as_told
+from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.loading import LoadedModel, load_model
+from sppruner.pictures.geometry import seen
+from sppruner.pictures.overlay import counts_of, legend, overlay, prepared_of, selections_as_told
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
-from cluster.report import print_report
-from cluster.summary import Summary, summarise
+from cluster.output.summary import Summary, summarise
+from cluster.report.terminal import print_report
 
 _ROWS = 8
 

@@ -21,13 +21,13 @@ import structlog
 import torch
 from transformers.utils import logging as transformers_logging
 
+from jobs.training.card import write_card
+from jobs.training.families import FAMILIES
+from jobs.training.history import History
+from jobs.training.joint import joint_checkpoint, joint_model
+from jobs.training.loop import load_checkpoint
+from jobs.training.scene_cache import build_cache
 from sppruner.errors import UnsupportedModel
-from sppruner.tiny.recipe.cache import build_cache
-from sppruner.tiny.recipe.card import write_card
-from sppruner.tiny.recipe.families import FAMILIES
-from sppruner.tiny.recipe.history import History
-from sppruner.tiny.recipe.joint import joint_checkpoint, joint_model
-from sppruner.tiny.recipe.loop import load_checkpoint
 
 __all__ = ["main"]
 
@@ -101,7 +101,7 @@ def stage_rounds(arguments: argparse.Namespace, device: str) -> list[list[list[s
     """The commands of the stages due: rounds one after another, commands of a round together."""
 
     def worker(stage: str, *extra: str) -> list[str]:
-        command = [sys.executable, "-m", "sppruner.tiny.recipe.worker", stage, *extra]
+        command = [sys.executable, "-m", "jobs.training.worker", stage, *extra]
         command += ["--work", str(arguments.work), "--device", device]
         command += ["--family", arguments.family, "--steps-scale", str(arguments.steps_scale)]
         command += ["--save-seconds", str(arguments.save_seconds)]

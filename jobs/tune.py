@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.report import console
-from jobs.method_specs import parse_methods, parse_shares, specs_of
+from cluster.report.terminal import console
+from jobs.arguments import parse_methods, parse_shares, specs_of
 from sppruner import PruneSpec, SpprunerError
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, label
+from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.spec import OptionValue, parse_value
 
 Grid = Mapping[str, Sequence[OptionValue]]

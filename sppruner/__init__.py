@@ -27,7 +27,7 @@ from sppruner.errors import SpprunerError
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 if TYPE_CHECKING:
-    from sppruner.chat import ask_about
+    from sppruner.prompts import ask_about
     from sppruner.pruner import Generated, Prepared, Pruner
     from sppruner.selectors import available
     from sppruner.types import PruneReport, Selection, VisualTokens
@@ -39,7 +39,7 @@ _HOMES = {
     "Pruner": "sppruner.pruner",
     "Selection": "sppruner.types",
     "VisualTokens": "sppruner.types",
-    "ask_about": "sppruner.chat",
+    "ask_about": "sppruner.prompts",
     "available": "sppruner.selectors",
 }
 

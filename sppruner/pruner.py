@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
-from sppruner.choosing import keep, kept_mask, schedules_of, select, selection_flops
 from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
-from sppruner.proof import dense_reports, pruned_reports
 from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
+from sppruner.reports import dense_reports, pruned_reports
+from sppruner.selection import keep, kept_mask, schedules_of, select, selection_flops
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan

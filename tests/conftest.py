@@ -17,8 +17,8 @@ import pytest
 import structlog
 
 if TYPE_CHECKING:
-    from cluster.fleet import Fleet
-    from cluster.local_s3 import LocalS3
+    from cluster.demo.local_s3 import LocalS3
+    from cluster.serving.fleet import Fleet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _BUCKETS = itertools.count()
@@ -49,7 +49,7 @@ def own_logs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[LocalS3]:
     """An S3 server in a process of its own; AWS_* point at it until the session ends."""
-    from cluster.local_s3 import LocalS3
+    from cluster.demo.local_s3 import LocalS3
 
     with LocalS3("first") as server:
         yield server
@@ -84,7 +84,7 @@ def local_ray(s3_server: LocalS3) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def serving(local_ray: None) -> Iterator[str]:
     """Serve on that Ray, on a free port; the value is the proxy's URL."""
-    from cluster.attach import http_root, join_serve, serve_details
+    from cluster.serving.ray_session import http_root, join_serve, serve_details
 
     with ExitStack() as stack:
         join_serve(stack, host="127.0.0.1", port=None)
@@ -96,8 +96,8 @@ def serving(local_ray: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def fleet(serving: str) -> Iterator[Fleet]:
     """One replica of the fake engine, with its HTTP edge, shared by the tests of the session."""
-    from cluster.fleet import FleetSettings, open_fleet
-    from cluster.replica import EngineSettings
+    from cluster.serving.fleet import FleetSettings, open_fleet
+    from cluster.serving.replica import EngineSettings
 
     engine = EngineSettings(
         model="fake-model",

@@ -38,7 +38,13 @@ def test_the_science_knows_no_cluster_no_store_and_no_http() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cluster.corpus.source", "cluster.caller", "cluster.commit", "cluster.api"]
+    "module",
+    [
+        "cluster.corpus.source",
+        "cluster.runs.labeller",
+        "cluster.output.commit",
+        "cluster.serving.http.app",
+    ],
 )
 def test_workers_that_run_no_model_do_not_load_torch(module: str) -> None:
     """Each of these is imported in every reader, caller or sink process: torch costs it seconds."""

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import structlog
 
 from cluster.config import Kind
-from cluster.corpus.block import SourceRow, unit_table
-from cluster.corpus.layout import Layout, difference, table_layout
+from cluster.corpus.columns import Layout, difference, table_layout
+from cluster.corpus.table import SourceRow, unit_table
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import ReadError, UsageError
 from cluster.store import ObjectInfo, RangedFile, Store

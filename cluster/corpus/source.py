@@ -12,14 +12,14 @@ from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from cluster.corpus.block import unreadable_table
-from cluster.corpus.layout import Layout
+from cluster.corpus.columns import Layout
 from cluster.corpus.parquet import read_parquet_unit
-from cluster.corpus.plan import Plan
+from cluster.corpus.table import unreadable_table
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError
-from cluster.rows import input_schema
+from cluster.runs.planning import Plan
+from cluster.schema import input_schema
 from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)

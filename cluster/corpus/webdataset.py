@@ -9,8 +9,8 @@ import pyarrow as pa
 import structlog
 
 from cluster.config import Kind
-from cluster.corpus.block import SourceRow, unit_table
-from cluster.corpus.layout import Layout, committed_names
+from cluster.corpus.columns import Layout, committed_names
+from cluster.corpus.table import SourceRow, unit_table
 from cluster.corpus.tar import Damaged, Member, Sample, samples
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import ArchiveTruncated, PromptInvalid, ReadError, RowError, UsageError

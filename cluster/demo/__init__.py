@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.demo.drawn_rows import Row, draw_rows
 from cluster.demo.faults import Fault, plant
 from cluster.demo.files import parquet_file, tar_file
-from cluster.demo.rows import Row, draw_rows
 
 __all__ = ["Fault", "Row", "draw_rows", "parquet_file", "plant", "tar_file"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from cluster.config import Kind
 from cluster.corpus.unit import Format
-from cluster.demo.rows import Row
+from cluster.demo.drawn_rows import Row
 
 FAULT_SHARE = 0.03
 # From this many rows on, every fault occurs at least once.

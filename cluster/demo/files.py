@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import Kind
-from cluster.demo.rows import Row
+from cluster.demo.drawn_rows import Row
 
 GROUP_ROWS = 256
 

@@ -14,9 +14,9 @@ from typing import IO, Final
 
 import ray
 
-from cluster.corpus.plan import done_units
 from cluster.errors import RunError, UsageError
-from cluster.fleet import Fleet
+from cluster.runs.planning import done_units
+from cluster.serving.fleet import Fleet
 from cluster.store import open_store
 
 _START_SECONDS: Final = 300.0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from cluster.demo import Row, draw_rows, parquet_file
-from cluster.demo.rows import JPEG_QUALITY
+from cluster.demo.drawn_rows import JPEG_QUALITY
 from cluster.store import open_store
 from sppruner.tiny.questions import caption
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene

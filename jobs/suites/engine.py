@@ -49,8 +49,8 @@ from jobs.suites.result import ratio as spread
 from jobs.suites.shapes import Shape, scenes
 from sppruner import Budget, PruneSpec
 from sppruner.engine import Generation, Request
-from sppruner.engine.loading import LoadedModel
 from sppruner.errors import SpecError
+from sppruner.models.loading import LoadedModel
 from sppruner.selectors import selector_for
 
 METHODS: Final = ("sppruner", "fsr", "prunesid", "visionzip", "random")

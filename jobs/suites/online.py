@@ -31,13 +31,13 @@ from rich.console import Console
 
 from cluster.demo import Row, draw_rows
 from cluster.errors import RunError, UsageError
-from cluster.fleet import Fleet, FleetSettings, open_fleet
-from cluster.replica import EngineSettings
+from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
+from cluster.serving.replica import EngineSettings
 from jobs.suites.background import BatchJob
 from jobs.suites.corpora import captioned, write_corpus
 from jobs.suites.labelling import SPEC, threads_of_one_replica
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
-from sppruner.engine.loading import resolve_model
+from sppruner.models.loading import resolve_model
 from sppruner.spec import DENSE
 from sppruner.tiny.questions import CAPTION_PROMPT
 

@@ -17,8 +17,8 @@ from jobs.suites.phases import Trace, traced
 from jobs.suites.result import in_turn
 from sppruner import DENSE, PruneSpec
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result
-from sppruner.engine.loading import LoadedModel
 from sppruner.errors import EngineError
+from sppruner.models.loading import LoadedModel
 from sppruner.types import PruneReport
 
 _Engine: TypeAlias = BatchEngine | ContinuousEngine

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import FleetUnavailable, UsageError
 from jobs.suites.passes import Timed
-from sppruner.chat import ask_about
 from sppruner.cost.decoder import DecoderCost
 from sppruner.engine import Request
-from sppruner.engine.loading import LoadedModel
+from sppruner.models.loading import LoadedModel
+from sppruner.prompts import ask_about
 
 NAME: Final = "vLLM dense"
 _WORKER: Final = Path(__file__).with_name("peer_worker.py")

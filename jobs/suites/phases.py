@@ -16,8 +16,8 @@ import torch
 
 import sppruner.pruner
 from sppruner.adapters import adapter_for
+from sppruner.engine.caches.kv_slots import SlotCache
 from sppruner.engine.decode import DecodeStep
-from sppruner.engine.slots import SlotCache
 from sppruner.relevance import TextRelevance
 
 Phase: TypeAlias = Literal["vision", "pruner", "prefill", "decode", "other"]

@@ -25,19 +25,19 @@ import torch
 from rich.console import Console
 
 from cluster.config import MediaLimits
-from cluster.credits import rows_held
 from cluster.demo import Row
-from cluster.fleet import FleetSettings, open_fleet
-from cluster.media import decode_image
-from cluster.replica import EngineSettings, slots_of
+from cluster.images import decode_image
+from cluster.runs.admission import rows_held
+from cluster.serving.fleet import FleetSettings, open_fleet
+from cluster.serving.replica import EngineSettings, slots_of
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
 from jobs.suites.random_models import save
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from jobs.suites.shapes import Shape
 from sppruner.engine import Engine, Generation, Request
-from sppruner.engine.loading import dtype_on, resolve_model
 from sppruner.errors import EngineError
+from sppruner.models.loading import dtype_on, resolve_model
 from sppruner.tiny.questions import CAPTION_PROMPT
 
 _SIDES: Final = ("engine", "job")
@@ -86,7 +86,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One side, over the rounds. replica_busy_share: see `cluster.summary.Attempt`."""
+    """One side, over the rounds. replica_busy_share: see `cluster.output.summary.Attempt`."""
 
     case: str
     images: int

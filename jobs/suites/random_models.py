@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cluster.errors import UsageError
 from jobs.suites.shapes import Shape, Widths
-from sppruner.engine.loading import (
+from sppruner.models.loading import (
     EMBEDDED,
     LoadedModel,
     ModelIdentity,

@@ -23,14 +23,14 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from cluster.corpus.plan import plan_run
-from cluster.fleet import Fleet, FleetSettings, open_fleet
-from cluster.replica import EngineSettings
+from cluster.runs.planning import plan_run
+from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
+from cluster.serving.replica import EngineSettings
 from cluster.store import open_store
 from jobs.suites.corpora import captioned, write_corpus
 from jobs.suites.labelling import captions, carry_out, threads_of_one_replica
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
-from sppruner.engine.loading import resolve_model
+from sppruner.models.loading import resolve_model
 
 SIZES: Final = (1, 2, 4, 8, 16)
 _UNITS: Final = 4  # of the smallest corpus: one unit would be all start and end

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded
+from sppruner.adapters.requirements import require_dense_decoder
 from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
-from sppruner.adapters.variants import require_dense_decoder
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
 from sppruner.signals import (

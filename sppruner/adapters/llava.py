@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, raster
+from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import layer_before
 from sppruner.adapters.towers import running_up_to
-from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
 from sppruner.signals import content_seed as seed_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout, image_sizes
 from sppruner.adapters.base import Capabilities
-from sppruner.adapters.variants import require_dense_decoder, require_features, require_tower
+from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.cost import EncoderCost, TiledEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import ReceivedProbe

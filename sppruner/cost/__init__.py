@@ -10,7 +10,7 @@ from sppruner.cost.decoder import DecoderCost
 from sppruner.cost.encoders import ClipTowerCost, LlavaEncoderCost
 from sppruner.cost.encoders_qwen import QwenEncoderCost
 from sppruner.cost.encoders_tiled import SiglipTowerCost, TiledEncoderCost
-from sppruner.cost.model import PARTS, EncoderCost, ImageShape, ModelCost, RowCost
+from sppruner.cost.model_cost import PARTS, EncoderCost, ImageShape, ModelCost, RowCost
 
 __all__ = [
     "PARTS",

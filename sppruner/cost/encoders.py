@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sppruner.cost.model import ImageShape
+from sppruner.cost.model_cost import ImageShape
 
 
 def layers_run(layers: int, state: int) -> int:

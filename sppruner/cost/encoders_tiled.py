@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from sppruner.cost.encoders import ClipTowerCost, layers_run
-from sppruner.cost.model import ImageShape
+from sppruner.cost.model_cost import ImageShape
 
 
 class TowerCost(Protocol):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sppruner.engine.types import Engine, Generation, Request, Result
+from sppruner.engine.interface import Engine, Generation, Request, Result
 
 if TYPE_CHECKING:
-    from sppruner.engine.batch import BatchEngine
     from sppruner.engine.continuous import ContinuousEngine
-    from sppruner.engine.opening import open_engine
+    from sppruner.engine.factory import open_engine
+    from sppruner.engine.static import BatchEngine
 
 __all__ = [
     "BatchEngine",
@@ -24,9 +24,9 @@ __all__ = [
 
 # torch and transformers come with the engines, not with the requests that travel to them.
 _ENGINES = {
-    "BatchEngine": "sppruner.engine.batch",
+    "BatchEngine": "sppruner.engine.static",
     "ContinuousEngine": "sppruner.engine.continuous",
-    "open_engine": "sppruner.engine.opening",
+    "open_engine": "sppruner.engine.factory",
 }
 
 

@@ -10,10 +10,10 @@ from typing import Final, TypeVar
 
 from PIL import Image
 
-from sppruner.engine.loading import LoadedModel, load_model
-from sppruner.engine.reduction import reduction_of
-from sppruner.engine.types import NO_EFFECT, Generation, Request, Result, Update
+from sppruner.engine.interface import NO_EFFECT, Generation, Request, Result, Update
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect
+from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, Budget, PruneSpec

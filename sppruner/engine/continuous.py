@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import torch
 
-from sppruner.engine.asking import Asked, Asker
 from sppruner.engine.base import ModelEngine, both_ways
-from sppruner.engine.encodings import Encodings
+from sppruner.engine.caches.encoder import Encodings
+from sppruner.engine.caches.prefix import Prefixes
+from sppruner.engine.interface import Request, Result, Update, failed
 from sppruner.engine.isolation import isolated
-from sppruner.engine.prefixes import Prefixes
-from sppruner.engine.running import Row, RunningRows
-from sppruner.engine.schedule import Limits, Schedule
-from sppruner.engine.types import Request, Result, Update, failed
+from sppruner.engine.preparation import Asked, Asker
+from sppruner.engine.running_batch import Row, RunningRows
+from sppruner.engine.scheduler import Limits, Schedule
 from sppruner.errors import SpecError
 from sppruner.spec import DENSE
 

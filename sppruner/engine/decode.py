@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter
-from sppruner.engine.slots import SlotCache
+from sppruner.engine.caches.kv_slots import SlotCache
 from sppruner.errors import UnsupportedModel
 from sppruner.stages import stages_from
 

@@ -16,10 +16,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from sppruner.adapters import Encoded
-from sppruner.engine.asking import Asked
+from sppruner.engine.caches.encoder import Encodings
+from sppruner.engine.caches.prefix import Prefix, Prefixes
 from sppruner.engine.collate import collate
-from sppruner.engine.encodings import Encodings
-from sppruner.engine.prefixes import Prefix, Prefixes
+from sppruner.engine.preparation import Asked
 from sppruner.pruner import Pruner
 from sppruner.stages import StageDriver
 from sppruner.types import PruneReport

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count, islice
 
+from sppruner.engine.interface import Generation, Request, Result, Update, failed
 from sppruner.engine.isolation import isolated
-from sppruner.engine.types import Generation, Request, Result, Update, failed
 from sppruner.errors import EngineError
 
 

@@ -1,10 +1,10 @@
 """Evaluation: methods against dense on the same questions, with intervals and fidelity."""
 
 from sppruner.evaluation.compare import Cannot, Comparison, answers_due, compare
+from sppruner.evaluation.dataset import Dataset, Item
+from sppruner.evaluation.drawn_scenes import CAPTION, drawn_scenes
 from sppruner.evaluation.formats import FORMATS, read_dataset
-from sppruner.evaluation.items import Dataset, Item
-from sppruner.evaluation.rows import ahead_of, cannot, label, rows
-from sppruner.evaluation.scenes import CAPTION, drawn_scenes
+from sppruner.evaluation.records import ahead_of, cannot, label, rows
 from sppruner.evaluation.score import Score, Share
 
 __all__ = [

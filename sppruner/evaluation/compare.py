@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sppruner.engine.loading import LoadedModel
 from sppruner.errors import SpprunerError
-from sppruner.evaluation.asking import Answer, Asker
-from sppruner.evaluation.items import Dataset
+from sppruner.evaluation.answering import Answer, Asker
+from sppruner.evaluation.dataset import Dataset
 from sppruner.evaluation.score import Score
+from sppruner.models.loading import LoadedModel
 from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, PruneSpec
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from sppruner.errors import EvaluationError
-from sppruner.evaluation.items import Dataset, Item
+from sppruner.evaluation.dataset import Dataset, Item
 from sppruner.evaluation.metrics import Captioning, ExactMatch, Metric, SoftAccuracy, YesNo
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."

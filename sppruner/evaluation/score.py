@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sppruner.evaluation.asking import Answer
-from sppruner.evaluation.items import Dataset
+from sppruner.evaluation.answering import Answer
+from sppruner.evaluation.dataset import Dataset
 from sppruner.spec import PruneSpec
 
 _RESAMPLES = 2000

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sppruner.evaluation.rows import label
+from sppruner.evaluation.records import label
 
 Row: TypeAlias = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sppruner.errors import SpecError
 from sppruner.selectors.base import Selector, saliency_IN
-from sppruner.selectors.cues import SaliencyOption
+from sppruner.selectors.options import SaliencyOption
 from sppruner.signals import CONTENT_SEED
 from sppruner.types import Selection, VisualTokens
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sppruner.selectors.base import from_mask
-from sppruner.selectors.cues import RelevanceOptions, relevance_IN, within
+from sppruner.selectors.options import RelevanceOptions, relevance_IN, within
 from sppruner.selectors.similarity import NEVER, cosine_flops, cosines_INN
 from sppruner.spec import shares
 from sppruner.types import Selection, VisualTokens

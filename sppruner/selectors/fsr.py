@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sppruner.selectors.base import from_mask, min_max_IN, saliency_IN
-from sppruner.selectors.cues import RelevanceOptions, SaliencyOption, relevance_IN, within
+from sppruner.selectors.options import RelevanceOptions, SaliencyOption, relevance_IN, within
 from sppruner.selectors.similarity import Picks, absorb, closest, cosine_flops, cosines_INN
 from sppruner.types import Selection, VisualTokens
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from sppruner.errors import SpecError
 from sppruner.selectors.base import from_mask, saliency_IN
-from sppruner.selectors.cues import SaliencyOption, one_of
+from sppruner.selectors.options import SaliencyOption, one_of
 from sppruner.selectors.similarity import (
     cosine_flops,
     cosines_INN,

@@ -50,7 +50,7 @@ from torch.nn.functional import normalize
 
 from sppruner.errors import SpecError
 from sppruner.selectors.base import from_mask, min_max_IN, saliency_IN
-from sppruner.selectors.cues import RelevanceOptions, SaliencyOption, relevance_IN, within
+from sppruner.selectors.options import RelevanceOptions, SaliencyOption, relevance_IN, within
 from sppruner.selectors.similarity import (
     NEVER,
     Picks,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sppruner.selectors.base import from_mask, saliency_IN
-from sppruner.selectors.cues import SaliencyOption, within
+from sppruner.selectors.options import SaliencyOption, within
 from sppruner.selectors.similarity import encoder_states
 from sppruner.signals import KEYS
 from sppruner.types import Selection, VisualTokens

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sppruner.selectors.base import saliency_IN
-from sppruner.selectors.cues import SaliencyOption, within
+from sppruner.selectors.options import SaliencyOption, within
 from sppruner.selectors.similarity import cosine_flops, cosines_INN, encoder_states
 from sppruner.types import Selection, VisualTokens
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import RunConfig
-from cluster.corpus import Plan, plan_run
 from cluster.corpus.source import read_unit
+from cluster.runs.planning import Plan, plan_run
 from cluster.store import Store, open_store
 from sppruner.spec import DENSE
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from cluster.api import ApiSettings, create_app
-from cluster.calls import Priority, Replicas, RowAnswer, RowCall
-from cluster.online_breakeven import OnlineBreakEven
-from cluster.replica import EngineSettings, VLMReplica
+from cluster.protocol import Priority, Replicas, RowAnswer, RowCall
+from cluster.serving.http.app import ApiSettings, create_app
+from cluster.serving.online_calibration import OnlineBreakEven
+from cluster.serving.replica import EngineSettings, VLMReplica
 from tests.cluster.fake_engine import picture
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sppruner.engine.interface import Request, Result
 from sppruner.engine.queued import QueuedEngine
-from sppruner.engine.types import Request, Result
 
 VISUAL_TOKENS = 100
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import ray
 
+from cluster.accounting.ledger import UnitLedger
 from cluster.controller import (
     CONTROLLER_NAME,
     CONTROLLER_NAMESPACE,
@@ -11,7 +12,6 @@ from cluster.controller import (
     get_controller,
     report_commit,
 )
-from cluster.ledger import UnitLedger
 
 UNIT = UnitLedger(
     rows=10,

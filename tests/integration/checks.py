@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster.corpus.manifest import read_manifest
 from cluster.demo import Fault
+from cluster.output.manifest import read_manifest
 from cluster.store import open_store
 
 # Rows whose fault costs them their answer; all others must be answered.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from cluster.local_s3 import LocalS3
+from cluster.demo.local_s3 import LocalS3
 from jobs.make_corpus import make_corpus
 from tests.integration.checks import check_every_row_once, check_pruned, committed
 

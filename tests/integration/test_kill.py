@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.corpus.plan import done_units
-from cluster.local_s3 import LocalS3
+from cluster.demo.local_s3 import LocalS3
+from cluster.runs.planning import done_units
 from cluster.store import ObjectInfo, open_store
 from jobs.make_corpus import make_corpus
 from tests.integration.checks import check_every_row_once, check_pruned, committed

@@ -14,14 +14,14 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.attach import serve_details
-from cluster.fleet import Fleet, FleetSettings, open_fleet
-from cluster.replica import EngineSettings
+from cluster.output.summary import summarise
+from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
+from cluster.serving.ray_session import serve_details
+from cluster.serving.replica import EngineSettings
 from cluster.store import open_store
-from cluster.summary import summarise
 from jobs import answer_vqa, caption_corpus, report
 from jobs.make_corpus import make_corpus
-from sppruner.engine.loading import EMBEDDED, resolve_model
+from sppruner.models.loading import EMBEDDED, resolve_model
 from sppruner.tiny import TINY_MODELS
 from tests.integration.checks import (
     check_every_row_once,

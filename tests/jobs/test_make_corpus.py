@@ -13,7 +13,7 @@ import pytest
 from cluster.config import Kind, MediaLimits
 from cluster.corpus.unit import Format
 from cluster.errors import RowError
-from cluster.media import decode_image
+from cluster.images import decode_image
 from jobs.make_corpus import FILE_ROWS, main, make_corpus
 from sppruner.tiny.scenes import HELD_OUT_SEED
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cluster.contact_sheet import Tile, contact_sheet
+from cluster.demo.contact_sheet import Tile, contact_sheet
 from jobs import overlays
 from sppruner import Budget, PruneSpec
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.evaluation import Dataset, drawn_scenes
+from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 
 LONG = "/models/" + "trained-on-questions/" * 5
 

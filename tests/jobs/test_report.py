@@ -16,23 +16,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.audit import CommitTerms
-from cluster.caller import Caller, CallerSettings
-from cluster.commit import commit_unit
-from cluster.corpus import plan_run
-from cluster.corpus.manifest import MANIFEST_KEY
+from cluster.accounting.ledger import LEDGER_KEY
 from cluster.corpus.source import read_unit
-from cluster.ledger import LEDGER_KEY
-from cluster.media import decode_image
-from cluster.replica import EngineSettings, VLMReplica
+from cluster.images import decode_image
+from cluster.output.checks import CommitTerms
+from cluster.output.commit import commit_unit
+from cluster.output.manifest import MANIFEST_KEY
+from cluster.runs.labeller import Caller, CallerSettings
+from cluster.runs.planning import plan_run
+from cluster.serving.replica import EngineSettings, VLMReplica
 from cluster.store import open_store
 from jobs import report
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.engine import Generation
-from sppruner.engine.loading import EMBEDDED, load_model, resolve_model
-from sppruner.engine.reduction import reduction_of
 from sppruner.evaluation import drawn_scenes
-from sppruner.overlay import overlay_of
+from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.loading import EMBEDDED, load_model, resolve_model
+from sppruner.pictures.overlay import overlay_of
 from sppruner.spec import DENSE
 from tests.cluster.corpora import config, put_parquet
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import sppruner
-from sppruner.engine.loading import EMBEDDED
 from sppruner.evaluation import drawn_scenes
+from sppruner.models.loading import EMBEDDED
 from sppruner.tiny import TINY_MODELS
 
 README = Path(__file__).parents[2] / "README.md"

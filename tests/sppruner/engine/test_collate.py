@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sppruner.chat import ask_about
 from sppruner.engine.collate import collate
-from sppruner.engine.loading import load_processor, resolve_model
+from sppruner.models.loading import load_processor, resolve_model
+from sppruner.prompts import ask_about
 from tests.sppruner.engine.requests import drawn
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.base import PAD

@@ -13,8 +13,8 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
 from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
-from sppruner.engine.loading import LoadedModel, load_model
-from sppruner.engine.schedule import Limits
+from sppruner.engine.scheduler import Limits
+from sppruner.models.loading import LoadedModel, load_model
 from tests.sppruner.engine.requests import facts, requests
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder

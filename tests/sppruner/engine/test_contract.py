@@ -14,8 +14,8 @@ from PIL import Image
 from sppruner.adapters import Encoded, Kept, LlavaAdapter
 from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
 from sppruner.engine.base import ModelEngine
-from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
+from sppruner.models.loading import LoadedModel, load_model
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result
-from sppruner.engine.asking import Asked
-from sppruner.engine.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.engine.preparation import Asked
+from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from tests.sppruner.engine.requests import facts, requests
 
 

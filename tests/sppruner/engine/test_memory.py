@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sppruner.engine import BatchEngine, ContinuousEngine
-from sppruner.engine.loading import load_model
+from sppruner.models.loading import load_model
 from tests.sppruner.engine.requests import requests
 from tests.sppruner.families.folders import write_folder
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sppruner.engine.interface import Generation, Request, Result
 from sppruner.engine.queued import QueuedEngine
-from sppruner.engine.types import Generation, Request, Result
 
 
 class Echo(QueuedEngine):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sppruner.chat import ask_about
 from sppruner.engine import BatchEngine, Generation, Request
-from sppruner.engine.loading import LoadedModel, load_model
 from sppruner.evaluation import Dataset, compare, drawn_scenes
-from sppruner.evaluation.scenes import Outline
-from sppruner.geometry import WHOLE, plane_boxes
-from sppruner.overlay import counts_of, overlay, selections_of
+from sppruner.evaluation.drawn_scenes import Outline
+from sppruner.models.loading import LoadedModel, load_model
+from sppruner.pictures.geometry import WHOLE, plane_boxes
+from sppruner.pictures.overlay import counts_of, overlay, selections_of
+from sppruner.prompts import ask_about
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
 from tests.sppruner.families import FAMILIES

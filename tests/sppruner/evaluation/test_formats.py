@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from sppruner.errors import EvaluationError
+from sppruner.evaluation.dataset import Dataset
 from sppruner.evaluation.formats import FORMATS, SHORT_ANSWER, detect, read_dataset
-from sppruner.evaluation.items import Dataset
 
 TEN = ["red"] * 4 + ["dark red"] * 6
 

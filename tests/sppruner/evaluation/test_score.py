@@ -7,10 +7,10 @@ from collections.abc import Collection
 import pytest
 from PIL import Image
 
-from sppruner.evaluation.asking import Answer
-from sppruner.evaluation.items import Dataset, Item
+from sppruner.evaluation.answering import Answer
+from sppruner.evaluation.dataset import Dataset, Item
 from sppruner.evaluation.metrics import ExactMatch, YesNo
-from sppruner.evaluation.rows import ahead_of, row
+from sppruner.evaluation.records import ahead_of, row
 from sppruner.evaluation.score import Score
 from sppruner.spec import DENSE, Budget, PruneSpec
 

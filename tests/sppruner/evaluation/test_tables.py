@@ -12,7 +12,7 @@ from PIL import Image
 
 from sppruner.errors import EvaluationError
 from sppruner.evaluation.plot import check_plot, plot
-from sppruner.evaluation.rows import label, row
+from sppruner.evaluation.records import label, row
 from sppruner.evaluation.tables import comma_separated, markdown
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.evaluation.test_score import dataset, score

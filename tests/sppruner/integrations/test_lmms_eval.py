@@ -9,10 +9,10 @@ import pytest
 from lmms_eval.api.instance import Instance
 
 from sppruner.engine import BatchEngine, Generation, Request
-from sppruner.engine.loading import EMBEDDED
 from sppruner.errors import EvaluationError, InputError, SpecError
 from sppruner.evaluation import drawn_scenes
 from sppruner.integrations.lmms_eval import PrunedModel, manifest
+from sppruner.models.loading import EMBEDDED
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 SPARSE = PruneSpec(method="grid", budget=Budget(ratio=0.1))

@@ -1,0 +1,155 @@
+"""A summary as text: what was done, what pruning kept, what that saved, modelled and measured."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.ledger import MeasuredRatio
+from cluster.output.summary import Summary
+from sppruner.cost import PARTS
+
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def quantity(value: float, unit: str) -> str:
+    """1234567, "B" → "1.23 MB"."""
+    for factor, prefix in _PREFIXES:
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def saving(dense: float, pruned: float) -> str:
+    """What is saved, in percent of dense; negative where pruning costs more."""
+    return "–" if not dense else f"{100 * (dense - pruned) / dense:+.1f} %"
+
+
+def render(summary: Summary, *, note: str | None = None) -> RenderableType:
+    """Everything a run's end prints, in reading order."""
+    parts: list[RenderableType] = [_facts(summary, note)]
+    if summary.total.visual_tokens:
+        parts += [Text(), _modelled(summary), Text(), _measured(summary)]
+    return Group(*parts)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that is wide where there is no terminal: logs and pipes have no width to fit."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 140)
+
+
+def print_report(summary: Summary, *, note: str | None = None) -> None:
+    """To stdout."""
+    console().print(render(summary, note=note))
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _facts(summary: Summary, note: str | None) -> Table:
+    total, settings = summary.total, summary.settings
+    facts = _grid()
+    state = summary.state.replace("_", " ")
+    facts.add_row("run", f"{summary.run_id}  {state}{f' ({note})' if note else ''}")
+    facts.add_row("model", f"{settings['model']}  {settings['model_revision']}")
+    facts.add_row("pruning", _spec(summary))
+    if summary.break_even is not None:
+        facts.add_row("break-even", _break_even(summary.break_even))
+    failed = "  ".join(f"{code} {n}" for code, n in sorted(total.failed.items()))
+    facts.add_row("rows", f"{total.rows} of {summary.rows_planned} done")
+    facts.add_row("failed", f"{total.rows_failed}{f'  ({failed})' if failed else ''}")
+    if total.recomputed:
+        facts.add_row("recomputed", f"{total.recomputed} rows took more than one attempt")
+    if summary.duplicate_keys:
+        facts.add_row("keys", f"{summary.duplicate_keys} rows share their key with another row")
+    if summary.accuracy is not None and summary.accuracy.scored:
+        accuracy = summary.accuracy
+        facts.add_row(
+            "accuracy", f"{100 * accuracy.mean:.1f} % of {accuracy.scored} rows with references"
+        )
+    if summary.attempt is not None:
+        attempt = summary.attempt
+        busy = attempt.replica_busy_share
+        facts.add_row(
+            "speed",
+            f"{attempt.rows} rows in {attempt.wall_seconds:.1f} s, {attempt.rows_per_second:.1f} "
+            f"rows/s on {attempt.replicas} replica(s), after {attempt.start_seconds:.1f} s to start"
+            + ("" if busy is None else f", busy {100 * busy:.0f} % of that time"),
+        )
+    facts.add_row("output", summary.output)
+    return facts
+
+
+def _spec(summary: Summary) -> str:
+    spec = summary.settings["spec"]
+    if spec["method"] == "none":
+        return "none (dense)"
+    budget = spec["budget"]
+    kept = f"{100 * budget['ratio']:.1f} %" if "ratio" in budget else f"{budget['tokens']} tokens"
+    options = "".join(f" {name}={value}" for name, value in spec["options"].items())
+    return f"{spec['method']}, keeps {kept}{options}"
+
+
+def _break_even(found: BreakEven) -> str:
+    if found.measured is None:
+        return "too few rows to measure whether pruning pays: every row ran dense"
+    ratio = f"dense / pruned was {_ratio(found.measured)} before the run"
+    return f"{ratio}: pruning pays" if found.pays else f"{ratio}: every row ran dense"
+
+
+def _ratio(ratio: MeasuredRatio) -> str:
+    interval = (
+        f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
+        if ratio.low is not None and ratio.high is not None
+        else "one batch: no interval"
+    )
+    return (
+        f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})"
+    )
+
+
+def _modelled(summary: Summary) -> Table:
+    total = summary.total
+    table = Table(title="modelled, from the model's config", title_justify="left")
+    for column in ("", "dense", "as run", "saved"):
+        table.add_column(column, justify="left" if not column else "right")
+    seen, kept = total.visual_tokens, total.visual_tokens_kept
+    table.add_row("visual tokens", f"{seen:,}", f"{kept:,}", saving(seen, kept))
+    for part in PARTS:
+        dense, pruned = total.flops_dense.get(part, 0), total.flops.get(part, 0)
+        row = (quantity(dense, "FLOP"), quantity(pruned, "FLOP"), saving(dense, pruned))
+        table.add_row(f"{part} FLOPs", *row)
+    dense, pruned = sum(total.flops_dense.values()), sum(total.flops.values())
+    row = (quantity(dense, "FLOP"), quantity(pruned, "FLOP"), saving(dense, pruned))
+    table.add_row("all FLOPs", *row, style="bold")
+    bytes_dense, bytes_kept = total.kv_bytes_dense, total.kv_bytes
+    row = (quantity(bytes_dense, "B"), quantity(bytes_kept, "B"), saving(bytes_dense, bytes_kept))
+    table.add_row("KV cache", *row)
+    return table
+
+
+def _measured(summary: Summary) -> RenderableType:
+    total, ratio = summary.total, summary.measured
+    facts = _grid()
+    facts.title = "measured"
+    facts.title_justify = "left"
+    facts.add_row("compute", f"{total.seconds:.2f} s for all rows as they ran")
+    if ratio is None:
+        facts.add_row("control", "no control rows: nothing can be said about time saved")
+        return facts
+    facts.add_row("dense / pruned", _ratio(ratio))
+    saved = total.seconds * (ratio.ratio - 1)
+    verb = "saved" if saved >= 0 else "lost"
+    facts.add_row(f"time {verb}", f"{abs(saved):.2f} s estimated from that ratio")
+    facts.add_row("spent on control", f"{total.control_seconds:.2f} s (the dense twins)")
+    facts.add_row("agreement", f"{total.agreements} of {ratio.rows} control rows, same text")
+    return facts

@@ -1,0 +1,76 @@
+"""What stays of an embedded run once its object store has ended with it: the labelled rows, the
+summary and a contact sheet, in a local folder.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cluster.config import Kind
+from cluster.demo.contact_sheet import Tile, write_contact_sheet
+from cluster.output.summary import Summary
+from cluster.store import Store, open_store
+
+_TILES = 24
+_PRINTED = 8
+_WRITTEN = ["text", "caption"]
+
+
+def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
+    """Copies the output to `folder`/<kind> and draws the sheet; returns what to tell the user."""
+    output, corpus = open_store(summary.output), open_store(summary.input)
+    target = folder / kind
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in target.glob("*.parquet"):
+        stale.unlink()
+    tables = []
+    for info in output.list(suffixes=(".parquet",)):
+        data = output.get(info.key)
+        (target / info.key).write_bytes(data)
+        tables.append(pq.read_table(io.BytesIO(data)))
+    (target / "summary.json").write_text(summary.to_json())
+    labelled = pa.concat_tables(tables)
+    tiles = _tiles(kind, labelled, _images(corpus))
+    sheet = write_contact_sheet(tiles, target / "sheet.png")
+    shown = "".join(f"{tile.title}  {tile.text}\n" for tile in tiles[:_PRINTED])
+    exact = ""
+    if kind == "caption":
+        equal = sum(r["text"] == r["caption"] for r in labelled.select(_WRITTEN).to_pylist())
+        exact = f"{equal} of {len(labelled)} captions describe their scene word for word. "
+    return (
+        f"\nthe first of {sheet}:\n{shown}\n{exact}The embedded store ends with this command; the "
+        f"labelled rows are copied to {target}/, images with their texts to {sheet}"
+    )
+
+
+def _images(corpus: Store) -> dict[str, bytes]:
+    images: dict[str, bytes] = {}
+    for info in corpus.list(suffixes=(".parquet",)):
+        rows = pq.read_table(io.BytesIO(corpus.get(info.key)), columns=["key", "image"])
+        images |= {row["key"]: row["image"]["bytes"] for row in rows.to_pylist()}
+    return images
+
+
+def _tiles(kind: Kind, labelled: pa.Table, images: dict[str, bytes]) -> list[Tile]:
+    rows = sorted(labelled.to_pylist(), key=lambda row: row["key"])
+    step = max(1, len(rows) // _TILES)
+    return [_tile(kind, row, images[row["key"]]) for row in rows[::step][:_TILES]]
+
+
+def _tile(kind: Kind, row: dict[str, Any], image: bytes) -> Tile:
+    text = row["text"] or f"{row['error_code']}: {row['error_message']}"
+    if kind == "vqa":
+        text = f"{row['question']} {text}"
+    kept = f"{row['visual_tokens_kept']}/{row['visual_tokens']} tokens"
+    return Tile(
+        image=Image.open(io.BytesIO(image)).convert("RGB"),
+        title=f"{row['key']}  {kept}",
+        text=text,
+        failed=row["error_code"] is not None,
+    )

@@ -1,0 +1,110 @@
+"""The reference engine: static batches through `generate`, each row under its own spec."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sppruner.engine.base import ModelEngine, both_ways, check_length
+from sppruner.engine.interface import Generation, Request, Result, failed
+from sppruner.engine.isolation import isolated
+from sppruner.engine.queued import QueuedEngine
+from sppruner.models.loading import LoadedModel
+from sppruner.prompts import ask_about
+from sppruner.spec import DENSE
+
+
+class BatchEngine(QueuedEngine, ModelEngine):
+    """Answers requests a batch at a time. Settings: see `ModelEngine`.
+
+    Greedy requests with the same generation settings share a batch whatever their specs are;
+    sampled ones run alone, so that a seed gives the same text in any company. Control requests
+    form batches of their own and run twice, pruned and dense, in alternating order.
+    """
+
+    def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
+        ModelEngine.__init__(self, model, **settings)
+        QueuedEngine.__init__(self, self.max_batch_rows)
+
+    def answer_batch(self, requests: list[Request]) -> list[Result]:
+        results: dict[int, Result] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            alone = i if request.generation.temperature > 0 else -1
+            policy = None if request.spec.is_dense else request.spec.positions
+            key = (request.generation, request.control, bool(request.images), policy, alone)
+            groups.setdefault(key, []).append(i)
+        for members in groups.values():
+            for start in range(0, len(members), self.max_batch_rows):
+                chunk = members[start : start + self.max_batch_rows]
+                batch = [requests[i] for i in chunk]
+                answer = self._control if batch[0].control else self._answer
+                results.update(zip(chunk, answer(batch), strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def _control(self, batch: list[Request]) -> list[Result]:
+        dense = [replace(request, spec=DENSE) for request in batch]
+        return both_ways(batch, dense, self._answer, key=batch[0].id)
+
+    def _answer(self, batch: list[Request]) -> list[Result]:
+        return isolated(self._generate, batch, failed)
+
+    def _generate(self, batch: Sequence[Request]) -> list[Result]:
+        started = time.perf_counter()
+        inputs = ask_about(
+            self._processor,
+            [request.prompt for request in batch],
+            [request.images for request in batch],
+            [request.system for request in batch],
+        ).to(self._model.device)
+        generation = batch[0].generation
+        specs = [request.spec for request in batch]
+        check_length(int(inputs["attention_mask"].sum(dim=1).max()), generation, self._context)
+        if generation.temperature > 0:
+            torch.manual_seed(generation.seed)
+        prompts = [request.prompt for request in batch]
+        generate_kwargs = self._generate_kwargs(generation)
+        if batch[0].control:
+            # Both sides of a control encode alike: what a tower skips is not pruning's saving.
+            prepared = self._pruner.prepare(inputs, specs, prompts)
+            generated = self._pruner.run(prepared, **generate_kwargs)
+        else:
+            generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
+        rows = generated.tokens_BT.tolist()
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [
+            self._result(request, report, tokens, seconds, text=self._cut(tokens, generation))
+            for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
+        ]
+
+    def _cut(self, tokens: list[int], generation: Generation) -> str | None:
+        """The text in front of a stop string, or None where none was said."""
+        if not generation.stop:
+            return None
+        said = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        found = [at for stop in generation.stop if (at := said.find(stop)) >= 0]
+        return said[: min(found)] if found else None
+
+    def _generate_kwargs(self, generation: Generation) -> dict[str, Any]:
+        # A generated placeholder would be read as a visual token later: never emit one.
+        common: dict[str, Any] = {
+            "max_new_tokens": generation.max_new_tokens,
+            "suppress_tokens": self._pruner.adapter.placeholder_ids,
+        }
+        if generation.stop:
+            common |= {
+                "stop_strings": list(generation.stop),
+                "tokenizer": self._processor.tokenizer,
+            }
+        if generation.temperature == 0:
+            return common | {"do_sample": False}
+        return common | {
+            "do_sample": True,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "top_k": 0,
+        }

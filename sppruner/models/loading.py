@@ -1,0 +1,153 @@
+"""Finding and loading a model: a name, a revision that pins its content, weights, processor.
+
+safetensors only and no remote code: loading a model never runs anything it brought along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from sppruner.errors import UnsupportedModel
+from sppruner.models.processors import processor_of
+from sppruner.tiny import TINY_MODELS
+
+# Of the models in this repository, trained on drawn scenes, the one that jobs use without --model.
+EMBEDDED = "tiny-llava"
+
+# Weight files above this size are identified by their ends: hashing 15 GB takes a minute.
+_WHOLE_FILE_BYTES = 64 * 2**20
+_END_BYTES = 2**20
+# Beside the weights but not part of what the model does: how `jobs.training` trained it.
+_HISTORY_FILE = Path("training.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """name: as asked for. path: the folder that holds it. revision: what pins its content."""
+
+    name: str
+    path: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    identity: ModelIdentity
+    model: Any
+    processor: Any
+    image_backend: str
+
+
+def _content_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or path.suffix == ".md" or inside == _HISTORY_FILE:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{inside}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_END_BYTES))
+                file.seek(-_END_BYTES, os.SEEK_END)
+                digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
+    """Pins a model: an embedded one, a local folder (by content) or a Hub name (by commit).
+
+    Downloads a Hub model if it is not cached (HF_HOME and HF_HUB_OFFLINE are honoured). Raises
+    UnsupportedModel if there is no such model or it has no safetensors.
+    """
+    folder = TINY_MODELS.get(name, Path(name))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UnsupportedModel(f"{folder} holds no config.json: not a model folder")
+        if not list(folder.glob("*.safetensors")):
+            raise UnsupportedModel(f"{folder} holds no *.safetensors: other formats are not loaded")
+        content = _content_hash(folder)
+        if revision not in (None, content):
+            raise UnsupportedModel(
+                f"{folder} holds revision {content}, not {revision}: its files were changed"
+            )
+        return ModelIdentity(name=name, path=str(folder), revision=content)
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UnsupportedModel(
+            f"no model {name!r}: not one of {', '.join(TINY_MODELS)}, not a local folder, and not "
+            f"to be had from the Hub ({type(error).__name__}). Give a folder, or check HF_HOME and "
+            "HF_HUB_OFFLINE"
+        ) from error
+    if not list(Path(path).glob("*.safetensors")):
+        raise UnsupportedModel(f"{name!r} has no *.safetensors: other formats are not loaded")
+    # A snapshot's folder is named by its commit.
+    return ModelIdentity(name=name, path=path, revision=Path(path).name)
+
+
+def image_backend(processor: Any) -> str:
+    """ "pil" or "torchvision": their pixels differ slightly, so a run records which it used."""
+    return "pil" if type(processor.image_processor).__name__.endswith("Pil") else "torchvision"
+
+
+def load_processor(identity: ModelIdentity) -> Any:
+    """The model's processor, set to pad on the left as generation needs."""
+    processor = processor_of(load_config(identity), identity.path)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_config(identity: ModelIdentity) -> Any:
+    return AutoConfig.from_pretrained(identity.path, trust_remote_code=False)
+
+
+def dtype_on(device: str, dtype: str) -> str:
+    """What a model on a device is computed in: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return "bfloat16" if device.startswith("cuda") else "float32"
+    return dtype
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedModel:
+    """Loads weights and processor. Device "auto" is the GPU if there is one; dtype: see `dtype_on`.
+    Raises UnsupportedModel."""
+    identity = resolve_model(name, revision)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # a bar redraws itself into a job's log
+    model = AutoModelForImageTextToText.from_pretrained(
+        identity.path, dtype=dtype_on(device, dtype), use_safetensors=True, trust_remote_code=False
+    )
+    processor = load_processor(identity)
+    return LoadedModel(
+        identity=identity,
+        model=model.eval().to(device),
+        processor=processor,
+        image_backend=image_backend(processor),
+    )

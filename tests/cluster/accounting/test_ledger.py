@@ -1,0 +1,178 @@
+"""The ledger: what is summed, that sums cannot depend on order, and honest intervals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.accounting.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers, unit_ledger
+from cluster.errors import StoreError
+from cluster.schema import COST_FIELD, OUTPUT_FIELDS
+from cluster.store import Store, open_store
+from sppruner.cost import RowCost
+from tests.cluster.corpora import put_parquet
+
+COST = RowCost(
+    flops={"vision": 10, "pruner": 3, "prefill": 20},
+    flops_dense={"vision": 10, "prefill": 90},
+    kv_bytes=5,
+    kv_bytes_dense=20,
+)
+NAMES = st.sampled_from(["vision", "prefill", "decode"])
+NUMBERS = st.integers(0, 2**50)
+LEDGERS = st.builds(
+    UnitLedger,
+    rows=NUMBERS,
+    failed=st.dictionaries(NAMES, NUMBERS),
+    attempts=NUMBERS,
+    visual_tokens=NUMBERS,
+    visual_tokens_kept=NUMBERS,
+    nanoseconds=NUMBERS,
+    flops=st.dictionaries(NAMES, NUMBERS),
+    flops_dense=st.dictionaries(NAMES, NUMBERS),
+    kv_bytes=NUMBERS,
+    control_pairs=st.lists(st.tuples(st.integers(1, 10**12), st.integers(1, 10**12))).map(tuple),
+    agreements=NUMBERS,
+)
+
+
+def output_row(**values: Any) -> dict[str, Any]:
+    answered = {
+        "text": "a cat",
+        "attempts": 1,
+        "visual_tokens": 576,
+        "visual_tokens_kept": 128,
+        "prompt_tokens": 150,
+        "completion_tokens": 12,
+        "seconds": 0.25,
+        "is_control": False,
+        "_out_cost": json.dumps(COST.to_dict()),
+    }
+    return answered | values
+
+
+def failed_row(code: str, **values: Any) -> dict[str, Any]:
+    return {"error_code": code, "attempts": 0, "is_control": False, **values}
+
+
+def output_table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=pa.schema([*OUTPUT_FIELDS, COST_FIELD]))
+
+
+def test_rows_are_counted_by_outcome_and_only_answers_are_summed() -> None:
+    ledger = unit_ledger(
+        output_table(
+            output_row(),
+            output_row(attempts=3),
+            failed_row("image_missing"),
+            failed_row("inference_failed", attempts=4, seconds=9.0, visual_tokens=576),
+        )
+    )
+    assert ledger.rows == 4
+    assert ledger.failed == {"image_missing": 1, "inference_failed": 1}
+    assert (ledger.attempts, ledger.recomputed) == (8, 2)
+    assert (ledger.visual_tokens, ledger.visual_tokens_kept) == (1152, 256)
+    assert (ledger.prompt_tokens, ledger.completion_tokens) == (300, 24)
+    assert ledger.seconds == pytest.approx(0.5)
+    assert ledger.flops == {"vision": 20, "pruner": 6, "prefill": 40}
+    assert (ledger.kv_bytes, ledger.kv_bytes_dense) == (10, 40)
+    assert ledger.flops_saved == 2 * (100 - 33)
+
+
+def test_dense_twins_are_kept_apart_from_the_rows_own_seconds() -> None:
+    control = {"is_control": True, "control_seconds": 0.75}
+    ledger = unit_ledger(
+        output_table(
+            output_row(control_text="a cat", **control),
+            output_row(control_text="a dog", **control),
+            output_row(),
+            failed_row("inference_failed", **control),
+        )
+    )
+    assert ledger.seconds == pytest.approx(0.75)
+    assert ledger.control_seconds == pytest.approx(1.5)
+    assert (ledger.control_rows, ledger.agreements) == (2, 1)
+
+
+def test_negative_savings_stay_negative() -> None:
+    cost = RowCost(flops={"pruner": 9}, flops_dense={"prefill": 2}, kv_bytes=0, kv_bytes_dense=0)
+    ledger = unit_ledger(output_table(output_row(_out_cost=json.dumps(cost.to_dict()))))
+    assert ledger.flops_saved == -7
+    slower = UnitLedger(control_pairs=((4, 1), (5, 2), (4, 2)))
+    ratio = RunLedger.of([slower]).measured_ratio()
+    assert ratio is not None
+    assert ratio.high is not None
+    assert ratio.ratio < ratio.high < 1
+
+
+@given(LEDGERS)
+def test_a_ledger_survives_its_own_json(ledger: UnitLedger) -> None:
+    assert UnitLedger.from_json(ledger.to_json()) == ledger
+
+
+@given(LEDGERS, LEDGERS, LEDGERS)
+def test_sums_do_not_depend_on_grouping(a: UnitLedger, b: UnitLedger, c: UnitLedger) -> None:
+    assert (a + b) + c == a + (b + c)
+    assert RunLedger.of([a, b, c]) == RunLedger.of([a]) + RunLedger.of([b, c])
+    assert RunLedger.of([a, b, c]).units == 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(LEDGERS, max_size=4))
+def test_the_measured_ratio_does_not_depend_on_commit_order(ledgers: list[UnitLedger]) -> None:
+    assert RunLedger.of(ledgers).measured_ratio() == RunLedger.of(ledgers[::-1]).measured_ratio()
+
+
+def test_nothing_adds_up_to_nothing() -> None:
+    assert RunLedger.of([]).total == UnitLedger()
+    assert RunLedger.of([]).measured_ratio() is None
+
+
+def test_the_measured_ratio_weighs_rows_by_their_seconds() -> None:
+    pairs = ((1_000, 3_000), (3_000, 5_000))
+    ratio = RunLedger.of([UnitLedger(control_pairs=pairs)]).measured_ratio()
+    assert ratio is not None
+    assert ratio.ratio == pytest.approx(2.0)
+    assert (ratio.rows, ratio.batches) == (2, 2)
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.low <= ratio.ratio <= ratio.high
+
+
+def test_rows_of_one_batch_do_not_narrow_the_interval() -> None:
+    """A row's seconds are its batch's, divided: eight copies of a figure are one measurement."""
+    pairs = tuple((1_000 + 37 * n, 2_000 + 311 * (n % 3)) for n in range(6))
+    once = RunLedger.of([UnitLedger(control_pairs=pairs)]).measured_ratio()
+    eightfold = RunLedger.of([UnitLedger(control_pairs=pairs * 8)]).measured_ratio()
+    assert once is not None
+    assert eightfold is not None
+    assert eightfold.rows == 48
+    assert (eightfold.low, eightfold.high) == pytest.approx((once.low, once.high))
+
+
+def test_one_batch_gives_a_ratio_but_no_interval() -> None:
+    ratio = RunLedger.of([UnitLedger(control_pairs=((1, 2), (1, 2)))]).measured_ratio()
+    assert ratio is not None
+    assert (ratio.ratio, ratio.low, ratio.high, ratio.rows) == (2.0, None, None, 2)
+
+
+@pytest.fixture
+def output(s3: str) -> Store:
+    return open_store(f"{s3}/out")
+
+
+def test_objects_without_a_ledger_are_named(output: Store) -> None:
+    put_parquet(output, "u1.parquet", pa.table({"x": [1]}))
+    output.put("u2.parquet", b"not parquet")
+    with pytest.raises(StoreError, match=r"u1\.parquet: no ledger"):
+        read_ledgers(output, ["u1"])
+    with pytest.raises(StoreError, match=r"u2\.parquet: not a Parquet file"):
+        read_ledgers(output, ["u2"])
+    with pytest.raises(StoreError, match=r"u3\.parquet: this unit is not committed"):
+        read_ledgers(output, ["u3"])
+    assert LEDGER_KEY == "sppruner.ledger"

@@ -1,0 +1,240 @@
+"""Parquet corpora: which column is what, how units are cut, and what a reader makes of damage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.corpus.source import read_unit
+from cluster.corpus.unit import Unit
+from cluster.errors import StoreError, UsageError
+from cluster.schema import input_schema
+from cluster.store import Store, open_store
+from tests.cluster.corpora import IMAGE, image, plan, put_parquet, read_all
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "in"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> str:
+    return str(tmp_path / "out")
+
+
+def table(rows: int, **columns: Any) -> pa.Table:
+    images = pa.array([image(f"i{n}".encode(), f"{n}.jpg") for n in range(rows)], IMAGE)
+    return pa.table({"image": images, **columns})
+
+
+def test_rows_arrive_in_order_with_key_image_and_prompt(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", table(3, key=["k0", "k1", "k2"], note=["x", None, "z"]))
+    planned = plan(corpus.uri, output)
+    read = read_all(planned)
+    assert read.schema == input_schema(planned.source_schema)
+    assert read["_in_key"].to_pylist() == ["k0", "k1", "k2"]
+    assert read["_in_image"].to_pylist() == [b"i0", b"i1", b"i2"]
+    assert read["_in_prompt"].to_pylist() == ["describe"] * 3
+    assert read["_in_error_code"].to_pylist() == [None] * 3
+    assert read["note"].to_pylist() == ["x", None, "z"]
+
+
+def test_pictures_are_not_copied_into_the_output_but_their_paths_are(
+    corpus: Store, output: str
+) -> None:
+    put_parquet(corpus, "a.parquet", table(2))
+    read = read_all(plan(corpus.uri, output))
+    assert read["image"].to_pylist() == [image(None, "0.jpg"), image(None, "1.jpg")]
+
+
+def test_a_plain_binary_image_column_is_dropped(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", pa.table({"jpg": [b"one"], "id": [7]}))
+    read = read_all(plan(corpus.uri, output))
+    assert "jpg" not in read.column_names
+    assert read["_in_image"].to_pylist() == [b"one"]
+    assert read["_in_key"].to_pylist() == ["7"]
+    assert read["id"].to_pylist() == [7]
+
+
+def test_the_column_named_like_an_image_is_preferred(corpus: Store, output: str) -> None:
+    columns = {"thumbnail": [b"no"], "Image": [b"yes"]}
+    put_parquet(corpus, "a.parquet", pa.table(columns))
+    read = read_all(plan(corpus.uri, output))
+    assert read["_in_image"].to_pylist() == [b"yes"]
+    assert read["thumbnail"].to_pylist() == [b"no"]
+
+
+def test_missing_keys_fall_back_to_file_and_row(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "sub/a.parquet", table(3, key=["k", None, ""]), group_rows=2)
+    put_parquet(corpus, "sub/b.parquet", table(1, key=pa.array([None], pa.string())))
+    keys = read_all(plan(corpus.uri, output))["_in_key"].to_pylist()
+    assert keys == ["k", "sub/a.parquet#1", "sub/a.parquet#2", "sub/b.parquet#0"]
+
+
+def test_colliding_columns_are_renamed_and_the_used_key_is_not_repeated(
+    corpus: Store, output: str
+) -> None:
+    columns = {"key": ["k"], "text": ["old"], "source_text": ["older"], "seconds": [1.5]}
+    put_parquet(corpus, "a.parquet", table(1, **columns))
+    read = read_all(plan(corpus.uri, output))
+    assert "source_key" not in read.column_names
+    assert read["source_text"].to_pylist() == ["older"]
+    assert read["source_source_text"].to_pylist() == ["old"]
+    assert read["source_seconds"].to_pylist() == [1.5]
+
+
+def test_vqa_asks_each_row_its_question(corpus: Store, output: str) -> None:
+    columns = {"question": ["why?", None, "  "], "answer": ["so", "x", "y"], "id": [1, 2, 3]}
+    put_parquet(corpus, "a.parquet", table(3, **columns))
+    read = read_all(plan(corpus.uri, output, kind="vqa"))
+    assert read["_in_prompt"].to_pylist() == ["why?", None, "  "]
+    assert read["_in_error_code"].to_pylist() == [None, "prompt_invalid", "prompt_invalid"]
+    assert read["_in_error_stage"].to_pylist() == [None, "prompt", "prompt"]
+    assert read["source_answer"].to_pylist() == ["so", "x", "y"]
+    assert "source_question" not in read.column_names
+
+
+def test_null_image_and_null_bytes_are_missing_images(corpus: Store, output: str) -> None:
+    images = pa.array([None, image(None), image(b""), image(b"x")], IMAGE)
+    put_parquet(corpus, "a.parquet", pa.table({"image": images}))
+    read = read_all(plan(corpus.uri, output))
+    assert read["_in_error_code"].to_pylist() == ["image_missing", "image_missing", None, None]
+    assert read["_in_image"].to_pylist() == [None, None, b"", b"x"]
+    assert read["image"].to_pylist()[0] is None
+
+
+def test_a_corpus_without_images_lists_its_columns(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", pa.table({"url": ["http://x"], "n": [1]}))
+    with pytest.raises(UsageError, match=r"no image column.*url: string, n: int64"):
+        plan(corpus.uri, output)
+
+
+def test_a_vqa_corpus_without_questions_lists_its_columns(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", table(1, caption=["c"]))
+    with pytest.raises(UsageError, match=r"no question column.*caption: string"):
+        plan(corpus.uri, output, kind="vqa")
+
+
+def test_files_with_other_columns_are_named(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", table(1, n=[1], same=["s"]))
+    put_parquet(corpus, "b.parquet", table(1, n=["one"], same=["s"], more=[0]))
+    with pytest.raises(UsageError) as caught:
+        plan(corpus.uri, output)
+    for part in ("a.parquet", "b.parquet", "also more", "n is string instead of int64"):
+        assert part in str(caught.value)
+
+
+def test_a_file_that_is_no_parquet_is_named(corpus: Store, output: str) -> None:
+    corpus.put("a.parquet", b"certainly not")
+    with pytest.raises(UsageError, match=r"a\.parquet: not a Parquet file"):
+        plan(corpus.uri, output)
+
+
+def cut(planned_units: tuple[Unit, ...]) -> list[tuple[str, int | None, int, int]]:
+    return [(u.file, u.row_group, u.row_start, u.row_count) for u in planned_units]
+
+
+def test_a_unit_never_spans_row_groups(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", table(7), group_rows=5)
+    units = plan(corpus.uri, output, unit_rows=3).units
+    file = "a.parquet"
+    assert cut(units) == [(file, 0, 0, 3), (file, 0, 3, 2), (file, 1, 5, 2)]
+
+
+def test_heavy_rows_make_small_units(corpus: Store, output: str) -> None:
+    heavy = pa.array([image(os.urandom(10_000)) for _ in range(8)], IMAGE)
+    put_parquet(corpus, "a.parquet", pa.table({"image": heavy}))
+    units = plan(corpus.uri, output, unit_bytes=35_000).units
+    assert [unit.row_count for unit in units] == [3, 3, 2]
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), group_rows=st.integers(1, 15), unit_rows=st.integers(1, 12))
+def test_every_row_is_in_exactly_one_unit(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, group_rows: int, unit_rows: int
+) -> None:
+    folder = tmp_path_factory.mktemp("corpus")
+    store = open_store(str(folder / "in"))
+    put_parquet(store, "a.parquet", table(rows), group_rows=group_rows)
+    planned = plan(store.uri, str(folder / "out"), unit_rows=unit_rows)
+    read = read_all(planned)
+    assert read["_in_image"].to_pylist() == [f"i{n}".encode() for n in range(rows)]
+    assert planned.rows == rows
+    assert all(unit.row_count <= unit_rows for unit in planned.units)
+
+
+class CountingStore:
+    """A store that notes which bytes were asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.fetched = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+        data = self._store.get_range(key, start, stop, etag=etag)
+        self.fetched += len(data)
+        return data
+
+
+def test_a_unit_reads_its_own_row_group_alone(corpus: Store, output: str) -> None:
+    """Reading whole files per unit would download a large corpus many times over."""
+    noise = [image(os.urandom(200_000)) for _ in range(8)]
+    put_parquet(corpus, "a.parquet", pa.table({"image": pa.array(noise, IMAGE)}), group_rows=2)
+    planned = plan(corpus.uri, output)
+    counting = CountingStore(corpus)
+    size = planned.units[0].file_size
+    read_unit(counting, planned.units[1], planned.layout)  # type: ignore[arg-type]
+    assert counting.fetched < size / 2
+
+
+def test_a_replaced_object_gives_error_rows_for_its_planned_rows(
+    corpus: Store, output: str
+) -> None:
+    put_parquet(corpus, "a.parquet", table(3, key=["a", "b", "c"]))
+    planned = plan(corpus.uri, output)
+    put_parquet(corpus, "a.parquet", table(5))
+    read = read_all(planned)
+    assert read.schema == input_schema(planned.source_schema)
+    assert read["_in_error_code"].to_pylist() == ["read_failed"] * 3
+    assert read["_in_key"].to_pylist() == [f"a.parquet#{n}" for n in range(3)]
+    assert "changed since" in read["_in_error_message"][0].as_py()
+
+
+def test_a_corrupt_row_group_spoils_its_own_units_only(corpus: Store, output: str) -> None:
+    put_parquet(corpus, "a.parquet", table(4, text=["a" * 99, "b", "c", "d"]), group_rows=2)
+    data = bytearray(corpus.get("a.parquet"))
+    data[4:60] = b"\xff" * 56
+    corpus.put("a.parquet", bytes(data))
+    codes = read_all(plan(corpus.uri, output))["_in_error_code"].to_pylist()
+    assert codes == ["read_failed", "read_failed", None, None]
+
+
+def test_a_store_that_gives_up_is_not_turned_into_error_rows(corpus: Store, output: str) -> None:
+    """An outage must stop the run: committed, its error rows could never be repaired."""
+
+    class Down(CountingStore):
+        def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+            raise StoreError("no answer")
+
+    put_parquet(corpus, "a.parquet", table(1))
+    planned = plan(corpus.uri, output)
+    with pytest.raises(StoreError, match="no answer"):
+        read_unit(Down(corpus), planned.units[0], planned.layout)  # type: ignore[arg-type]
+
+
+def test_unit_ids_name_content_not_position_in_the_corpus(corpus: Store, tmp_path: Path) -> None:
+    put_parquet(corpus, "b.parquet", table(5))
+    before = {unit.unit_id for unit in plan(corpus.uri, str(tmp_path / "one")).units}
+    put_parquet(corpus, "a.parquet", table(4))
+    after = {unit.unit_id for unit in plan(corpus.uri, str(tmp_path / "two")).units}
+    assert before < after

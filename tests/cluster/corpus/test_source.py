@@ -1,0 +1,64 @@
+"""How a run's units are read: each whole, and no more at once than its replicas are fed by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+from ray.data import DataContext
+
+from cluster.corpus import source
+from cluster.corpus.columns import Layout
+from cluster.corpus.source import read_unit, read_units
+from cluster.corpus.unit import Unit
+from cluster.store import Store
+from jobs.make_corpus import make_corpus
+from tests.cluster.corpora import plan
+from tests.cluster.labelled_tables import SPEC
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.mark.parametrize(("bound", "rows"), [(1_000, 60), (None, 60), (None, 30)])
+def test_ray_never_divides_a_unit(
+    s3: str, monkeypatch: pytest.MonkeyPatch, bound: int | None, rows: int
+) -> None:
+    """Neither to keep blocks small nor, with fewer units than CPUs, to have more of them."""
+    if bound is not None:
+        monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", bound)
+    make_corpus(kind="caption", rows=rows, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30)
+    # Another number of CPUs keeps Ray from fusing the stages, which would hide a divided block.
+    labelling = read_units(planned, planned.units).map_batches(
+        lambda table: table, batch_size=None, batch_format="pyarrow", num_cpus=0.25
+    )
+    blocks = [len(ray.get(block)) for block in labelling.to_arrow_refs()]
+    assert blocks == [30] * (rows // 30)
+
+
+def slowly(folder: str, store: Store, unit: Unit, layout: Layout) -> Iterator[pa.Table]:
+    """Notes from when to when a unit was read."""
+    began = time.time()
+    time.sleep(0.3)
+    yield read_unit(store, unit, layout)
+    Path(folder, unit.unit_id).write_text(f"{began} {time.time()}")
+
+
+@pytest.mark.parametrize(("replicas", "most"), [(1, 2), (3, 6)])
+def test_no_more_units_are_read_at_once_than_replicas_are_fed_by(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, most: int
+) -> None:
+    """The four CPUs here would have eight readers."""
+    monkeypatch.setattr(source, "_blocks", partial(slowly, str(tmp_path)))
+    make_corpus(kind="caption", rows=160, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
+    read_units(planned, planned.units, replicas=replicas).materialize()
+    spans = [tuple(map(float, note.read_text().split())) for note in tmp_path.iterdir()]
+    assert len(spans) >= len(planned.units)
+    at_once = [sum(began <= at < ended for began, ended in spans) for at, _ in spans]
+    assert most // 3 < max(at_once) <= most

@@ -1,0 +1,52 @@
+"""Labelled rows of one unit, as a caller hands them to the commit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.output.checks import CommitTerms
+from cluster.schema import COST_FIELD, output_schema
+from sppruner.spec import Budget, PruneSpec
+
+SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
+TERMS = CommitTerms(
+    run_id="run",
+    kind="caption",
+    source_schema=pa.schema([("note", pa.string())]),
+    rows={"unit": 3, "other": 1},
+)
+
+
+def mask(kept: int, of: int) -> bytes:
+    """The last `kept` of so many tokens, so that the end of the mask matters."""
+    return np.packbits(np.arange(of) >= of - kept, bitorder="little").tobytes()
+
+
+def row(number: int, **values: Any) -> dict[str, Any]:
+    answered = {
+        "note": f"n{number}",
+        "key": f"k{number}",
+        "text": f"t{number}",
+        "attempts": 1,
+        "visual_tokens": 100,
+        "visual_tokens_kept": 25,
+        "kept_tokens": mask(25, 100),
+        "prune_method": SPEC.method,
+        "prune_spec": SPEC.to_json(),
+        "seconds": 0.5,
+        "is_control": False,
+        "run_id": "run",
+        "unit_id": "unit",
+        "unit_row": number,
+        "_in_unit": "unit",
+    }
+    return answered | values
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    schema = output_schema(TERMS.source_schema, TERMS.kind)
+    extra = [pa.field("_in_unit", pa.string()), COST_FIELD]
+    return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))

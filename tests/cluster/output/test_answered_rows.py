@@ -1,0 +1,69 @@
+"""Committed rows read again beside their images: as many as are asked for, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import UsageError
+from cluster.output.answered_rows import labelled_rows
+from cluster.runs.planning import Plan, unit_key
+from cluster.store import open_store
+from tests.cluster.corpora import plan, put_parquet
+from tests.cluster.labelled_tables import SPEC, mask
+
+IMAGES = [b"0", None, b"2", b"3"]  # the second has gone since it was labelled
+FAILED = "image_missing"
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    """Two units of two rows."""
+    corpus = pa.table({"key": list("abcd"), "image": pa.array(IMAGES, pa.binary())})
+    put_parquet(open_store(str(tmp_path / "in")), "x.parquet", corpus)
+    return plan(str(tmp_path / "in"), str(tmp_path / "out"), spec=SPEC, unit_rows=2)
+
+
+def commit(planned: Plan, number: int, errors: list[str | None]) -> None:
+    """The rows of a unit, answered where they have no error."""
+    unit = planned.units[number]
+    table = pa.table(
+        {
+            "key": list("abcd")[unit.row_start :][: unit.row_count],
+            "unit_row": range(unit.row_count),
+            "error_code": pa.array(errors, pa.string()),
+            "prune_spec": [SPEC.to_json()] * unit.row_count,
+            "kept_tokens": [mask(2, 8)] * unit.row_count,
+        }
+    )
+    put_parquet(open_store(planned.output_uri), unit_key(unit.unit_id), table)
+
+
+def keys(planned: Plan, limit: int) -> list[str]:
+    return [row.key for row in labelled_rows(planned.output_uri, limit)]
+
+
+def test_rows_come_in_corpus_order_without_those_that_failed(planned: Plan) -> None:
+    commit(planned, 1, [None, None])
+    commit(planned, 0, [None, FAILED])
+    assert [keys(planned, limit) for limit in (1, 2, 9)] == [["a"], ["a", "c"], ["a", "c", "d"]]
+
+
+def test_an_image_that_is_gone_is_missed_only_where_its_row_is_asked_for(planned: Plan) -> None:
+    commit(planned, 0, [None, None])
+    assert keys(planned, 1) == ["a"]
+    with pytest.raises(UsageError, match="row 'b': its image cannot be read again"):
+        keys(planned, 2)
+
+
+def test_what_to_do_without_a_labelled_row_depends_on_whether_the_run_is_done(
+    planned: Plan,
+) -> None:
+    commit(planned, 0, [FAILED, FAILED])
+    with pytest.raises(UsageError, match="no labelled row yet: resume the run first"):
+        keys(planned, 1)
+    commit(planned, 1, [FAILED, FAILED])
+    with pytest.raises(UsageError, match=r"every row failed: .* to another --output"):
+        keys(planned, 1)

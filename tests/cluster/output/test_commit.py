@@ -1,0 +1,210 @@
+"""The commit: whole and honest units only, one object each, whoever else is writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.accounting.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers
+from cluster.config import Kind, MediaLimits
+from cluster.corpus.source import read_units
+from cluster.corpus.unit import Format, Unit
+from cluster.errors import CommitRefused, RowError
+from cluster.images import decode_image
+from cluster.output.commit import CommitSink, commit_unit
+from cluster.runs.planning import Plan, done_units
+from cluster.schema import COST_FIELD, is_internal, output_schema
+from cluster.store import Store, open_store
+from jobs.make_corpus import make_corpus
+from tests.cluster.corpora import plan
+from tests.cluster.labelled_tables import SPEC, TERMS, mask, row, table
+
+WHOLE = table(row(2), row(0), row(1))
+
+
+@pytest.fixture
+def store(s3: str) -> Store:
+    return open_store(f"{s3}/out")
+
+
+def commit(committed: pa.Table, store: Store, writer: str = "w", **options: Any) -> bool:
+    return commit_unit(committed, terms=TERMS, store=store, writer=writer, **options).won
+
+
+def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: Store) -> None:
+    assert commit(WHOLE, store)
+    assert [info.key for info in store.list()] == ["unit.parquet"]
+    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert read["unit_row"].to_pylist() == [0, 1, 2]
+    assert read["note"].to_pylist() == ["n0", "n1", "n2"]
+    assert not any(is_internal(name) for name in read.column_names)
+    assert read.schema.remove_metadata() == output_schema(TERMS.source_schema, TERMS.kind)
+
+
+def test_the_ledger_lies_in_the_footer(store: Store) -> None:
+    commit(WHOLE, store)
+    (ledger,) = read_ledgers(store, ["unit"])
+    assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
+    footer = pq.read_metadata(io.BytesIO(store.get("unit.parquet"))).metadata
+    assert UnitLedger.from_json(footer[LEDGER_KEY.encode()]) == ledger
+
+
+def test_the_second_writer_loses_without_an_error_or_a_trace(store: Store) -> None:
+    assert commit(WHOLE, store, "first")
+    slower = table(row(0, seconds=9.0), row(1), row(2))
+    assert not commit(slower, store, "second")
+    (ledger,) = read_ledgers(store, ["unit"])
+    assert ledger.seconds == pytest.approx(1.5)
+
+
+def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: Store) -> None:
+    seen: list[tuple[str, str, UnitLedger]] = []
+
+    def attempt(number: int) -> bool:
+        timed = table(row(0, seconds=float(number)), row(1), row(2))
+        return commit(timed, store, f"w{number}", on_commit=lambda *facts: seen.append(facts))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(attempt, range(6))) == 1
+    assert set(map(str, seen)) == {str(("run", "unit", read_ledgers(store, ["unit"])[0]))}
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "refused", [table(row(0), row(1)), table(row(0), row(1), row(2, text=None))]
+)
+def test_a_refused_unit_leaves_nothing(store: Store, refused: pa.Table) -> None:
+    with pytest.raises(CommitRefused):
+        commit(refused, store)
+    assert store.list() == []
+
+
+def test_which_tokens_a_row_saw_is_committed_bit_for_bit(store: Store) -> None:
+    error = {"text": None, "kept_tokens": None, "error_code": "image_missing"}
+    assert commit(table(row(0, **error), row(1), row(2)), store)
+    assert read_ledgers(store, ["unit"])[0].failed == {"image_missing": 1}
+    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert read["kept_tokens"].to_pylist() == [None, mask(25, 100), mask(25, 100)]
+
+
+def test_columns_that_are_missing_or_unknown_are_named(store: Store) -> None:
+    with pytest.raises(CommitRefused, match=r"missing \['note'\], unknown \['extra'\]"):
+        commit(WHOLE.rename_columns(["extra", *WHOLE.column_names[1:]]), store)
+
+
+# From here on: the real Ray, from the corpus on S3 to committed units and back.
+
+
+def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
+    """A stand-in for the caller: decodes each image and answers with its width."""
+    rows = []
+    for values in table.to_pylist():
+        answer = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
+        answer |= {"key": values["_in_key"], "_out_cost": None}
+        answer |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
+        answer |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
+        if answer["error_code"] is None:
+            try:
+                image = decode_image(values["_in_image"], MediaLimits())
+                answer |= {"text": f"{image.width}", "visual_tokens": 8, "visual_tokens_kept": 2}
+                answer |= {"kept_tokens": mask(2, 8)}
+                answer |= {"prune_method": SPEC.method, "prune_spec": SPEC.to_json()}
+            except RowError as error:
+                answer |= {"error_code": error.code, "error_stage": error.stage}
+        source = {name: value for name, value in values.items() if not is_internal(name)}
+        asked = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
+        rows.append({**source, **answer, **asked})
+    source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
+    schema = pa.schema([*output_schema(source_schema, kind), COST_FIELD])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def run(planned: Plan, units: Sequence[Unit]) -> CommitSink:
+    """What a job does with units that are not done yet."""
+    sink = CommitSink(planned)
+    label = partial(labelled, run_id=planned.run_id, kind=planned.kind)
+    dataset = read_units(planned, units)
+    dataset.map_batches(label, batch_size=None, batch_format="pyarrow").write_datasink(sink)
+    return sink
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("format", "kind"), [("parquet", "caption"), ("webdataset", "vqa")])
+def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
+    s3: str, format: Format, kind: Kind
+) -> None:
+    faults = make_corpus(kind=kind, rows=260, output=f"{s3}/in", format=format, faults=True)
+    planned = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
+    store = open_store(planned.output_uri)
+
+    # Part of the run is there already: what a killed driver leaves behind.
+    first = planned.units[:2]
+    assert {o.unit_id for o in run(planned, first).outcomes} == {u.unit_id for u in first}
+    before = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
+
+    resumed = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
+    assert resumed.resumed
+    done = done_units(store)
+    sink = run(resumed, [unit for unit in resumed.units if unit.unit_id not in done])
+    assert len(sink.outcomes) == len(planned.units) - 2
+    assert all(outcome.won for outcome in sink.outcomes)
+    after = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
+    assert before.items() <= after.items()
+
+    # As any user would: the address alone, the AWS_* variables do the rest.
+    read = pq.read_table(planned.output_uri)
+    expected = {(unit.unit_id, n) for unit in planned.units for n in range(unit.row_count)}
+    places = list(zip(read["unit_id"].to_pylist(), read["unit_row"].to_pylist(), strict=True))
+    assert len(places) == len(set(places))
+    assert set(places) == expected
+
+    starts = {unit.unit_id: unit.row_start for unit in planned.units}
+    by_row = {starts[row["unit_id"]] + row["unit_row"]: row for row in read.to_pylist()}
+    broken = {fault.row: fault for fault in faults}
+    assert len(by_row) == 260 + (format == "webdataset")
+    for number, found in by_row.items():
+        fault = broken.get(number)
+        assert found["error_code"] == (fault.error_code if fault else None)
+        assert found["text"] == (None if found["error_code"] else "192")
+        assert fault is None or fault.key == found["key"]
+        assert kind == "caption" or bool(found["question"]) != (
+            found["error_code"] in ("prompt_invalid", "archive_truncated")
+        )
+
+    ledger = RunLedger.of(read_ledgers(store, done_units(store)))
+    counted = Counter(fault.error_code for fault in faults if fault.error_code)
+    assert ledger.units == len(planned.units)
+    assert ledger.total.rows == len(by_row)
+    assert ledger.total.failed == counted
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
+    """Ray reruns writes whose result it lost; the unit is there already then."""
+    make_corpus(kind="caption", rows=30, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
+    assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3
+    assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [False] * 3
+    assert len(open_store(planned.output_uri).list(suffixes=(".parquet",))) == 3
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_refused_unit_stops_the_run_with_its_reason(s3: str) -> None:
+    make_corpus(kind="caption", rows=20, output=f"{s3}/in")
+    planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
+    stale = dataclasses.replace(planned, run_id="0" * 16)
+    label = partial(labelled, run_id=planned.run_id, kind="caption")
+    dataset = read_units(planned, planned.units)
+    labelling = dataset.map_batches(label, batch_size=None, batch_format="pyarrow")
+    with pytest.raises(CommitRefused, match="other runs"):
+        labelling.write_datasink(CommitSink(stale))
+    assert done_units(open_store(planned.output_uri)) == set()

@@ -1,0 +1,114 @@
+"""The report prints what was committed: losses as losses, nothing where nothing was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from cluster.accounting.ledger import MeasuredRatio, RunLedger, UnitLedger
+from cluster.output.accuracy import Accuracy
+from cluster.output.summary import Attempt, Summary
+from cluster.report.terminal import quantity, render, saving
+
+TOTAL = UnitLedger(
+    rows=100,
+    failed={"image_undecodable": 3},
+    attempts=110,
+    recomputed=5,
+    visual_tokens=1000,
+    visual_tokens_kept=222,
+    nanoseconds=10_000_000_000,
+    flops={"vision": 100, "projector": 10, "pruner": 5, "prefill": 50, "decode": 10},
+    flops_dense={"vision": 100, "projector": 10, "pruner": 0, "prefill": 200, "decode": 12},
+    kv_bytes=500_000,
+    kv_bytes_dense=2_000_000,
+    control_pairs=((100_000_000, 250_000_000), (100_000_000, 150_000_000)),
+    agreements=1,
+)
+
+
+def summary(**more: Any) -> Summary:
+    values: dict[str, Any] = {
+        "run_id": "abc",
+        "created": "2026-01-01T00:00:00+00:00",
+        "settings": {
+            "model": "m",
+            "model_revision": "r1",
+            "spec": {"method": "sppruner", "budget": {"ratio": 0.222}, "options": {}},
+        },
+        "input": "in",
+        "output": "out",
+        "units": 2,
+        "units_done": 2,
+        "rows_planned": 100,
+        "total": TOTAL,
+        "measured": RunLedger(total=TOTAL).measured_ratio(),
+        "duplicate_keys": 4,
+        "accuracy": None,
+    }
+    return Summary(**(values | more))
+
+
+def text(of: Summary, note: str | None = None) -> str:
+    console = Console(width=140, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(render(of, note=note))
+    return captured.get()
+
+
+def test_the_facts_of_a_run_are_all_there() -> None:
+    attempt = Attempt(
+        rows=60,
+        wall_seconds=6.0,
+        start_seconds=20.0,
+        rows_per_second=10.0,
+        replicas=2,
+        replica_busy_share=0.75,
+    )
+    told = text(summary(attempt=attempt, accuracy=Accuracy(scored=80, mean=0.875)), "resumed")
+    for words in (
+        "completed with errors (resumed)",
+        "sppruner, keeps 22.2 %",
+        "3  (image_undecodable 3)",
+        "5 rows took more than one attempt",
+        "4 rows share their key",
+        "87.5 % of 80 rows",
+        "10.0 rows/s on 2 replica(s)",
+        "busy 75 %",
+        "+77.8 %",  # visual tokens
+        "+75.0 %",  # prefill
+        "2.00 × on 2 control rows in 2 batches",
+        "10.00 s estimated",
+        "1 of 2 control rows, same text",
+    ):
+        assert words in told, words
+
+
+def test_a_loss_is_printed_as_a_loss() -> None:
+    slower = MeasuredRatio(ratio=0.8, low=0.7, high=0.9, rows=16, batches=2)
+    told = text(summary(measured=slower))
+    assert "time lost" in told
+    assert "2.00 s estimated" in told
+    assert "time saved" not in told
+    assert saving(100, 125) == "-25.0 %"
+
+
+def test_without_control_rows_no_saving_of_time_is_claimed() -> None:
+    told = text(summary(measured=None, total=replace(TOTAL, control_pairs=(), agreements=0)))
+    assert "no control rows" in told
+    assert "saved from" not in told
+    assert "estimated" not in told
+
+
+def test_states_follow_from_what_is_committed() -> None:
+    assert summary(units_done=1).state == "incomplete"
+    assert summary().state == "completed_with_errors"
+    assert summary(total=replace(TOTAL, failed={})).state == "completed"
+
+
+def test_quantities_carry_their_prefix() -> None:
+    assert quantity(1_234_567, "B") == "1.23 MB"
+    assert quantity(3.8e12, "FLOP") == "3.8 TFLOP"
+    assert quantity(0, "B") == "0 B"

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.data
+
+from cluster.accounting.ledger import UnitLedger
+from cluster.config import Kind, RunConfig
+from cluster.controller import get_controller
+from cluster.errors import ErrorShareExceeded
+from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.runs.labeller import Caller, CallerSettings, label_units
+from cluster.schema import input_schema, output_schema
+from cluster.serving.fleet import Fleet
+from cluster.serving.replica import EngineSettings, VLMReplica
+from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+SOURCE = pa.schema([pa.field("source_text", pa.string())])
+HALF = PruneSpec(method="m", budget=Budget(ratio=0.5))
+
+
+def config(kind: Kind = "caption", **more: object) -> RunConfig:
+    values = {"spec": HALF, "prompt": "describe", **more}
+    return RunConfig(kind=kind, input="in", output="out", model="fake", **values)  # type: ignore[arg-type]
+
+
+def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> CallerSettings:
+    values = {"first_unit": "first", "app": "", "deployment": "", "batch_rows": 4, **more}
+    return CallerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
+
+
+def unit(
+    name: str,
+    rows: int,
+    *,
+    prompts: Callable[[int], str | None] = lambda n: None,
+    errors: frozenset[int] = frozenset(),
+) -> pa.Table:
+    numbers = range(rows)
+    columns = {
+        "source_text": [f"old {n}" for n in numbers],
+        "_in_unit": [name] * rows,
+        "_in_row": list(numbers),
+        "_in_key": [f"{name}/{n}" for n in numbers],
+        "_in_image": [picture(n) for n in numbers],
+        "_in_prompt": [prompts(n) for n in numbers],
+        "_in_error_code": ["read_failed" if n in errors else None for n in numbers],
+        "_in_error_message": ["broken" if n in errors else None for n in numbers],
+        "_in_error_stage": ["read" if n in errors else None for n in numbers],
+    }
+    return pa.table(columns, schema=input_schema(SOURCE))
+
+
+class Recorded:
+    """A replica in this process that remembers the calls it got."""
+
+    def __init__(self, slots: int | None = None) -> None:
+        self.calls: list[Sequence[RowCall]] = []
+        settings = EngineSettings(model="fake", engine=ENGINE, max_batch_rows=slots)
+        self._replica = VLMReplica(settings)
+
+    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+        self.calls.append(calls)
+        return await self._replica.label(calls, priority=priority)
+
+
+def label(run: RunConfig, *tables: pa.Table, run_id: str = "run") -> tuple[pa.Table, Recorded]:
+    async def body() -> tuple[pa.Table, Recorded]:
+        replicas = Recorded()
+        caller = Caller(caller_settings(run, run_id), replicas)
+        return await caller(pa.concat_tables(tables)), replicas
+
+    return asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_every_row_comes_out_once_in_order_with_its_source_and_its_proof() -> None:
+    table, _ = label(config(control_share=0.0), unit("u", 11))
+
+    assert table["source_text"].to_pylist() == [f"old {n}" for n in range(11)]
+    assert table["text"].to_pylist() == [
+        expected_text(picture(n), VISUAL_TOKENS // 2) for n in range(11)
+    ]
+    assert table["key"].to_pylist() == [f"u/{n}" for n in range(11)]
+    assert table["unit_row"].to_pylist() == list(range(11))
+    row = table.slice(0, 1).to_pylist()[0]
+    assert (row["prune_method"], row["prune_spec"]) == ("m", HALF.to_json())
+    assert (row["visual_tokens"], row["visual_tokens_kept"]) == (100, 50)
+    mask = np.frombuffer(row["kept_tokens"], np.uint8)
+    seen = np.unpackbits(mask, count=100, bitorder="little")
+    assert seen.tolist() == [1] * 50 + [0] * 50
+    assert (row["model"], row["model_revision"], row["run_id"]) == ("fake", "fake-1", "run")
+    assert (row["attempts"], row["is_control"], row["control_text"]) == (1, False, None)
+
+
+@pytest.mark.parametrize("kind", ["caption", "vqa"])
+def test_the_output_has_exactly_the_committed_columns_and_two_internal_ones(kind: Kind) -> None:
+    table, _ = label(config(kind), unit("u", 3, prompts=lambda n: "what?"))
+    committed = output_schema(SOURCE, kind)
+    assert table.schema.names == [*committed.names, "_in_unit", "_out_cost"]
+    assert table.select(committed.names).schema == committed
+
+
+def test_several_units_in_one_table_are_labelled_apart() -> None:
+    table, replicas = label(config(), unit("a", 5), unit("b", 6))
+    assert table["unit_id"].to_pylist() == ["a"] * 5 + ["b"] * 6
+    for calls in replicas.calls:
+        assert len({call.id.split(":")[0] for call in calls}) == 1
+
+
+def test_a_table_without_rows_keeps_the_schema() -> None:
+    empty, _ = label(config(), unit("u", 0))
+    full, _ = label(config(), unit("u", 2))
+    assert empty.schema == full.schema
+    assert empty.num_rows == 0
+
+
+def test_control_rows_travel_in_whole_calls_and_are_the_same_at_every_attempt() -> None:
+    first, replicas = label(config(control_share=0.3), unit("u", 40))
+    again, _ = label(config(control_share=0.3), unit("u", 40))
+    other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
+
+    for calls in replicas.calls:
+        assert len({call.control for call in calls}) == 1
+    assert {len(calls) for calls in replicas.calls if calls[0].control} == {4}
+    chosen = first["is_control"].to_pylist()
+    assert sum(chosen) == 12
+    assert again["is_control"].to_pylist() == chosen != other["is_control"].to_pylist()
+    row = first.to_pylist()[chosen.index(True)]
+    assert row["control_text"].endswith("kept 100")
+    assert row["text"].endswith("kept 50")
+    assert row["control_seconds"] == 0.02
+
+
+def controls(run: RunConfig, name: str, rows: int) -> int:
+    return sum(label(run, unit(name, rows))[0]["is_control"].to_pylist())
+
+
+def test_the_control_share_is_kept_over_units_too_small_for_a_whole_call() -> None:
+    found = [controls(config(control_share=0.1), f"unit {n}", 8) for n in range(60)]
+    assert set(found) == {0, 4}, "a call is whole or not there"
+    assert 20 <= sum(found) <= 80  # 10 % of 480 rows, drawn by hash
+
+
+def test_the_first_unit_always_has_control_rows() -> None:
+    assert controls(config(control_share=0.001), "first", 5) == 4
+    assert controls(config(control_share=0.001), "first", 2) == 2
+    assert controls(config(control_share=0.0), "first", 5) == 0
+
+
+def test_a_dense_run_needs_no_control() -> None:
+    dense, _ = label(config(spec=DENSE), unit("first", 5))
+    assert not any(dense["is_control"].to_pylist())
+    assert set(dense["prune_method"].to_pylist()) == {"none"}
+
+
+def test_a_row_the_reader_could_not_read_is_an_error_row_without_a_call() -> None:
+    table, replicas = label(config(), unit("u", 4, errors=frozenset({2})))
+
+    row = table.to_pylist()[2]
+    assert (row["error_code"], row["error_message"], row["error_stage"]) == (
+        "read_failed",
+        "broken",
+        "read",
+    )
+    assert (row["attempts"], row["text"], row["seconds"]) == (0, None, None)
+    assert "u:2" not in {call.id for calls in replicas.calls for call in calls}
+
+
+def test_questions_reach_the_model_and_a_missing_one_is_an_error_row() -> None:
+    questions = ["how many?", None, "  ", "what colour?"]
+    asked = unit("u", 4, prompts=lambda n: questions[n])
+    table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), asked)
+
+    assert [call.prompt for calls in replicas.calls for call in calls] == [
+        "Q: how many? A:",
+        "Q: what colour? A:",
+    ]
+    assert table["error_code"].to_pylist() == [None, "prompt_invalid", "prompt_invalid", None]
+    assert table["question"].to_pylist() == questions
+    assert table["answer"].to_pylist() == table["text"].to_pylist()
+
+
+def test_a_captions_own_prompt_goes_before_the_runs() -> None:
+    _, replicas = label(
+        config(control_share=0), unit("u", 2, prompts=lambda n: "mine" if n else None)
+    )
+    assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "mine"]
+
+
+def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> None:
+    async def body() -> None:
+        settings = caller_settings(config(control_share=0.25), first_unit="u", batch_rows=40)
+        await Caller(settings, replicas)(unit("u", 160))
+
+    replicas = Recorded(slots=40)
+    asyncio.run(asyncio.wait_for(body(), 30))
+    control = [len(calls) for calls in replicas.calls if calls[0].control]
+    plain = [len(calls) for calls in replicas.calls if not calls[0].control]
+    assert control == [40]
+    assert sorted(plain) == [8] + [16] * 7
+
+
+@pytest.mark.parametrize("rows", [16, 40, 64])
+def test_units_shorter_than_the_slots_keep_the_control_share(rows: int) -> None:
+    share, units = 0.25, 400
+    caller = Caller(caller_settings(config(control_share=share), batch_rows=64), Recorded())
+    drawn = 0
+    for number in range(units):
+        table = unit(f"u{number}", rows)
+        drawn += len(caller._controls([caller._row(r) for r in table.to_pylist()]))
+    assert drawn / (rows * units) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize(("replicas", "unit_rows"), [(1, 256), (8, 256), (8, 16), (1, 0)])
+def test_the_units_in_work_hold_what_the_credits_let_on_their_way(
+    replicas: int, unit_rows: int
+) -> None:
+    settings = caller_settings(config(), replicas=replicas, batch_rows=64, unit_rows=unit_rows)
+    assert settings.units_at_once >= 4
+    on_their_way = replicas * (64 + 2 * 16)
+    assert (settings.units_at_once - 1) * max(1, unit_rows) >= on_their_way
+
+
+def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> None:
+    class Counted(Recorded):
+        on_their_way = 0
+        known = 0  # answers of calls that have ended
+
+        async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+            self.on_their_way += len(calls)
+            seen.append((self.known, self.on_their_way))
+            answers = await super().label(calls, priority=priority)
+            self.on_their_way -= len(calls)
+            self.known += len(answers)
+            return answers
+
+    async def body() -> None:
+        run = config(control_share=0.0)
+        length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
+        settings = caller_settings(run, replicas=4, token_room=5 * length)
+        await Caller(settings, Counted())(unit("u", 200))
+
+    seen: list[tuple[int, int]] = []
+    asyncio.run(asyncio.wait_for(body(), 30))
+    assert max(rows for known, rows in seen if not known) == 4 * (4 + 8)
+    assert max(rows for known, rows in seen if known >= 48) == 36  # five that run, 32 that wait
+
+
+# From here on with real Ray and real Serve.
+
+
+def label_on(
+    fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
+) -> list[dict[str, object]]:
+    settings = caller_settings(
+        run, run_id, app=fleet.app, deployment=fleet.deployment, batch_rows=4
+    )
+    rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
+    return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
+
+
+def kill_once_busy(fleet: Fleet) -> None:
+    started = fleet.stats().rows
+    while fleet.stats().rows < started + 20:
+        time.sleep(0.1)
+    os.kill(fleet.stats().replicas[0].pid, signal.SIGKILL)
+
+
+def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) -> None:
+    """Fused, every read would block the event loop that drives the calls."""
+    pq.write_table(unit("u", 6), tmp_path / "u.parquet")
+    settings = caller_settings(config(), app=fleet.app, deployment=fleet.deployment)
+    labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
+    assert labelled.count() == 6
+    assert "->MapBatches(Caller)" not in labelled.stats()
+    assert "MapBatches(Caller)" in labelled.stats()
+
+
+def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None:
+    before = fleet.stats().replicas[0].pid
+    units = [unit(f"u{n}", 40) for n in range(6)]
+
+    killer = threading.Thread(target=kill_once_busy, args=(fleet,))
+    killer.start()
+    rows = label_on(fleet, config(), "killed", *units)
+    killer.join()
+
+    assert fleet.stats().replicas[0].pid != before
+    assert [(r["unit_id"], r["unit_row"]) for r in rows] == [
+        (f"u{u}", n) for u in range(6) for n in range(40)
+    ]
+    assert {r["error_code"] for r in rows} == {None}
+    assert {r["text"] for r in rows if r["unit_row"] == 7} == {expected_text(picture(7), 50)}
+    assert max(r["attempts"] for r in rows) > 1  # type: ignore[type-var]
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_its_replica_is_isolated_and_the_rest_is_labelled(fleet: Fleet) -> None:
+    """About eight replica deaths, each of which costs a replica's start."""
+    poisoned = unit("u", 10, prompts=lambda n: "die" if n == 5 else None)
+    rows = label_on(fleet, config(max_attempts=2), "poison", poisoned, unit("v", 10))
+    bad = [(r["unit_id"], r["unit_row"]) for r in rows if r["error_code"] == "poison_row"]
+    assert bad == [("u", 5)]
+    assert len(rows) == 20
+    assert sum(r["error_code"] is None for r in rows) == 19
+
+
+def test_the_controllers_word_stops_the_run_before_the_next_unit(local_ray: None) -> None:
+    controller = get_controller()
+    ray.get(
+        controller.register.remote(
+            "failing",
+            meta={},
+            units_total=3,
+            rows_total=30,
+            units_done=["a"],
+            ledger_so_far=UnitLedger(rows=10, failed={"read_failed": 9}),
+            max_error_share=0.5,
+            error_share_after=5,
+        )
+    )
+    with pytest.raises(ErrorShareExceeded, match="9 of 10 rows"):
+        label(config(), unit("u", 2), run_id="failing")
+    ray.kill(controller)
+
+
+def test_a_missing_controller_does_not_stop_a_run(local_ray: None) -> None:
+    table, _ = label(config(), unit("u", 2), run_id="nobody-knows")
+    assert table["error_code"].to_pylist() == [None, None]

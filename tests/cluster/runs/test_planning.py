@@ -1,0 +1,181 @@
+"""The plan: what a run is, when it is resumed, and when its output is refused."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import SettingsChanged, StoreError, UsageError
+from cluster.output.manifest import MANIFEST_KEY, Manifest
+from cluster.runs.planning import done_units
+from cluster.store import Store, open_store
+from sppruner.spec import Budget, PruneSpec
+from tests.cluster.corpora import IMAGE, image, plan, put_parquet, tar_bytes
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
+
+
+@pytest.fixture
+def source(place: str) -> Store:
+    store = open_store(f"{place}/in")
+    for name in ("a", "b"):
+        put_parquet(store, f"{name}.parquet", rows(10), group_rows=4)
+    return store
+
+
+def rows(number: int) -> pa.Table:
+    return pa.table({"image": pa.array([image()] * number, IMAGE)})
+
+
+def test_a_second_start_resumes_without_indexing_again(source: Store, place: str) -> None:
+    first = plan(source.uri, f"{place}/out")
+    again = plan(source.uri, f"{place}/out")
+    assert not first.resumed
+    assert again.resumed
+    assert again.units == first.units
+    assert (again.run_id, again.created) == (first.run_id, first.created)
+    assert again.source_schema == first.source_schema
+
+
+def test_equal_settings_have_equal_run_ids_wherever_the_output_lies(
+    source: Store, place: str
+) -> None:
+    ids = {plan(source.uri, f"{place}/out{n}").run_id for n in range(2)}
+    assert len(ids) == 1
+    assert len(ids.pop()) == 16
+
+
+def test_replicas_and_error_limits_do_not_make_another_run(source: Store, place: str) -> None:
+    first = plan(source.uri, f"{place}/out")
+    again = plan(source.uri, f"{place}/out", replicas=3, max_error_share=0.5, max_attempts=9)
+    assert again.run_id == first.run_id
+
+
+def test_changed_settings_are_refused_and_shown(source: Store, place: str) -> None:
+    spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
+    plan(source.uri, f"{place}/out", spec=spec)
+    other = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
+    with pytest.raises(SettingsChanged) as caught:
+        plan(source.uri, f"{place}/out", spec=other, prompt="tell me", dtype="bfloat16")
+    message = str(caught.value)
+    assert "spec.budget.ratio: 0.5 → 0.25" in message
+    assert 'prompt: "describe" → "tell me"' in message
+    assert "bfloat16" in message
+    assert "unit_rows" not in message
+    assert "another --output" in message
+
+
+def test_a_changed_corpus_is_refused_and_shown(source: Store, place: str) -> None:
+    plan(source.uri, f"{place}/out")
+    put_parquet(source, "b.parquet", rows(11))
+    put_parquet(source, "c.parquet", rows(1))
+    with pytest.raises(SettingsChanged) as caught:
+        plan(source.uri, f"{place}/out")
+    assert "corpus: added c.parquet" in str(caught.value)
+    assert "corpus: changed b.parquet" in str(caught.value)
+    assert "a.parquet" not in str(caught.value)
+
+
+def test_of_drivers_that_start_together_all_get_one_plan(source: Store, place: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: plan(source.uri, f"{place}/out"), range(4)))
+    assert len({(p.run_id, p.created, p.units) for p in plans}) == 1
+    assert sum(not p.resumed for p in plans) == 1
+
+
+def test_an_output_with_strange_files_is_refused(source: Store, place: str) -> None:
+    open_store(f"{place}/out").put("other.parquet", b"x")
+    with pytest.raises(UsageError, match=r"other\.parquet is there already"):
+        plan(source.uri, f"{place}/out")
+
+
+def test_a_manifest_from_elsewhere_is_refused(source: Store, place: str) -> None:
+    open_store(f"{place}/out").put(MANIFEST_KEY, b'{"some": "json"}')
+    with pytest.raises(StoreError, match="not a manifest"):
+        plan(source.uri, f"{place}/out")
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("/in/out", "/in"), ("/in", ""), ("/in/", "/in")])
+def test_input_and_output_may_not_overlap(place: str, inner: str, outer: str) -> None:
+    """Each commit would change the corpus, or readers of the output would see the corpus."""
+    for source, output in ((inner, outer), (outer, inner)):
+        with pytest.raises(UsageError, match=r"overlap|its own prefix"):
+            plan(place + source, place + output)
+
+
+def test_names_that_merely_start_alike_do_not_overlap(source: Store, place: str) -> None:
+    assert plan(source.uri, f"{place}/in-labelled").units
+
+
+def test_nothing_found_says_what_is_there(place: str) -> None:
+    with pytest.raises(UsageError, match="but nothing; check --input"):
+        plan(f"{place}/empty", f"{place}/out")
+    store = open_store(f"{place}/wrong")
+    store.put("x.csv", b"1")
+    store.put("_notes.parquet", b"1")
+    with pytest.raises(UsageError, match=r"1 objects \(\.csv\)"):
+        plan(store.uri, f"{place}/out")
+
+
+def test_mixed_formats_are_refused(source: Store, place: str) -> None:
+    source.put("x.tar", tar_bytes([("a.jpg", b"x")]))
+    with pytest.raises(UsageError, match=r"mixes Parquet \(a\.parquet\) and WebDataset \(x\.tar\)"):
+        plan(source.uri, f"{place}/out")
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
+def test_compressed_archives_are_refused(place: str, name: str) -> None:
+    open_store(f"{place}/packed").put(name, b"x")
+    with pytest.raises(UsageError, match=r"store plain \.tar files"):
+        plan(f"{place}/packed", f"{place}/out")
+
+
+def test_one_file_may_be_the_whole_corpus(source: Store, place: str) -> None:
+    planned = plan(f"{source.uri}/b.parquet", f"{place}/out")
+    assert {unit.file for unit in planned.units} == {"b.parquet"}
+    assert planned.input_uri == source.uri
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 13, 20, 99])
+def test_a_limit_takes_the_first_rows(source: Store, place: str, limit: int) -> None:
+    planned = plan(source.uri, f"{place}/out", limit=limit)
+    assert planned.rows == min(limit, 20)
+    everything = plan(source.uri, f"{place}/all")
+    starts = [(unit.file, unit.row_start) for unit in planned.units]
+    assert starts == [(u.file, u.row_start) for u in everything.units][: len(starts)]
+    shared = {u.unit_id for u in planned.units} & {u.unit_id for u in everything.units}
+    whole = [u for u in planned.units if u in everything.units]
+    assert shared == {u.unit_id for u in whole}
+
+
+def test_done_units_are_the_committed_ones(source: Store, place: str) -> None:
+    planned = plan(source.uri, f"{place}/out")
+    output = open_store(planned.output_uri)
+    assert done_units(output) == set()
+    first = planned.units[0].unit_id
+    output.put(f"{first}.parquet", b"x")
+    output.put("_run/progress.parquet", b"x")
+    assert done_units(output) == {first}
+
+
+def test_relative_paths_mean_the_same_to_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray workers run in another directory than the driver."""
+    monkeypatch.chdir(tmp_path)
+    put_parquet(open_store("in"), "a.parquet", rows(1))
+    planned = plan("in", "out")
+    assert planned.input_uri == str(tmp_path / "in")
+    assert planned.output_uri == str(tmp_path / "out")
+
+
+def test_a_manifest_survives_its_own_json(source: Store, place: str) -> None:
+    plan(source.uri, f"{place}/out", limit=7)
+    data = open_store(f"{place}/out").get(MANIFEST_KEY)
+    assert Manifest.from_json(data).to_json() == data

@@ -1,0 +1,74 @@
+"""The progress line says what people ask: how far, how fast, how long yet, what went wrong."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+from rich.console import Console
+
+from cluster.controller import RunProgress
+from cluster.runs import progress
+from cluster.runs.progress import ProgressDisplay, eta, line
+
+
+def known(**more: Any) -> RunProgress:
+    values: dict[str, Any] = {
+        "run_id": "r",
+        "state": "running",
+        "units_done": 1,
+        "units_total": 4,
+        "rows_done": 250,
+        "rows_total": 1000,
+        "rows_failed": {"image_missing": 2, "image_too_large": 1},
+        "rows_per_second": 12.5,
+        "eta_seconds": 60.0,
+        "visual_tokens": 1000,
+        "visual_tokens_kept": 222,
+        "seconds": 1.0,
+        "flops": 1,
+        "flops_dense": 2,
+        "meta": {},
+    }
+    return RunProgress(**(values | more))
+
+
+def test_the_line_holds_share_speed_eta_failures_and_tokens() -> None:
+    assert line(known()) == (
+        "250/1000 rows  25.0 %  12.5 rows/s  ETA 0:01:00  failed 3  visual tokens kept 22.2 %"
+    )
+
+
+def test_before_the_first_commit_there_is_no_eta_and_no_token_share() -> None:
+    blank = known(
+        rows_done=0,
+        rows_failed={},
+        rows_per_second=0.0,
+        eta_seconds=None,
+        visual_tokens=0,
+        visual_tokens_kept=0,
+    )
+    assert line(blank) == "0/1000 rows  0.0 %  0.0 rows/s  ETA –  failed 0"
+    assert eta(3725.4) == "1:02:05"
+
+
+def test_a_job_log_gets_plain_lines_and_a_last_one_at_the_end(monkeypatch: Any) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.05)
+    out = io.StringIO()
+    answers = iter([None, known(rows_done=10)])
+    with ProgressDisplay(lambda: next(answers, known(rows_done=1000)), Console(file=out, width=40)):
+        time.sleep(0.4)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("progress  10/1000 rows")
+    assert lines[-1].startswith("progress  1000/1000 rows")
+    assert all(each.startswith("progress") for each in lines), "a line must not be wrapped"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: Any) -> None:
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.05)
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=160)
+    with ProgressDisplay(known, terminal):
+        time.sleep(0.5)
+    assert "250/1000 rows" in out.getvalue()

@@ -1,0 +1,20 @@
+"""What a run says before it starts; the runs themselves are in tests/integration."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+from rich.console import Console
+
+from cluster.runs import run
+
+
+@pytest.mark.parametrize(("free", "warned"), [(0.75, True), (0.0, True), (0.85, False), (4, False)])
+def test_a_run_that_must_wait_for_cpus_says_so(
+    free: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free} if free else {})
+    console = Console(width=200)
+    with console.capture() as captured:
+        run._warn_if_starved(console)
+    assert ("waits until other work ends" in captured.get()) == warned

@@ -1,0 +1,81 @@
+"""A run stays in view when the controller restarts, and ends there as it ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.config import RunConfig
+from cluster.controller import get_controller
+from cluster.errors import ErrorShareExceeded, StoreError
+from cluster.runs.planning import Plan, plan_run
+from cluster.runs.tracker import RunWatch, run_error
+from cluster.store import Store, open_store
+from jobs.make_corpus import make_corpus
+from sppruner.spec import DENSE
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> tuple[RunConfig, Plan, Store]:
+    source, output = str(tmp_path / "in"), str(tmp_path / "out")
+    make_corpus(kind="caption", rows=6, output=source)
+    config = RunConfig(
+        kind="caption", input=source, output=output, model="m", prompt="p", spec=DENSE, unit_rows=3
+    )
+    plan = plan_run(config, model_revision="r", image_backend="pil")
+    return config, plan, open_store(output)
+
+
+def state(plan: Plan) -> str:
+    known = ray.get(get_controller().progress.remote(plan.run_id))
+    assert known is not None
+    return known.state
+
+
+def test_a_restarted_controller_is_told_of_the_run_again(
+    local_ray: None, planned: tuple[RunConfig, Plan, Store]
+) -> None:
+    with RunWatch(*planned) as watch:
+        assert watch.progress() is not None
+        ray.kill(get_controller(), no_restart=False)
+        deadline = time.monotonic() + 60
+        while (known := watch.progress()) is None:
+            assert time.monotonic() < deadline, "the run never came back into view"
+            time.sleep(0.5)
+        assert (known.run_id, known.rows_total) == (planned[1].run_id, 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, "completed"),
+        (KeyboardInterrupt(), "stopped"),
+        (ErrorShareExceeded("too many"), "stopped"),
+        (StoreError("gone"), "failed"),
+        (ValueError("bug"), "failed"),
+    ],
+)
+def test_a_run_ends_in_view_as_it_ended(
+    local_ray: None,
+    planned: tuple[RunConfig, Plan, Store],
+    error: BaseException | None,
+    expected: str,
+) -> None:
+    if error is None:
+        with RunWatch(*planned):
+            assert state(planned[1]) == "running"
+    else:
+        with pytest.raises(type(error)), RunWatch(*planned):
+            raise error
+    assert state(planned[1]) == expected
+
+
+def test_the_error_at_the_root_is_found_through_rays_wrapping() -> None:
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = ray.exceptions.RayTaskError("f", "trace", StoreError("gone"))
+    found = run_error(wrapped)
+    assert isinstance(found, StoreError)
+    assert run_error(ValueError("x")) is None

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import httpx
+import pytest
+from ray import serve
+
+from cluster.errors import Busy, FleetUnavailable, UsageError
+from cluster.protocol import Priority, RowCall, ServeReplicas
+from cluster.serving.fleet import Fleet, FleetSettings, build, fingerprint, open_fleet
+from cluster.serving.ray_session import serve_details
+from cluster.serving.replica import EngineSettings
+from sppruner.models.loading import resolve_model
+from tests.cluster.fake_engine import expected_text, picture
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+
+
+def settings(model: str = "fake-model", **more: object) -> FleetSettings:
+    """Of the session's fleet, for its model."""
+    options = {"seconds": 0.05}
+    engine = EngineSettings(model=model, engine=ENGINE, max_batch_rows=4, options=options)
+    return FleetSettings(engine=engine, **more)  # type: ignore[arg-type]
+
+
+def applications() -> set[str]:
+    details = serve_details()
+    return set(details.applications) if details else set()
+
+
+def label(fleet: Fleet, *calls: RowCall) -> list[str | None]:
+    replicas = ServeReplicas(fleet.handle)
+    answers = asyncio.run(replicas.label(calls, priority=Priority.BATCH))
+    return [answer.text for answer in answers]
+
+
+def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
+    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(3),))) == [
+        expected_text(picture(3))
+    ]
+    assert httpx.get(f"{fleet.http_url}/healthz").json()["model"] == "fake-model"
+    assert (fleet.deployed_here, fleet.replicas, fleet.max_batch_rows) == (True, 1, 4)
+    assert (fleet.model, fleet.model_revision) == ("fake-model", "fake-1")
+    assert fleet.stats().rows >= 1
+
+
+def test_a_second_fleet_of_the_same_model_attaches_and_leaves_it_running(fleet: Fleet) -> None:
+    with open_fleet(settings(replicas=3)) as second:
+        assert (second.app, second.http_url) == (fleet.app, fleet.http_url)
+        assert not second.deployed_here
+        assert second.replicas == 1
+    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(1),))) == [
+        expected_text(picture(1))
+    ]
+
+
+def test_another_model_gets_its_own_application_and_takes_only_that_away(fleet: Fleet) -> None:
+    before = applications()
+    with open_fleet(settings("other-model")) as other:
+        assert other.app not in before
+        assert other.http_url == f"{fleet.http_url}/{other.app}"
+        assert httpx.get(f"{other.http_url}/healthz").json()["model"] == "other-model"
+    assert applications() == before
+
+
+@pytest.mark.slow
+def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> None:
+    from cluster.serving.fleet import application
+
+    wanted = settings("long-lived")
+    serve.run(application(wanted), name="my-endpoint", route_prefix="/mine")
+    try:
+        with open_fleet(wanted) as found:
+            assert (found.app, found.deployed_here) == ("my-endpoint", False)
+        assert "my-endpoint" in applications()
+    finally:
+        serve.delete("my-endpoint")
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet: Fleet) -> None:
+    before = applications()
+    with (
+        pytest.raises(FleetUnavailable, match="no weights under 'missing'"),
+        open_fleet(settings("missing")),
+    ):
+        pass
+    assert applications() == before
+
+
+@pytest.mark.slow
+def test_a_fleet_that_finds_no_room_says_so_after_its_timeout(fleet: Fleet) -> None:
+    impossible = settings("too-many", replicas=50, start_timeout_seconds=3.0)
+    with pytest.raises(FleetUnavailable, match="fewer replicas"), open_fleet(impossible):
+        pass
+    assert "too-many" not in str(applications())
+
+
+def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
+    many = [RowCall(id=str(n), prompt="p", images=(picture(n),)) for n in range(12)]
+
+    async def flood() -> list[object]:
+        replicas = ServeReplicas(fleet.handle)
+        calls = [replicas.label(many, priority=Priority.BATCH) for _ in range(12)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = asyncio.run(flood())
+    refused = [o for o in outcomes if isinstance(o, BaseException)]
+    assert refused
+    assert all(isinstance(error, Busy) for error in refused)
+
+
+def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
+    base = EngineSettings(model="m")
+    assert fingerprint(base) == fingerprint(EngineSettings(model="m", max_batch_rows=99))
+    others = [
+        EngineSettings(model="n"),
+        EngineSettings(model="m", revision="r"),
+        EngineSettings(model="m", dtype="float32"),
+        EngineSettings(model="m", options={"a": 1}),
+    ]
+    assert len({fingerprint(engine) for engine in [base, *others]}) == 5
+
+
+def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    pinned = EngineSettings(
+        model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, max_batch_rows=8
+    )
+
+    built = build({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})
+
+    (replica,) = [
+        arg for arg in built._bound_deployment.init_args if hasattr(arg, "_bound_deployment")
+    ]
+    assert replica._bound_deployment.name == FleetSettings(engine=pinned).name
+    assert replica._bound_deployment.num_replicas == 2
+
+
+def test_build_refuses_arguments_it_does_not_know() -> None:
+    with pytest.raises(UsageError, match="model=PATH"):
+        build({"modle": "x"})
+    with pytest.raises(UsageError, match="true or false"):
+        build({"model": "x", "auto": "yes"})
+    with pytest.raises(UsageError, match="name a method"):
+        build({"model": "x", "auto": "true"})
+
+
+@pytest.mark.slow
+def test_without_a_cluster_a_fleet_starts_ray_and_takes_it_down_again(tmp_path: Path) -> None:
+    """In a process of its own: this one is connected to the session's Ray."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        dedent(
+            """
+            import os, ray
+            from cluster.serving.fleet import FleetSettings, open_fleet
+            from cluster.serving.replica import EngineSettings
+
+            @ray.remote(num_cpus=0)
+            def seen():
+                return os.environ.get("FROM_THE_JOB")
+
+            engine = EngineSettings(model="own", engine="tests.cluster.fake_engine:FakeEngine")
+            settings = FleetSettings(engine=engine, environment={"FROM_THE_JOB": "yes"})
+            with open_fleet(settings) as fleet:
+                assert fleet.stats().replicas[0].model == "own"
+                assert ray.get(seen.remote()) == "yes"
+            assert not ray.is_initialized()
+            """
+        )
+    )
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=120)

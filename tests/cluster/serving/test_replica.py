@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from PIL import Image
+
+from cluster.config import MediaLimits
+from cluster.errors import Busy, UsageError
+from cluster.images import decode_image
+from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.runs.admission import call_rows, rows_waiting
+from cluster.serving.replica import (
+    EngineBroken,
+    EngineSettings,
+    VLMReplica,
+    slots_of,
+)
+from sppruner.engine.interface import Generation
+from sppruner.spec import Budget, PruneSpec
+from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
+
+T = TypeVar("T")
+
+ENGINE = "tests.cluster.fake_engine:FakeEngine"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "batches"
+
+
+def settings(
+    journal: Path, *, seconds: float = 0.0, rows: int = 4, reduced: int = 1
+) -> EngineSettings:
+    options = {"journal": str(journal), "seconds": seconds, "reduced": reduced}
+    return EngineSettings(model="fake", engine=ENGINE, max_batch_rows=rows, options=options)
+
+
+def call(number: int, prompt: str = "describe", **more: object) -> RowCall:
+    values = {"images": (picture(number),), **more}
+    return RowCall(id=f"r{number}", prompt=prompt, **values)  # type: ignore[arg-type]
+
+
+def run(
+    engine: EngineSettings, scenario: Callable[[VLMReplica], Awaitable[T]], *, within: float = 20
+) -> T:
+    async def body() -> T:
+        replica = VLMReplica(engine)
+        try:
+            return await scenario(replica)
+        finally:
+            replica.close()
+
+    return asyncio.run(asyncio.wait_for(body(), within))
+
+
+def batches(journal: Path) -> list[list[str]]:
+    return [line.split() for line in journal.read_text().splitlines()]
+
+
+def test_every_row_gets_its_own_answer_in_the_callers_order(journal: Path) -> None:
+    calls = [call(n) for n in range(10)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.text for a in answers] == [expected_text(picture(n)) for n in range(10)]
+    assert [len(batch) for batch in batches(journal)] == [4, 4, 2]
+
+
+def test_specs_are_mixed_in_one_batch_and_each_row_keeps_its_own_budget(journal: Path) -> None:
+    specs = [PruneSpec(method="m", budget=Budget(tokens=n)) for n in (5, 50)]
+    calls = [call(n, spec=spec) for n, spec in enumerate(specs)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.visual_tokens_kept for a in answers] == [5, 50]
+    assert batches(journal) == [["r0", "r1"]]
+
+
+def test_online_rows_run_before_batch_rows_that_were_queued_earlier(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        queued = asyncio.create_task(
+            replica.label([call(n) for n in range(12)], priority=Priority.BATCH)
+        )
+        while not journal.exists():
+            await asyncio.sleep(0.01)
+        await replica.label([call(99)], priority=Priority.ONLINE)
+        await queued
+
+    run(settings(journal, seconds=0.2), scenario)
+
+    # The first batch was running already; the online row is next, on its own.
+    assert batches(journal)[1] == ["r99"]
+    assert [len(batch) for batch in batches(journal)] == [4, 1, 4, 4]
+
+
+def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
+    journal: Path,
+) -> None:
+    calls = [
+        call(0),
+        call(1, control=True),
+        call(2, generation=Generation(max_new_tokens=5)),
+        call(3),
+        call(4, control=True),
+    ]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert sorted(batches(journal)) == [["r0", "r3"], ["r1*", "r4*"], ["r2"]]
+    assert [a.control_seconds is not None for a in answers] == [False, True, False, False, True]
+
+
+def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> RowAnswer:
+        held = asyncio.create_task(
+            replica.label([call(n) for n in range(16)], priority=Priority.BATCH)
+        )
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy):
+            await replica.label([call(50)], priority=Priority.BATCH)
+        (online,) = await replica.label([call(51)], priority=Priority.ONLINE)
+        await held
+        # Room again: what was refused is taken now.
+        await replica.label([call(50)], priority=Priority.BATCH)
+        return online
+
+    assert run(settings(journal, seconds=0.1), scenario).error_code is None
+
+
+def test_a_call_larger_than_the_limit_runs_on_an_idle_replica(journal: Path) -> None:
+    calls = [call(n) for n in range(20)]
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    assert len(answers) == 20
+
+
+@pytest.mark.parametrize(
+    ("images", "code"),
+    [
+        ((b"<html>not an image</html>",), "image_undecodable"),
+        ((None,), "image_missing"),
+        ((b"x" * 2000,), "image_too_large"),
+    ],
+)
+def test_a_bad_image_is_an_answer_and_does_not_harm_its_neighbours(
+    journal: Path, images: tuple[bytes | None, ...], code: str
+) -> None:
+    small = MediaLimits(max_bytes=1000)
+    calls = [call(0), call(1, images=images, media=small), call(2)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.error_code for a in answers] == [None, code, None]
+    assert answers[1].error_stage == "decode"
+    assert answers[2].text == expected_text(picture(2))
+
+
+def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
+    journal: Path,
+) -> None:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "JPEG")
+    data = buffer.getvalue()
+
+    async def scenario(replica: VLMReplica) -> list[str | None]:
+        asked = [call(0, images=(data,))]
+        batch, online = [
+            (await replica.label(asked, priority=priority))[0].text for priority in Priority
+        ]
+        *_, streamed = [piece async for piece in replica.stream(asked[0])]
+        assert isinstance(streamed, RowAnswer)
+        return [batch, online, streamed.text]
+
+    small = decode_image(data, MediaLimits(), lambda width, height: 4)
+    assert small.size == (64, 64)
+    told = f"{image_hash(small)} kept {VISUAL_TOKENS}"
+    assert run(settings(journal, reduced=4), scenario) == [told, told, told]
+    assert told not in run(settings(journal), scenario)
+
+
+def test_an_engines_error_result_keeps_its_code_and_gets_the_stage_of_it(journal: Path) -> None:
+    (answer,) = run(settings(journal), lambda r: r.label([call(0, "bad")], priority=Priority.BATCH))
+    assert (answer.error_code, answer.error_stage) == ("prompt_invalid", "prompt")
+    assert answer.error_message == "too long"
+
+
+def test_a_row_the_engine_raises_on_is_found_by_halving(journal: Path) -> None:
+    calls = [call(n, "raise" if n == 2 else "describe") for n in range(4)]
+
+    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+
+    assert [a.error_code for a in answers] == [None, None, "inference_failed", None]
+    assert answers[2].error_message == "RuntimeError: the model raised"
+
+
+def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        running = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
+        while not journal.exists():
+            await asyncio.sleep(0.01)
+        gone = asyncio.create_task(replica.label([call(1), call(2)], priority=Priority.BATCH))
+        await asyncio.sleep(0.1)
+        assert (await replica.stats()).waiting_batch == 3
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        stats = await replica.stats()
+        assert (stats.waiting_batch, stats.batch_rows_in_flight) == (1, 1)
+        await running
+        await replica.label([call(3)], priority=Priority.BATCH)
+
+    run(settings(journal, seconds=0.4), scenario)
+
+    assert batches(journal) == [["r0"], ["r3"]]
+
+
+def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        for first in range(0, 12, 4):
+            await replica.check_health()
+            calls = [call(first + n, "raise") for n in range(4)]
+            await replica.label(calls, priority=Priority.BATCH)
+        with pytest.raises(EngineBroken):
+            await replica.check_health()
+        await replica.label([call(99)], priority=Priority.BATCH)
+        await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
+def test_a_device_fault_ends_the_process_and_blames_no_row(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("cluster.serving.replica._end_process", ended.set)
+
+    async def scenario(replica: VLMReplica) -> None:
+        calls = [call(0), call(1, "fault")]
+        waiting = asyncio.create_task(replica.label(calls, priority=Priority.BATCH))
+        while not ended.is_set():
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        replica.close()
+        with pytest.raises(EngineBroken):
+            await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
+def test_a_streamed_answer_ends_with_the_whole_and_a_bad_image_is_all_there_is(
+    journal: Path,
+) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        said, whole = [piece async for piece in replica.stream(call(1))]
+        assert said == expected_text(picture(1))
+        assert isinstance(whole, RowAnswer)
+        assert whole.text == said
+        (missing,) = [piece async for piece in replica.stream(call(2, images=(None,)))]
+        assert isinstance(missing, RowAnswer)
+        assert missing.error_code == "image_missing"
+
+    run(settings(journal), scenario)
+
+
+def test_stats_count_engine_time_and_rows(journal: Path) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        await replica.label([call(n) for n in range(6)], priority=Priority.BATCH)
+        stats = await replica.stats()
+        assert stats.rows == 6
+        assert 0.2 <= stats.busy_seconds <= stats.uptime_seconds
+        assert (stats.model, stats.model_revision, stats.image_backend) == ("fake", "fake-1", "pil")
+
+    run(settings(journal, seconds=0.1), scenario)
+
+
+def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
+    by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", max_batch_rows=3)
+    on_cpu, on_gpu = (by_default.sized(gpu=gpu).max_batch_rows for gpu in (False, True))
+    assert (on_cpu, on_gpu) == (slots_of(gpu=False), slots_of(gpu=True))
+    assert slots_of(gpu=False) < slots_of(gpu=True)
+    assert {asked.sized(gpu=gpu).max_batch_rows for gpu in (False, True)} == {3}
+
+
+@pytest.mark.parametrize("slots", [4, 16, 64])
+def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(
+    journal: Path, slots: int
+) -> None:
+    sizes = [call_rows(slots)] * ((slots + rows_waiting(slots)) // call_rows(slots))
+
+    async def scenario(replica: VLMReplica) -> None:
+        def send(rows: int) -> asyncio.Task[list[RowAnswer]]:
+            calls = [call(number) for number in range(rows)]
+            return asyncio.ensure_future(replica.label(calls, priority=Priority.BATCH))
+
+        tasks = [send(rows) for rows in (*sizes, slots, 1)]
+        *taken, refused = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(refused, Busy)
+        assert [len(answers) for answers in taken] == [*sizes, slots]  # type: ignore[arg-type]
+
+    run(settings(journal, rows=slots), scenario)
+
+
+def test_engine_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UsageError, match="max_batch_rows"):
+        EngineSettings(model="m", max_batch_rows=0)
+    with pytest.raises(UsageError, match="dtype 'bf16': use one of auto, float32"):
+        EngineSettings(model="m", dtype="bf16")
+    with pytest.raises(UsageError, match="module:callable"):
+        EngineSettings(model="m", engine="no.colon")

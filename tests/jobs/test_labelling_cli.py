@@ -1,0 +1,96 @@
+"""The command line others build on: its options, its defaults, and what it refuses at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.runs.run import fleet_of
+from jobs import answer_vqa, caption_corpus, evaluate, report
+from jobs.labelling_cli import Job, config_of, parser
+
+JOBS = [caption_corpus.JOB, answer_vqa.JOB]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
+def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
+    options = {
+        action.option_strings[0]: action.default
+        for action in parser(job)._actions
+        if action.dest != "help"
+    }
+    assert options == {
+        "--input": None,
+        "--output": None,
+        "--model": "tiny-llava",
+        "--method": "sppruner",
+        "--retain": 0.222,
+        "--auto": False,
+        "--prompt": job.prompt,
+        "--max-new-tokens": job.max_new_tokens,
+        "--limit": None,
+        "--dtype": "auto",
+        "--replicas": 1,
+    }
+
+
+def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
+    asked = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
+    config = config_of(JOBS[0], parser(JOBS[0]).parse_args([*asked, "--replicas", "3"]), demo=False)
+    assert config.generation.max_new_tokens == 7
+    fleet = fleet_of(config, "r", {})
+    assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
+    assert fleet.engine.max_batch_rows is None
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs the job in this process: had it started Ray or a server, it would not be that fast."""
+    assert caption_corpus.main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--method", "spruner"], "there are none, "),
+        (["--retain", "22.2"], "outside (0, 1]"),
+        (["--limit", "0"], "give at least 1"),
+        (["--max-new-tokens", "0"], "ask for at least 1"),
+        (["--replicas", "0"], "give at least 1"),
+        (["--model", "no/such-model"], "not a local folder"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_starts(
+    extra: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert message in refused([*places, *extra], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give both --input and --output" in refused(["--input", "s3://corpus/x"], capsys)
+
+
+def test_an_empty_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    places = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert str(tmp_path / "in") in refused(places, capsys)
+
+
+def test_report_of_something_that_is_no_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_evaluate_names_the_methods_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--methods", "nope", "--model", "unused"]) == 2
+    assert "sppruner" in capsys.readouterr().err

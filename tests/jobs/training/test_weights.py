@@ -1,0 +1,85 @@
+"""The shipped weights keep the model card's promises on scenes outside its table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs.training.families import FAMILIES, Family
+from jobs.training.grading import Score, generated, saliency_auc, teacher_forced
+from sppruner.evaluation.drawn_scenes import scene_questions
+from sppruner.models.loading import LoadedModel, load_model
+from sppruner.tiny import TINY_MODELS
+from sppruner.tiny.scenes import HELD_OUT_SEED
+
+FRESH = 900_000  # scenes of the reporting split that no table uses
+SCENES = 24
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def loaded(family: Family) -> LoadedModel:
+    # In float32, which a CPU computes several times as fast: the card was scored in bfloat16.
+    return load_model(f"tiny-{family.name}", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model(loaded: LoadedModel) -> Any:
+    return loaded.model
+
+
+@pytest.fixture(scope="module")
+def answers(loaded: LoadedModel) -> dict[str, Score]:
+    """Scores of the real route: JPEG, processor, `generate`."""
+    (scores,) = generated(loaded, scene_questions(range(FRESH, FRESH + SCENES)))
+    return scores
+
+
+def _mean(scores: dict[str, Score]) -> float:
+    kinds = [kind for kind in scores if kind != "caption"]
+    return sum(scores[kind].accuracy for kind in kinds) / len(kinds)
+
+
+def test_shipped_files_are_small_and_bfloat16(family: Family) -> None:
+    file = TINY_MODELS[f"tiny-{family.name}"] / "model.safetensors"
+    assert file.stat().st_size < 15e6
+    assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_every_kind_is_answered_well(answers: dict[str, Score]) -> None:
+    # Looser than the card's gates by the noise of a small sample.
+    floors = {"nearest": 0.8, "behind": 0.8, "caption": 0.5}
+    for kind, score in answers.items():
+        assert score.accuracy >= floors.get(kind, 0.9), (kind, score)
+
+
+def test_generate_agrees_with_teacher_forcing(
+    family: Family, model: Any, answers: dict[str, Score]
+) -> None:
+    forced = teacher_forced(family, model, SCENES, HELD_OUT_SEED + FRESH)
+    assert {kind: score.asked for kind, score in forced.items()} == {
+        kind: score.asked for kind, score in answers.items()
+    }
+    for kind, score in answers.items():
+        # The two routes sum in different orders, so an uncertain answer may flip.
+        assert abs(forced[kind].right - score.right) <= max(1, 0.06 * score.asked), kind
+
+
+def test_random_ninth_of_the_tokens_is_not_enough(
+    family: Family, model: Any, answers: dict[str, Score]
+) -> None:
+    assert (
+        _mean(teacher_forced(family, model, SCENES, HELD_OUT_SEED + FRESH, kept=16))
+        < _mean(answers) - 0.3
+    )
+
+
+def test_saliency_looks_at_things(family: Family, model: Any) -> None:
+    assert saliency_auc(family, model, 40, HELD_OUT_SEED + FRESH)[-1] > 0.9

@@ -1,0 +1,123 @@
+"""How much smaller an image may be decoded: never so small that a model would be shown less of it,
+nor so that it would be cut or counted otherwise."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from sppruner.engine.interface import Reduction
+from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.loading import load_processor, resolve_model
+from sppruner.prompts import ask_about
+from tests.sppruner.families import FAMILIES
+from tests.sppruner.families.folders import write_folder
+
+REDUCED = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+SIDE = st.one_of(st.integers(1, 400), st.integers(1, 50).map(lambda side: 8 * side))
+
+# As the published models have them.
+SQUARE = {"height": 336, "width": 336}
+LLAVA = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE)
+LLAVA_NEXT = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE)
+QWEN = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 640 * 28 * 28})
+
+
+@cache
+def processor(family: str) -> Any:
+    with TemporaryDirectory() as folder:
+        return load_processor(resolve_model(str(write_folder(family, Path(folder)))))
+
+
+def by(images: Any) -> Reduction:
+    return reduction_of(SimpleNamespace(image_processor=images))
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+@settings(max_examples=40, deadline=None)
+@given(width=SIDE, height=SIDE)
+def test_a_reduction_changes_neither_prompt_nor_grid_nor_tiles(
+    family: str, width: int, height: int
+) -> None:
+    factor = reduction_of(processor(family))(width, height)
+    if factor == 1:
+        return
+    assert width % factor == height % factor == 0
+    given, reduced = (
+        ask_about(processor(family), ["what ?"], [Image.new("RGB", size)])
+        for size in ((width, height), (width // factor, height // factor))
+    )
+    assert given["input_ids"].tolist() == reduced["input_ids"].tolist()
+    assert given["pixel_values"].shape == reduced["pixel_values"].shape
+    if "image_grid_thw" in given:
+        assert given["image_grid_thw"].tolist() == reduced["image_grid_thw"].tolist()
+
+
+@pytest.mark.parametrize("family", REDUCED)
+def test_a_photograph_is_reduced_as_far_as_its_sides_divide(family: str) -> None:
+    reduction = reduction_of(processor(family))
+    assert [reduction(width, 3000) for width in (4000, 4004, 4002, 4001)] == [8, 4, 2, 1]
+    assert [reduction(4000, height) for height in (3000, 3004, 3002, 3001)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REDUCED)))
+def test_where_tiles_are_cut_in_ways_that_are_not_known_nothing_is_reduced(family: str) -> None:
+    reduction = reduction_of(processor(family))
+    assert {reduction(side, side) for side in (64, 4000, 8000)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"),
+    [
+        # The shorter side is shrunk to 336.
+        (LLAVA, {(1344, 1344): 2, (1344, 1342): 1, (2688, 4000): 4, (2686, 4000): 2}),
+        # A canvas of 672 × 672 or 1008 × 336, and the whole in a tile of 336 × 336.
+        (LLAVA_NEXT, {(2688, 2016): 2, (2016, 2688): 2, (2686, 2016): 1, (5376, 4032): 4}),
+        (LLAVA_NEXT, {(4032, 1344): 2, (4032, 1342): 1, (1344, 4032): 2, (4040, 40): 1}),
+        # 25 × 25 tokens of 28 × 28 pixels.
+        (QWEN, {(2800, 2800): 2, (2798, 2798): 1, (5600, 5600): 4}),
+    ],
+)
+def test_what_is_left_is_twice_what_the_model_is_shown(
+    images: Any, sizes: dict[tuple[int, int], int]
+) -> None:
+    assert {size: by(images)(*size) for size in sizes} == sizes
+
+
+def test_of_an_image_that_the_model_is_shown_whole_nothing_is_left_out() -> None:
+    """12.8 megapixels, as the published Qwen2-VL and Qwen2.5-VL have it."""
+    whole = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 16384 * 28**2})
+    assert by(whole)(4000, 3000) == 1
+    assert by(CLIPImageProcessorPil(size=SQUARE, do_resize=False))(4000, 3000) == 1
+
+
+@pytest.mark.parametrize("images", [LLAVA, LLAVA_NEXT, QWEN])
+@given(width=st.integers(1, 70_000), height=st.integers(1, 70_000))
+def test_every_size_has_an_answer(images: Any, width: int, height: int) -> None:
+    """Also those that a processor refuses later on, such as a line of pixels."""
+    assert by(images)(width, height) in (1, 2, 4, 8)
+    assert by(images)(1, height) == by(images)(width, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 336, "longest_edge": 672}),
+        LlavaNextImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    ],
+)
+def test_a_size_that_is_given_in_other_words_reduces_nothing(images: Any) -> None:
+    assert by(images)(8000, 6000) == 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from cluster.errors import UsageError
-from sppruner.engine import Generation
+from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
 from sppruner.spec import PruneSpec
 
@@ -36,7 +36,7 @@ class RunConfig:
     in whole batches, and the run's first unit always has one.
     auto: the run measures first whether pruning pays, and labels densely where it does not.
     dtype: the model's, or auto: bfloat16 on a GPU, float32 on a CPU.
-    max_batch_rows: rows a replica answers side by side at most; None for what its device suits.
+    slots: rows a replica answers side by side at most; None for what its device suits.
     max_error_share: the run stops once more than this share of at least `error_share_after`
     rows failed. unit_rows / unit_bytes bound the unit of work: one commit.
     """
@@ -48,7 +48,7 @@ class RunConfig:
     prompt: str
     spec: PruneSpec
     dtype: str = "auto"
-    generation: Generation = field(default_factory=Generation)
+    generation: SamplingParams = field(default_factory=SamplingParams)
     limit: int | None = None
     unit_rows: int = 256
     unit_bytes: int = 64 * 2**20
@@ -57,7 +57,7 @@ class RunConfig:
     media: MediaLimits = field(default_factory=MediaLimits)
     # Below: how the run is carried out. Free to change between resumes.
     replicas: int = 1
-    max_batch_rows: int | None = None
+    slots: int | None = None
     max_error_share: float = 0.2
     error_share_after: int = 500
     max_attempts: int = 3

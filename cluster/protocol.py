@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import MediaLimits
 from cluster.errors import InferenceFailed, RowError
-from sppruner.engine.interface import Generation, Result
+from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
 
@@ -30,7 +30,7 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowCall:
+class LabelRequest:
     """One row to label: prompt, compressed images, and its own pruning and generation settings.
 
     An image of None is a row whose image is missing: it is answered with `image_missing`.
@@ -41,7 +41,7 @@ class RowCall:
     images: tuple[bytes | None, ...] = ()
     system: str | None = None
     spec: PruneSpec = DENSE
-    generation: Generation = field(default_factory=Generation)
+    generation: SamplingParams = field(default_factory=SamplingParams)
     control: bool = False
     media: MediaLimits = field(default_factory=MediaLimits)
 
@@ -94,11 +94,11 @@ class RowAnswer:
 class Replicas(Protocol):
     """Anything that labels rows: a fleet behind a Serve handle, or a double in a test."""
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         """One answer per call, in order. Raises Busy, or Ray's actor errors if the replica died."""
         ...
 
-    def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
         """The answer to an online call as it is said, then the whole. Raises as `label` does."""
         ...
 
@@ -110,7 +110,7 @@ class ServeReplicas:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         response = self._handle.label.remote(list(calls), priority=priority)
         try:
             answers: list[RowAnswer] = await response
@@ -119,7 +119,7 @@ class ServeReplicas:
             raise
         return answers
 
-    async def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
         response = self._streaming.stream.remote(call)
         try:
             async for piece in response:

@@ -33,7 +33,7 @@ INPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("_in_error_stage", pa.string()),
 )
 
-# Caller → sink, besides OUTPUT_FIELDS: the modelled cost of the row as JSON, for the ledger.
+# Labeller → sink, besides OUTPUT_FIELDS: the modelled cost of the row as JSON, for the ledger.
 COST_FIELD = pa.field("_out_cost", pa.string())
 
 OUTPUT_FIELDS: tuple[pa.Field, ...] = (

@@ -23,7 +23,7 @@ from cluster.runs.run import run
 from jobs.demo_results import keep_results
 from jobs.make_corpus import make_corpus
 from sppruner import Budget, PruneSpec
-from sppruner.engine import Generation
+from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
 from sppruner.errors import SpecError
 from sppruner.models.loading import EMBEDDED
@@ -31,7 +31,7 @@ from sppruner.models.loading import EMBEDDED
 _INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _DEMO_ROWS = 384
 # So that the few rows of a demonstration still show several commits and control batches.
-_DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25, "max_batch_rows": 16}
+_DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25, "slots": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def config_of(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConf
     """The run the command line asks for. Raises UsageError."""
     try:
         spec = PruneSpec.parse(arguments.method, Budget(ratio=arguments.retain))
-        generation = Generation(max_new_tokens=arguments.max_new_tokens)
+        generation = SamplingParams(max_new_tokens=arguments.max_new_tokens)
     except SpecError as error:
         raise UsageError(str(error)) from error
     return RunConfig(

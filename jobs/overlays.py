@@ -18,11 +18,11 @@ from cluster.config import MediaLimits
 from cluster.demo.contact_sheet import Tile, contact_sheet
 from cluster.errors import RedrawDiffers, RowError, UsageError
 from cluster.images import decode_image
-from cluster.output.answered_rows import LabelledRow, labelled_rows
+from cluster.output.answered_rows import AnsweredRow, answered_rows
 from cluster.output.summary import Summary
 from sppruner.errors import SpprunerError
 from sppruner.evaluation import Dataset, Item, label
-from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pictures.geometry import seen
 from sppruner.pictures.overlay import counts_of, legend, overlay, prepared_of, selections_as_told
@@ -74,7 +74,7 @@ def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--overlay {folder}: not a folder to write to ({error})") from error
-    labelled = labelled_rows(summary.output, rows)
+    labelled = answered_rows(summary.output, rows)
     loaded = _model_of(summary)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     written: list[Path] = []
@@ -97,12 +97,12 @@ def _sheet_name(model: str) -> str:
     return name if name == model else f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def _picture(pruner: Pruner, processor: Any, row: LabelledRow, summary: Summary) -> Image.Image:
+def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary) -> Image.Image:
     if row.spec.is_dense:
         raise UsageError(f"row {row.key!r} was labelled with every token: nothing to draw")
     try:
         # As the run decoded: one that was begun before reductions existed read all pixels.
-        reduction = reduction_of(processor) if summary.settings.get("reduced_jpegs") else None
+        reduction = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
         image = decode_image(row.image, MediaLimits(**summary.settings["media"]), reduction)
         prepared = prepared_of(pruner, processor, image, row.prompt, row.spec)
     except (RowError, SpprunerError) as error:

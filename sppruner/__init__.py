@@ -2,13 +2,13 @@
 
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from sppruner import Budget, Pruner, PruneSpec, ask_about
+    from sppruner import Budget, Pruner, PruneSpec, build_inputs
 
     name, prompt = "llava-hf/llava-1.5-7b-hf", "What is in the image?"
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
     pruner = Pruner(model, tokenizer=processor.tokenizer)
-    inputs = ask_about(processor, [prompt], [Image.open("photo.jpg")])
+    inputs = build_inputs(processor, [prompt], [Image.open("photo.jpg")])
     spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
     answer = pruner.generate(inputs, spec, [prompt], max_new_tokens=32)
     print(processor.batch_decode(answer.tokens_BT, skip_special_tokens=True)[0])
@@ -27,7 +27,7 @@ from sppruner.errors import SpprunerError
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 if TYPE_CHECKING:
-    from sppruner.prompts import ask_about
+    from sppruner.prompts import build_inputs
     from sppruner.pruner import Generated, Prepared, Pruner
     from sppruner.selectors import available
     from sppruner.types import PruneReport, Selection, VisualTokens
@@ -39,7 +39,7 @@ _HOMES = {
     "Pruner": "sppruner.pruner",
     "Selection": "sppruner.types",
     "VisualTokens": "sppruner.types",
-    "ask_about": "sppruner.prompts",
+    "build_inputs": "sppruner.prompts",
     "available": "sppruner.selectors",
 }
 
@@ -54,8 +54,8 @@ __all__ = [
     "Selection",
     "SpprunerError",
     "VisualTokens",
-    "ask_about",
     "available",
+    "build_inputs",
 ]
 
 

@@ -16,7 +16,7 @@ def placeholder_words(processor: Any) -> list[str]:
     return [word for name in names if (word := getattr(processor, name, None)) is not None]
 
 
-def ask_about(
+def build_inputs(
     processor: Any,
     prompts: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]],

@@ -23,7 +23,7 @@ from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
 from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
 from sppruner.reports import dense_reports, pruned_reports
-from sppruner.selection import keep, kept_mask, schedules_of, select, selection_flops
+from sppruner.selection import keep, kept_mask, select, selection_flops, token_schedules
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
@@ -160,7 +160,7 @@ class Pruner:
         if instructions is not None:
             images = self._relevance.of(images, selectors, instructions)
         layers = self.adapter.capabilities.decoder_layers
-        schedules = schedules_of(images, per_row, selectors, layers)
+        schedules = token_schedules(images, per_row, selectors, layers)
         selections = select(images, schedules, selectors)
         kept = [
             keep(image, schedule.before, chosen, self.adapter.project)

@@ -11,7 +11,7 @@ from sppruner.adapters import Adapter, EncodedImage
 from sppruner.compact import Compacted
 from sppruner.errors import InputError, PruningHadNoEffect
 from sppruner.spec import PruneSpec
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 from sppruner.types import PruneReport
 
 
@@ -57,7 +57,7 @@ def pruned_reports(
     keep_BS: Tensor,
     compacted: Compacted,
     images: Sequence[EncodedImage],
-    schedules: Sequence[Schedule],
+    schedules: Sequence[TokenSchedule],
     features: Sequence[Tensor],
     selection_flops: Sequence[int],
 ) -> list[PruneReport]:

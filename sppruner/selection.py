@@ -14,16 +14,16 @@ from torch import Tensor
 from sppruner.adapters import EncodedImage, Kept
 from sppruner.selectors import Selector
 from sppruner.spec import PruneSpec, shares
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 from sppruner.types import Selection
 
 
-def schedules_of(
+def token_schedules(
     images: Sequence[EncodedImage],
     specs: Sequence[PruneSpec],
     selectors: Sequence[Selector | None],
     layers: int,
-) -> list[Schedule]:
+) -> list[TokenSchedule]:
     """How many tokens of each image enter the decoder, and how many stay at its stages. specs and
     selectors: by prompt; layers: of the decoder."""
     by_row: dict[int, list[EncodedImage]] = {}
@@ -34,18 +34,18 @@ def schedules_of(
         selector, budget = selectors[row], specs[row].budget
         sizes = [image.count for image in members]
         if selector is None:
-            schedules += [Schedule(before=n, counted=n) for n in sizes]
+            schedules += [TokenSchedule(before=n, counted=n) for n in sizes]
             continue
         for image, k in zip(members, budget.per_image(sizes), strict=True):
             if budget.spread:
-                k = budget.weighed(k, image.count, selector.information(image.planes))
+                k = budget.reweighted(k, image.count, selector.information(image.planes))
             schedules.append(selector.schedule(image.count, k, layers))
     return schedules
 
 
 def select(
     images: Sequence[EncodedImage],
-    schedules: Sequence[Schedule],
+    schedules: Sequence[TokenSchedule],
     selectors: Sequence[Selector | None],
 ) -> list[list[Selection]]:
     """One selection per plane of each image; planes that share a method go through it

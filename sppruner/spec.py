@@ -87,7 +87,7 @@ class Budget:
             return shares(self.count(sum(sizes)), sizes)
         return [self.count(n) for n in sizes]
 
-    def weighed(self, k: int, n: int, weight: float) -> int:
+    def reweighted(self, k: int, n: int, weight: float) -> int:
         """`k` of `n` tokens times `weight`, an image's information over its usual value, held
         within `spread`."""
         low, high = 1.0 - self.spread, 1.0 + self.spread

@@ -102,7 +102,7 @@ def fleet(serving: str) -> Iterator[Fleet]:
     engine = EngineSettings(
         model="fake-model",
         engine="tests.cluster.fake_engine:FakeEngine",
-        max_batch_rows=4,
+        slots=4,
         options={"seconds": 0.05},
     )
     with open_fleet(FleetSettings(engine=engine)) as opened:

@@ -24,7 +24,7 @@ _COLUMNS: Final = ["key", "unit_row", "error_code", "prune_spec", "kept_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledRow:
+class AnsweredRow:
     """One answered row. image: as the corpus holds it, compressed. kept_tokens: see
     `cluster.schema`."""
 
@@ -35,7 +35,7 @@ class LabelledRow:
     kept_tokens: bytes
 
 
-def labelled_rows(output: str, limit: int) -> list[LabelledRow]:
+def answered_rows(output: str, limit: int) -> list[AnsweredRow]:
     """The first `limit` answered rows of a run in corpus order, fewer where it has no more.
 
     Raises UsageError where the output is no run's, has no answered row or none that says which
@@ -46,7 +46,7 @@ def labelled_rows(output: str, limit: int) -> list[LabelledRow]:
     if manifest is None:
         raise UsageError(f"{output} holds no run (no _run/manifest.json): give a job's --output")
     source, done = open_store(manifest.source), done_units(store)
-    found: list[LabelledRow] = []
+    found: list[AnsweredRow] = []
     for unit in manifest.units:
         if unit.unit_id in done and len(found) < limit:
             # No row beyond the limit is looked at: its image may be gone, and is not needed.
@@ -61,7 +61,7 @@ def labelled_rows(output: str, limit: int) -> list[LabelledRow]:
     raise UsageError(f"{output} has no labelled row yet: resume the run first")
 
 
-def _rows_of(unit: Unit, manifest: Manifest, store: Store, source: Store) -> Iterator[LabelledRow]:
+def _rows_of(unit: Unit, manifest: Manifest, store: Store, source: Store) -> Iterator[AnsweredRow]:
     committed = pq.read_table(io.BytesIO(store.get(unit_key(unit.unit_id))))
     if "kept_tokens" not in committed.column_names:
         raise UsageError(
@@ -82,7 +82,7 @@ def _rows_of(unit: Unit, manifest: Manifest, store: Store, source: Store) -> Ite
                 f"({was['_in_error_message']}): give that place the corpus as it was labelled, and "
                 "access to it"
             )
-        yield LabelledRow(
+        yield AnsweredRow(
             key=row["key"],
             prompt=prompt,
             image=was["_in_image"],

@@ -21,7 +21,7 @@ _PROOF: Final = ["unit_row", "text", "error_code", *_SEEN, "prune_method", "prun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommitTerms:
+class ExpectedUnits:
     """What a unit is checked against. rows: planned rows by unit id."""
 
     run_id: str
@@ -30,7 +30,7 @@ class CommitTerms:
     rows: Mapping[str, int]
 
     @classmethod
-    def of(cls, plan: Plan) -> CommitTerms:
+    def of(cls, plan: Plan) -> ExpectedUnits:
         return cls(
             run_id=plan.run_id,
             kind=plan.kind,
@@ -39,7 +39,7 @@ class CommitTerms:
         )
 
 
-def check_whole(table: pa.Table, terms: CommitTerms) -> str:
+def check_complete(table: pa.Table, terms: ExpectedUnits) -> str:
     """The unit whose rows these are, exactly its planned ones, of this run.
 
     Raises CommitRefused.
@@ -63,7 +63,7 @@ def check_whole(table: pa.Table, terms: CommitTerms) -> str:
     return unit_id
 
 
-def check_honest(table: pa.Table, unit_id: str) -> None:
+def check_pruning_claims(table: pa.Table, unit_id: str) -> None:
     """Every row is an answer or an error, and an answer saw the tokens its spec allows.
 
     Raises CommitRefused.
@@ -123,7 +123,7 @@ def _entering(spec: PruneSpec, seen: int, kept: int) -> tuple[int, int]:
     from sppruner.selectors import selector_for
 
     selector = selector_for(spec)
-    return (kept, kept) if selector is None else selector.entering(seen, kept)
+    return (kept, kept) if selector is None else selector.decoder_entry_bounds(seen, kept)
 
 
 def _range(fewest: int, most: int) -> str:

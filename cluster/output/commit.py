@@ -19,7 +19,7 @@ from ray.data.datasource import Datasink, WriteResult
 
 from cluster.accounting.ledger import LEDGER_KEY, UnitLedger, read_ledgers, unit_ledger
 from cluster.errors import CommitRefused
-from cluster.output.checks import CommitTerms, check_honest, check_whole
+from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.runs.planning import Plan, unit_key
 from cluster.schema import is_internal, output_schema
 from cluster.store import Store, open_store
@@ -43,7 +43,7 @@ class CommitOutcome:
 def commit_unit(
     table: pa.Table,
     *,
-    terms: CommitTerms,
+    terms: ExpectedUnits,
     store: Store,
     writer: str,
     on_commit: OnCommit | None = None,
@@ -53,8 +53,8 @@ def commit_unit(
     Raises CommitRefused where they are not exactly the planned rows, or are called pruned and
     were not; StoreError where the store gave up.
     """
-    unit_id = check_whole(table, terms)
-    check_honest(table, unit_id)
+    unit_id = check_complete(table, terms)
+    check_pruning_claims(table, unit_id)
     ledger = unit_ledger(table)
     data = _encoded(_committed(table, terms, unit_id), ledger)
     won = store.put_if_absent(unit_key(unit_id), data, writer=writer)
@@ -75,7 +75,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
     """
 
     def __init__(self, plan: Plan, *, on_commit: OnCommit | None = None) -> None:
-        self._terms = CommitTerms.of(plan)
+        self._terms = ExpectedUnits.of(plan)
         self._store = open_store(plan.output_uri)
         self._on_commit = on_commit
         self.outcomes: list[CommitOutcome] = []
@@ -127,7 +127,7 @@ def _by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
     ]
 
 
-def _committed(table: pa.Table, terms: CommitTerms, unit_id: str) -> pa.Table:
+def _committed(table: pa.Table, terms: ExpectedUnits, unit_id: str) -> pa.Table:
     """The committed columns in their order and types, rows in unit order."""
     schema = output_schema(terms.source_schema, terms.kind)
     names = {name for name in table.column_names if not is_internal(name)}

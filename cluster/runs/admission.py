@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from cluster.protocol import RowAnswer, RowCall
+from cluster.protocol import LabelRequest, RowAnswer
 
 # Rows of a call to replicas of as many slots at least. A caller keeps two calls with each of them
 # beside what fills its slots: one waits decoded, one is being decoded.
@@ -22,7 +22,7 @@ _CALLS_WAITING = 2
 _REMEMBERED = 1024
 
 
-class Credits:
+class Admission:
     """Admission of calls, in the order in which they ask: so many rows at once, or one call alone.
     Who asks to be alone goes first: no further calls start until it is through. One event loop owns
     it.
@@ -51,7 +51,7 @@ class Credits:
         run = int(self._tokens * self._rows_known / self._tokens_known)
         return min(self._most, max(1, run)) + self._waiting
 
-    def learn(self, calls: Sequence[RowCall], answers: Sequence[RowAnswer]) -> None:
+    def learn(self, calls: Sequence[LabelRequest], answers: Sequence[RowAnswer]) -> None:
         """Takes note of how long the rows of a call are. A control row is so long when pruned."""
         if self._rows_known > _REMEMBERED:
             self._rows_known /= 2

@@ -15,9 +15,9 @@ from cluster.accounting.ledger import measured_ratio, nanoseconds
 from cluster.config import RunConfig
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
-from cluster.protocol import Replicas, RowAnswer, RowCall
-from cluster.runs.admission import Credits
-from cluster.runs.dispatch import Delivery
+from cluster.protocol import LabelRequest, Replicas, RowAnswer
+from cluster.runs.admission import Admission
+from cluster.runs.dispatch import Dispatcher
 from cluster.runs.labeller import prompt_of
 from cluster.runs.planning import Plan
 from cluster.store import Store, open_store
@@ -59,10 +59,10 @@ def calibrate(
 
 
 async def _answers(
-    config: RunConfig, calls: Iterator[RowCall], replicas: Replicas, batch_rows: int
+    config: RunConfig, calls: Iterator[LabelRequest], replicas: Replicas, batch_rows: int
 ) -> list[RowAnswer]:
     """Of the batches that count, one after the other: each had its replica to itself."""
-    delivery = Delivery(replicas, credits=Credits(rows=1), max_attempts=config.max_attempts)
+    delivery = Dispatcher(replicas, credits=Admission(rows=1), max_attempts=config.max_attempts)
     answers: list[RowAnswer] = []
     for number in range(1 + _BATCHES):
         batch = list(islice(calls, batch_rows))
@@ -73,7 +73,7 @@ async def _answers(
     return answers
 
 
-def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[RowCall]:
+def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[LabelRequest]:
     """Rows that can be asked about, as control calls."""
     source = open_store(plan.input_uri)
     for unit in todo:
@@ -83,7 +83,7 @@ def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[RowC
             prompt = prompt_of(config.kind, config.prompt, row["_in_prompt"])
             if prompt is None or row["_in_error_code"] is not None:
                 continue
-            yield RowCall(
+            yield LabelRequest(
                 id=f"break-even:{unit.unit_id}:{row['_in_row']}",
                 prompt=prompt,
                 images=(row["_in_image"],),

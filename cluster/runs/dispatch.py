@@ -18,8 +18,8 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from cluster.errors import Busy, PoisonRow
-from cluster.protocol import Priority, Replicas, RowAnswer, RowCall
-from cluster.runs.admission import Credits
+from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
+from cluster.runs.admission import Admission
 
 logger = structlog.get_logger(__name__)
 
@@ -39,21 +39,21 @@ _LONGEST_PAUSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
+class AttemptedRow:
     """The answer to one row, and in how many calls the row was sent."""
 
     answer: RowAnswer
     attempts: int
 
 
-class Delivery:
+class Dispatcher:
     """Sends calls to replicas under one set of credits. One event loop owns it."""
 
     def __init__(
         self,
         replicas: Replicas,
         *,
-        credits: Credits,
+        credits: Admission,
         max_attempts: int,
         pause_seconds: float = 0.5,
     ) -> None:
@@ -62,31 +62,31 @@ class Delivery:
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
 
-    async def deliver(self, calls: Sequence[RowCall]) -> list[Delivered]:
+    async def deliver(self, calls: Sequence[LabelRequest]) -> list[AttemptedRow]:
         """One answer per call, in order. Raises only what is neither a death nor a refusal."""
         for attempt in range(1, self._max_attempts + 1):
             answers = await self._try(calls, attempt)
             if answers is not None:
-                return [Delivered(answer=answer, attempts=attempt) for answer in answers]
+                return [AttemptedRow(answer=answer, attempts=attempt) for answer in answers]
         return await self._quarantine(calls, self._max_attempts)
 
-    async def _quarantine(self, calls: Sequence[RowCall], attempts: int) -> list[Delivered]:
+    async def _quarantine(self, calls: Sequence[LabelRequest], attempts: int) -> list[AttemptedRow]:
         for _ in range(_DEATHS_ALONE if len(calls) == 1 else 1):
             attempts += 1
             answers = await self._try(calls, attempts, alone=True)
             if answers is not None:
-                return [Delivered(answer=answer, attempts=attempts) for answer in answers]
+                return [AttemptedRow(answer=answer, attempts=attempts) for answer in answers]
         if len(calls) == 1:
             logger.error("poison_row", row=calls[0].id, attempts=attempts)
             poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
             answer = RowAnswer.from_error(calls[0].id, poison)
-            return [Delivered(answer=answer, attempts=attempts)]
+            return [AttemptedRow(answer=answer, attempts=attempts)]
         half = len(calls) // 2
         left = await self._quarantine(calls[:half], attempts)
         return left + await self._quarantine(calls[half:], attempts)
 
     async def _try(
-        self, calls: Sequence[RowCall], attempt: int, *, alone: bool = False
+        self, calls: Sequence[LabelRequest], attempt: int, *, alone: bool = False
     ) -> list[RowAnswer] | None:
         """The answers, or None if the replica died. A refused call keeps its place while it
         waits: letting the next one try would only be refused too."""

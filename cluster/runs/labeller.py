@@ -23,9 +23,9 @@ from ray.data import ActorPoolStrategy, Dataset
 from cluster.config import Kind, RunConfig
 from cluster.controller import stop_reason
 from cluster.errors import ErrorShareExceeded, PromptInvalid
-from cluster.protocol import Replicas, RowAnswer, RowCall, ServeReplicas
-from cluster.runs.admission import Credits, call_rows, rows_waiting
-from cluster.runs.dispatch import Delivered, Delivery
+from cluster.protocol import LabelRequest, Replicas, RowAnswer, ServeReplicas
+from cluster.runs.admission import Admission, call_rows, rows_waiting
+from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from cluster.schema import COST_FIELD, INPUT_FIELDS, is_internal, output_schema
 
 logger = structlog.get_logger(__name__)
@@ -34,16 +34,16 @@ logger = structlog.get_logger(__name__)
 _UNITS_AT_ONCE = 4
 # Anything but the reader's share of a CPU: with equal resources Ray Data would fuse the reader
 # into this stage, and every read would stall the event loop that drives the calls.
-CALLER_CPUS = 0.25
+LABELLER_CPUS = 0.25
 
 _UNIT_FIELD = INPUT_FIELDS[0]
 _QUESTION = "{question}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallerSettings:
-    """What a caller is told. first_unit: the run's first, which always has control rows.
-    replicas, batch_rows, token_room: what one actor keeps full, slots and tokens as in `Fleet`.
+class LabellerSettings:
+    """What a labeller needs. first_unit: the run's first, which always has control rows. replicas,
+    batch_rows, kv_token_capacity: what one actor keeps full, slots and tokens as in `Fleet`.
     unit_rows: of a typical unit."""
 
     run_id: str
@@ -54,7 +54,7 @@ class CallerSettings:
     deployment: str
     batch_rows: int = 16
     replicas: int = 1
-    token_room: int | None = None
+    kv_token_capacity: int | None = None
     unit_rows: int = 256
 
     @property
@@ -84,19 +84,19 @@ class _Row:
     error: RowAnswer | None
 
 
-class Caller:
+class Labeller:
     """The class Ray Data runs (`label_units` sets it up). `replicas` is for tests."""
 
-    def __init__(self, settings: CallerSettings, replicas: Replicas | None = None) -> None:
+    def __init__(self, settings: LabellerSettings, replicas: Replicas | None = None) -> None:
         self._run_id = settings.run_id
         self._config = settings.config
         self._settings = settings
-        self._delivery = Delivery(
+        self._delivery = Dispatcher(
             replicas
             or ServeReplicas(serve.get_deployment_handle(settings.deployment, settings.app)),
-            credits=Credits(
+            credits=Admission(
                 rows=settings.rows_running,
-                tokens=settings.token_room,
+                tokens=settings.kv_token_capacity,
                 waiting=settings.rows_waiting,
             ),
             max_attempts=settings.config.max_attempts,
@@ -136,7 +136,7 @@ class Caller:
             for row, delivered in zip(chunk, answers, strict=True)
         }
         outcomes |= {
-            row.number: Delivered(answer=row.error, attempts=0) for row in rows if row.error
+            row.number: AttemptedRow(answer=row.error, attempts=0) for row in rows if row.error
         }
         logger.debug("unit_labelled", run_id=self._run_id, unit_id=rows[0].unit, rows=len(rows))
         return self._outcome(table, rows, [outcomes[row.number] for row in rows])
@@ -189,9 +189,9 @@ class Caller:
         digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    def _call(self, row: _Row, *, control: bool) -> RowCall:
+    def _call(self, row: _Row, *, control: bool) -> LabelRequest:
         assert row.prompt is not None
-        return RowCall(
+        return LabelRequest(
             id=f"{row.unit}:{row.number}",
             prompt=row.prompt,
             images=(row.image,),
@@ -202,7 +202,7 @@ class Caller:
         )
 
     def _outcome(
-        self, table: pa.Table, rows: Sequence[_Row], delivered: Sequence[Delivered]
+        self, table: pa.Table, rows: Sequence[_Row], delivered: Sequence[AttemptedRow]
     ) -> pa.Table:
         """The source's columns, the output's, and what the sink needs besides."""
         source = table.select([name for name in table.column_names if not is_internal(name)])
@@ -219,7 +219,7 @@ class Caller:
         costs = pa.array([d.answer.cost for d in delivered], COST_FIELD.type)
         return source.append_column(COST_FIELD, costs)
 
-    def _values(self, row: _Row, delivered: Delivered) -> dict[str, Any]:
+    def _values(self, row: _Row, delivered: AttemptedRow) -> dict[str, Any]:
         answer = delivered.answer
         common = {
             "key": row.key,
@@ -275,11 +275,11 @@ def _chunks(rows: Sequence[_Row], size: int) -> list[Sequence[_Row]]:
 _INPUT_NAMES = [field.name for field in INPUT_FIELDS]
 
 
-def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -> Dataset:
+def label_units(units: Dataset, settings: LabellerSettings, *, callers: int = 1) -> Dataset:
     """The stage itself: every unit of `units` labelled. With several callers each has the replicas
     that `settings` names to keep full."""
     return units.map_batches(
-        Caller,
+        Labeller,
         fn_constructor_kwargs={"settings": settings},
         batch_size=None,
         batch_format="pyarrow",
@@ -288,5 +288,5 @@ def label_units(units: Dataset, settings: CallerSettings, *, callers: int = 1) -
             max_concurrent_calls_per_actor=settings.units_at_once,
             max_tasks_in_flight_per_actor=2 * settings.units_at_once,
         ),
-        num_cpus=CALLER_CPUS,
+        num_cpus=LABELLER_CPUS,
     )

@@ -23,10 +23,10 @@ from cluster.output.commit import CommitSink
 from cluster.output.summary import SUMMARY_KEY, Attempt, Summary, summarise
 from cluster.protocol import ServeReplicas
 from cluster.runs.calibration import calibrate
-from cluster.runs.labeller import CALLER_CPUS, CallerSettings, label_units
+from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, label_units
 from cluster.runs.planning import Plan, done_units, plan_run
 from cluster.runs.progress import ProgressDisplay
-from cluster.runs.tracker import RunWatch, run_error
+from cluster.runs.tracker import RunTracker, run_error
 from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
 from cluster.serving.replica import EngineSettings
 from cluster.store import Store, open_store
@@ -87,7 +87,7 @@ def run(
                 f"{pinned.image_backend}: install torchvision on both or on neither"
             )
         if config.auto:
-            replicas, batch_rows = ServeReplicas(fleet.handle), fleet.max_batch_rows
+            replicas, batch_rows = ServeReplicas(fleet.handle), fleet.slots
             chosen = calibrate(config, plan, todo, store, replicas, batch_rows=batch_rows)
             config = replace(config, spec=chosen.spec(config.spec), auto=False)
         attempt = _label(config, plan, todo, store, fleet, pinned, console, began)
@@ -103,7 +103,7 @@ def fleet_of(config: RunConfig, revision: str, environment: Mapping[str, str]) -
     engine = EngineSettings(
         model=config.model,
         revision=revision,
-        max_batch_rows=config.max_batch_rows,
+        slots=config.slots,
         dtype=config.dtype,
     )
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
@@ -139,22 +139,22 @@ def _label(
         highlight=False,
         soft_wrap=True,
     )
-    caller = CallerSettings(
+    caller = LabellerSettings(
         run_id=plan.run_id,
         first_unit=plan.units[0].unit_id,
         config=config,
         model_revision=pinned.revision,
         app=fleet.app,
         deployment=fleet.deployment,
-        batch_rows=fleet.max_batch_rows,
+        batch_rows=fleet.slots,
         replicas=fleet.replicas,
-        token_room=fleet.token_room,
+        kv_token_capacity=fleet.kv_token_capacity,
         unit_rows=sum(unit.row_count for unit in todo) // len(todo),
     )
     _warn_if_starved(console)
     labelled = label_units(read_units(plan, todo, replicas=fleet.replicas), caller)
     sink = CommitSink(plan, on_commit=report_commit)
-    with RunWatch(config, plan, store) as watch:
+    with RunTracker(config, plan, store) as watch:
         busy_before = fleet.stats().busy_seconds
         started = time.monotonic()
         with ProgressDisplay(watch.progress, console):
@@ -186,7 +186,7 @@ def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
 def _warn_if_starved(console: Console) -> None:
     """Ray waits without a word where reading, calling and writing do not fit beside what runs."""
     free = ray.available_resources().get("CPU", 0.0)
-    needed = READER_CPUS + CALLER_CPUS + _SINK_CPUS
+    needed = READER_CPUS + LABELLER_CPUS + _SINK_CPUS
     if free < needed:
         console.print(
             f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "

@@ -31,7 +31,7 @@ def run_error(error: BaseException | None) -> RunError | None:
     return None
 
 
-class RunWatch:
+class RunTracker:
     """Context manager around the work of one attempt; `progress` may be asked from any thread."""
 
     def __init__(self, config: RunConfig, plan: Plan, store: Store) -> None:
@@ -40,7 +40,7 @@ class RunWatch:
         self._store = store
         self._controller = get_controller()
 
-    def __enter__(self) -> RunWatch:
+    def __enter__(self) -> RunTracker:
         self._register()
         return self
 

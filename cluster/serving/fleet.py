@@ -81,7 +81,7 @@ class FleetStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fleet:
-    """Replicas that are up. max_batch_rows: slots of each. token_room: tokens, of prompts and
+    """Replicas that are up. slots: slots of each. kv_token_capacity: tokens, of prompts and
     answers, that all of them may hold together; None where nothing bounds them."""
 
     app: str
@@ -89,8 +89,8 @@ class Fleet:
     http_url: str
     handle: DeploymentHandle[Any]
     replicas: int
-    max_batch_rows: int
-    token_room: int | None
+    slots: int
+    kv_token_capacity: int | None
     model: str
     model_revision: str
     image_backend: str
@@ -118,13 +118,13 @@ def application(settings: FleetSettings) -> serve.Application:
     """The Serve application: HTTP edge and replicas, which get a GPU each if there are any."""
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
     engine = settings.engine.sized(gpu=gpus > 0)
-    assert engine.max_batch_rows is not None
+    assert engine.slots is not None
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     replica = serve.deployment(VLMReplica).options(
         name=settings.name,
         num_replicas=settings.replicas,
         ray_actor_options=options,
-        max_ongoing_requests=rows_held(engine.max_batch_rows) + ONLINE_SLOTS,
+        max_ongoing_requests=rows_held(engine.slots) + ONLINE_SLOTS,
         max_queued_requests=_QUEUED_CALLS,
         max_constructor_retry_count=2,
         graceful_shutdown_wait_loop_s=0.5,
@@ -170,7 +170,7 @@ def build(args: Mapping[str, str]) -> serve.Application:
     engine = EngineSettings(
         model=args["model"],
         revision=pinned.revision,
-        max_batch_rows=int(args["max_batch_rows"]) if "max_batch_rows" in args else None,
+        slots=int(args["max_batch_rows"]) if "max_batch_rows" in args else None,
         dtype=args.get("dtype", "auto"),
     )
     return application(
@@ -254,15 +254,17 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
     assert details is not None
     handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, app.name)
     replicas = _ask(handle)
-    rooms = [replica.token_room for replica in replicas]
+    rooms = [replica.kv_token_capacity for replica in replicas]
     return Fleet(
         app=app.name,
         deployment=deployment,
         http_url=(http_root(details) + (app.route_prefix or "")).rstrip("/"),
         handle=handle,
         replicas=len(replicas),
-        max_batch_rows=replicas[0].max_batch_rows,
-        token_room=None if None in rooms else sum(room for room in rooms if room is not None),
+        slots=replicas[0].slots,
+        kv_token_capacity=None
+        if None in rooms
+        else sum(room for room in rooms if room is not None),
         model=replicas[0].model,
         model_revision=replicas[0].model_revision,
         image_backend=replicas[0].image_backend,

@@ -20,8 +20,8 @@ from PIL import Image
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import measured_ratio, nanoseconds
 from cluster.images import FORMATS
-from cluster.protocol import Priority, Replicas, RowAnswer, RowCall
-from sppruner.engine import Generation
+from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
+from sppruner.engine import SamplingParams
 from sppruner.spec import PruneSpec
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
@@ -32,7 +32,7 @@ SIDES: Final = (224, 448, 896)
 # Calls of each size and load, behind one that is not counted.
 _CALLS: Final = 5
 _PROMPT: Final = "Describe the image."
-_GENERATION: Final = Generation(max_new_tokens=16)
+_GENERATION: Final = SamplingParams(max_new_tokens=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ async def _timed(
     replicas: Replicas, spec: PruneSpec, side: int, load: int, number: int
 ) -> list[RowAnswer]:
     calls = [
-        RowCall(
+        LabelRequest(
             id=f"break-even:{side}:{load}:{number}:{row}",
             prompt=_PROMPT,
             images=(_drawn(side, number * load + row),),

@@ -24,7 +24,7 @@ from PIL import Image
 
 from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageError
 from cluster.images import decode_image
-from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.protocol import LabelRequest, Priority, RowAnswer
 from cluster.runs.admission import rows_held
 from cluster.serving.engine_thread import EngineThread
 from sppruner.engine.interface import DTYPES, Engine, Reduction, Request, Result
@@ -44,23 +44,23 @@ _BROKEN_AFTER = 3
 class EngineSettings:
     """How a replica builds its engine, and how much it takes at once.
 
-    engine: "module:callable"; called with model, device, dtype, max_batch_rows, revision (if set)
+    engine: "module:callable"; called with model, device, dtype, slots, revision (if set)
     and `options`.
     device: "auto" is the accelerator where the replica has one, else the CPU.
-    max_batch_rows: None for what the replica's device suits, see `sized`.
+    slots: None for what the replica's device suits, see `sized`.
     """
 
     model: str
     revision: str | None = None
-    max_batch_rows: int | None = None
+    slots: int | None = None
     engine: str = "sppruner.engine:open_engine"
     device: str = "auto"
     dtype: str = "auto"
     options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_batch_rows is not None and self.max_batch_rows < 1:
-            raise UsageError(f"max_batch_rows {self.max_batch_rows}: give at least 1")
+        if self.slots is not None and self.slots < 1:
+            raise UsageError(f"slots {self.slots}: give at least 1")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.engine.count(":") != 1:
@@ -68,17 +68,17 @@ class EngineSettings:
 
     def sized(self, *, gpu: bool) -> EngineSettings:
         """These settings, with a number of rows."""
-        return replace(self, max_batch_rows=self.max_batch_rows or slots_of(gpu=gpu))
+        return replace(self, slots=self.slots or slots_of(gpu=gpu))
 
     def build(self) -> Engine:
         """Imports and calls the factory. Raises what the factory raises. For settings that are
         `sized`."""
-        assert self.max_batch_rows is not None
+        assert self.slots is not None
         module, name = self.engine.split(":")
         factory = getattr(importlib.import_module(module), name)
         pinned = {} if self.revision is None else {"revision": self.revision}
         settings = dict(model=self.model, device=self.device, dtype=self.dtype, **pinned)
-        return cast(Engine, factory(max_batch_rows=self.max_batch_rows, **settings, **self.options))
+        return cast(Engine, factory(slots=self.slots, **settings, **self.options))
 
 
 def slots_of(*, gpu: bool) -> int:
@@ -90,20 +90,20 @@ def slots_of(*, gpu: bool) -> int:
 class ReplicaStats:
     """What one replica has done since it started. `rows` counts compute, retries included: how
     many rows were committed is the ledger's to say. waiting: rows that the engine has no result
-    for yet. max_batch_rows, token_room: the engine's."""
+    for yet. slots, kv_token_capacity: the engine's."""
 
     pid: int
     model: str
     model_revision: str
     image_backend: str
-    max_batch_rows: int
+    slots: int
     uptime_seconds: float
     busy_seconds: float
     rows: int
     waiting_online: int
     waiting_batch: int
     batch_rows_in_flight: int
-    token_room: int | None
+    kv_token_capacity: int | None
 
 
 class EngineBroken(ClusterError):
@@ -138,12 +138,12 @@ class VLMReplica:
             engine=type(self._engine).__name__,
         )
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         """One answer per call, in order. Raises Busy if batch rows exceed what the replica holds;
         online calls are bounded by Serve's max_ongoing_requests alone."""
         if priority is Priority.ONLINE:
             return await self._label(calls, priority)
-        held, most = self._batch_rows_in_flight, rows_held(self._engine.max_batch_rows)
+        held, most = self._batch_rows_in_flight, rows_held(self._engine.slots)
         # A call larger than the limit still runs on an idle replica: refusing it for ever is worse.
         if held and held + len(calls) > most:
             raise Busy(f"{held} batch rows in flight of {most}")
@@ -153,7 +153,7 @@ class VLMReplica:
         finally:
             self._batch_rows_in_flight -= len(calls)
 
-    async def stream(self, call: RowCall) -> AsyncIterator[str | RowAnswer]:
+    async def stream(self, call: LabelRequest) -> AsyncIterator[str | RowAnswer]:
         """The answer to an online call as it is said, then the whole."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
         reduction = self._engine.reduction
@@ -174,19 +174,19 @@ class VLMReplica:
             model=self._engine.model_id,
             model_revision=self._engine.model_revision,
             image_backend=self._engine.image_backend,
-            max_batch_rows=self._engine.max_batch_rows,
+            slots=self._engine.slots,
             uptime_seconds=time.monotonic() - self._started,
             busy_seconds=self._engine.busy_seconds,
             rows=self._rows,
             waiting_online=self._thread.waiting(Priority.ONLINE),
             waiting_batch=self._thread.waiting(Priority.BATCH),
             batch_rows_in_flight=self._batch_rows_in_flight,
-            token_room=self._engine.token_room,
+            kv_token_capacity=self._engine.kv_token_capacity,
         )
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        if self._failed_in_a_row >= _BROKEN_AFTER * self._engine.max_batch_rows:
+        if self._failed_in_a_row >= _BROKEN_AFTER * self._engine.slots:
             raise EngineBroken(f"the last {self._failed_in_a_row} rows could not be run")
         if not self._thread.alive:
             raise EngineBroken("the engine's thread has ended")
@@ -195,7 +195,7 @@ class VLMReplica:
         """Ends the engine's thread. Serve ends the whole process instead."""
         self._thread.close()
 
-    async def _label(self, calls: Sequence[RowCall], priority: Priority) -> list[RowAnswer]:
+    async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[RowAnswer]:
         loop = asyncio.get_running_loop()
         pool, reduction = self._decoders[priority], self._engine.reduction
         decoding = (
@@ -230,7 +230,7 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _decode(call: RowCall, priority: Priority, reduction: Reduction) -> Request | RowAnswer:
+def _decode(call: LabelRequest, priority: Priority, reduction: Reduction) -> Request | RowAnswer:
     try:
         images: tuple[Image.Image, ...] = tuple(
             decode_image(data, call.media, reduction) for data in call.images

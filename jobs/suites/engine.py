@@ -48,7 +48,7 @@ from jobs.suites.result import machine
 from jobs.suites.result import ratio as spread
 from jobs.suites.shapes import Shape, scenes
 from sppruner import Budget, PruneSpec
-from sppruner.engine import Generation, Request
+from sppruner.engine import Request, SamplingParams
 from sppruner.errors import SpecError
 from sppruner.models.loading import LoadedModel
 from sppruner.selectors import selector_for
@@ -101,7 +101,7 @@ def engine(
     about = machine()
     loaded = build(shape, dtype)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
-    generation = Generation(max_new_tokens=_NEW_TOKENS)
+    generation = SamplingParams(max_new_tokens=_NEW_TOKENS)
     *requests, alone = [
         Request(id=str(number), prompt=_PROMPT, images=(image,), generation=generation)
         for number, image in enumerate(scenes(shape, count + 1))

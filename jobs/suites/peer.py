@@ -30,7 +30,7 @@ from jobs.suites.passes import Timed
 from sppruner.cost.decoder import DecoderCost
 from sppruner.engine import Request
 from sppruner.models.loading import LoadedModel
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 
 NAME: Final = "vLLM dense"
 _WORKER: Final = Path(__file__).with_name("peer_worker.py")
@@ -154,7 +154,7 @@ def _write(
     prompts, asked = [], []
     for number, request in enumerate(requests):
         (image,) = request.images
-        inputs = ask_about(loaded.processor, [request.prompt], [image])
+        inputs = build_inputs(loaded.processor, [request.prompt], [image])
         prompts.append(inputs["input_ids"][0].tolist())
         image.save(folder / f"{number}.png")
         content = [{"type": "image"}, {"type": "text", "text": request.prompt}]

@@ -16,7 +16,7 @@ import torch
 
 import sppruner.pruner
 from sppruner.adapters import adapter_for
-from sppruner.engine.caches.kv_slots import SlotCache
+from sppruner.engine.caches.kv_slots import KVSlots
 from sppruner.engine.decode import DecodeStep
 from sppruner.relevance import TextRelevance
 
@@ -103,7 +103,7 @@ def traced(model: Any, *, wait: bool = True) -> Iterator[Trace]:
             (type(adapter_for(model)), "encode", timed("vision")),
             (model.model, "get_image_features", timed("vision")),  # by `generate` itself
             (TextRelevance, "of", timed("pruner")),
-            (sppruner.pruner, "schedules_of", timed("pruner")),
+            (sppruner.pruner, "token_schedules", timed("pruner")),
             (sppruner.pruner, "select", timed("pruner")),
             (sppruner.pruner, "keep", timed("pruner")),
             (model, "forward", forward),
@@ -139,7 +139,7 @@ def _wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[Non
             delattr(owner, name)
 
 
-def _slot_bytes(cache: SlotCache, rows: int) -> int:
+def _slot_bytes(cache: KVSlots, rows: int) -> int:
     """Of the longest of the first slots, with the token that the last step wrote."""
     layers = len(cache.keys)
     tokens = max(sum(cache.lengths(slot)) + layers for slot in range(rows))

@@ -35,7 +35,7 @@ from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_repl
 from jobs.suites.random_models import save
 from jobs.suites.result import in_turn, known_ratio, machine, ratio
 from jobs.suites.shapes import Shape
-from sppruner.engine import Engine, Generation, Request
+from sppruner.engine import Engine, Request, SamplingParams
 from sppruner.errors import EngineError
 from sppruner.models.loading import dtype_on, resolve_model
 from sppruner.tiny.questions import CAPTION_PROMPT
@@ -59,8 +59,8 @@ class Work:
     dtype: str = "auto"
 
     @property
-    def generation(self) -> Generation:
-        return Generation(max_new_tokens=self.new_tokens)
+    def generation(self) -> SamplingParams:
+        return SamplingParams(max_new_tokens=self.new_tokens)
 
     def draw(self, count: int, seed: int) -> list[Row]:
         return captioned(count, seed) if self.side is None else squares(count, seed, self.side)
@@ -167,7 +167,7 @@ def job_pass(corpus: str, output: str, work: Work, told: Console) -> Pass:
         generation=work.generation,
         dtype=work.dtype,
         unit_rows=work.unit_rows,
-        max_batch_rows=work.batch_rows,
+        slots=work.batch_rows,
     )
     summary, attempt = carry_out(config, told)
     work.check(attempt.rows, summary.total.completion_tokens)
@@ -245,7 +245,7 @@ def sides_in_turns(
     served = EngineSettings(
         model=work.model,
         revision=resolve_model(work.model).revision,
-        max_batch_rows=work.batch_rows,
+        slots=work.batch_rows,
         dtype=work.dtype,
     )
     engine, held = served.build(), rows_held(work.batch_rows)

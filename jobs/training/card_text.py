@@ -109,13 +109,13 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 _QWEN_USAGE: Final = """\
 ```python
-from sppruner import Pruner, ask_about
+from sppruner import Pruner, build_inputs
 from sppruner.models.loading import load_model
 from sppruner.spec import DENSE
 
 loaded = load_model("tiny-qwen")
 prompt = "how many circles are there?"
-inputs = ask_about(loaded.processor, [prompt], [image])
+inputs = build_inputs(loaded.processor, [prompt], [image])
 pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
 answer = pruner.generate(inputs, DENSE, [prompt], max_new_tokens=48)
 print(loaded.processor.batch_decode(answer.tokens_BT, skip_special_tokens=True)[0])

@@ -20,7 +20,7 @@ from jobs.training.contrast import CaptionContrast
 from jobs.training.families import Family
 from jobs.training.history import History
 from jobs.training.language import kind_weights, sample_keep
-from jobs.training.loop import Draws, Schedule, load_checkpoint, run_steps
+from jobs.training.loop import Draws, LearningRateSchedule, load_checkpoint, run_steps
 from jobs.training.packing import answer_logits, lm_loss, pack, shown_entities
 from jobs.training.ranks import Ranks
 from jobs.training.space import Truth
@@ -86,7 +86,9 @@ def train_joint(shop: Workshop, ranks: Ranks) -> None:
     dense = DenseLoss(space, sharp=True)
     weights = kind_weights(shop.device, background=0.5, behind=2.0, count=3.0, nearest=4.0)
     batch = _BATCH // ranks.world
-    schedule = Schedule(steps=shop.steps(2000), peak=1e-3, warmup=40, hold=0.35, floor=0.03)
+    schedule = LearningRateSchedule(
+        steps=shop.steps(2000), peak=1e-3, warmup=40, hold=0.35, floor=0.03
+    )
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         draws = Draws(stage=_JOINT, step=done + step, rank=ranks.rank)

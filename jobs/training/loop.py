@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from jobs.training.optimizers import build_optimizers
 from jobs.training.scene_cache import Array
 
-__all__ = ["Draws", "Schedule", "load_checkpoint", "run_steps", "save_checkpoint"]
+__all__ = ["Draws", "LearningRateSchedule", "load_checkpoint", "run_steps", "save_checkpoint"]
 
 _LOG_STEPS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class LearningRateSchedule:
     """Linear warm-up, constant until `hold` of the steps, then cosine down to `floor`."""
 
     steps: int
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 def run_steps(
     name: str,
     trained: nn.Module,
-    schedule: Schedule,
+    schedule: LearningRateSchedule,
     loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
     checkpoint: Path,
     *,

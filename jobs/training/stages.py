@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from jobs.training.contrast import CaptionContrast
 from jobs.training.families import LLAVA, Family
 from jobs.training.language import init_language, language_loss
-from jobs.training.loop import Draws, Schedule, load_checkpoint, run_steps
+from jobs.training.loop import Draws, LearningRateSchedule, load_checkpoint, run_steps
 from jobs.training.ranks import Ranks
 from jobs.training.scene_cache import SceneCache
 from jobs.training.space import TokenSpace, Truth
@@ -65,7 +65,7 @@ def train_language(shop: Workshop) -> None:
     """Stage L, in one process."""
     model, space = shop.build()
     batch = 16
-    schedule = Schedule(steps=shop.steps(2600), peak=2e-3, warmup=100, hold=0.5)
+    schedule = LearningRateSchedule(steps=shop.steps(2600), peak=2e-3, warmup=100, hold=0.5)
     run_steps(
         "language",
         model.model.language_model,
@@ -78,17 +78,19 @@ def train_language(shop: Workshop) -> None:
 
 def train_vision(shop: Workshop) -> None:
     """Stage V, beside stage L on another core."""
-    schedule = Schedule(steps=shop.steps(1500), peak=1.5e-3, warmup=100, floor=0.08)
+    schedule = LearningRateSchedule(steps=shop.steps(1500), peak=1.5e-3, warmup=100, floor=0.08)
     _look_and_tell(shop, Ranks(0, 1, None), "vision", schedule, 16)
 
 
 def sharpen_vision(shop: Workshop, ranks: Ranks) -> None:
     """Stage S: the vision tower again, on all ranks, for what it learns last."""
-    schedule = Schedule(steps=shop.steps(400), peak=1.2e-3, warmup=50, floor=0.15)
+    schedule = LearningRateSchedule(steps=shop.steps(400), peak=1.2e-3, warmup=50, floor=0.15)
     _look_and_tell(shop, ranks, "sharpen", schedule, 32 // ranks.world)
 
 
-def _look_and_tell(shop: Workshop, ranks: Ranks, name: str, schedule: Schedule, batch: int) -> None:
+def _look_and_tell(
+    shop: Workshop, ranks: Ranks, name: str, schedule: LearningRateSchedule, batch: int
+) -> None:
     model, space = shop.build()
     torch.manual_seed(23)
     eyes, contrast = shop.family.eyes(model), CaptionContrast().to(shop.device)

@@ -15,7 +15,7 @@ from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION
 from sppruner.spec import Positions
-from sppruner.stages import stages_from
+from sppruner.stages import first_prunable_layer
 from sppruner.types import VisualTokens
 
 
@@ -26,8 +26,8 @@ class Capabilities:
     signals: the signals it can give. attention: what its saliency signal is, the row of a CLS
     token or the attention each token receives. positions: the policies it can run; M-RoPE only
     keeps. hidden: whether its projector maps encoder states to features token by token.
-    decoder_layers: how many there are. stages_from: the first decoder layer in front of which
-    tokens may be pruned, or None where none may.
+    decoder_layers: how many there are. first_prunable_layer: the first decoder layer in front of
+    which tokens may be pruned, or None where none may.
     """
 
     family: str
@@ -36,7 +36,7 @@ class Capabilities:
     positions: tuple[Positions, ...]
     hidden: bool
     decoder_layers: int
-    stages_from: int | None
+    first_prunable_layer: int | None
 
     @classmethod
     def of(
@@ -56,11 +56,15 @@ class Capabilities:
             positions=positions,
             hidden=hidden,
             decoder_layers=config.text_config.num_hidden_layers,
-            stages_from=stages_from(config.text_config),
+            first_prunable_layer=first_prunable_layer(config.text_config),
         )
 
     def __str__(self) -> str:
-        stages = "no stages" if self.stages_from is None else f"stages from {self.stages_from}"
+        stages = (
+            "no stages"
+            if self.first_prunable_layer is None
+            else f"stages from {self.first_prunable_layer}"
+        )
         return (
             f"{self.family} (signals {', '.join(sorted(self.signals)) or 'none'}; positions "
             f"{' or '.join(self.positions)}; {self.decoder_layers} decoder layers, {stages})"

@@ -216,11 +216,11 @@ class Qwen3VLAdapter(QwenVLAdapter):
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
         plain = super().capabilities_of(config)
-        if plain.stages_from is None:
+        if plain.first_prunable_layer is None:
             return plain
         # Pruning in front of a layer must come after the last addition, which counts the tokens.
-        first = max(plain.stages_from, len(config.vision_config.deepstack_visual_indexes))
-        return replace(plain, stages_from=first if first < plain.decoder_layers else None)
+        first = max(plain.first_prunable_layer, len(config.vision_config.deepstack_visual_indexes))
+        return replace(plain, first_prunable_layer=first if first < plain.decoder_layers else None)
 
     @classmethod
     def encoder_cost(cls, config: Any) -> EncoderCost:

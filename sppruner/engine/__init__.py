@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sppruner.engine.interface import Engine, Generation, Request, Result
+from sppruner.engine.interface import Engine, Request, Result, SamplingParams
 
 if TYPE_CHECKING:
     from sppruner.engine.continuous import ContinuousEngine
@@ -16,9 +16,9 @@ __all__ = [
     "BatchEngine",
     "ContinuousEngine",
     "Engine",
-    "Generation",
     "Request",
     "Result",
+    "SamplingParams",
     "open_engine",
 ]
 

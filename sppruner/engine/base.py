@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 
 from PIL import Image
 
-from sppruner.engine.interface import NO_EFFECT, Generation, Request, Result, Update
+from sppruner.engine.interface import NO_EFFECT, Request, Result, SamplingParams, Update
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect
-from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 class ModelEngine(ABC):
     """An `Engine` around one model instance.
 
-    model: a name or folder for `load_model`, or what that gave. max_batch_rows: requests that are
+    model: a name or folder for `load_model`, or what that gave. slots: requests that are
     answered side by side.
     """
 
@@ -38,7 +38,7 @@ class ModelEngine(ABC):
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        max_batch_rows: int = 64,
+        slots: int = 64,
         clip_text: ClipText | None = None,
     ) -> None:
         loaded = (
@@ -49,8 +49,8 @@ class ModelEngine(ABC):
         self.model_id = loaded.identity.name
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
-        self.max_batch_rows = max_batch_rows
-        self._reduction = reduction_of(loaded.processor)
+        self.slots = slots
+        self._reduction = jpeg_scale_of(loaded.processor)
         self._model = loaded.model
         self._processor = loaded.processor
         self._pruner = Pruner(
@@ -103,9 +103,9 @@ class ModelEngine(ABC):
                     # All different, or one would be encoded for all.
                     images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
                     spec=spec,
-                    generation=Generation(max_new_tokens=2),
+                    generation=SamplingParams(max_new_tokens=2),
                 )
-                for number in range(min(_WARM_UP_ROWS, self.max_batch_rows))
+                for number in range(min(_WARM_UP_ROWS, self.slots))
             ]
             for result in self.run(requests):
                 if result.error_code == NO_EFFECT:
@@ -169,7 +169,7 @@ def both_ways(
     ]
 
 
-def check_length(prompt: int, generation: Generation, context: int) -> None:
+def check_length(prompt: int, generation: SamplingParams, context: int) -> None:
     """Raises InputError for a prompt of so many tokens and an answer that exceed the context."""
     if prompt + generation.max_new_tokens > context:
         raise InputError(

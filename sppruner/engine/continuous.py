@@ -13,13 +13,13 @@ from typing import Any, Final
 import torch
 
 from sppruner.engine.base import ModelEngine, both_ways
-from sppruner.engine.caches.encoder import Encodings
-from sppruner.engine.caches.prefix import Prefixes
+from sppruner.engine.caches.encoder import EncoderCache
+from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.interface import Request, Result, Update, failed
 from sppruner.engine.isolation import isolated
 from sppruner.engine.preparation import Asked, Asker
-from sppruner.engine.running_batch import Row, RunningRows
-from sppruner.engine.scheduler import Limits, Schedule
+from sppruner.engine.running_batch import Row, RunningBatch
+from sppruner.engine.scheduler import PrefillLimits, Scheduler
 from sppruner.errors import SpecError
 from sppruner.spec import DENSE
 
@@ -36,7 +36,7 @@ class ContinuousEngine(ModelEngine):
     depend on the company that a row has). Control requests are read and
     answered by themselves, pruned and dense, once everything else that ran has finished.
 
-    max_batch_rows: slots. limits: of what is read in one forward. capacity: places of every slot,
+    slots: slots. limits: of what is read in one forward. capacity: places of every slot,
     allocated at once, or None to grow as needed. kv_bytes: what keys and values may grow to, by
     default without bounds on a CPU and 60 % of what a GPU has left; requests wait for room.
     compiled: decode as one graph, which needs a capacity. threads: that prepare pixels.
@@ -50,7 +50,7 @@ class ContinuousEngine(ModelEngine):
         self,
         model: Any,
         *,
-        limits: Limits | None = None,
+        limits: PrefillLimits | None = None,
         capacity: int | None = None,
         kv_bytes: int | None = None,
         compiled: bool = False,
@@ -63,19 +63,19 @@ class ContinuousEngine(ModelEngine):
             raise SpecError(
                 "a compiled engine needs a capacity: places for a prompt and its answer"
             )
-        self.encodings, self.prefixes = Encodings(encodings_bytes), Prefixes(encodings_bytes)
-        self._rows = RunningRows(
+        self.encodings, self.prefixes = EncoderCache(encodings_bytes), PrefixCache(encodings_bytes)
+        self._rows = RunningBatch(
             self._pruner,
             self._processor.tokenizer,
             ends=self._end_ids,
-            slots=self.max_batch_rows,
+            slots=self.slots,
             encodings=self.encodings,
             prefixes=self.prefixes,
             capacity=capacity,
             kv_bytes=_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
             compiled=compiled,
         )
-        self.token_room: int | None = self._rows.cache.room
+        self.kv_token_capacity: int | None = self._rows.cache.room
         self._asker = Asker(
             self._processor,
             self._pruner,
@@ -83,7 +83,7 @@ class ContinuousEngine(ModelEngine):
             fits=partial(self._rows.cache.fits, 1),
             threads=threads,
         )
-        self._schedule: Schedule[Asked] = Schedule(limits or _limits(self._model.device))
+        self._schedule: Scheduler[Asked] = Scheduler(limits or _limits(self._model.device))
         self._asking: dict[int, tuple[Request, Future[Asked]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
@@ -228,10 +228,10 @@ class ContinuousEngine(ModelEngine):
         self._updates.append(Update(ticket=ticket, text=text, result=result))
 
 
-def _limits(device: torch.device) -> Limits:
+def _limits(device: torch.device) -> PrefillLimits:
     """A CPU is faster on groups whose states stay in its caches: the embedded model answered 158
     images/s in groups of 16, and 124 in groups of 56."""
-    return Limits() if device.type == "cuda" else Limits(tokens=2048, patches=2048)
+    return PrefillLimits() if device.type == "cuda" else PrefillLimits(tokens=2048, patches=2048)
 
 
 def _kv_bytes(device: torch.device) -> int | None:

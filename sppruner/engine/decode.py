@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter
-from sppruner.engine.caches.kv_slots import SlotCache
+from sppruner.engine.caches.kv_slots import KVSlots
 from sppruner.errors import UnsupportedModel
-from sppruner.stages import stages_from
+from sppruner.stages import first_prunable_layer
 
 
 class DecodeStep:
@@ -29,7 +29,7 @@ class DecodeStep:
         self._decoder = adapter.language_model()
         self._embed = adapter.model.get_input_embeddings()
         self._head = adapter.model.get_output_embeddings()
-        if stages_from(self._decoder.config) is None:
+        if first_prunable_layer(self._decoder.config) is None:
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: a decoder with windows or chunks of attention "
                 "cannot run in slots; a BatchEngine can run it"
@@ -43,16 +43,16 @@ class DecodeStep:
                 mode="reduce-overhead" if adapter.model.device.type == "cuda" else None,
             )
 
-    def __call__(self, tokens_N: Tensor, positions_RN: Tensor, cache: SlotCache) -> Tensor:
+    def __call__(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
         """Logits [N, vocabulary] behind `tokens_N`, which stand at `positions_RN`.
 
-        Reads and writes the first N slots; counting the token is left to `SlotCache.end`.
+        Reads and writes the first N slots; counting the token is left to `KVSlots.end`.
         """
         cache.begin(len(tokens_N))
         logits: Tensor = self._forward(tokens_N, positions_RN, cache)
         return logits
 
-    def _run(self, tokens_N: Tensor, positions_RN: Tensor, cache: SlotCache) -> Tensor:
+    def _run(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
         hidden = self._embed(tokens_N[:, None])
         text_N1 = positions_RN[0, :, None]
         # With four rows the first one counts text alone; time, height and width rotate.

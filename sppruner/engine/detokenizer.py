@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 
-class Transcript:
+class Detokenizer:
     """The text of one answer. `text` is what may be shown: what could still turn out to begin a
     stop string is held back until it did not. White space around the answer is not part of it.
 

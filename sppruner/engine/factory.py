@@ -36,8 +36,8 @@ def open_engine(
     try:
         return ContinuousEngine(model, **settings)
     except UnsupportedModel as error:
-        rows = min(_STATIC_ROWS, settings.pop("max_batch_rows", _STATIC_ROWS))
+        rows = min(_STATIC_ROWS, settings.pop("slots", _STATIC_ROWS))
         # Raises the same where the model is at fault.
-        engine = BatchEngine(model, max_batch_rows=rows, **settings)
+        engine = BatchEngine(model, slots=rows, **settings)
         logger.warning("answering in static batches: %s", error)
         return engine

@@ -22,7 +22,7 @@ divides both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class SamplingParams:
     """How tokens are chosen. temperature 0 is greedy; `seed` matters only above 0.
 
     stop: texts that end an answer in front of them.
@@ -59,7 +59,7 @@ class Request:
     images: tuple[Image.Image, ...] = ()
     system: str | None = None
     spec: PruneSpec = DENSE
-    generation: Generation = field(default_factory=Generation)
+    generation: SamplingParams = field(default_factory=SamplingParams)
     control: bool = False
     priority: int = 0
     stream: bool = False
@@ -116,8 +116,8 @@ class Engine(Protocol):
 
     # Requests that are answered side by side at most, and tokens of prompts and answers that these
     # may have together: None where nothing bounds them.
-    max_batch_rows: int
-    token_room: int | None
+    slots: int
+    kv_token_capacity: int | None
 
     @property
     def in_flight(self) -> int:

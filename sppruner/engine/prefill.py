@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from sppruner.adapters import Encoded
-from sppruner.engine.caches.encoder import Encodings
-from sppruner.engine.caches.prefix import Prefix, Prefixes
+from sppruner.engine.caches.encoder import EncoderCache
+from sppruner.engine.caches.prefix import Prefix, PrefixCache
 from sppruner.engine.collate import collate
 from sppruner.engine.preparation import Asked
 from sppruner.pruner import Pruner
@@ -49,8 +49,8 @@ class Prefilled:
 def prefill(
     pruner: Pruner,
     group: Sequence[Asked],
-    encodings: Encodings | None = None,
-    prefixes: Prefixes | None = None,
+    encodings: EncoderCache | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> list[Prefilled]:
     """Reads prompts of one kind, in one forward or two.
 
@@ -83,7 +83,9 @@ def prefill(
     return [read[asked] for asked in group]
 
 
-def _read(pruner: Pruner, group: Sequence[Asked], encodings: Encodings | None) -> list[Prefilled]:
+def _read(
+    pruner: Pruner, group: Sequence[Asked], encodings: EncoderCache | None
+) -> list[Prefilled]:
     """Encodes, selects, re-packs and reads prompts whole."""
     encoded = None
     if encodings is not None and group[0].content:
@@ -189,7 +191,7 @@ def _left_padded(states_HLW: Tensor, length: int) -> Tensor:
     return pad(states_HLW, (0, 0, length - states_HLW.shape[1], 0))
 
 
-def _encoded(pruner: Pruner, group: Sequence[Asked], encodings: Encodings) -> Encoded:
+def _encoded(pruner: Pruner, group: Sequence[Asked], encodings: EncoderCache) -> Encoded:
     """What the images of a group encode to; those not held go through the tower together."""
 
     def encode(missing: Sequence[int], signals: frozenset[str]) -> Encoded:

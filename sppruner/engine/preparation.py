@@ -18,7 +18,7 @@ from sppruner.engine.base import check_length
 from sppruner.engine.caches.encoder import content_of
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from sppruner.pruner import Pruner
 from sppruner.selectors import selector_for
 
@@ -101,7 +101,7 @@ class Asker:
             self._own.processor = copy.deepcopy(self._processor)
         self._pruner.check(request.spec)
         inputs = dict(
-            ask_about(self._own.processor, [request.prompt], [request.images], [request.system])
+            build_inputs(self._own.processor, [request.prompt], [request.images], [request.system])
         )
         prompt = int(inputs["attention_mask"].sum())
         check_length(prompt, request.generation, self._context)
@@ -137,7 +137,7 @@ def _sizes(
     selector = selector_for(request.spec)
     if selector is not None and not request.control:
         _, most = request.spec.budget.bounds(total, len(sizes))
-        _, kept = selector.entering(total, most)
+        _, kept = selector.decoder_entry_bounds(total, most)
     return total, kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)
 
 

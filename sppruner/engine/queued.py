@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count, islice
 
-from sppruner.engine.interface import Generation, Request, Result, Update, failed
+from sppruner.engine.interface import Request, Result, SamplingParams, Update, failed
 from sppruner.engine.isolation import isolated
 from sppruner.errors import EngineError
 
@@ -21,11 +21,11 @@ class QueuedEngine(ABC):
     each other, and a batch ends with its longest answer.
     """
 
-    def __init__(self, max_batch_rows: int) -> None:
-        self.max_batch_rows = max_batch_rows
-        self.token_room: int | None = None
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.kv_token_capacity: int | None = None
         self.busy_seconds = 0.0
-        self._kinds: dict[tuple[int, bool, Generation], deque[tuple[int, Request]]] = {}
+        self._kinds: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
 
@@ -56,8 +56,8 @@ class QueuedEngine(ABC):
         if self._kinds:
             kind = min(self._kinds, key=lambda k: (k[0], self._kinds[k][0][0]))
             waiting = self._kinds[kind]
-            batch = list(islice(waiting, self.max_batch_rows))
-            self._keep(kind, deque(islice(waiting, self.max_batch_rows, None)))
+            batch = list(islice(waiting, self.slots))
+            self._keep(kind, deque(islice(waiting, self.slots, None)))
             started = time.perf_counter()
             results = isolated(self._checked, [request for _, request in batch], failed)
             self.busy_seconds += time.perf_counter() - started
@@ -81,7 +81,7 @@ class QueuedEngine(ABC):
         return results
 
     def _keep(
-        self, kind: tuple[int, bool, Generation], waiting: deque[tuple[int, Request]]
+        self, kind: tuple[int, bool, SamplingParams], waiting: deque[tuple[int, Request]]
     ) -> None:
         if waiting:
             self._kinds[kind] = waiting

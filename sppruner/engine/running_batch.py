@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from sppruner.engine.caches.encoder import Encodings
-from sppruner.engine.caches.kv_slots import SlotCache
-from sppruner.engine.caches.prefix import Prefixes
+from sppruner.engine.caches.encoder import EncoderCache
+from sppruner.engine.caches.kv_slots import KVSlots
+from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.decode import DecodeStep
-from sppruner.engine.detokenizer import Transcript
+from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.prefill import Prefilled, prefill
 from sppruner.engine.preparation import Asked
-from sppruner.engine.sampler import Choice, Chooser
+from sppruner.engine.sampler import Choice, Sampler
 from sppruner.pruner import Pruner
 from sppruner.types import PruneReport
 
@@ -30,7 +30,7 @@ class Row:
     report: PruneReport
     choice: Choice
     positions: list[int]
-    transcript: Transcript | None
+    transcript: Detokenizer | None
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     unsaid: str = ""
@@ -47,7 +47,7 @@ class Row:
         return self.transcript is not None and self.transcript.stopped
 
 
-class RunningRows:
+class RunningBatch:
     """At most `slots` rows; row i holds slot i of the cache.
 
     ends: ids that end an answer. encodings, prefixes: of earlier prompts. Control requests, which
@@ -61,8 +61,8 @@ class RunningRows:
         *,
         ends: Collection[int],
         slots: int,
-        encodings: Encodings,
-        prefixes: Prefixes,
+        encodings: EncoderCache,
+        prefixes: PrefixCache,
         capacity: int | None = None,
         kv_bytes: int | None = None,
         compiled: bool = False,
@@ -70,7 +70,7 @@ class RunningRows:
         text = pruner.model.config.get_text_config()
         heads = text.num_attention_heads
         self.rows: list[Row] = []
-        self.cache = SlotCache(
+        self.cache = KVSlots(
             layers=text.num_hidden_layers,
             slots=slots,
             heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -89,7 +89,7 @@ class RunningRows:
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
         # A captured step has one shape: slots that nobody holds run along.
         self._shape = slots if compiled else None
-        self._chooser = Chooser(
+        self._chooser = Sampler(
             pruner.model.generation_config, pruner.adapter.placeholder_ids, pruner.model.device
         )
 
@@ -167,7 +167,7 @@ class RunningRows:
             report=prompt.report,
             choice=Choice(request.generation, prompt.ids),
             positions=prompt.positions,
-            transcript=Transcript(self._tokenizer, request.generation.stop) if spoken else None,
+            transcript=Detokenizer(self._tokenizer, request.generation.stop) if spoken else None,
         )
 
     def _say(self, logits_NV: torch.Tensor, rows: Sequence[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sppruner.engine.interface import Generation
+from sppruner.engine.interface import SamplingParams
 from sppruner.errors import UnsupportedModel
 
 # What a model's generation config may ask of logits and is not done here, with what means nothing.
@@ -44,7 +44,7 @@ class Choice:
     same in any company.
     """
 
-    generation: Generation
+    generation: SamplingParams
     ids: list[int]
     generator: torch.Generator | None = field(init=False, default=None)
     warpers: LogitsProcessorList = field(init=False)
@@ -60,7 +60,7 @@ class Choice:
                 self.warpers.append(TopPLogitsWarper(asked.top_p))
 
 
-class Chooser:
+class Sampler:
     """Chooses tokens as a model's own `generate` does with the same settings.
 
     never: ids that are never chosen. device: of the logits. Raises UnsupportedModel for a

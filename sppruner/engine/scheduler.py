@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from sppruner.errors import SpecError
 
 
-class Waiting(Protocol):
+class Schedulable(Protocol):
     """What the schedule must know of a request.
 
     kind: requests of different kinds are never read together. alone: runs with its like only, when
@@ -35,7 +35,7 @@ class Waiting(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class PrefillLimits:
     """Of one group. tokens: rows times the longest prompt, as it is padded. patches: of all its
     images. A single request may exceed both."""
 
@@ -47,13 +47,13 @@ class Limits:
             raise SpecError(f"prefill limits {self.tokens} and {self.patches}: give at least 1")
 
 
-_W = TypeVar("_W", bound=Waiting)
+_W = TypeVar("_W", bound=Schedulable)
 
 
-class Schedule(Generic[_W]):
+class Scheduler(Generic[_W]):
     """The waiting line. Smaller priorities go first; within one, first come, first served."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: PrefillLimits) -> None:
         self._limits = limits
         self._lines: dict[int, deque[_W]] = {}
 

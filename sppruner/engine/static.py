@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from sppruner.engine.base import ModelEngine, both_ways, check_length
-from sppruner.engine.interface import Generation, Request, Result, failed
+from sppruner.engine.interface import Request, Result, SamplingParams, failed
 from sppruner.engine.isolation import isolated
 from sppruner.engine.queued import QueuedEngine
 from sppruner.models.loading import LoadedModel
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from sppruner.spec import DENSE
 
 
@@ -28,7 +28,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
         ModelEngine.__init__(self, model, **settings)
-        QueuedEngine.__init__(self, self.max_batch_rows)
+        QueuedEngine.__init__(self, self.slots)
 
     def answer_batch(self, requests: list[Request]) -> list[Result]:
         results: dict[int, Result] = {}
@@ -39,8 +39,8 @@ class BatchEngine(QueuedEngine, ModelEngine):
             key = (request.generation, request.control, bool(request.images), policy, alone)
             groups.setdefault(key, []).append(i)
         for members in groups.values():
-            for start in range(0, len(members), self.max_batch_rows):
-                chunk = members[start : start + self.max_batch_rows]
+            for start in range(0, len(members), self.slots):
+                chunk = members[start : start + self.slots]
                 batch = [requests[i] for i in chunk]
                 answer = self._control if batch[0].control else self._answer
                 results.update(zip(chunk, answer(batch), strict=True))
@@ -55,7 +55,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()
-        inputs = ask_about(
+        inputs = build_inputs(
             self._processor,
             [request.prompt for request in batch],
             [request.images for request in batch],
@@ -81,7 +81,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
             for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
         ]
 
-    def _cut(self, tokens: list[int], generation: Generation) -> str | None:
+    def _cut(self, tokens: list[int], generation: SamplingParams) -> str | None:
         """The text in front of a stop string, or None where none was said."""
         if not generation.stop:
             return None
@@ -89,7 +89,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
         found = [at for stop in generation.stop if (at := said.find(stop)) >= 0]
         return said[: min(found)] if found else None
 
-    def _generate_kwargs(self, generation: Generation) -> dict[str, Any]:
+    def _generate_kwargs(self, generation: SamplingParams) -> dict[str, Any]:
         # A generated placeholder would be read as a visual token later: never emit one.
         common: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,

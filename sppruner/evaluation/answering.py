@@ -20,7 +20,7 @@ from sppruner.evaluation.dataset import Item
 from sppruner.evaluation.logprobs import AnswerReader, divergence_B, up_to_end
 from sppruner.models.loading import LoadedModel
 from sppruner.pictures.geometry import covered, plane_boxes, seen
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from sppruner.pruner import Generated, Prepared, Pruner
 from sppruner.relevance import ClipText
 from sppruner.selection import kept_mask
@@ -91,7 +91,7 @@ class Asker:
         """The processor's tensors for the items, one image each. Raises InputError for words that
         would read as one more image."""
         images = [item.image() for item in items]
-        inputs = ask_about(self._processor, [item.prompt for item in items], images)
+        inputs = build_inputs(self._processor, [item.prompt for item in items], images)
         inputs = inputs.to(self._model.device)
         sizes = [seen(image, self._processor.image_processor).size for image in images]
         return Batch(items=items, inputs=inputs, sizes=sizes)

@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from sppruner.engine import BatchEngine, Generation, Request, Result
+from sppruner.engine import BatchEngine, Request, Result, SamplingParams
 from sppruner.errors import EvaluationError, InputError, SpecError
 from sppruner.spec import DENSE, Budget, OptionValue, PruneSpec
 
@@ -67,7 +67,7 @@ class PrunedModel(lmms):
             else PruneSpec(method=method, budget=Budget(ratio=float(retain)), options=options)
         )
         self.engine = BatchEngine(
-            pretrained, revision=revision, device=device, dtype=dtype, max_batch_rows=rows
+            pretrained, revision=revision, device=device, dtype=dtype, slots=rows
         )
         self.engine.check(self.spec)
 
@@ -108,13 +108,13 @@ class PrunedModel(lmms):
         raise EvaluationError("sppruner in lmms-eval answers one round only")
 
 
-def _generation(settings: Mapping[str, Any]) -> Generation:
+def _generation(settings: Mapping[str, Any]) -> SamplingParams:
     if (settings.get("num_beams") or 1) > 1:
         raise SpecError(f"num_beams {settings['num_beams']}: only greedy and sampled answers")
     temperature = settings.get("temperature") or 0.0
     if settings.get("do_sample") is False:
         temperature = 0.0
-    return Generation(
+    return SamplingParams(
         max_new_tokens=settings.get("max_new_tokens") or _DEFAULT_LENGTH,
         temperature=float(temperature),
         top_p=float(settings.get("top_p") or 1.0) if temperature else 1.0,

@@ -29,7 +29,7 @@ MARGIN: Final = 2
 _FACTORS: Final = (8, 4, 2)
 
 
-def reduction_of(processor: Any) -> Reduction:
+def jpeg_scale_of(processor: Any) -> Reduction:
     """The reductions for a model with this processor; always 1 where its images are prepared in
     another way than those below.
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sppruner.errors import InputError
 from sppruner.pictures.geometry import WHOLE, Box, plane_boxes, seen
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from sppruner.pruner import Prepared, Pruner
 from sppruner.spec import PruneSpec
 from sppruner.types import Selection, VisualTokens
@@ -96,7 +96,7 @@ def prepared_of(
     pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
 ) -> Prepared:
     """The image encoded and its tokens selected for a prompt. Raises SpprunerError."""
-    inputs = ask_about(processor, [prompt], [image]).to(pruner.model.device)
+    inputs = build_inputs(processor, [prompt], [image]).to(pruner.model.device)
     return pruner.prepare(inputs, spec, [prompt])
 
 

@@ -19,7 +19,7 @@ from sppruner.relevance import Pool, Source
 from sppruner.selectors.similarity import encoder_states
 from sppruner.signals import ATTENTION, CLS_ATTENTION, RECEIVED_ATTENTION
 from sppruner.spec import Budget
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 from sppruner.types import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -68,17 +68,17 @@ class Selector(ABC):
         spread, so only for methods whose `check` lets them pass."""
         raise SpecError(f"method {self.name!r} does not measure what an image holds")
 
-    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+    def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
         """Where the budget of `k` of an image's `n` tokens is spent; in front of the decoder
         unless the method prunes inside it."""
-        return Schedule(before=k, counted=k)
+        return TokenSchedule(before=k, counted=k)
 
     @property
     def staged(self) -> bool:
         """Whether it prunes inside the decoder."""
         return False
 
-    def entering(self, n: int, k: int) -> tuple[int, int]:
+    def decoder_entry_bounds(self, n: int, k: int) -> tuple[int, int]:
         """Fewest and most of `n` tokens that `schedule` lets enter a decoder, whatever its depth,
         for a budget of `k`."""
         return k, k

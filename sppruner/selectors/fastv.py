@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from sppruner.errors import SpecError
 from sppruner.selectors.staged import StagedSelector
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class FastVSelector(StagedSelector):
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+    def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
         """All `n` up to `layer`. Then `k`, or what makes `k` the average."""
         if k >= n:
-            return Schedule(before=n, counted=n)
+            return TokenSchedule(before=n, counted=n)
         kept = k
         if self.count == "average":
             kept = max(0, round((layers * k - self.layer * n) / (layers - self.layer)))
-        return Schedule(before=n, counted=k, stages=((self.layer, kept),))
+        return TokenSchedule(before=n, counted=k, stages=((self.layer, kept),))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from sppruner.errors import SpecError
 from sppruner.selectors.staged import StagedSelector
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +51,17 @@ class PyramidDropSelector(StagedSelector):
         quarters = {max(1, (2 * quarter * layers + 4) // 8) for quarter in (1, 2, 3)}
         return tuple(sorted(layer for layer in quarters if layer < max(2, layers)))
 
-    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+    def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
         """A geometric row from `n`, which ends in `k` or has it as its average."""
         if k >= n:
-            return Schedule(before=n, counted=n)
+            return TokenSchedule(before=n, counted=n)
         stages = self.stage_layers(layers)
         if self.count == "final":
             share = (k / n) ** (1 / len(stages))
             kept = [round(n * share**i) for i in range(1, len(stages))] + [k]
         else:
             kept = self._averaging(n, k, layers, stages)
-        return Schedule(before=n, counted=k, stages=tuple(zip(stages, kept, strict=True)))
+        return TokenSchedule(before=n, counted=k, stages=tuple(zip(stages, kept, strict=True)))
 
     def _averaging(self, n: int, k: int, layers: int, stages: tuple[int, ...]) -> list[int]:
         lengths = [end - at for at, end in zip(stages, (*stages[1:], layers), strict=True)]

@@ -62,7 +62,7 @@ from sppruner.selectors.similarity import (
 )
 from sppruner.selectors.staged import check_stages
 from sppruner.spec import Budget
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 from sppruner.types import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         if self.staged:
             check_stages(self.name, [can.decoder_layers // 2], can)
 
-    def schedule(self, n: int, k: int, layers: int) -> Schedule:
+    def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
         """With "pre+mid", 1.5 k tokens up to the middle layer and 0.5 k from there on.
 
         The average is k to the token: where halves do not come out, or fewer than 1.5 k tokens are
@@ -144,9 +144,9 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         more, fewer = (layers - middle) // common, middle // common
         moves = min(k // (2 * more), (n - k) // more)
         stages = ((middle, k - moves * fewer),) if moves else ()
-        return Schedule(before=k + moves * more, counted=k, stages=stages)
+        return TokenSchedule(before=k + moves * more, counted=k, stages=stages)
 
-    def entering(self, n: int, k: int) -> tuple[int, int]:
+    def decoder_entry_bounds(self, n: int, k: int) -> tuple[int, int]:
         """With "pre+mid", how much more than `k` depends on where the decoder's middle is."""
         most = min(n, k + k // 2) if self.staged else k
         return k, most

@@ -23,7 +23,7 @@ COUNTS = ("final", "average")
 def check_stages(method: str, layers: Sequence[int], can: Capabilities) -> None:
     """Raises MissingSignal where a decoder cannot be pruned inside, SpecError where it cannot be
     pruned in front of `layers`."""
-    first, end = can.stages_from, can.decoder_layers
+    first, end = can.first_prunable_layer, can.decoder_layers
     if first is None:
         raise MissingSignal(
             f"method {method!r} prunes inside the decoder, which {can} does not allow: use one "
@@ -76,7 +76,7 @@ class StagedSelector(Selector):
     def staged(self) -> bool:
         return True
 
-    def entering(self, n: int, k: int) -> tuple[int, int]:
+    def decoder_entry_bounds(self, n: int, k: int) -> tuple[int, int]:
         return n, n
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:

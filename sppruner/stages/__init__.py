@@ -1,15 +1,15 @@
 """Pruning inside the decoder: which layer drops how many tokens, and the driver that does it."""
 
 from sppruner.stages.cache import staged_static_cache
-from sppruner.stages.driver import StageDriver, stages_from
-from sppruner.stages.plan import Schedule, StagePlan
+from sppruner.stages.driver import StageDriver, first_prunable_layer
+from sppruner.stages.plan import StagePlan, TokenSchedule
 from sppruner.stages.probe import LastQueryProbe
 
 __all__ = [
     "LastQueryProbe",
-    "Schedule",
     "StageDriver",
     "StagePlan",
+    "TokenSchedule",
+    "first_prunable_layer",
     "staged_static_cache",
-    "stages_from",
 ]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sppruner.adapters import Adapter
 
 
-def stages_from(text: Any) -> int | None:
+def first_prunable_layer(text: Any) -> int | None:
     """The first layer of a decoder in front of which tokens may be pruned, or None.
 
     text: the decoder's config. In front of layer 0 there is no attention to go by. Windows and
@@ -60,7 +60,7 @@ class StageDriver:
 
     def __init__(self, adapter: Adapter, plan: StagePlan) -> None:
         self._decoder = adapter.language_model()
-        first = stages_from(self._decoder.config)
+        first = first_prunable_layer(self._decoder.config)
         if first is None or min(plan.keep) < first:
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: this decoder cannot be pruned in front of layer "

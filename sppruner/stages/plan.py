@@ -1,4 +1,4 @@
-"""Which layer keeps how many tokens: of one image (`Schedule`), of a batch (`StagePlan`)."""
+"""Which layer keeps how many tokens: of one image (`TokenSchedule`), of a batch (`StagePlan`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sppruner.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class TokenSchedule:
     """How many visual tokens of one image there are, layer by layer.
 
     before: those that enter the decoder. stages: (layer, tokens) pairs, layers ascending: in front
@@ -49,7 +49,7 @@ class StagePlan:
     def of(
         cls,
         rows: Sequence[int],
-        schedules: Sequence[Schedule],
+        schedules: Sequence[TokenSchedule],
         *,
         attention_mask_BL: Tensor,
         visual_BL: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from cluster.protocol import Priority, Replicas, RowAnswer, RowCall
+from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
 from cluster.serving.http.app import ApiSettings, create_app
 from cluster.serving.online_calibration import OnlineBreakEven
 from cluster.serving.replica import EngineSettings, VLMReplica
@@ -25,11 +25,11 @@ class Recorded:
     def __init__(
         self, failure: Exception | None = None, *, breaks: Exception | None = None
     ) -> None:
-        self.calls: list[RowCall] = []
+        self.calls: list[LabelRequest] = []
         self._failure = failure
         self._breaks = breaks
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.ONLINE
         self.calls.extend(calls)
         if self._failure is not None:
@@ -40,7 +40,7 @@ class Recorded:
         finally:
             replica.close()
 
-    async def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
         (answer,) = await self.label([call], priority=Priority.ONLINE)
         for word in str(answer.text).split(" ") if answer.error_code is None else ():
             yield f"{word} "

@@ -60,14 +60,14 @@ class FakeEngine(QueuedEngine):
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
-        max_batch_rows: int = 16,
+        slots: int = 16,
         seconds: float = 0.0,
         journal: str = "",
         reduced: int = 1,
     ) -> None:
         if model == "missing":
             raise FileNotFoundError("no weights under 'missing'")
-        super().__init__(max_batch_rows)
+        super().__init__(slots)
         self.model_id = model
         self.seconds = seconds
         self.journal = journal

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.output.checks import CommitTerms
+from cluster.output.checks import ExpectedUnits
 from cluster.schema import COST_FIELD, output_schema
 from sppruner.spec import Budget, PruneSpec
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-TERMS = CommitTerms(
+TERMS = ExpectedUnits(
     run_id="run",
     kind="caption",
     source_schema=pa.schema([("note", pa.string())]),

@@ -27,7 +27,7 @@ from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable, RowError
 from cluster.images import decode_image
 from sppruner.engine.interface import Reduction
-from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.jpeg_scaling import jpeg_scale_of
 
 LIMITS = MediaLimits()
 
@@ -204,7 +204,7 @@ def test_what_a_model_is_given_of_a_photograph_hardly_depends_on_its_reduction(
     images: BaseImageProcessor, options: dict[str, object]
 ) -> None:
     """In steps of the 255 of a pixel, with the margin all but used up."""
-    reduction = reduction_of(SimpleNamespace(image_processor=images))
+    reduction = jpeg_scale_of(SimpleNamespace(image_processor=images))
     data = encoded(photograph(640, 480), "JPEG", **{"quality": 90, **options})
     assert decode_image(data, LIMITS, reduction).size == (320, 240)
 

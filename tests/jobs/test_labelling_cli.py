@@ -41,7 +41,7 @@ def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
     assert config.generation.max_new_tokens == 7
     fleet = fleet_of(config, "r", {})
     assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
-    assert fleet.engine.max_batch_rows is None
+    assert fleet.engine.slots is None
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

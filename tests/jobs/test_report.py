@@ -19,18 +19,18 @@ from PIL import Image
 from cluster.accounting.ledger import LEDGER_KEY
 from cluster.corpus.source import read_unit
 from cluster.images import decode_image
-from cluster.output.checks import CommitTerms
+from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
 from cluster.output.manifest import MANIFEST_KEY
-from cluster.runs.labeller import Caller, CallerSettings
+from cluster.runs.labeller import Labeller, LabellerSettings
 from cluster.runs.planning import plan_run
 from cluster.serving.replica import EngineSettings, VLMReplica
 from cluster.store import open_store
 from jobs import report
 from sppruner import Budget, Pruner, PruneSpec
-from sppruner.engine import Generation
+from sppruner.engine import SamplingParams
 from sppruner.evaluation import drawn_scenes
-from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import EMBEDDED, load_model, resolve_model
 from sppruner.pictures.overlay import overlay_of
 from sppruner.spec import DENSE
@@ -70,13 +70,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=EMBEDDED,
         prompt="look: {question}",
         spec=SPEC,
-        generation=Generation(max_new_tokens=2),
+        generation=SamplingParams(max_new_tokens=2),
         unit_rows=2,
         control_share=0.0,
     )
     revision = resolve_model(EMBEDDED).revision
     plan = plan_run(run, model_revision=revision, image_backend="pil")
-    settings = CallerSettings(
+    settings = LabellerSettings(
         run_id=plan.run_id,
         first_unit=plan.units[0].unit_id,
         config=run,
@@ -86,13 +86,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     async def label() -> list[pa.Table]:
-        caller = Caller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
+        caller = Labeller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
         source = open_store(plan.input_uri)
         return [await caller(read_unit(source, unit, plan.layout)) for unit in plan.units]
 
     for table in asyncio.run(label()):
         store = open_store(plan.output_uri)
-        commit_unit(table, terms=CommitTerms.of(plan), store=store, writer="w")
+        commit_unit(table, terms=ExpectedUnits.of(plan), store=store, writer="w")
     return folder / "labels"
 
 
@@ -151,7 +151,7 @@ def test_each_labelled_row_is_drawn_as_the_model_saw_it(output: Path, tmp_path: 
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     limits = config("in", "out").media
     for name, row in zip(names, (0, 2, 3), strict=True):
-        image = decode_image(scenes()[row], limits, reduction_of(loaded.processor))
+        image = decode_image(scenes()[row], limits, jpeg_scale_of(loaded.processor))
         due = overlay_of(pruner, loaded.processor, image, f"look: {QUESTIONS[row]}", SPEC)
         assert np.array_equal(np.asarray(seen[name]), np.asarray(due))
 

@@ -22,7 +22,7 @@ def examples() -> dict[str, str]:
     indented = re.search(r"(?:^    .*\n|\n)+", sppruner.__doc__, re.MULTILINE)
     assert indented is not None
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    found = {f"README {i}": text for i, text in enumerate(blocks) if "import ask_about" in text}
+    found = {f"README {i}": text for i, text in enumerate(blocks) if "import build_inputs" in text}
     return {"docstring": textwrap.dedent(indented.group()).strip(), **found}
 
 

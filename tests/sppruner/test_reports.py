@@ -61,7 +61,7 @@ def packed(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mask_is_of_the_tokens_that_enter_the_decoder(family: str) -> None:
     pruner = Pruner(FAMILIES[family].build())
-    staged = f"fastv:layer={pruner.adapter.capabilities.stages_from}"
+    staged = f"fastv:layer={pruner.adapter.capabilities.first_prunable_layer}"
     third, five = Budget(ratio=0.3), Budget(tokens=5)
     asked = [(PruneSpec.parse(method, third), 2) for method in (*ASKED, staged)]
     asked += [(PruneSpec.parse(method, five), 1) for method in ASKED]

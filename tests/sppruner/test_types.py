@@ -166,8 +166,8 @@ def test_information_moves_a_budget_no_further_than_its_spread(
     budget = Budget(tokens=tokens, spread=spread)
     k = budget.count(n)
     low, high = budget.bounds(n)
-    assert low <= budget.weighed(k, n, weight) <= high
-    assert budget.weighed(k, n, 1.0) == k
+    assert low <= budget.reweighted(k, n, weight) <= high
+    assert budget.reweighted(k, n, 1.0) == k
 
 
 def test_a_written_budget_names_its_scope_and_spread_only_where_they_matter() -> None:

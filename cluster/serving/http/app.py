@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 from cluster.config import MediaLimits
 from cluster.controller import list_runs
 from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect, UsageError
-from cluster.protocol import Priority, Replicas, RowAnswer, RowCall, ServeReplicas
+from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer, ServeReplicas
 from cluster.runs.dispatch import REPLICA_GONE
-from cluster.serving.http.openai_schema import ChatRequest, Refused, image_bytes, usage
+from cluster.serving.http.openai_schema import ApiError, ChatRequest, image_bytes, usage
 from cluster.serving.http.sse import begun, stream_events
 from cluster.serving.online_calibration import OnlineBreakEven, measure
 from sppruner.spec import DENSE, PruneSpec
@@ -84,7 +84,7 @@ class Api:
         stats = await handle.stats.remote()
         replicas, break_even = ServeReplicas(handle), None
         if settings.auto:
-            most = min(stats.max_batch_rows, _FULL_LOAD)
+            most = min(stats.slots, _FULL_LOAD)
             break_even = await measure(replicas, settings.default_spec, most=most)
         self._app = create_app(replicas, settings, model=stats.model, break_even=break_even)
 
@@ -104,20 +104,20 @@ def create_app(
     started = int(time.time())
     load = Load()
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
         headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status == 503 else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return await refused(request, Refused(message, status=error.status_code))
+        return await refused(request, ApiError(message, status=error.status_code))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         logger.error("request_failed", path=request.url.path, exc_info=error)
-        return await refused(request, Refused("internal error", status=500, code="internal"))
+        return await refused(request, ApiError("internal error", status=500, code="internal"))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -144,7 +144,7 @@ def create_app(
     async def chat(request: Request) -> Response:
         asked = ChatRequest.parse(await _body(request, settings.max_body_bytes))
         if asked.model != model:
-            raise Refused(
+            raise ApiError(
                 f"model {asked.model!r} is not served here: use {model!r}",
                 status=404,
                 code="model_not_found",
@@ -167,7 +167,7 @@ def create_app(
 
 async def _body(request: Request, limit: int) -> bytes:
     """The body, read no further than the limit whatever Content-Length says."""
-    too_large = Refused(f"body of more than {limit:,} bytes", status=413, code="body_too_large")
+    too_large = ApiError(f"body of more than {limit:,} bytes", status=413, code="body_too_large")
     stated = request.headers.get("content-length", "")
     if stated.isdecimal() and int(stated) > limit:
         raise too_large
@@ -179,13 +179,13 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _call(asked: ChatRequest, settings: ApiSettings) -> RowCall:
+def _call(asked: ChatRequest, settings: ApiSettings) -> LabelRequest:
     system, user = asked.conversation()
     if len(user.urls) > settings.max_images:
-        raise Refused(
+        raise ApiError(
             f"{len(user.urls)} images: at most {settings.max_images} a request", param="messages"
         )
-    return RowCall(
+    return LabelRequest(
         id=uuid.uuid4().hex,
         prompt=user.text,
         images=tuple(image_bytes(url, settings.media) for url in user.urls),
@@ -198,13 +198,15 @@ def _call(asked: ChatRequest, settings: ApiSettings) -> RowCall:
     )
 
 
-async def _answer(replicas: Replicas, call: RowCall, load: Load) -> RowAnswer:
+async def _answer(replicas: Replicas, call: LabelRequest, load: Load) -> RowAnswer:
     with _shedding(call), load.one():
         (answer,) = await replicas.label([call], priority=Priority.ONLINE)
     return _good(answer, call)
 
 
-async def _said(replicas: Replicas, call: RowCall, load: Load) -> AsyncGenerator[str | RowAnswer]:
+async def _said(
+    replicas: Replicas, call: LabelRequest, load: Load
+) -> AsyncGenerator[str | RowAnswer]:
     with _shedding(call), load.one():
         async with aclosing(replicas.stream(call)) as pieces:
             async for piece in pieces:
@@ -212,24 +214,24 @@ async def _said(replicas: Replicas, call: RowCall, load: Load) -> AsyncGenerator
 
 
 @contextmanager
-def _shedding(call: RowCall) -> Iterator[None]:
+def _shedding(call: LabelRequest) -> Iterator[None]:
     try:
         yield
     except _UNAVAILABLE as error:
         logger.warning("request_shed", request=call.id, error=type(error).__name__)
-        raise Refused("overloaded, ask again", status=503, code="overloaded") from error
+        raise ApiError("overloaded, ask again", status=503, code="overloaded") from error
 
 
-def _good(answer: RowAnswer, call: RowCall) -> RowAnswer:
-    """Raises Refused for an error."""
+def _good(answer: RowAnswer, call: LabelRequest) -> RowAnswer:
+    """Raises ApiError for an error."""
     if answer.error_code is None:
         return answer
     message = answer.error_message or answer.error_code
     if answer.error_code in _SERVER_FAULTS:
         logger.error("request_failed", request=call.id, error=message)
-        raise Refused("the model failed on this request", status=500, code=answer.error_code)
+        raise ApiError("the model failed on this request", status=500, code=answer.error_code)
     status = 413 if answer.error_code == ImageTooLarge.code else 400
-    raise Refused(message, status=status, code=answer.error_code, param="messages")
+    raise ApiError(message, status=status, code=answer.error_code, param="messages")
 
 
 def _completion(envelope: dict[str, Any], answer: RowAnswer) -> dict[str, Any]:

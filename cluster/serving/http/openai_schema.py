@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.config import MediaLimits
 from cluster.protocol import RowAnswer
-from sppruner.engine.interface import Generation
+from sppruner.engine.interface import SamplingParams
 from sppruner.errors import SpecError
 from sppruner.spec import Budget, OptionValue, PruneSpec
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """A request that is answered with an error: HTTP status, and OpenAI's code and param."""
 
     def __init__(
@@ -140,31 +140,31 @@ class ChatRequest(_Strict):
 
     @classmethod
     def parse(cls, body: bytes) -> ChatRequest:
-        """Raises Refused, naming the field."""
+        """Raises ApiError, naming the field."""
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             param = ".".join(str(step) for step in first["loc"])
             if first["type"] == "extra_forbidden":
-                raise Refused(f"{param} is not supported by this endpoint", param=param) from None
-            raise Refused(f"{param or 'body'}: {first['msg']}", param=param or None) from None
+                raise ApiError(f"{param} is not supported by this endpoint", param=param) from None
+            raise ApiError(f"{param or 'body'}: {first['msg']}", param=param or None) from None
 
     @property
     def wants_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def generation(self, *, default_tokens: int, most_tokens: int) -> Generation:
+    def generation(self, *, default_tokens: int, most_tokens: int) -> SamplingParams:
         tokens = self.max_completion_tokens or self.max_tokens or default_tokens
         if tokens > most_tokens:
-            raise Refused(
+            raise ApiError(
                 f"max_tokens {tokens}: this endpoint generates at most {most_tokens}",
                 param="max_tokens",
             )
         temperature = self.temperature or 0.0
         # A seed matters only when sampling; greedy requests share one so that they share batches.
         seed = 0 if temperature == 0 else self.seed
-        return Generation(
+        return SamplingParams(
             max_new_tokens=tokens,
             temperature=temperature,
             top_p=1.0 if self.top_p is None or temperature == 0 else self.top_p,
@@ -173,39 +173,39 @@ class ChatRequest(_Strict):
         )
 
     def spec(self, default: PruneSpec) -> PruneSpec:
-        """Raises Refused where the asked pruning cannot mean anything."""
+        """Raises ApiError where the asked pruning cannot mean anything."""
         try:
             return default if self.prune is None else self.prune.spec()
         except SpecError as error:
-            raise Refused(f"prune: {error}", param="prune") from error
+            raise ApiError(f"prune: {error}", param="prune") from error
 
     def conversation(self) -> tuple[str | None, Message]:
-        """(system prompt, the one user message). Raises Refused for more turns than one."""
+        """(system prompt, the one user message). Raises ApiError for more turns than one."""
         users = [message for message in self.messages if message.role == "user"]
         system = [message for message in self.messages if message.role != "user"]
         if len(users) != 1:
-            raise Refused(
+            raise ApiError(
                 f"{len(users)} user messages: this endpoint answers exactly one", param="messages"
             )
         if any(message.urls for message in system):
-            raise Refused("images belong into the user message", param="messages")
+            raise ApiError("images belong into the user message", param="messages")
         return "\n".join(message.text for message in system) or None, users[0]
 
 
 def image_bytes(url: str, limits: MediaLimits) -> bytes:
-    """The bytes of a base64 data URI. Nothing is ever fetched. Raises Refused; the size is
+    """The bytes of a base64 data URI. Nothing is ever fetched. Raises ApiError; the size is
     checked on the text, before it is decoded."""
     head, comma, payload = url.partition(",")
     if not head.startswith("data:") or not comma:
-        raise Refused(
+        raise ApiError(
             "image_url must be a data URI (data:image/png;base64,…): this endpoint fetches nothing",
             code="image_url_not_supported",
             param="messages",
         )
     if not head.endswith(";base64"):
-        raise Refused("image data URIs must be base64", code="invalid_image", param="messages")
+        raise ApiError("image data URIs must be base64", code="invalid_image", param="messages")
     if len(payload) * 3 // 4 > limits.max_bytes + 2:
-        raise Refused(
+        raise ApiError(
             f"an image of more than {limits.max_bytes:,} bytes",
             status=413,
             code="image_too_large",
@@ -214,7 +214,7 @@ def image_bytes(url: str, limits: MediaLimits) -> bytes:
     try:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
-        raise Refused(f"base64: {error}", code="invalid_image", param="messages") from error
+        raise ApiError(f"base64: {error}", code="invalid_image", param="messages") from error
 
 
 def usage(answer: RowAnswer) -> dict[str, int]:

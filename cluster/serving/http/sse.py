@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from cluster.protocol import RowAnswer
-from cluster.serving.http.openai_schema import Refused, usage
+from cluster.serving.http.openai_schema import ApiError, usage
 
 logger = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ async def stream_events(
                 yield event({}, piece.finish_reason)
                 if with_usage:
                     yield _event(envelope | {"choices": [], "usage": usage(piece)})
-    except Refused as error:
+    except ApiError as error:
         logger.warning("stream_broken", id=envelope["id"], error=str(error))
         yield _event(error.body())
     yield "data: [DONE]\n\n"

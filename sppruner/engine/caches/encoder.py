@@ -45,7 +45,7 @@ class _Entry:
     size: int
 
 
-class Encodings:
+class EncoderCache:
     """The encodings of the prompts seen last. Its tensors are shared: nobody may change them.
 
     limit: bytes that entries may hold together; those that were not asked for longest go first.

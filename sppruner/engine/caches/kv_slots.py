@@ -21,7 +21,7 @@ from sppruner.errors import EngineError
 _GRAIN: Final = 64
 
 
-class SlotCache:
+class KVSlots:
     """The KV cache of up to `slots` requests in a decoder of `layers` layers.
 
     Running requests hold the first slots. `update` is what attention modules of `transformers` call

@@ -49,7 +49,7 @@ class Prefix:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
-class Prefixes:
+class PrefixCache:
     """The beginnings seen last. Its tensors are shared: nobody may change them.
 
     limit: bytes that they may hold together; those that were not asked for longest go first. hits,

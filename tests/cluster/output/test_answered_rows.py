@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import UsageError
-from cluster.output.answered_rows import labelled_rows
+from cluster.output.answered_rows import answered_rows
 from cluster.runs.planning import Plan, unit_key
 from cluster.store import open_store
 from tests.cluster.corpora import plan, put_parquet
@@ -42,7 +42,7 @@ def commit(planned: Plan, number: int, errors: list[str | None]) -> None:
 
 
 def keys(planned: Plan, limit: int) -> list[str]:
-    return [row.key for row in labelled_rows(planned.output_uri, limit)]
+    return [row.key for row in answered_rows(planned.output_uri, limit)]
 
 
 def test_rows_come_in_corpus_order_without_those_that_failed(planned: Plan) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CommitRefused
-from cluster.output.checks import check_honest, check_whole
+from cluster.output.checks import check_complete, check_pruning_claims
 from sppruner.selectors import available, selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.labelled_tables import SPEC, TERMS, mask, row, table
@@ -31,7 +31,7 @@ from tests.cluster.labelled_tables import SPEC, TERMS, mask, row, table
 )
 def test_only_whole_units_of_this_run_pass(rows: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(CommitRefused, match=says):
-        check_whole(table(*rows), TERMS)
+        check_complete(table(*rows), TERMS)
 
 
 SEEN = ("visual_tokens", "visual_tokens_kept", "kept_tokens")
@@ -73,14 +73,14 @@ def test_rows_that_were_not_pruned_as_they_say_are_refused(
     values: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CommitRefused, match=says):
-        check_honest(table(row(0), row(1, **values), row(2)), "unit")
+        check_pruning_claims(table(row(0), row(1, **values), row(2)), "unit")
 
 
 def test_error_rows_and_dense_rows_need_no_pruning_proof() -> None:
     error = {name: None for name in ("text", *SEEN, "prune_method", "prune_spec")}
     failed = row(0, error_code="image_missing", error_stage="decode", **error)
     dense = row(1, visual_tokens_kept=100, kept_tokens=mask(100, 100), **DENSE_ROW)
-    check_honest(table(failed, dense, row(2)), "unit")
+    check_pruning_claims(table(failed, dense, row(2)), "unit")
 
 
 EVERY = [*(PruneSpec.parse(method, SPEC.budget) for method in available()), TWICE]
@@ -97,7 +97,7 @@ def let_in(spec: PruneSpec, n: int, layers: int) -> dict[str, Any]:
 
 def passes(values: dict[str, Any]) -> bool:
     try:
-        check_honest(table(row(0, **values)), "unit")
+        check_pruning_claims(table(row(0, **values)), "unit")
     except CommitRefused:
         return False
     return True
@@ -126,7 +126,7 @@ def test_an_honest_row_of_any_method_passes(
 ) -> None:
     if not spec.is_dense:
         spec = replace(spec, budget=Budget(ratio=ratio))
-    check_honest(table(row(0, **let_in(spec, n, layers))), "unit")
+    check_pruning_claims(table(row(0, **let_in(spec, n, layers))), "unit")
 
 
 @given(n=st.integers(0, 4_000), ratio=st.floats(0.001, 1.0), off=st.integers(-2, 2))
@@ -138,7 +138,7 @@ def test_exactly_the_budgets_count_passes(n: int, ratio: float, off: int) -> Non
     values["kept_tokens"] = mask(kept, n)
     rows = table(row(0, **values), row(1), row(2))
     if off == 0:
-        check_honest(rows, "unit")
+        check_pruning_claims(rows, "unit")
     else:
         with pytest.raises(CommitRefused):
-            check_honest(rows, "unit")
+            check_pruning_claims(rows, "unit")

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cluster.protocol import RowAnswer, RowCall
-from cluster.runs.admission import Credits
-from sppruner.engine import Generation
+from cluster.protocol import LabelRequest, RowAnswer
+from cluster.runs.admission import Admission
+from sppruner.engine import SamplingParams
 
 
-def learn(credits: Credits, *prompt_tokens: int, new: int = 10, error: str | None = None) -> None:
-    generation = Generation(max_new_tokens=new)
+def learn(credits: Admission, *prompt_tokens: int, new: int = 10, error: str | None = None) -> None:
+    generation = SamplingParams(max_new_tokens=new)
     calls = [
-        RowCall(id=str(n), prompt="p", generation=generation) for n in range(len(prompt_tokens))
+        LabelRequest(id=str(n), prompt="p", generation=generation)
+        for n in range(len(prompt_tokens))
     ]
     credits.learn(
         calls,
@@ -34,14 +35,14 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def test_until_a_row_is_answered_only_rows_are_counted() -> None:
-    credits = Credits(rows=48, tokens=100)
+    credits = Admission(rows=48, tokens=100)
     assert credits.rows == 48
     learn(credits, 0, error="image_missing")
     assert credits.rows == 48
 
 
 def test_long_rows_are_fewer_and_short_rows_no_more_than_the_slots_take() -> None:
-    credits = Credits(rows=48, tokens=1000, waiting=5)
+    credits = Admission(rows=48, tokens=1000, waiting=5)
     learn(credits, 90, 90)
     assert credits.rows == 10 + 5  # 1,000 tokens of rows of 90 and an answer of 10
     learn(credits, *[0] * 100)
@@ -49,14 +50,14 @@ def test_long_rows_are_fewer_and_short_rows_no_more_than_the_slots_take() -> Non
 
 
 def test_without_a_bound_on_tokens_length_does_not_matter() -> None:
-    credits = Credits(rows=48)
+    credits = Admission(rows=48)
     learn(credits, 100_000)
     assert credits.rows == 48
 
 
 def test_the_length_is_that_of_the_last_rows() -> None:
     """A corpus in the order of its sizes has long rows first, and then none."""
-    credits = Credits(rows=48, tokens=1000)
+    credits = Admission(rows=48, tokens=1000)
     for _ in range(1000):
         learn(credits, *[990] * 16)
     assert credits.rows == 1
@@ -67,7 +68,7 @@ def test_the_length_is_that_of_the_last_rows() -> None:
 
 def test_a_call_larger_than_all_credits_goes_by_itself() -> None:
     async def body() -> None:
-        credits = Credits(rows=1)
+        credits = Admission(rows=1)
         inside = 0
 
         async def call() -> None:
@@ -87,7 +88,7 @@ def test_nobody_overtakes_a_large_call() -> None:
     """Small calls fit into every gap: a call of control rows would wait for the last of them."""
 
     async def body() -> None:
-        credits = Credits(rows=8)
+        credits = Admission(rows=8)
         started: list[int] = []
 
         async def call(number: int, rows: int) -> None:
@@ -104,7 +105,7 @@ def test_nobody_overtakes_a_large_call() -> None:
 
 def test_who_stops_waiting_holds_up_nobody() -> None:
     async def body() -> None:
-        credits = Credits(rows=4)
+        credits = Admission(rows=4)
         async with credits.place(4):
             first = asyncio.ensure_future(_hold(credits, 4))
             second = asyncio.ensure_future(_hold(credits, 4))
@@ -116,7 +117,7 @@ def test_who_stops_waiting_holds_up_nobody() -> None:
     run(body)
 
 
-async def _hold(credits: Credits, rows: int) -> None:
+async def _hold(credits: Admission, rows: int) -> None:
     async with credits.place(rows):
         pass
 
@@ -131,7 +132,7 @@ def test_rows_on_their_way_keep_within_bounds_and_who_is_alone_is_alone(
     sizes: list[int], rows: int, alone: set[int]
 ) -> None:
     async def body() -> None:
-        credits = Credits(rows=rows)
+        credits = Admission(rows=rows)
         inside: list[int] = []
 
         async def call(number: int, size: int) -> None:

@@ -12,7 +12,7 @@ from cluster.accounting.breakeven import BreakEven, read_break_even
 from cluster.accounting.ledger import MeasuredRatio
 from cluster.errors import UsageError
 from cluster.output.summary import summarise
-from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.protocol import LabelRequest, Priority, RowAnswer
 from cluster.report.terminal import console, render
 from cluster.runs.calibration import calibrate
 from cluster.runs.planning import Plan
@@ -29,14 +29,14 @@ class TimedReplicas:
     and pruned ones a second. Of each batch in `deaths` a replica dies first."""
 
     def __init__(self, dense: Callable[[int], float], deaths: Sequence[int] = ()) -> None:
-        self.batches: list[list[RowCall]] = []
+        self.batches: list[list[LabelRequest]] = []
         self._dense = dense
         self._deaths = set(deaths)
 
-    def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
         raise AssertionError("nothing streams here")
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.BATCH
         number = len(self.batches)
         if number in self._deaths:

@@ -12,9 +12,9 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import Busy
-from cluster.protocol import Priority, RowAnswer, RowCall
-from cluster.runs.admission import Credits
-from cluster.runs.dispatch import Delivered, Delivery
+from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.runs.admission import Admission
+from cluster.runs.dispatch import AttemptedRow, Dispatcher
 
 
 class OneReplica:
@@ -28,7 +28,7 @@ class OneReplica:
         self.calls = 0
         self._death = asyncio.Event()
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.BATCH
         if self.refusals:
             self.refusals -= 1
@@ -52,12 +52,12 @@ class OneReplica:
 
 def deliver(
     replica: OneReplica, chunks: Sequence[Sequence[str]], *, rows: int = 3, max_attempts: int = 2
-) -> list[list[Delivered]]:
-    async def body() -> list[list[Delivered]]:
-        delivery = Delivery(
-            replica, credits=Credits(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
+) -> list[list[AttemptedRow]]:
+    async def body() -> list[list[AttemptedRow]]:
+        delivery = Dispatcher(
+            replica, credits=Admission(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
         )
-        calls = [[RowCall(id=name, prompt="p") for name in chunk] for chunk in chunks]
+        calls = [[LabelRequest(id=name, prompt="p") for name in chunk] for chunk in chunks]
         return list(await asyncio.gather(*(delivery.deliver(chunk) for chunk in calls)))
 
     return asyncio.run(asyncio.wait_for(body(), 30))
@@ -85,7 +85,9 @@ def test_only_the_row_that_kills_replicas_is_called_poison() -> None:
 
 def test_an_error_that_is_no_death_ends_the_delivery() -> None:
     class Broken(OneReplica):
-        async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+        async def label(
+            self, calls: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[RowAnswer]:
             raise TypeError("a bug")
 
     with pytest.raises(TypeError):

@@ -19,8 +19,8 @@ from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded
-from cluster.protocol import Priority, RowAnswer, RowCall
-from cluster.runs.labeller import Caller, CallerSettings, label_units
+from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.runs.labeller import Labeller, LabellerSettings, label_units
 from cluster.schema import input_schema, output_schema
 from cluster.serving.fleet import Fleet
 from cluster.serving.replica import EngineSettings, VLMReplica
@@ -37,9 +37,9 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
     return RunConfig(kind=kind, input="in", output="out", model="fake", **values)  # type: ignore[arg-type]
 
 
-def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> CallerSettings:
+def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> LabellerSettings:
     values = {"first_unit": "first", "app": "", "deployment": "", "batch_rows": 4, **more}
-    return CallerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
+    return LabellerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
 
 def unit(
@@ -68,11 +68,11 @@ class Recorded:
     """A replica in this process that remembers the calls it got."""
 
     def __init__(self, slots: int | None = None) -> None:
-        self.calls: list[Sequence[RowCall]] = []
-        settings = EngineSettings(model="fake", engine=ENGINE, max_batch_rows=slots)
+        self.calls: list[Sequence[LabelRequest]] = []
+        settings = EngineSettings(model="fake", engine=ENGINE, slots=slots)
         self._replica = VLMReplica(settings)
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         self.calls.append(calls)
         return await self._replica.label(calls, priority=priority)
 
@@ -80,7 +80,7 @@ class Recorded:
 def label(run: RunConfig, *tables: pa.Table, run_id: str = "run") -> tuple[pa.Table, Recorded]:
     async def body() -> tuple[pa.Table, Recorded]:
         replicas = Recorded()
-        caller = Caller(caller_settings(run, run_id), replicas)
+        caller = Labeller(caller_settings(run, run_id), replicas)
         return await caller(pa.concat_tables(tables)), replicas
 
     return asyncio.run(asyncio.wait_for(body(), 30))
@@ -203,7 +203,7 @@ def test_a_captions_own_prompt_goes_before_the_runs() -> None:
 def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> None:
     async def body() -> None:
         settings = caller_settings(config(control_share=0.25), first_unit="u", batch_rows=40)
-        await Caller(settings, replicas)(unit("u", 160))
+        await Labeller(settings, replicas)(unit("u", 160))
 
     replicas = Recorded(slots=40)
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -216,7 +216,7 @@ def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> N
 @pytest.mark.parametrize("rows", [16, 40, 64])
 def test_units_shorter_than_the_slots_keep_the_control_share(rows: int) -> None:
     share, units = 0.25, 400
-    caller = Caller(caller_settings(config(control_share=share), batch_rows=64), Recorded())
+    caller = Labeller(caller_settings(config(control_share=share), batch_rows=64), Recorded())
     drawn = 0
     for number in range(units):
         table = unit(f"u{number}", rows)
@@ -239,7 +239,9 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
         on_their_way = 0
         known = 0  # answers of calls that have ended
 
-        async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+        async def label(
+            self, calls: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[RowAnswer]:
             self.on_their_way += len(calls)
             seen.append((self.known, self.on_their_way))
             answers = await super().label(calls, priority=priority)
@@ -250,8 +252,8 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
     async def body() -> None:
         run = config(control_share=0.0)
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
-        settings = caller_settings(run, replicas=4, token_room=5 * length)
-        await Caller(settings, Counted())(unit("u", 200))
+        settings = caller_settings(run, replicas=4, kv_token_capacity=5 * length)
+        await Labeller(settings, Counted())(unit("u", 200))
 
     seen: list[tuple[int, int]] = []
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -285,8 +287,8 @@ def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) 
     settings = caller_settings(config(), app=fleet.app, deployment=fleet.deployment)
     labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
     assert labelled.count() == 6
-    assert "->MapBatches(Caller)" not in labelled.stats()
-    assert "MapBatches(Caller)" in labelled.stats()
+    assert "->MapBatches(Labeller)" not in labelled.stats()
+    assert "MapBatches(Labeller)" in labelled.stats()
 
 
 def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None:

@@ -12,7 +12,7 @@ from cluster.config import RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded, StoreError
 from cluster.runs.planning import Plan, plan_run
-from cluster.runs.tracker import RunWatch, run_error
+from cluster.runs.tracker import RunTracker, run_error
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from sppruner.spec import DENSE
@@ -38,7 +38,7 @@ def state(plan: Plan) -> str:
 def test_a_restarted_controller_is_told_of_the_run_again(
     local_ray: None, planned: tuple[RunConfig, Plan, Store]
 ) -> None:
-    with RunWatch(*planned) as watch:
+    with RunTracker(*planned) as watch:
         assert watch.progress() is not None
         ray.kill(get_controller(), no_restart=False)
         deadline = time.monotonic() + 60
@@ -65,10 +65,10 @@ def test_a_run_ends_in_view_as_it_ended(
     expected: str,
 ) -> None:
     if error is None:
-        with RunWatch(*planned):
+        with RunTracker(*planned):
             assert state(planned[1]) == "running"
     else:
-        with pytest.raises(type(error)), RunWatch(*planned):
+        with pytest.raises(type(error)), RunTracker(*planned):
             raise error
     assert state(planned[1]) == expected
 

@@ -12,7 +12,7 @@ import pytest
 from ray import serve
 
 from cluster.errors import Busy, FleetUnavailable, UsageError
-from cluster.protocol import Priority, RowCall, ServeReplicas
+from cluster.protocol import LabelRequest, Priority, ServeReplicas
 from cluster.serving.fleet import Fleet, FleetSettings, build, fingerprint, open_fleet
 from cluster.serving.ray_session import serve_details
 from cluster.serving.replica import EngineSettings
@@ -25,7 +25,7 @@ ENGINE = "tests.cluster.fake_engine:FakeEngine"
 def settings(model: str = "fake-model", **more: object) -> FleetSettings:
     """Of the session's fleet, for its model."""
     options = {"seconds": 0.05}
-    engine = EngineSettings(model=model, engine=ENGINE, max_batch_rows=4, options=options)
+    engine = EngineSettings(model=model, engine=ENGINE, slots=4, options=options)
     return FleetSettings(engine=engine, **more)  # type: ignore[arg-type]
 
 
@@ -34,18 +34,18 @@ def applications() -> set[str]:
     return set(details.applications) if details else set()
 
 
-def label(fleet: Fleet, *calls: RowCall) -> list[str | None]:
+def label(fleet: Fleet, *calls: LabelRequest) -> list[str | None]:
     replicas = ServeReplicas(fleet.handle)
     answers = asyncio.run(replicas.label(calls, priority=Priority.BATCH))
     return [answer.text for answer in answers]
 
 
 def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
-    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(3),))) == [
+    assert label(fleet, LabelRequest(id="a", prompt="p", images=(picture(3),))) == [
         expected_text(picture(3))
     ]
     assert httpx.get(f"{fleet.http_url}/healthz").json()["model"] == "fake-model"
-    assert (fleet.deployed_here, fleet.replicas, fleet.max_batch_rows) == (True, 1, 4)
+    assert (fleet.deployed_here, fleet.replicas, fleet.slots) == (True, 1, 4)
     assert (fleet.model, fleet.model_revision) == ("fake-model", "fake-1")
     assert fleet.stats().rows >= 1
 
@@ -55,7 +55,7 @@ def test_a_second_fleet_of_the_same_model_attaches_and_leaves_it_running(fleet: 
         assert (second.app, second.http_url) == (fleet.app, fleet.http_url)
         assert not second.deployed_here
         assert second.replicas == 1
-    assert label(fleet, RowCall(id="a", prompt="p", images=(picture(1),))) == [
+    assert label(fleet, LabelRequest(id="a", prompt="p", images=(picture(1),))) == [
         expected_text(picture(1))
     ]
 
@@ -103,7 +103,7 @@ def test_a_fleet_that_finds_no_room_says_so_after_its_timeout(fleet: Fleet) -> N
 
 
 def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
-    many = [RowCall(id=str(n), prompt="p", images=(picture(n),)) for n in range(12)]
+    many = [LabelRequest(id=str(n), prompt="p", images=(picture(n),)) for n in range(12)]
 
     async def flood() -> list[object]:
         replicas = ServeReplicas(fleet.handle)
@@ -118,7 +118,7 @@ def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
 
 def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
     base = EngineSettings(model="m")
-    assert fingerprint(base) == fingerprint(EngineSettings(model="m", max_batch_rows=99))
+    assert fingerprint(base) == fingerprint(EngineSettings(model="m", slots=99))
     others = [
         EngineSettings(model="n"),
         EngineSettings(model="m", revision="r"),
@@ -134,7 +134,7 @@ def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     pinned = EngineSettings(
-        model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, max_batch_rows=8
+        model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, slots=8
     )
 
     built = build({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})

@@ -13,7 +13,7 @@ from PIL import Image
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import MeasuredRatio
 from cluster.errors import UsageError
-from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.protocol import LabelRequest, Priority, RowAnswer
 from cluster.serving.http.app import ApiSettings, create_app
 from cluster.serving.online_calibration import Cell, OnlineBreakEven, measure
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -33,12 +33,12 @@ class Timed:
     thousands of pixels, divided by the rows beside it."""
 
     def __init__(self) -> None:
-        self.calls: list[list[RowCall]] = []
+        self.calls: list[list[LabelRequest]] = []
 
-    def stream(self, call: RowCall) -> AsyncGenerator[str | RowAnswer]:
+    def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
         raise AssertionError("nothing streams here")
 
-    async def label(self, calls: Sequence[RowCall], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
         assert priority is Priority.ONLINE
         self.calls.append(list(calls))
         answers = []

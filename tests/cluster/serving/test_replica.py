@@ -13,7 +13,7 @@ from PIL import Image
 from cluster.config import MediaLimits
 from cluster.errors import Busy, UsageError
 from cluster.images import decode_image
-from cluster.protocol import Priority, RowAnswer, RowCall
+from cluster.protocol import LabelRequest, Priority, RowAnswer
 from cluster.runs.admission import call_rows, rows_waiting
 from cluster.serving.replica import (
     EngineBroken,
@@ -21,7 +21,7 @@ from cluster.serving.replica import (
     VLMReplica,
     slots_of,
 )
-from sppruner.engine.interface import Generation
+from sppruner.engine.interface import SamplingParams
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
 
@@ -39,12 +39,12 @@ def settings(
     journal: Path, *, seconds: float = 0.0, rows: int = 4, reduced: int = 1
 ) -> EngineSettings:
     options = {"journal": str(journal), "seconds": seconds, "reduced": reduced}
-    return EngineSettings(model="fake", engine=ENGINE, max_batch_rows=rows, options=options)
+    return EngineSettings(model="fake", engine=ENGINE, slots=rows, options=options)
 
 
-def call(number: int, prompt: str = "describe", **more: object) -> RowCall:
+def call(number: int, prompt: str = "describe", **more: object) -> LabelRequest:
     values = {"images": (picture(number),), **more}
-    return RowCall(id=f"r{number}", prompt=prompt, **values)  # type: ignore[arg-type]
+    return LabelRequest(id=f"r{number}", prompt=prompt, **values)  # type: ignore[arg-type]
 
 
 def run(
@@ -106,7 +106,7 @@ def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
     calls = [
         call(0),
         call(1, control=True),
-        call(2, generation=Generation(max_new_tokens=5)),
+        call(2, generation=SamplingParams(max_new_tokens=5)),
         call(3),
         call(4, control=True),
     ]
@@ -279,11 +279,11 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
 
 
 def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
-    by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", max_batch_rows=3)
-    on_cpu, on_gpu = (by_default.sized(gpu=gpu).max_batch_rows for gpu in (False, True))
+    by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", slots=3)
+    on_cpu, on_gpu = (by_default.sized(gpu=gpu).slots for gpu in (False, True))
     assert (on_cpu, on_gpu) == (slots_of(gpu=False), slots_of(gpu=True))
     assert slots_of(gpu=False) < slots_of(gpu=True)
-    assert {asked.sized(gpu=gpu).max_batch_rows for gpu in (False, True)} == {3}
+    assert {asked.sized(gpu=gpu).slots for gpu in (False, True)} == {3}
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64])
@@ -306,8 +306,8 @@ def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(
 
 
 def test_engine_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UsageError, match="max_batch_rows"):
-        EngineSettings(model="m", max_batch_rows=0)
+    with pytest.raises(UsageError, match="slots"):
+        EngineSettings(model="m", slots=0)
     with pytest.raises(UsageError, match="dtype 'bf16': use one of auto, float32"):
         EngineSettings(model="m", dtype="bf16")
     with pytest.raises(UsageError, match="module:callable"):

@@ -25,7 +25,7 @@ from sppruner import DENSE, Budget, PruneSpec
 from sppruner.adapters import cost_of
 from sppruner.adapters.llava import LlavaAdapter
 from sppruner.cost import ImageShape
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
 from sppruner.models.loading import LoadedModel
 
 QUIET = Console(quiet=True)
@@ -73,7 +73,7 @@ def asked(shape: Shape, images: int, *specs: PruneSpec, tokens: int = 5) -> list
             prompt="what is it " * (number + 1),
             images=(image,),
             spec=specs[number % len(specs)],
-            generation=Generation(max_new_tokens=tokens),
+            generation=SamplingParams(max_new_tokens=tokens),
         )
         for number, image in enumerate(scenes(shape, images))
     ]
@@ -124,8 +124,8 @@ def test_both_engines_say_the_same_until_the_last_token_asked_for(
 ) -> None:
     loaded, shape = small
     requests = asked(shape, 4, DENSE, SPEC)
-    expected = BatchEngine(loaded, max_batch_rows=1).run(requests)
-    with closing(ContinuousEngine(loaded, max_batch_rows=3, encodings_bytes=0)) as continuous:
+    expected = BatchEngine(loaded, slots=1).run(requests)
+    with closing(ContinuousEngine(loaded, slots=3, encodings_bytes=0)) as continuous:
         found = continuous.run(requests)
     for one, other in zip(expected, found, strict=True):
         assert one.error_message is None
@@ -147,7 +147,7 @@ def test_keys_and_values_that_were_measured_are_those_of_the_cost_model(
 ) -> None:
     loaded, shape = small
     requests = asked(shape, 1, spec)
-    with closing(ContinuousEngine(loaded, max_batch_rows=2, encodings_bytes=0)) as continuous:
+    with closing(ContinuousEngine(loaded, slots=2, encodings_bytes=0)) as continuous:
         for answering in (BatchEngine(loaded), continuous):
             with traced(loaded.model) as trace:
                 (found,) = answering.run(requests)

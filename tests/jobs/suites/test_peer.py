@@ -26,9 +26,9 @@ from jobs.suites.passes import Timed, Way, in_turns, spoken
 from jobs.suites.peer import NAME, Peer, opened
 from jobs.suites.random_models import build
 from jobs.suites.shapes import SHAPES, scenes
-from sppruner.engine import Generation, Request
+from sppruner.engine import Request, SamplingParams
 from sppruner.models.loading import LoadedModel
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from tests.jobs.suites.stand_in import StandIn
 
 QUIET = Console(quiet=True)
@@ -50,7 +50,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     """Three to be timed together, and one alone."""
-    generation = Generation(max_new_tokens=TOKENS)
+    generation = SamplingParams(max_new_tokens=TOKENS)
     return [
         Request(id=str(n), prompt=PROMPT, images=(image,), generation=generation)
         for n, image in enumerate(scenes(SHAPES["tiny"], 4))
@@ -89,7 +89,7 @@ def test_a_peer_has_a_case_of_its_own_and_ratios_to_it(
             id=str(n),
             prompt=PROMPT,
             images=(image,),
-            generation=Generation(max_new_tokens=TOKENS),
+            generation=SamplingParams(max_new_tokens=TOKENS),
         )
         for n, image in enumerate(scenes(shape, 4))
     ]
@@ -164,7 +164,7 @@ def test_the_peer_gets_our_prompts_pixels_and_threads_and_remembers_nothing(
     assert settings["max_num_seqs"] == 2
     assert settings["enable_prefix_caching"] is False
     assert settings["mm_processor_cache_gb"] == 0
-    longest = len(ask_about(loaded.processor, [PROMPT], [requests[0].images[0]])["input_ids"][0])
+    longest = len(build_inputs(loaded.processor, [PROMPT], [requests[0].images[0]])["input_ids"][0])
     assert longest + TOKENS <= settings["max_model_len"] <= 4096
     cores = begun["environment"]["VLLM_CPU_OMP_THREADS_BIND"].split(",")
     assert {int(core) for core in cores} <= os.sched_getaffinity(0)

@@ -29,7 +29,7 @@ from jobs.suites.pipeline import (
 from jobs.suites.random_models import build, save
 from jobs.suites.shapes import SHAPES, Shape, scenes
 from sppruner import DENSE, Budget, PruneSpec
-from sppruner.engine import BatchEngine, ContinuousEngine, Engine, Generation, Request
+from sppruner.engine import BatchEngine, ContinuousEngine, Engine, Request, SamplingParams
 from sppruner.errors import EngineError
 from sppruner.models.loading import load_model
 from tests.cluster.fake_engine import FakeEngine
@@ -52,7 +52,7 @@ def test_a_saved_model_answers_as_it_did_and_never_ends_early(shape: Shape, tmp_
             prompt="describe the image.",
             images=(image,),
             spec=(DENSE, SPEC)[number % 2],
-            generation=Generation(max_new_tokens=40),
+            generation=SamplingParams(max_new_tokens=40),
         )
         for number, image in enumerate(scenes(shape, 2))
     ]
@@ -111,7 +111,7 @@ class Counted(FakeEngine):
     """Remembers how many requests were with it when it began to answer some."""
 
     def __init__(self) -> None:
-        super().__init__(model="fake", max_batch_rows=2)
+        super().__init__(model="fake", slots=2)
         self.held: list[int] = []
 
     def answer_batch(self, requests: list[Request]) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from jobs.training.contrast import CaptionContrast
 from jobs.training.families import LLAVA
 from jobs.training.language import sample_keep
-from jobs.training.loop import Draws, Schedule, load_checkpoint, run_steps
+from jobs.training.loop import Draws, LearningRateSchedule, load_checkpoint, run_steps
 from jobs.training.packing import answer_logits, pack, random_keep
 from jobs.training.scene_cache import BARE, GROUNDS, SIGNS, SceneCache, build_cache, scene_table
 from jobs.training.space import ANCHOR, CHANNELS, THING, TokenSpace, Truth
@@ -189,7 +189,7 @@ def test_held_out_table_matches_the_cache_layout() -> None:
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
-    schedule = Schedule(steps=100, peak=1.0, warmup=10, hold=0.5, floor=0.05)
+    schedule = LearningRateSchedule(steps=100, peak=1.0, warmup=10, hold=0.5, floor=0.05)
     assert schedule.rate(0) == pytest.approx(0.1)
     assert schedule.rate(30) == schedule.rate(49) == 1.0
     assert schedule.rate(99) < 0.06
@@ -219,7 +219,7 @@ def _run(steps: int, checkpoint: Path) -> nn.Module:
             raise KeyboardInterrupt
         return loss_at(step)
 
-    schedule = Schedule(steps=30, peak=0.05, warmup=3)
+    schedule = LearningRateSchedule(steps=30, peak=0.05, warmup=3)
     run_steps("toy", model, schedule, stop, checkpoint, save_seconds=-1.0)
     return model
 

@@ -228,16 +228,16 @@ def test_deepstack_features_keep_the_indices_of_their_tokens() -> None:
 
 def test_stages_start_behind_the_last_deepstack_layer() -> None:
     config = qwen3_vl.build().config
-    assert capabilities(config).stages_from == 2
+    assert capabilities(config).first_prunable_layer == 2
     config.vision_config.deepstack_visual_indexes = [0, 1, 2, 2]
-    assert capabilities(config).stages_from is None
-    assert capabilities(qwen2_5_vl.build().config).stages_from == 1
+    assert capabilities(config).first_prunable_layer is None
+    assert capabilities(qwen2_5_vl.build().config).first_prunable_layer == 1
 
 
 def test_a_decoder_that_allows_no_stages_gets_none_from_deepstack() -> None:
     config = qwen3_vl.build().config
     config.text_config.sliding_window = 32
-    assert capabilities(config).stages_from is None
+    assert capabilities(config).first_prunable_layer is None
 
 
 @families

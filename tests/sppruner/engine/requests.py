@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sppruner.engine import Generation, Request, Result
+from sppruner.engine import Request, Result, SamplingParams
 from sppruner.engine.base import ModelEngine
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -59,7 +59,7 @@ def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Reques
                 prompt="what is it? " * rng.randint(1, 4),
                 images=tuple(drawn(rng) for _ in range(rng.choice([0, 1, 1, 1, 2]))),
                 spec=rng.choice(specs),
-                generation=Generation(max_new_tokens=rng.randint(1, 8), **chance),
+                generation=SamplingParams(max_new_tokens=rng.randint(1, 8), **chance),
                 priority=rng.randint(0, 1),
             )
         )

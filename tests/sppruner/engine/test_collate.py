@@ -10,7 +10,7 @@ import torch
 
 from sppruner.engine.collate import collate
 from sppruner.models.loading import load_processor, resolve_model
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from tests.sppruner.engine.requests import drawn
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.base import PAD
@@ -26,8 +26,8 @@ def test_a_collated_batch_is_the_processors_own(
     rng = random.Random(5)
     shown = [[drawn(rng) for _ in range(count)] for count in images]
     prompts = ["what is it? " * (1 + n) for n in range(len(images))]
-    together = ask_about(processor, prompts, shown)
-    single = [dict(ask_about(processor, [p], [s])) for p, s in zip(prompts, shown, strict=True)]
+    together = build_inputs(processor, prompts, shown)
+    single = [dict(build_inputs(processor, [p], [s])) for p, s in zip(prompts, shown, strict=True)]
     batch = collate(single, PAD)
     assert batch.keys() == together.keys()
     for name, value in together.items():

@@ -12,8 +12,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
-from sppruner.engine.scheduler import Limits
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
+from sppruner.engine.scheduler import PrefillLimits
 from sppruner.models.loading import LoadedModel, load_model
 from tests.sppruner.engine.requests import facts, requests
 from tests.sppruner.families import FAMILIES
@@ -27,12 +27,12 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel) -> BatchEngine:
-    return BatchEngine(loaded, max_batch_rows=1)
+    return BatchEngine(loaded, slots=1)
 
 
 @pytest.fixture(scope="module")
 def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, max_batch_rows=4, limits=Limits(tokens=300))
+    made = ContinuousEngine(loaded, slots=4, limits=PrefillLimits(tokens=300))
     yield made
     made.close()
 
@@ -96,7 +96,7 @@ def test_a_compiled_step_is_one_graph_whatever_runs(
         ),
     )
     asked = requests(alone, random.Random(9), 14)
-    engine = ContinuousEngine(loaded, max_batch_rows=4, capacity=512, compiled=True)
+    engine = ContinuousEngine(loaded, slots=4, capacity=512, compiled=True)
     assert [facts(a) for a in engine.run(asked)] == [facts(a) for a in alone.run(asked)]
     assert graphs.frame_count == 1
     engine.close()
@@ -105,8 +105,8 @@ def test_a_compiled_step_is_one_graph_whatever_runs(
 def test_slots_that_have_grown_while_answering_take_the_next_request(
     loaded: LoadedModel, alone: BatchEngine
 ) -> None:
-    engine = ContinuousEngine(loaded, max_batch_rows=2)
-    long = Generation(max_new_tokens=80)
+    engine = ContinuousEngine(loaded, slots=2)
+    long = SamplingParams(max_new_tokens=80)
     asked = [Request(id=str(n), prompt="a" * 40, generation=long) for n in range(3)]
     expected = [facts(result) for result in alone.run(asked)]
     assert expected[0].completion_tokens > 64, "places of a slot that has not grown"

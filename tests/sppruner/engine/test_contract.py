@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from sppruner.adapters import Encoded, Kept, LlavaAdapter
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, Result
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
 from sppruner.engine.base import ModelEngine
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
 
-NEW = Generation(max_new_tokens=4)
+NEW = SamplingParams(max_new_tokens=4)
 GRID = PruneSpec(method="grid", budget=Budget(ratio=0.25))
 SPP = PruneSpec(method="sppruner", budget=Budget(ratio=0.111))
 MOVED = PruneSpec(method="topk", budget=Budget(tokens=20), positions="renumber")
@@ -41,7 +41,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.fixture(params=[BatchEngine, ContinuousEngine])
 def engine(request: pytest.FixtureRequest, loaded: LoadedModel) -> Iterator[ModelEngine]:
-    made = request.param(loaded, max_batch_rows=4)
+    made = request.param(loaded, slots=4)
     yield made
     if isinstance(made, ContinuousEngine):
         made.close()
@@ -75,7 +75,7 @@ def mixed() -> list[Request]:
         request("a", spec=DENSE),
         request("two", images=2, spec=SPP),
         request("red", spec=MOVED),
-        request("long", spec=GRID, generation=Generation(max_new_tokens=9)),
+        request("long", spec=GRID, generation=SamplingParams(max_new_tokens=9)),
         request("blue", spec=GRID, system="be brief"),
         request("text", images=0, spec=GRID),
     ]
@@ -173,7 +173,7 @@ def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: Mode
 
 def test_a_seed_samples_the_same_text_in_any_company(engine: ModelEngine) -> None:
     def sampled(seed: int) -> Request:
-        chance = Generation(max_new_tokens=12, temperature=1.5, seed=seed)
+        chance = SamplingParams(max_new_tokens=12, temperature=1.5, seed=seed)
         return request("cat", spec=GRID, generation=chance)
 
     alone = engine.run([sampled(3)])[0].text
@@ -226,7 +226,7 @@ def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(
 
 def test_rows_end_at_their_limit(engine: ModelEngine) -> None:
     for limit in (1, 6):
-        (answer,) = engine.run([request("a", generation=Generation(max_new_tokens=limit))])
+        (answer,) = engine.run([request("a", generation=SamplingParams(max_new_tokens=limit))])
         assert (answer.finish_reason, answer.completion_tokens) == ("length", limit)
 
 
@@ -272,8 +272,10 @@ def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
     room = 2048 - dense.prompt_tokens
     engine._model.generation_config.max_time = 0.01  # The limit is checked, not run to its end.
     try:
-        fits = engine.run([request("a", spec=GRID, generation=Generation(max_new_tokens=room))])
-        over = engine.run([request("a", spec=GRID, generation=Generation(max_new_tokens=room + 1))])
+        fits = engine.run([request("a", spec=GRID, generation=SamplingParams(max_new_tokens=room))])
+        over = engine.run(
+            [request("a", spec=GRID, generation=SamplingParams(max_new_tokens=room + 1))]
+        )
     finally:
         engine._model.generation_config.max_time = None
     assert fits[0].error_code is None
@@ -283,7 +285,7 @@ def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
 @pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
 def test_generation_settings_that_cannot_mean_anything_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(SpecError):
-        Generation(**bad)
+        SamplingParams(**bad)
 
 
 def test_no_requests_give_no_results(engine: ModelEngine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppruner.engine.detokenizer import Transcript
+from sppruner.engine.detokenizer import Detokenizer
 from tests.sppruner.families.folders import PARTS, tokenizer_of
 
 TOKENIZER = tokenizer_of(PARTS["llava"])  # a token a character
@@ -15,7 +15,7 @@ texts = st.text("ab \n", max_size=30)
 @given(text=texts, stops=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_pieces_join_to_the_answer_in_front_of_its_first_stop(text: str, stops: list[str]) -> None:
-    transcript = Transcript(TOKENIZER, stops)
+    transcript = Detokenizer(TOKENIZER, stops)
     pieces, said = [], ""
     for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]:
         said += TOKENIZER.decode([token])
@@ -32,7 +32,7 @@ def test_pieces_join_to_the_answer_in_front_of_its_first_stop(text: str, stops: 
 
 
 def test_special_tokens_are_not_said() -> None:
-    transcript = Transcript(TOKENIZER)
+    transcript = Detokenizer(TOKENIZER)
     ids = TOKENIZER("ab", add_special_tokens=False)["input_ids"]
     for token in [ids[0], TOKENIZER.eos_token_id, ids[1]]:
         transcript.add(token)

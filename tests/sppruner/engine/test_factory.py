@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, MistralConfig
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request, open_engine
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams, open_engine
 from sppruner.errors import UnsupportedModel
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.spec import Budget, PruneSpec
@@ -38,9 +38,9 @@ def windowed(embedded: LoadedModel, folder: Path) -> str:
 
 
 def test_a_model_without_peculiarities_is_batched_continuously(embedded: LoadedModel) -> None:
-    engine = open_engine(embedded, max_batch_rows=2)
+    engine = open_engine(embedded, slots=2)
     assert isinstance(engine, ContinuousEngine)
-    assert engine.max_batch_rows == 2
+    assert engine.slots == 2
     engine.close()
 
 
@@ -48,21 +48,21 @@ def test_a_decoder_with_windows_is_answered_in_static_batches(
     embedded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        engine = open_engine(windowed(embedded, tmp_path), max_batch_rows=2)
+        engine = open_engine(windowed(embedded, tmp_path), slots=2)
     assert isinstance(engine, BatchEngine)
     assert "windows" in caplog.text
     image = drawn(random.Random(0))
     ask = Request(id="1", prompt="describe the image .", images=(image,), spec=HALF)
-    result = engine.run([replace(ask, generation=Generation(max_new_tokens=4))])[0]
+    result = engine.run([replace(ask, generation=SamplingParams(max_new_tokens=4))])[0]
     assert result.error_code is None
     assert result.visual_tokens_kept * 2 == result.visual_tokens
 
 
 def test_a_generation_config_of_its_own_is_left_to_generate(embedded: LoadedModel) -> None:
     embedded.model.generation_config.no_repeat_ngram_size = 2
-    engine = open_engine(embedded, max_batch_rows=64)
+    engine = open_engine(embedded, slots=64)
     assert isinstance(engine, BatchEngine)
-    assert engine.max_batch_rows == 16
+    assert engine.slots == 16
 
 
 def test_a_model_that_no_engine_runs_is_refused(embedded: LoadedModel) -> None:

@@ -24,12 +24,12 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel) -> BatchEngine:
-    return BatchEngine(loaded, max_batch_rows=1)
+    return BatchEngine(loaded, slots=1)
 
 
 @pytest.fixture
 def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, max_batch_rows=8)
+    made = ContinuousEngine(loaded, slots=8)
     yield made
     made.close()
 
@@ -53,17 +53,17 @@ def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: B
     """Room for about two of the longest: the others wait, and get the same answers."""
     asked = requests(alone, random.Random(4), 12)
     expected = [facts(result) for result in alone.run(asked)]
-    plenty = ContinuousEngine(loaded, max_batch_rows=8)
+    plenty = ContinuousEngine(loaded, slots=8)
     assert [facts(result) for result in plenty.run(asked)] == expected
     longest = max(result.prompt_tokens for result in expected) + 8
     cache = plenty._rows.cache
     per_token = len(cache.keys) * cache._place_bytes
     bound = 2 * (longest + 64) * per_token
-    tight = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=bound)
+    tight = ContinuousEngine(loaded, slots=8, kv_bytes=bound)
     assert [facts(result) for result in tight.run(asked)] == expected
     assert tight._rows.cache.nbytes <= bound < plenty._rows.cache.nbytes
-    assert (plenty.token_room, tight.token_room) == (None, 2 * (longest + 64))
-    hopeless = ContinuousEngine(loaded, max_batch_rows=8, kv_bytes=64 * per_token)
+    assert (plenty.kv_token_capacity, tight.kv_token_capacity) == (None, 2 * (longest + 64))
+    hopeless = ContinuousEngine(loaded, slots=8, kv_bytes=64 * per_token)
     refused = [result for result in hopeless.run(asked) if result.error_code]
     assert {result.error_code for result in refused} == {"prompt_invalid"}
     assert all("kv_bytes" in str(result.error_message) for result in refused)

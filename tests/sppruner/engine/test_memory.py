@@ -21,7 +21,7 @@ ENCODINGS = 2**20
 @pytest.mark.timeout(900)
 def test_memory_is_flat_and_no_slot_is_lost_whoever_is_cancelled(tmp_path: Path) -> None:
     loaded = load_model(str(write_folder("llava", tmp_path)))
-    engine = ContinuousEngine(loaded, max_batch_rows=8, encodings_bytes=ENCODINGS)
+    engine = ContinuousEngine(loaded, slots=8, encodings_bytes=ENCODINGS)
     rng = random.Random(11)
     kinds = requests(BatchEngine(loaded), rng, 200)
     held: dict[int, tuple[int, int]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sppruner.engine.interface import Generation, Request, Result
+from sppruner.engine.interface import Request, Result, SamplingParams
 from sppruner.engine.queued import QueuedEngine
 
 
@@ -43,7 +43,7 @@ def answers(engine: Echo, *requests: Request) -> list[Result]:
 
 def test_urgent_requests_overtake_and_kinds_never_share_a_batch() -> None:
     engine = Echo()
-    long = Generation(max_new_tokens=500)
+    long = SamplingParams(max_new_tokens=500)
     answers(
         engine,
         asked("a", priority=1),

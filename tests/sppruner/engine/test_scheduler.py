@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppruner.engine.scheduler import Limits, Schedule
+from sppruner.engine.scheduler import PrefillLimits, Scheduler
 from sppruner.errors import SpecError
 
 
@@ -22,8 +22,8 @@ class Asking:
     patches: int = 10
 
 
-def waiting(*requests: Asking, limits: Limits | None = None) -> Schedule[Asking]:
-    line: Schedule[Asking] = Schedule(limits or Limits())
+def waiting(*requests: Asking, limits: PrefillLimits | None = None) -> Scheduler[Asking]:
+    line: Scheduler[Asking] = Scheduler(limits or PrefillLimits())
     for request in requests:
         line.add(request)
     return line
@@ -46,7 +46,7 @@ Requests = st.lists(
 def test_everyone_is_taken_once_in_groups_that_fit(
     requests: list[Asking], rows: int, tokens: int
 ) -> None:
-    limits = Limits(tokens=tokens, patches=80)
+    limits = PrefillLimits(tokens=tokens, patches=80)
     line = waiting(*requests, limits=limits)
     taken: list[Asking] = []
     while line:
@@ -82,7 +82,7 @@ def test_a_request_larger_than_every_limit_is_read_by_itself() -> None:
 
 def test_requests_that_run_by_themselves_stay_together_and_are_read_in_parts() -> None:
     controls = [Asking(number=n, alone=True) for n in range(5)]
-    line = waiting(*controls, limits=Limits(tokens=20, patches=1000))
+    line = waiting(*controls, limits=PrefillLimits(tokens=20, patches=1000))
     group = line.take(8)
     assert group == controls
     assert list(line.parts(group)) == [controls[:2], controls[2:4], controls[4:]]
@@ -99,4 +99,4 @@ def test_one_that_does_not_fit_beside_those_that_run_holds_up_those_behind_it() 
 @pytest.mark.parametrize("bad", [{"tokens": 0}, {"patches": -1}])
 def test_limits_that_let_nothing_in_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(SpecError, match="give at least 1"):
-        Limits(**bad)
+        PrefillLimits(**bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine import BatchEngine, Request, SamplingParams
 from sppruner.errors import InputError
 from sppruner.evaluation import compare, drawn_scenes
 from sppruner.evaluation.answering import Asker
@@ -44,7 +44,7 @@ def test_answers_are_those_of_the_engine(loaded: LoadedModel, dataset: Dataset) 
                 prompt=item.prompt,
                 images=(item.image(),),
                 spec=spec,
-                generation=Generation(max_new_tokens=48),
+                generation=SamplingParams(max_new_tokens=48),
             )
             for item in dataset.items
         ]

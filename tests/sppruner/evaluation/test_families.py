@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine import BatchEngine, Request, SamplingParams
 from sppruner.evaluation import Dataset, compare, drawn_scenes
 from sppruner.evaluation.drawn_scenes import Outline
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pictures.geometry import WHOLE, plane_boxes
 from sppruner.pictures.overlay import counts_of, overlay, selections_of
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
 from tests.sppruner.families import FAMILIES
@@ -55,7 +55,7 @@ def test_answers_are_the_engines_and_figures_are_in_range(
             prompt=item.prompt,
             images=(item.image(),),
             spec=HALF,
-            generation=Generation(max_new_tokens=6),
+            generation=SamplingParams(max_new_tokens=6),
         )
         for item in dataset.items
     ]
@@ -94,7 +94,7 @@ def test_boxes_are_where_the_processor_cuts(loaded: LoadedModel, size: tuple[int
     to right in red and from top to bottom in green."""
     columns, rows = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8))
-    inputs = ask_about(loaded.processor, ["what?"], [image])
+    inputs = build_inputs(loaded.processor, ["what?"], [image])
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     planes = [plane for plane, _ in pruner.prepare(inputs, HALF, ["what?"]).selections]
     if len(planes) <= 2:

@@ -183,7 +183,7 @@ def tokenizer_of(parts: FolderParts) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens=dict(parts.named) or list(parts.special),
         model_input_names=["input_ids", "attention_mask"],
-        # Generation pads on the left, whatever a folder says.
+        # SamplingParams pads on the left, whatever a folder says.
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lmms_eval.api.instance import Instance
 
-from sppruner.engine import BatchEngine, Generation, Request
+from sppruner.engine import BatchEngine, Request, SamplingParams
 from sppruner.errors import EvaluationError, InputError, SpecError
 from sppruner.evaluation import drawn_scenes
 from sppruner.integrations.lmms_eval import PrunedModel, manifest
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_engine_in_order(model: PrunedModel) -> None:
             prompt=item.prompt,
             images=(item.image(),),
             spec=SPARSE,
-            generation=Generation(max_new_tokens=8),
+            generation=SamplingParams(max_new_tokens=8),
         )
         for item in ITEMS
     ]
@@ -64,7 +64,7 @@ def test_arguments_name_a_spec_and_its_options() -> None:
     assert made.spec == PruneSpec(
         method="sppruner", budget=Budget(ratio=0.25), options={"relevance": "none"}
     )
-    assert made.engine.max_batch_rows == 2
+    assert made.engine.slots == 2
     assert PrunedModel(pretrained=EMBEDDED, method="none").spec == DENSE
 
 

@@ -129,7 +129,7 @@ def answer(pruner: Pruner, family: str, images: list[int], spec: PruneSpec, **ex
 
 def call(pruner: Pruner, family: str, name: str) -> Tensor | None:
     """One of the things a model may be asked; an error that is met half-way gives nothing."""
-    layer = pruner.adapter.capabilities.stages_from
+    layer = pruner.adapter.capabilities.first_prunable_layer
     staged = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layer or 1})
     if name.startswith("error"):
         # In the forward of the prompt, or in a later one.

@@ -115,7 +115,7 @@ def test_in_bfloat16_all_kept_is_plain_generate_and_padded_rows_stay_finite(fami
     plain = half.model.generate(**inputs, **ask)
     kept = half.generate(inputs, PruneSpec(method="grid"), **ask)
     assert logits(kept.output).equal(logits(plain))
-    layer = half.adapter.capabilities.stages_from
+    layer = half.adapter.capabilities.first_prunable_layer
     assert layer is not None
     merging = PruneSpec(method="visionzip", budget=Budget(ratio=0.4))
     staged = PruneSpec(method="fastv", budget=Budget(ratio=0.4), options={"layer": layer})

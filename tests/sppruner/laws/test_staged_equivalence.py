@@ -41,8 +41,8 @@ def settings(family: str, **extra: Any) -> dict[str, Any]:
 
 def stage_layers(family: str, count: int) -> list[int]:
     can = pruner_of(family).adapter.capabilities
-    assert can.stages_from is not None
-    layers = list(range(can.stages_from, can.decoder_layers))[:count]
+    assert can.first_prunable_layer is not None
+    layers = list(range(can.first_prunable_layer, can.decoder_layers))[:count]
     if len(layers) < count:
         pytest.skip(f"the tiny {family} has room for {len(layers)} stages")
     return layers

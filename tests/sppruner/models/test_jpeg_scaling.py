@@ -20,9 +20,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sppruner.engine.interface import Reduction
-from sppruner.models.jpeg_scaling import reduction_of
+from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import load_processor, resolve_model
-from sppruner.prompts import ask_about
+from sppruner.prompts import build_inputs
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder
 
@@ -43,7 +43,7 @@ def processor(family: str) -> Any:
 
 
 def by(images: Any) -> Reduction:
-    return reduction_of(SimpleNamespace(image_processor=images))
+    return jpeg_scale_of(SimpleNamespace(image_processor=images))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
@@ -52,12 +52,12 @@ def by(images: Any) -> Reduction:
 def test_a_reduction_changes_neither_prompt_nor_grid_nor_tiles(
     family: str, width: int, height: int
 ) -> None:
-    factor = reduction_of(processor(family))(width, height)
+    factor = jpeg_scale_of(processor(family))(width, height)
     if factor == 1:
         return
     assert width % factor == height % factor == 0
     given, reduced = (
-        ask_about(processor(family), ["what ?"], [Image.new("RGB", size)])
+        build_inputs(processor(family), ["what ?"], [Image.new("RGB", size)])
         for size in ((width, height), (width // factor, height // factor))
     )
     assert given["input_ids"].tolist() == reduced["input_ids"].tolist()
@@ -68,14 +68,14 @@ def test_a_reduction_changes_neither_prompt_nor_grid_nor_tiles(
 
 @pytest.mark.parametrize("family", REDUCED)
 def test_a_photograph_is_reduced_as_far_as_its_sides_divide(family: str) -> None:
-    reduction = reduction_of(processor(family))
+    reduction = jpeg_scale_of(processor(family))
     assert [reduction(width, 3000) for width in (4000, 4004, 4002, 4001)] == [8, 4, 2, 1]
     assert [reduction(4000, height) for height in (3000, 3004, 3002, 3001)] == [8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REDUCED)))
 def test_where_tiles_are_cut_in_ways_that_are_not_known_nothing_is_reduced(family: str) -> None:
-    reduction = reduction_of(processor(family))
+    reduction = jpeg_scale_of(processor(family))
     assert {reduction(side, side) for side in (64, 4000, 8000)} == {1}
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from jobs.training.history import History
-from sppruner.engine import BatchEngine, Generation, Request, Result
+from sppruner.engine import BatchEngine, Request, Result, SamplingParams
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.models.loading import load_model, load_processor, resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -126,7 +126,7 @@ def requests(spec: PruneSpec) -> list[Request]:
             prompt=f"what is in {len(seen)}?",
             images=seen,
             spec=spec,
-            generation=Generation(max_new_tokens=4),
+            generation=SamplingParams(max_new_tokens=4),
         )
         for seen in images
     ]

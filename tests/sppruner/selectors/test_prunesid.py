@@ -143,7 +143,7 @@ def test_a_dynamic_budget_stays_within_its_spread_and_its_image(
 ) -> None:
     budget = Budget(ratio=ratio, spread=spread)
     weight = PruneSIDSelector().information([alike(make(1, n), share)])
-    k = budget.weighed(budget.count(n), n, weight)
+    k = budget.reweighted(budget.count(n), n, weight)
     low, high = budget.bounds(n)
     assert low <= k <= high <= n
 
@@ -173,5 +173,5 @@ def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None
         assert report.visual_tokens_kept == alone.reports[0].visual_tokens_kept
         weight = PruneSIDSelector(**options).information([together.selections[row][0]])
         n = report.visual_tokens
-        assert report.visual_tokens_kept == budget.weighed(budget.count(n), n, weight)
+        assert report.visual_tokens_kept == budget.reweighted(budget.count(n), n, weight)
         assert together.selections[row][1].index_K.equal(alone.selections[0][1].index_K)

@@ -15,7 +15,7 @@ from sppruner.adapters import capabilities
 from sppruner.errors import SpecError
 from sppruner.pruner import check_spec
 from sppruner.selectors import Selector, selector_for
-from sppruner.stages import Schedule
+from sppruner.stages import TokenSchedule
 from tests.sppruner.families.llava import build
 
 CAN = replace(capabilities(build().config), decoder_layers=32)
@@ -31,11 +31,11 @@ def check(method: str, budget: Budget, can: Any = CAN, **options: Any) -> None:
     check_spec(PruneSpec(method=method, budget=budget, options=options), can)
 
 
-def average(schedule: Schedule, layers: int) -> float:
+def average(schedule: TokenSchedule, layers: int) -> float:
     return sum(schedule.at(layer) for layer in range(layers)) / layers
 
 
-def assert_falls(schedule: Schedule, n: int, layers: int) -> None:
+def assert_falls(schedule: TokenSchedule, n: int, layers: int) -> None:
     tokens = [n, *(schedule.at(layer) for layer in range(layers))]
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[-1] >= 0
@@ -48,13 +48,13 @@ sizes = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers
 
 def test_the_papers_settings() -> None:
     fastv = selector("fastv").schedule(576, 288, 32)
-    assert fastv == Schedule(before=576, counted=288, stages=((2, 288),))
+    assert fastv == TokenSchedule(before=576, counted=288, stages=((2, 288),))
     even = ((8, 288), (16, 144), (24, 72))
     pyramid = selector("pyramiddrop").schedule(576, 72, 32)
-    assert pyramid == Schedule(before=576, counted=72, stages=even)
+    assert pyramid == TokenSchedule(before=576, counted=72, stages=even)
     assert selector("pyramiddrop", count="average").schedule(576, 270, 32).stages == even
     two_steps = selector("sppruner", mode="pre+mid").schedule(576, 64, 32)
-    assert two_steps == Schedule(before=96, counted=64, stages=((16, 32),))
+    assert two_steps == TokenSchedule(before=96, counted=64, stages=((16, 32),))
 
 
 @given(sizes, st.integers(3, 80))
@@ -138,7 +138,7 @@ def test_a_bad_option_says_what_to_write(
 
 def test_layers_outside_the_decoder_or_before_its_first_stage_are_refused() -> None:
     half = Budget(ratio=0.5)
-    late = replace(CAN, stages_from=3)
+    late = replace(CAN, first_prunable_layer=3)
     check("fastv", half, late, layer=3)
     for options, can in (({"layer": 32}, CAN), ({}, late), ({"layer": 1}, late)):
         with pytest.raises(SpecError, match="allows layers"):

@@ -141,9 +141,9 @@ def test_a_decoder_with_a_sliding_window_has_no_stages() -> None:
     config = build().config
     windowed = MistralConfig(sliding_window=32, num_hidden_layers=3)
     config.text_config = windowed
-    assert capabilities(config).stages_from is None
+    assert capabilities(config).first_prunable_layer is None
     windowed.sliding_window = None
-    assert capabilities(config).stages_from == 1
+    assert capabilities(config).first_prunable_layer == 1
 
 
 def test_a_window_set_behind_the_capabilities_back_is_still_refused() -> None:

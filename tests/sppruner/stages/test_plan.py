@@ -6,21 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppruner.stages import Schedule, StagePlan
+from sppruner.stages import StagePlan, TokenSchedule
 from sppruner.stages.plan import most_attended
 
 
 def test_a_schedule_changes_at_its_stages() -> None:
-    schedule = Schedule(before=8, counted=4, stages=((1, 4), (3, 2)))
+    schedule = TokenSchedule(before=8, counted=4, stages=((1, 4), (3, 2)))
     assert [schedule.at(layer) for layer in range(5)] == [8, 4, 4, 2, 2]
 
 
 def test_a_row_keeps_the_sum_of_its_images_and_a_dense_row_everything() -> None:
     visual_BL = torch.tensor([[True] * 8 + [False]] * 3)
     mask_BL = torch.ones(3, 9, dtype=torch.int64)
-    pruned = Schedule(before=4, counted=2, stages=((1, 3), (2, 1)))
-    late = Schedule(before=4, counted=2, stages=((2, 2),))
-    dense = Schedule(before=8, counted=8)
+    pruned = TokenSchedule(before=4, counted=2, stages=((1, 3), (2, 1)))
+    late = TokenSchedule(before=4, counted=2, stages=((2, 2),))
+    dense = TokenSchedule(before=8, counted=8)
     plan = StagePlan.of(
         [0, 0, 1], [pruned, late, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
     )

@@ -16,8 +16,8 @@ from PIL import Image
 
 from sppruner.adapters import Encoded, EncodedImage
 from sppruner.cost import ImageShape
-from sppruner.engine import ContinuousEngine, Generation, Request, Result
-from sppruner.engine.caches.encoder import Encodings, content_of, own, size_of, tensors_of
+from sppruner.engine import ContinuousEngine, Request, Result, SamplingParams
+from sppruner.engine.caches.encoder import EncoderCache, content_of, own, size_of, tensors_of
 from sppruner.engine.prefill import prefill
 from sppruner.engine.preparation import Asked
 from sppruner.errors import MissingSignal, SpecError
@@ -39,7 +39,7 @@ SPECS = [
     spec_of("fastv:layer=2", {"ratio": 0.2}),
     spec_of("prunesid", {"ratio": 0.5, "spread": 0.5}),
 ]
-NEW = Generation(max_new_tokens=3)
+NEW = SamplingParams(max_new_tokens=3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,14 +49,14 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, max_batch_rows=4)
+    made = ContinuousEngine(loaded, slots=4)
     yield made
     made.close()
 
 
 @pytest.fixture
 def off(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, max_batch_rows=4, encodings_bytes=0)
+    made = ContinuousEngine(loaded, slots=4, encodings_bytes=0)
     yield made
     made.close()
 
@@ -133,7 +133,7 @@ def test_answers_are_the_same_whether_images_are_encoded_once_or_each_time(
     assert all(map(torch.equal, tensors_of(held), before)), "what prompts share was changed"
 
     limit = engine.encodings.size // 2
-    little = ContinuousEngine(loaded, max_batch_rows=4, encodings_bytes=limit)
+    little = ContinuousEngine(loaded, slots=4, encodings_bytes=limit)
     assert answers(little, requests) == expected
     assert 0 < little.encodings.size <= limit
     little.close()
@@ -155,7 +155,7 @@ def test_a_group_encodes_together_what_is_not_held_and_nothing_else(
     """And puts all of it together as one pass over the whole group would have."""
     rng = random.Random(2)
     one, two, three = drawn(rng), drawn(rng), drawn(rng)
-    pruner, encodings = engine._pruner, Encodings(2**28)
+    pruner, encodings = engine._pruner, EncoderCache(2**28)
     prefill(pruner, asked(engine, [ask(one, spec=MERGING)]), encodings)
     towers.clear()
     given: list[Encoded] = []
@@ -277,7 +277,9 @@ class Tower:
     def __init__(self) -> None:
         self.asked: list[tuple[list[bytes], frozenset[str]]] = []
 
-    def give(self, encodings: Encodings, *contents: bytes, signals: Sequence[str] = ()) -> Encoded:
+    def give(
+        self, encodings: EncoderCache, *contents: bytes, signals: Sequence[str] = ()
+    ) -> Encoded:
         def encode(missing: Sequence[int], read: frozenset[str]) -> Encoded:
             self.asked.append(([contents[i] for i in missing], read))
             images = [replace(image_of(int(contents[i])), row=r) for r, i in enumerate(missing)]
@@ -289,7 +291,7 @@ class Tower:
 @pytest.mark.parametrize("seed", range(20))
 def test_bytes_stay_under_the_limit_and_the_longest_unasked_go_first(seed: int) -> None:
     rng, tower = random.Random(seed), Tower()
-    encodings = Encodings(rng.choice([100, 400, 1200]))
+    encodings = EncoderCache(rng.choice([100, 400, 1200]))
     expected: OrderedDict[bytes, int] = OrderedDict()
     for _ in range(60):
         content = str(rng.randint(1, 40)).encode()
@@ -312,7 +314,7 @@ def test_bytes_stay_under_the_limit_and_the_longest_unasked_go_first(seed: int) 
 
 
 def test_an_entry_serves_whoever_needs_no_more_signals_than_it_has() -> None:
-    tower, encodings = Tower(), Encodings(2**20)
+    tower, encodings = Tower(), EncoderCache(2**20)
     tower.give(encodings, b"5", signals=[ATTENTION])
     tower.give(encodings, b"5")
     tower.give(encodings, b"5", signals=[ATTENTION])
@@ -325,7 +327,7 @@ def test_an_entry_serves_whoever_needs_no_more_signals_than_it_has() -> None:
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:
-    tower, encodings = Tower(), Encodings(2**20)
+    tower, encodings = Tower(), EncoderCache(2**20)
     with pytest.raises(ValueError, match="wide"):
         tower.give(encodings, b"5", b"wide")
     assert (encodings.size, encodings.hits, encodings.misses) == (0, 0, 0)
@@ -335,4 +337,4 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
 
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(SpecError, match="-1 bytes"):
-        Encodings(-1)
+        EncoderCache(-1)

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sppruner.engine.caches.kv_slots import SlotCache
+from sppruner.engine.caches.kv_slots import KVSlots
 from sppruner.errors import EngineError
 
 LAYERS, SLOTS, HEADS, WIDTH = 3, 4, 2, 5
 
 
-def cache(capacity: int | None = None, limit: int | None = None) -> SlotCache:
-    return SlotCache(
+def cache(capacity: int | None = None, limit: int | None = None) -> KVSlots:
+    return KVSlots(
         layers=LAYERS,
         slots=SLOTS,
         heads=HEADS,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Generation, Request
-from sppruner.engine.caches.encoder import Encodings
-from sppruner.engine.caches.prefix import Prefixes
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
+from sppruner.engine.caches.encoder import EncoderCache
+from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.prefill import prefill
 from sppruner.engine.preparation import Asked
 from sppruner.errors import MissingSignal, SpecError
@@ -48,13 +48,13 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, max_batch_rows=4)
+    made = ContinuousEngine(loaded, slots=4)
     yield made
     made.close()
 
 
 def ask(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Request:
-    new = Generation(max_new_tokens=4)
+    new = SamplingParams(max_new_tokens=4)
     return replace(Request(id=prompt, prompt=prompt, images=images, generation=new), **changes)
 
 
@@ -88,7 +88,7 @@ def test_answers_and_reports_are_those_of_prompts_that_are_read_whole(
         )
         for number in range(24)
     ]
-    expected = [facts(result) for result in BatchEngine(loaded, max_batch_rows=1).run(asked)]
+    expected = [facts(result) for result in BatchEngine(loaded, slots=1).run(asked)]
     assert not [result.error_message for result in expected if result.error_code]
     for _ in range(2):
         assert [facts(result) for result in engine.run(asked)] == expected
@@ -107,8 +107,8 @@ def test_keys_values_and_positions_are_those_of_a_prompt_that_is_read_whole(
         for n, images in enumerate(shown)
     ]
     group = prepared(engine, *asked)
-    prefixes = Prefixes(2**28)
-    shared = prefill(pruner, group, Encodings(2**28), prefixes)
+    prefixes = PrefixCache(2**28)
+    shared = prefill(pruner, group, EncoderCache(2**28), prefixes)
     assert (prefixes.misses, prefixes.hits) == (3, 2)
     for ours, whole in zip(shared, prefill(pruner, group), strict=True):
         assert ours.report == whole.report
@@ -130,7 +130,7 @@ def test_the_decoder_reads_a_shared_image_once_and_then_the_questions_alone(
     )
     image = drawn(random.Random(1))
     first, second = prepared(engine, *(ask(image, spec=BLIND, prompt=p) for p in ("a b c", "d")))
-    prefixes, encodings = Prefixes(2**28), Encodings(2**28)
+    prefixes, encodings = PrefixCache(2**28), EncoderCache(2**28)
     prefill(engine._pruner, [first], encodings, prefixes)
     prefill(engine._pruner, [second], encodings, prefixes)
     hook.remove()
@@ -183,7 +183,7 @@ def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngin
     owned = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in held for t in p.keys}
     assert 2 * sum(storage.nbytes() for storage in owned.values()) == engine.prefixes.size
     limit = engine.prefixes.size // 2
-    little = ContinuousEngine(loaded, max_batch_rows=4, encodings_bytes=limit)
+    little = ContinuousEngine(loaded, slots=4, encodings_bytes=limit)
     assert [facts(result) for result in little.run(asked)] == expected
     assert 0 < little.prefixes.size <= limit
     little.close()
@@ -191,4 +191,4 @@ def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngin
 
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(SpecError, match="-1 bytes"):
-        Prefixes(-1)
+        PrefixCache(-1)

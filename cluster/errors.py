@@ -11,7 +11,10 @@ ClusterError                     code                 retryable  stops
 │   ├── PruningNoEffect          pruning_no_effect    no
 │   ├── InferenceFailed          inference_failed     no
 │   └── PoisonRow                poison_row           no
-├── Busy                         busy                 yes        nothing: ask again later
+├── ArchiveDamaged               archive_damaged      no         one row, for the archive
+├── Busy                         busy                 yes        nothing: the call is sent again
+├── EngineBroken                 engine_broken        yes        a replica, which is replaced
+├── ApiError                     (per request)        no         one HTTP request
 └── RunError                     (below)              no         the run
     ├── UsageError               usage                no         before any compute is spent
     ├── StoreError               store                no
@@ -23,25 +26,29 @@ ClusterError                     code                 retryable  stops
     └── RedrawDiffers            redraw_differs       no         a picture it could not back
 
 A row error becomes an error row with its `code`, message and stage. A run error ends the command
-with `exit_code` and a message that says what to type next. Codes are stable: output holds them.
+with `exit_code` and a message that says what to type next. Codes are stable: committed rows hold
+them. Errors of the library (`sppruner.errors`) carry code and stage too.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ClusterError(Exception):
     """Base of the system's errors."""
 
     code: ClassVar[str] = "internal"
+    """Stable name of the error, for rows, logs and API answers."""
     retryable: ClassVar[bool] = False
+    """Whether the same call may succeed later."""
 
 
 class RowError(ClusterError):
-    """Spoils one row; becomes data. `stage` says where: read, decode, prompt, infer or commit."""
+    """Fails one row and becomes data."""
 
     stage: ClassVar[str] = "read"
+    """Where the row failed: read, decode, prompt, infer or commit."""
 
 
 class ReadError(RowError):
@@ -105,11 +112,49 @@ class PoisonRow(RowError):
     stage = "infer"
 
 
+class ArchiveDamaged(ClusterError):
+    """A tar is damaged or cut short; its readers turn this into an error row."""
+
+    code = "archive_damaged"
+
+    def __init__(self, position: int, reason: str, member: str | None = None) -> None:
+        """position: byte of the archive. member: the damaged one, where it is known."""
+        super().__init__(f"{reason} at byte {position}")
+        self.position = position
+        self.member = member
+
+
 class Busy(ClusterError):
-    """The replica takes no more batch calls now; ask again, elsewhere or later."""
+    """The replica is full for batch rows: send the call again, to another replica or later."""
 
     code = "busy"
     retryable = True
+
+
+class EngineBroken(ClusterError):
+    """The engine has ended, or fails on every row: Serve replaces the replica."""
+
+    code = "engine_broken"
+    retryable = True
+
+
+class ApiError(ClusterError):
+    """A request that is answered with an error in OpenAI's shape."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None
+    ) -> None:
+        """status: of HTTP. code, param: OpenAI's error code and the field at fault, or None."""
+        super().__init__(message)
+        self.status = status
+        self.api_code = code
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The response body: `{"error": {message, type, param, code}}`."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.api_code}
+        return {"error": error}
 
 
 class RunError(ClusterError):

@@ -96,8 +96,9 @@ def serving(local_ray: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def fleet(serving: str) -> Iterator[Fleet]:
     """One replica of the fake engine, with its HTTP edge, shared by the tests of the session."""
-    from cluster.serving.fleet import FleetSettings, open_fleet
-    from cluster.serving.replica import EngineSettings
+    from cluster.serving.application import FleetSettings
+    from cluster.serving.engine_settings import EngineSettings
+    from cluster.serving.fleet import open_fleet
 
     engine = EngineSettings(
         model="fake-model",

@@ -19,7 +19,7 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "phot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ColumnMapping:
     """The corpus as its readers see it.
 
     image, key, question: the source columns of those parts (WebDataset finds its own image and
@@ -47,7 +47,7 @@ class Layout:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
+    def from_dict(cls, data: Mapping[str, Any]) -> ColumnMapping:
         buffer = pa.py_buffer(base64.b64decode(data["schema"]))
         return cls(
             columns=tuple((source, name) for source, name in data["columns"]),
@@ -59,8 +59,8 @@ class Layout:
         )
 
 
-def table_layout(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> Layout:
-    """The layout of a corpus of tables. Raises UsageError where a needed column is not there.
+def table_mapping(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> ColumnMapping:
+    """The mapping of a corpus of tables. Raises UsageError where a needed column is not there.
 
     Not committed: image bytes (a struct keeps its path), the question of a VQA corpus and a
     string column `key`, which the output's own `question` and `key` hold.
@@ -79,7 +79,7 @@ def table_layout(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> Lay
     if not pa.types.is_struct(schema.field(image).type):
         left_out.add(image)
     columns = committed_names([name for name in names if name not in left_out], kind)
-    return Layout(
+    return ColumnMapping(
         columns=columns,
         schema=pa.schema(
             [pa.field(name, _nullable(schema.field(source).type)) for source, name in columns]

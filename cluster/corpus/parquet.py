@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import structlog
 
 from cluster.config import Kind
-from cluster.corpus.columns import Layout, difference, table_layout
+from cluster.corpus.columns import ColumnMapping, difference, table_mapping
 from cluster.corpus.table import SourceRow, unit_table
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import ReadError, UsageError
@@ -54,8 +54,10 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     return FileIndex(info=info, units=tuple(units), schema=file.schema_arrow)
 
 
-def parquet_layout(store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str) -> Layout:
-    """The one layout of all files. Raises UsageError naming two files whose columns differ."""
+def parquet_mapping(
+    store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str
+) -> ColumnMapping:
+    """The one mapping of all files. Raises UsageError naming two files whose columns differ."""
     first, *others = files
     for other in others:
         differs = difference(first.schema, other.schema)
@@ -64,23 +66,23 @@ def parquet_layout(store: Store, files: Sequence[FileIndex], *, kind: Kind, prom
                 f"{store.uri_of(other.info.key)} differs from {store.uri_of(first.info.key)} in "
                 f"its columns: {differs}; run them as separate corpora"
             )
-    return table_layout(first.schema, kind=kind, prompt=prompt, uri=store.uri)
+    return table_mapping(first.schema, kind=kind, prompt=prompt, uri=store.uri)
 
 
-def read_parquet_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
+def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     """The unit's rows. Raises ReadError where the row group cannot be decoded."""
     try:
-        table = _read_rows(store, unit, layout)
+        table = _read_rows(store, unit, mapping)
     except (pa.ArrowException, OSError) as error:
         raise ReadError(f"{type(error).__name__}: {error}"[:300]) from error
     if table.num_rows != unit.row_count:
         raise ReadError(f"{table.num_rows} rows where {unit.row_count} were planned")
-    assert layout.image is not None
-    image = table[layout.image].combine_chunks()
+    assert mapping.image is not None
+    image = table[mapping.image].combine_chunks()
     pictures = image.field("bytes") if pa.types.is_struct(image.type) else image
-    keys = table[layout.key].cast(pa.string()).to_pylist() if layout.key else [None] * len(table)
+    keys = table[mapping.key].cast(pa.string()).to_pylist() if mapping.key else [None] * len(table)
     prompts = (
-        table[layout.question].to_pylist() if layout.question else [layout.prompt] * len(table)
+        table[mapping.question].to_pylist() if mapping.question else [mapping.prompt] * len(table)
     )
     rows = [
         SourceRow(
@@ -94,17 +96,17 @@ def read_parquet_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
         )
     ]
     columns = [
-        _without_bytes(image) if source == layout.image else table[source].combine_chunks()
-        for source, _ in layout.columns
+        _without_bytes(image) if source == mapping.image else table[source].combine_chunks()
+        for source, _ in mapping.columns
     ]
-    return unit_table(unit, layout, rows, columns)
+    return unit_table(unit, mapping, rows, columns)
 
 
-def _read_rows(store: Store, unit: Unit, layout: Layout) -> pa.Table:
+def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     assert unit.row_group is not None
     assert unit.row_group_start is not None
-    parts = (layout.image, layout.key, layout.question)
-    wanted = {source for source, _ in layout.columns} | {part for part in parts if part}
+    parts = (mapping.image, mapping.key, mapping.question)
+    wanted = {source for source, _ in mapping.columns} | {part for part in parts if part}
     source = RangedFile(store, unit.info)
     file = pq.ParquetFile(source, pre_buffer=True)
     columns = [name for name in file.schema_arrow.names if name in wanted]

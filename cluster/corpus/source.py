@@ -12,13 +12,12 @@ from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from cluster.corpus.columns import Layout
+from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.parquet import read_parquet_unit
 from cluster.corpus.table import unreadable_table
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError
-from cluster.runs.planning import Plan
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
 
@@ -32,12 +31,13 @@ _READERS_PER_REPLICA = 2
 
 
 class UnitSource(Datasource):
-    """Reads `units` of a plan. Images stay compressed; the schema is rows.input_schema's."""
+    """Reads units. Images stay compressed; the schema is `cluster.schema.input_schema`'s."""
 
-    def __init__(self, plan: Plan, units: Sequence[Unit]) -> None:
+    def __init__(self, source: str, mapping: ColumnMapping, units: Sequence[Unit]) -> None:
+        """source: the URI of the store that the units' files lie in."""
         super().__init__()
-        self._store = open_store(plan.input_uri)
-        self._layout = plan.layout
+        self._store = open_store(source)
+        self._mapping = mapping
         self._units = tuple(units)
 
     def get_name(self) -> str:
@@ -53,10 +53,10 @@ class UnitSource(Datasource):
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
         """One task per unit, whatever parallelism is asked for: a unit is never divided."""
-        schema = input_schema(self._layout.schema)
+        schema = input_schema(self._mapping.schema)
         return [
             ReadTask(
-                partial(_blocks, self._store, unit, self._layout),
+                partial(_blocks, self._store, unit, self._mapping),
                 BlockMetadata(unit.row_count, unit.size_bytes, [unit.file], None),
                 schema=schema,
             )
@@ -64,17 +64,21 @@ class UnitSource(Datasource):
         ]
 
 
-def read_units(plan: Plan, units: Sequence[Unit], *, replicas: int = 1) -> ray.data.Dataset:
-    """The dataset of `units`, each one block, here and in the stages after it. replicas: for which
-    it is read, which bounds how many units are read at once.
+def read_units(
+    source: str, mapping: ColumnMapping, units: Sequence[Unit], *, replicas: int = 1
+) -> ray.data.Dataset:
+    """The dataset of `units`, each one block, here and in the stages after it.
 
-    Ray would divide blocks to make more of them, or because one is large; a unit must reach the
-    sink whole, so the number of blocks is given and their size is not bounded but by the plan. It
-    would also start a reader for every half of a CPU that is free: each is a process that takes a
-    second of a core to come up, in which the stage that feeds the replicas is to come up too.
+    source: the URI of the store that the units' files lie in. replicas: how many the dataset
+    feeds, which bounds how many units are read at once.
+
+    Ray divides blocks to get more of them, or because one is large. A unit must reach the sink
+    whole, so the number of blocks is given, and nothing but the plan bounds their size. Ray also
+    starts a reader for every half CPU that is free: each process takes a second of a core to
+    start, at the moment in which the labelling stage starts too.
     """
     dataset = ray.data.read_datasource(
-        UnitSource(plan, units),
+        UnitSource(source, mapping, units),
         override_num_blocks=len(units),
         num_cpus=READER_CPUS,
         concurrency=min(len(units), _READERS_PER_REPLICA * replicas),  # Ray warns of more
@@ -83,7 +87,7 @@ def read_units(plan: Plan, units: Sequence[Unit], *, replicas: int = 1) -> ray.d
     return dataset
 
 
-def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
+def read_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     """The unit's rows, all of them, in order: those that cannot be read as error rows.
 
     Raises StoreError only where the store gave up after its retries: such a unit may well be
@@ -92,11 +96,11 @@ def read_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
     logger.debug("unit_read", unit_id=unit.unit_id, file=unit.file, rows=unit.row_count)
     read = read_parquet_unit if unit.format == "parquet" else read_tar_unit
     try:
-        return read(store, unit, layout)
+        return read(store, unit, mapping)
     except (ObjectGone, ReadError) as error:
         logger.warning("unit_unreadable", unit_id=unit.unit_id, file=unit.file, error=str(error))
-        return unreadable_table(unit, layout, str(error))
+        return unreadable_table(unit, mapping, str(error))
 
 
-def _blocks(store: Store, unit: Unit, layout: Layout) -> Iterator[pa.Table]:
-    yield read_unit(store, unit, layout)
+def _blocks(store: Store, unit: Unit, mapping: ColumnMapping) -> Iterator[pa.Table]:
+    yield read_unit(store, unit, mapping)

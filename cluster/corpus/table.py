@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from cluster.corpus.columns import Layout
+from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.unit import Unit
 from cluster.errors import ImageMissing, PromptInvalid, ReadError, RowError
 from cluster.schema import input_schema
@@ -34,9 +34,9 @@ class SourceRow:
 
 
 def unit_table(
-    unit: Unit, layout: Layout, rows: Sequence[SourceRow], columns: Sequence[pa.Array]
+    unit: Unit, mapping: ColumnMapping, rows: Sequence[SourceRow], columns: Sequence[pa.Array]
 ) -> pa.Table:
-    """The unit's rows in order, with `columns` as layout.schema has them."""
+    """The unit's rows in order, with `columns` as mapping.schema has them."""
     checked = [row.checked() for row in rows]
     errors = [row.error for row in checked]
     values = [
@@ -49,7 +49,7 @@ def unit_table(
         [error and str(error) for error in errors],
         [error and error.stage for error in errors],
     ]
-    schema = input_schema(layout.schema)
+    schema = input_schema(mapping.schema)
     added = [
         pa.array(value, field.type)
         for value, field in zip(values, list(schema)[len(columns) :], strict=True)
@@ -57,9 +57,9 @@ def unit_table(
     return pa.Table.from_arrays([*columns, *added], schema=schema)
 
 
-def unreadable_table(unit: Unit, layout: Layout, reason: str) -> pa.Table:
+def unreadable_table(unit: Unit, mapping: ColumnMapping, reason: str) -> pa.Table:
     """Every planned row of a unit that cannot be read, as an error row."""
     error = ReadError(f"{unit.file}: {reason}")
     rows = [SourceRow(key=unit.fallback_key(row), error=error) for row in range(unit.row_count)]
-    nulls = [pa.nulls(unit.row_count, field.type) for field in layout.schema]
-    return unit_table(unit, layout, rows, nulls)
+    nulls = [pa.nulls(unit.row_count, field.type) for field in mapping.schema]
+    return unit_table(unit, mapping, rows, nulls)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from cluster.errors import ArchiveDamaged
+
 BLOCK = 512
 MAX_EXTENDED_HEADER = 2**20
 MAX_MEMBERS = 5_000_000
@@ -67,20 +69,11 @@ class Sample:
     refused: str | None = None
 
 
-class Damaged(Exception):
-    """The archive breaks off or is corrupt at byte `position`, in `member` where that is known."""
-
-    def __init__(self, position: int, reason: str, member: str | None = None) -> None:
-        super().__init__(f"{reason} at byte {position}")
-        self.position = position
-        self.member = member
-
-
 def samples(read: ReadRange, start: int, stop: int, *, ends: bool) -> Iterator[Sample]:
     """The samples whose members begin in [start, stop), in order.
 
-    With `ends`, `stop` is the archive's size and an end mark must come before it. Raises Damaged
-    where the archive breaks off, after the last sample known to be whole.
+    With `ends`, `stop` is the archive's size and an end mark must come before it. Raises
+    ArchiveDamaged where the archive breaks off, after the last sample known to be whole.
     """
     current: Sample | None = None
     usual: frozenset[str] = frozenset()  # the extensions of the sample before
@@ -98,8 +91,10 @@ def samples(read: ReadRange, start: int, stop: int, *, ends: bool) -> Iterator[S
             current.members[extension] = member
             current.refused = current.refused or _refusal(member, extension)
             if len(current.members) > MAX_SAMPLE_MEMBERS:
-                raise Damaged(member.start, f"over {MAX_SAMPLE_MEMBERS} members in a sample", key)
-    except Damaged as damage:
+                raise ArchiveDamaged(
+                    member.start, f"over {MAX_SAMPLE_MEMBERS} members in a sample", key
+                )
+    except ArchiveDamaged as damage:
         if current is not None and _is_whole(current, usual, damage):
             yield current
         raise
@@ -107,7 +102,7 @@ def samples(read: ReadRange, start: int, stop: int, *, ends: bool) -> Iterator[S
         yield current
 
 
-def _is_whole(sample: Sample, usual: frozenset[str], damage: Damaged) -> bool:
+def _is_whole(sample: Sample, usual: frozenset[str], damage: ArchiveDamaged) -> bool:
     """Whether nothing of the sample was lost in the damage that follows it.
 
     If the lost member has a name, its key tells; if not, the sample must have what the one
@@ -153,7 +148,7 @@ def members(read: ReadRange, start: int, stop: int, *, ends: bool) -> Iterator[M
         path = extended.get("path") or header.name
         name = _clean(path).removeprefix("./")
         if ends and position > stop:
-            raise Damaged(began, f"{name[:200]} is cut short", name)
+            raise ArchiveDamaged(began, f"{name[:200]} is cut short", name)
         if header.type == tarfile.DIRTYPE:
             continue
         yield Member(
@@ -164,38 +159,38 @@ def members(read: ReadRange, start: int, stop: int, *, ends: bool) -> Iterator[M
             stop=position,
             refused=_foreign_type(header.type) or _outside(path),
         )
-    raise Damaged(position, f"more than {MAX_MEMBERS:,} members")
+    raise ArchiveDamaged(position, f"more than {MAX_MEMBERS:,} members")
 
 
 def _header(read: ReadRange, position: int) -> tarfile.TarInfo | None:
     """The header block at `position`, or None at the archive's end mark."""
     block = read(position, position + BLOCK)
     if len(block) < BLOCK:
-        raise Damaged(position, "no end mark" if not block else "a header is cut short")
+        raise ArchiveDamaged(position, "no end mark" if not block else "a header is cut short")
     if not any(block):
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
-        raise Damaged(position, "a header is corrupt") from error
+        raise ArchiveDamaged(position, "a header is corrupt") from error
 
 
 def _extended(read: ReadRange, position: int, header: tarfile.TarInfo) -> dict[str, str]:
     """What a GNU or PAX extension header says of the next member: its path and size, if any."""
     if not 0 <= header.size <= MAX_EXTENDED_HEADER:
-        raise Damaged(position, f"an extended header of {header.size:,} bytes")
+        raise ArchiveDamaged(position, f"an extended header of {header.size:,} bytes")
     if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
         return {}
     body = read(position + BLOCK, position + BLOCK + header.size)
     if len(body) < header.size:
-        raise Damaged(position, "an extended header is cut short")
+        raise ArchiveDamaged(position, "an extended header is cut short")
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": body.split(b"\0")[0].decode("utf-8", "surrogateescape")}
     records: dict[str, str] = {}
     while body.strip(b"\0"):
         length, _, _ = body.partition(b" ")
         if not length.isdigit() or len(length) > 7 or not 5 <= int(length) <= len(body):
-            raise Damaged(position, "an extended header is corrupt")
+            raise ArchiveDamaged(position, "an extended header is corrupt")
         record = body[len(length) + 1 : int(length) - 1]
         name, _, value = record.partition(b"=")
         records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
@@ -206,7 +201,7 @@ def _extended(read: ReadRange, position: int, header: tarfile.TarInfo) -> dict[s
 def _size(header: tarfile.TarInfo, extended: dict[str, str], position: int) -> int:
     text = extended.get("size", str(header.size))
     if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise Damaged(position, f"a member size of {text[:40]!r}")
+        raise ArchiveDamaged(position, f"a member size of {text[:40]!r}")
     return int(text)
 
 

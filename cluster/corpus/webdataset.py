@@ -9,11 +9,18 @@ import pyarrow as pa
 import structlog
 
 from cluster.config import Kind
-from cluster.corpus.columns import Layout, committed_names
+from cluster.corpus.columns import ColumnMapping, committed_names
 from cluster.corpus.table import SourceRow, unit_table
-from cluster.corpus.tar import Damaged, Member, Sample, samples
+from cluster.corpus.tar import Member, Sample, samples
 from cluster.corpus.unit import FileIndex, Unit, make_unit
-from cluster.errors import ArchiveTruncated, PromptInvalid, ReadError, RowError, UsageError
+from cluster.errors import (
+    ArchiveDamaged,
+    ArchiveTruncated,
+    PromptInvalid,
+    ReadError,
+    RowError,
+    UsageError,
+)
 from cluster.store import ObjectInfo, RangedFile, Store
 
 logger = structlog.get_logger(__name__)
@@ -36,7 +43,7 @@ def index_tar(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int
     file = RangedFile(store, info, window=_WALK_BYTES)
     ranges: list[tuple[int, int, int]] = []  # rows, start, stop
     extensions: set[str] = set()
-    damage: Damaged | None = None
+    damage: ArchiveDamaged | None = None
     try:
         for sample in samples(file.window, 0, info.size, ends=True):
             extensions.update(sample.members)
@@ -45,7 +52,7 @@ def index_tar(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int
                 ranges.append((1, sample.start, sample.stop))
             else:
                 ranges[-1] = (rows + 1, start, sample.stop)
-    except Damaged as error:
+    except ArchiveDamaged as error:
         damage = error
         logger.warning("archive_truncated", uri=store.uri_of(info.key), reason=str(error))
         if not ranges:
@@ -65,7 +72,9 @@ def index_tar(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int
     return FileIndex(info=info, units=tuple(units), schema=schema)
 
 
-def tar_layout(store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str) -> Layout:
+def tar_mapping(
+    store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str
+) -> ColumnMapping:
     """One string column per text extension seen. Raises UsageError where no question can be."""
     seen = {extension for file in files for extension in file.schema.names}
     text = sorted(extension for extension in seen if _is_text(extension))
@@ -81,7 +90,7 @@ def tar_layout(store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: 
                 f"{sorted(seen)}; give each sample a .json with its question"
             )
     columns = committed_names([name for name in text if name != question or name == "json"], kind)
-    return Layout(
+    return ColumnMapping(
         columns=columns,
         schema=pa.schema([pa.field(name, pa.string()) for _, name in columns]),
         question=question,
@@ -89,7 +98,7 @@ def tar_layout(store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: 
     )
 
 
-def read_tar_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
+def read_tar_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     """The unit's rows, from one ranged read. Raises ReadError where they are not as planned."""
     assert unit.byte_start is not None
     assert unit.byte_stop is not None
@@ -107,12 +116,12 @@ def read_tar_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
 
     try:
         found = list(samples(read, offset, unit.byte_stop, ends=False))
-    except Damaged as error:
+    except ArchiveDamaged as error:
         raise ReadError(str(error)) from error
     # A limit may end the unit in the middle of a planned range; never the other way round.
     found = found[: unit.row_count - unit.truncated]
-    texts = [_texts(sample, layout, content) for sample in found]
-    rows = [_row(sample, text, layout, content) for sample, text in zip(found, texts, strict=True)]
+    texts = [_texts(sample, mapping, content) for sample in found]
+    rows = [_row(sample, text, mapping, content) for sample, text in zip(found, texts, strict=True)]
     if unit.truncated:
         rest = ArchiveTruncated(f"{unit.file} breaks off after row {unit.row_start + len(rows)}")
         rows.append(SourceRow(key=unit.file, error=rest))
@@ -120,20 +129,23 @@ def read_tar_unit(store: Store, unit: Unit, layout: Layout) -> pa.Table:
     if len(rows) != unit.row_count:
         raise ReadError(f"{len(rows)} rows where {unit.row_count} were planned")
     columns = [
-        pa.array([text.get(source) for text in texts], pa.string()) for source, _ in layout.columns
+        pa.array([text.get(source) for text in texts], pa.string()) for source, _ in mapping.columns
     ]
-    return unit_table(unit, layout, rows, columns)
+    return unit_table(unit, mapping, rows, columns)
 
 
 def _row(
-    sample: Sample, texts: dict[str, str], layout: Layout, content: Callable[[Member], bytes]
+    sample: Sample,
+    texts: dict[str, str],
+    mapping: ColumnMapping,
+    content: Callable[[Member], bytes],
 ) -> SourceRow:
     key = sample.key
     if sample.refused is not None:
         return SourceRow(key=key, error=ReadError(sample.refused))
     images = [sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members]
     try:
-        prompt = layout.prompt if layout.question is None else _question(texts, layout.question)
+        prompt = mapping.prompt if mapping.question is None else _question(texts, mapping.question)
     except RowError as error:
         return SourceRow(key=key, error=error)
     return SourceRow(key=key, image=content(images[0]) if images else None, prompt=prompt)
@@ -153,11 +165,13 @@ def _question(texts: dict[str, str], member: str) -> str | None:
     return question
 
 
-def _texts(sample: Sample, layout: Layout, content: Callable[[Member], bytes]) -> dict[str, str]:
+def _texts(
+    sample: Sample, mapping: ColumnMapping, content: Callable[[Member], bytes]
+) -> dict[str, str]:
     """The sample's text members; of a refused sample nothing is read."""
     if sample.refused is not None:
         return {}
-    wanted = {source for source, _ in layout.columns} | {layout.question}
+    wanted = {source for source, _ in mapping.columns} | {mapping.question}
     return {
         extension: content(member).decode("utf-8", "replace")
         for extension, member in sample.members.items()

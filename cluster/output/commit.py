@@ -1,7 +1,7 @@
 """The commit: one unit becomes one Parquet object by one conditional PUT, or nothing at all.
 
-Data, ledger and the mark that the unit is done are the same object, so they cannot disagree.
-Whoever comes second is told so and drops its copy: that is no error.
+Rows, ledger and the mark that the unit is done are the same object, so they cannot disagree. Of
+two writers of one unit the second drops its copy: that is no error.
 """
 
 from __future__ import annotations
@@ -12,111 +12,117 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import structlog
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
-from cluster.accounting.ledger import LEDGER_KEY, UnitLedger, read_ledgers, unit_ledger
+from cluster.accounting.ledger import UnitLedger, unit_ledger
 from cluster.errors import CommitRefused
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
-from cluster.runs.planning import Plan, unit_key
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
 from cluster.schema import is_internal, output_schema
-from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)
 
-# Called after each commit with run id, unit id and the ledger that was committed, by whichever
-# writer: more than once for one unit if a write is retried. It must not raise.
 OnCommit: TypeAlias = Callable[[str, str, UnitLedger], None]
+"""Called after each commit with run id, unit id and the committed ledger, whoever wrote it; more
+than once for one unit if a write is retried. It must not raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitOutcome:
-    """won: our copy is the committed one; otherwise another writer's was there first."""
+    """What became of one write of a unit."""
 
     unit_id: str
+    """The unit."""
     rows: int
+    """Rows of the committed object."""
     won: bool
+    """True: the committed object is this write's. False: another writer was first."""
 
 
 def commit_unit(
     table: pa.Table,
     *,
-    terms: ExpectedUnits,
-    store: Store,
+    expected: ExpectedUnits,
+    output: RunOutput,
     writer: str,
     on_commit: OnCommit | None = None,
 ) -> CommitOutcome:
     """Commits the labelled rows of one unit, in any order.
 
-    Raises CommitRefused where they are not exactly the planned rows, or are called pruned and
-    were not; StoreError where the store gave up.
+    writer: unique to this call. Raises CommitRefused where the rows are not exactly the planned
+    ones, or where pruning did not do what a row claims; StoreError where the store gave up.
     """
-    unit_id = check_complete(table, terms)
+    unit_id = check_complete(table, expected)
     check_pruning_claims(table, unit_id)
     ledger = unit_ledger(table)
-    data = _encoded(_committed(table, terms, unit_id), ledger)
-    won = store.put_if_absent(unit_key(unit_id), data, writer=writer)
+    won = output.commit_unit(
+        unit_id, _committed_columns(table, expected, unit_id), ledger, writer=writer
+    )
     if not won:
-        logger.info("commit_lost", run_id=terms.run_id, unit_id=unit_id)
-        (ledger,) = read_ledgers(store, [unit_id])
+        logger.info("commit_lost", run_id=expected.run_id, unit_id=unit_id)
+        (ledger,) = output.ledgers([unit_id])
     else:
-        logger.info("unit_committed", run_id=terms.run_id, unit_id=unit_id, rows=ledger.rows)
+        logger.info("unit_committed", run_id=expected.run_id, unit_id=unit_id, rows=ledger.rows)
     if on_commit is not None:
-        on_commit(terms.run_id, unit_id, ledger)
+        on_commit(expected.run_id, unit_id, ledger)
     return CommitOutcome(unit_id=unit_id, rows=ledger.rows, won=won)
 
 
 class CommitSink(Datasink[list[CommitOutcome]]):
-    """Commits each unit as soon as all its rows are there. Ray may rerun any write at any time.
+    """Commits each unit as soon as all its rows are there. Ray may rerun any write at any time."""
 
-    `outcomes` holds what was committed once the dataset has been written.
-    """
-
-    def __init__(self, plan: Plan, *, on_commit: OnCommit | None = None) -> None:
-        self._terms = ExpectedUnits.of(plan)
-        self._store = open_store(plan.output_uri)
+    def __init__(
+        self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit | None = None
+    ) -> None:
+        self._expected = ExpectedUnits.of(manifest)
+        self._output = output
         self._on_commit = on_commit
-        self.outcomes: list[CommitOutcome] = []
 
     def get_name(self) -> str:
+        """The operator's name in Ray Data."""
         return "Commit"
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[CommitOutcome]:
+        """Commits the units that `blocks` hold. Raises what `commit_unit` raises."""
         outcomes: list[CommitOutcome] = []
-        waiting: dict[str, list[pa.Table]] = {}
+        pending: dict[str, list[pa.Table]] = {}
         for block in blocks:
-            for unit_id, part in _by_unit(BlockAccessor.for_block(block).to_arrow()):
-                parts = waiting.setdefault(unit_id, [])
+            for unit_id, part in _split_by_unit(BlockAccessor.for_block(block).to_arrow()):
+                parts = pending.setdefault(unit_id, [])
                 parts.append(part)
-                if sum(len(part) for part in parts) >= self._terms.rows.get(unit_id, 0):
-                    outcomes.append(self._commit(pa.concat_tables(waiting.pop(unit_id))))
-        for parts in waiting.values():
-            # Too few rows: commit_unit says which unit and how many.
+                if sum(len(part) for part in parts) >= self._expected.rows.get(unit_id, 0):
+                    outcomes.append(self._commit(pa.concat_tables(pending.pop(unit_id))))
+        for parts in pending.values():
+            # Too few rows: commit_unit raises, naming the unit and how many there are.
             outcomes.append(self._commit(pa.concat_tables(parts)))
         return outcomes
 
     def on_write_complete(self, write_result: WriteResult[list[CommitOutcome]]) -> None:
-        self.outcomes = [outcome for part in write_result.write_returns for outcome in part]
-        lost = sum(not outcome.won for outcome in self.outcomes)
-        committed = len(self.outcomes) - lost
+        """Logs how many commits were made and how many another writer had made before."""
+        outcomes = [outcome for part in write_result.write_returns for outcome in part]
+        lost = sum(not outcome.won for outcome in outcomes)
         logger.info(
-            "write_complete", run_id=self._terms.run_id, committed=committed, lost_races=lost
+            "write_complete",
+            run_id=self._expected.run_id,
+            committed=len(outcomes) - lost,
+            lost_races=lost,
         )
 
     def _commit(self, table: pa.Table) -> CommitOutcome:
-        # The writer is this very attempt: a rerun of the same task is another writer.
         return commit_unit(
             table,
-            terms=self._terms,
-            store=self._store,
+            expected=self._expected,
+            output=self._output,
+            # Of this very attempt: a rerun of the same task is another writer.
             writer=uuid.uuid4().hex,
             on_commit=self._on_commit,
         )
 
 
-def _by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
+def _split_by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
     ids = table["unit_id"].to_pylist()
     distinct = dict.fromkeys(ids)
     if len(distinct) == 1:
@@ -127,19 +133,11 @@ def _by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
     ]
 
 
-def _committed(table: pa.Table, terms: ExpectedUnits, unit_id: str) -> pa.Table:
+def _committed_columns(table: pa.Table, expected: ExpectedUnits, unit_id: str) -> pa.Table:
     """The committed columns in their order and types, rows in unit order."""
-    schema = output_schema(terms.source_schema, terms.kind)
+    schema = output_schema(expected.source_schema, expected.kind)
     names = {name for name in table.column_names if not is_internal(name)}
     if names != set(schema.names):
         missing, extra = sorted(set(schema.names) - names), sorted(names - set(schema.names))
         raise CommitRefused(f"unit {unit_id}: columns missing {missing}, unknown {extra}")
     return table.select(schema.names).cast(schema).sort_by("unit_row")
-
-
-def _encoded(table: pa.Table, ledger: UnitLedger) -> bytes:
-    buffer = pa.BufferOutputStream()
-    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-        writer.write_table(table, row_group_size=max(1, table.num_rows))
-        writer.add_key_value_metadata({LEDGER_KEY: ledger.to_json()})
-    return buffer.getvalue().to_pybytes()

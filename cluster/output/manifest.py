@@ -1,7 +1,7 @@
-"""What a run is, written once beside its output: settings, corpus, units, and how two runs differ.
+"""What a run is: settings, corpus and units, and how two runs differ.
 
-The manifest is created conditionally: of several drivers that start one run, all use the
-manifest of the first.
+The manifest is written once, conditionally: drivers that start the same run at the same time all
+use the manifest of the first (`RunOutput.create_manifest`).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config import RunConfig
-from cluster.corpus.columns import Layout
+from cluster.config import Kind, RunConfig
+from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.unit import Unit
-from cluster.errors import StoreError
-from cluster.store import ObjectInfo, Store
+from cluster.store import ObjectInfo
 
-MANIFEST_KEY = "_run/manifest.json"
 _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What may not change between resumes: settings, what they resolved to, and the corpus."""
+    """What may not change between resumes."""
 
     settings: Mapping[str, Any]
+    """`RunConfig.identity`, and what the settings resolved to: model revision, image backend."""
     corpus: tuple[ObjectInfo, ...]
+    """The listed objects, by key."""
 
     @classmethod
     def of(
@@ -38,6 +38,7 @@ class Identity:
         model_revision: str,
         image_backend: str,
     ) -> Identity:
+        """The identity of the run that `config` describes over the listed objects."""
         settings = {
             **config.identity(),
             "model_revision": model_revision,
@@ -76,26 +77,44 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """One run as it was first planned. `source` is the store its units' files lie in."""
+    """One run as it was first planned, and all its units in corpus order, done or not."""
 
     identity: Identity
+    """Settings and corpus; the run id is their hash."""
     source: str
-    layout: Layout
+    """The URI of the store that `Unit.file` is relative to."""
+    mapping: ColumnMapping
+    """Which source column plays which part, and the schema of the committed ones."""
     units: tuple[Unit, ...]
+    """The units of work, in corpus order."""
     created: str
+    """When the run was first planned, ISO 8601 in UTC."""
 
     @property
     def run_id(self) -> str:
+        """See `Identity.run_id`."""
         return self.identity.run_id
 
+    @property
+    def kind(self) -> Kind:
+        """caption or vqa."""
+        kind: Kind = self.identity.settings["kind"]
+        return kind
+
+    @property
+    def rows(self) -> int:
+        """Planned rows of all units."""
+        return sum(unit.row_count for unit in self.units)
+
     def to_json(self) -> bytes:
+        """For the object in the output."""
         record = {
             "run_id": self.run_id,
             "created": self.created,
             "settings": self.identity.settings,
             "source": self.source,
             "corpus": [[info.key, info.size, info.etag] for info in self.identity.corpus],
-            "layout": self.layout.to_dict(),
+            "layout": self.mapping.to_dict(),
             "units": [unit.to_dict() for unit in self.units],
         }
         return json.dumps(record, ensure_ascii=False).encode()
@@ -110,23 +129,10 @@ class Manifest:
         return cls(
             identity=Identity(settings=record["settings"], corpus=corpus),
             source=record["source"],
-            layout=Layout.from_dict(record["layout"]),
+            mapping=ColumnMapping.from_dict(record["layout"]),
             units=tuple(Unit.from_dict(unit) for unit in record["units"]),
             created=record["created"],
         )
-
-
-def read_manifest(store: Store) -> Manifest | None:
-    """The manifest of the run whose output `store` is, or None. Raises StoreError if unreadable."""
-    if store.head(MANIFEST_KEY) is None:
-        return None
-    try:
-        return Manifest.from_json(store.get(MANIFEST_KEY))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{store.uri_of(MANIFEST_KEY)}: not a manifest this version can read ({error!r}); "
-            "choose another --output"
-        ) from error
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

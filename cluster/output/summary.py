@@ -6,75 +6,85 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from cluster.accounting.breakeven import BreakEven, read_break_even
-from cluster.accounting.ledger import MeasuredRatio, RunLedger, UnitLedger, read_ledgers
-from cluster.errors import UsageError
+from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.ledger import RunLedger, UnitLedger
+from cluster.accounting.speedup import MeasuredRatio
 from cluster.output.accuracy import Accuracy, measure, reference_column
-from cluster.output.manifest import Manifest, read_manifest
-from cluster.runs.planning import done_units, unit_key
-from cluster.store import RangedFile, Store, open_store
-
-SUMMARY_KEY = "_run/summary.json"
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
 
 # Above this many rows keys are not compared: the set of them would not fit a driver's memory.
 _KEYS_COMPARED = 5_000_000
-_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """How one invocation of a command went; the only part of a summary that is not in the store.
-
-    replica_busy_share: share of the replicas' time in which an engine was working, from the first
-    read to the last commit, the start of the calling actors included.
-    """
+    """How one invocation of a command went; the only part of a summary that is not in the store."""
 
     rows: int
+    """Rows that this attempt had to do."""
     wall_seconds: float
+    """From the first read to the last commit, the start of the labelling actors included."""
     start_seconds: float
+    """From the command's start to the first read."""
     rows_per_second: float
+    """rows / wall_seconds."""
     replicas: int
+    """Model replicas."""
     replica_busy_share: float | None
+    """Share of wall_seconds in which an engine was working, mean over replicas; None if a replica
+    was replaced meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One run as of now. Modelled figures come from the model's config, measured ones from clocks;
-    `measured` is None until a control row is committed. accuracy: VQA with references only.
-    duplicate_keys: rows whose key another row has too; None where there are too many to compare.
-    break_even: what a run that may choose chose, once it has.
-    """
+    """One run as of now. Modelled figures come from the model's config, measured ones from
+    clocks."""
 
     run_id: str
+    """See `Identity.run_id`."""
     created: str
+    """When the run was first planned, ISO 8601 in UTC."""
     settings: Mapping[str, Any]
+    """The run's identity settings."""
     input: str
+    """URI of the corpus."""
     output: str
+    """URI of the output."""
     units: int
+    """Planned units."""
     units_done: int
+    """Committed units."""
     rows_planned: int
+    """Planned rows."""
     total: UnitLedger
+    """Sum over the committed units."""
     measured: MeasuredRatio | None
+    """Dense over pruned seconds; None until a control row is committed."""
     duplicate_keys: int | None
+    """Rows whose key another row has too; None where there are too many rows to compare."""
     accuracy: Accuracy | None
+    """Of a VQA run with references; None elsewhere."""
     attempt: Attempt | None = None
+    """The attempt that wrote this summary; None where it was read from the output."""
     break_even: BreakEven | None = None
+    """The decision of a run that decides by measurement, once made."""
 
     @property
     def state(self) -> str:
+        """incomplete, completed or completed_with_errors."""
         if self.units_done < self.units:
             return "incomplete"
         return "completed_with_errors" if self.total.rows_failed else "completed"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `_run/summary.json` and `report.py --json` have them."""
         total = self.total
         modelled = {
             "flops": dict(total.flops),
@@ -115,55 +125,54 @@ class Summary:
         }
 
     def to_json(self) -> str:
+        """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
 
-def summarise(output: str, attempt: Attempt | None = None) -> Summary:
-    """Reads the summary of the run whose output this is. Raises UsageError if it is none."""
-    store = open_store(output)
-    manifest = read_manifest(store)
-    if manifest is None:
-        raise UsageError(f"{output} holds no run (no _run/manifest.json): give a job's --output")
-    done = done_units(store) & {unit.unit_id for unit in manifest.units}
-    ledger = RunLedger.of(read_ledgers(store, sorted(done)))
-    columns = _columns(store, manifest, done)
+def summarise(output: str | RunOutput, attempt: Attempt | None = None) -> Summary:
+    """The summary of the run in an output prefix.
+
+    output: its URI, or the output itself. attempt: how the present invocation went, if any. Raises
+    UsageError for a prefix that holds no run, StoreError where the store gave up.
+    """
+    if isinstance(output, str):
+        output = RunOutput.open(output)
+    manifest = output.require_manifest()
+    done = sorted(output.committed_units() & {unit.unit_id for unit in manifest.units})
+    ledger = RunLedger.of(output.ledgers(done))
+    columns = _read_columns(output, manifest, done)
     return Summary(
         run_id=manifest.run_id,
         created=manifest.created,
         settings=manifest.identity.settings,
         input=manifest.source,
-        output=store.uri,
+        output=output.uri,
         units=len(manifest.units),
         units_done=len(done),
-        rows_planned=sum(unit.row_count for unit in manifest.units),
+        rows_planned=manifest.rows,
         total=ledger.total,
         measured=ledger.measured_ratio(),
-        duplicate_keys=_duplicates(columns),
+        duplicate_keys=_count_duplicates(columns),
         accuracy=_accuracy(columns),
         attempt=attempt,
-        break_even=read_break_even(store),
+        break_even=output.break_even(),
     )
 
 
-def _columns(store: Store, manifest: Manifest, done: set[str]) -> pa.Table | None:
+def _read_columns(output: RunOutput, manifest: Manifest, done: list[str]) -> pa.Table | None:
     """Keys and, for VQA, answers and references of the committed rows."""
-    rows = sum(unit.row_count for unit in manifest.units if unit.unit_id in done)
+    committed = set(done)
+    rows = sum(unit.row_count for unit in manifest.units if unit.unit_id in committed)
     if not done or rows > _KEYS_COMPARED:
         return None
     wanted = ["key"]
-    references = reference_column(manifest.layout.schema)
-    if manifest.identity.settings["kind"] == "vqa" and references is not None:
+    references = reference_column(manifest.mapping.schema)
+    if manifest.kind == "vqa" and references is not None:
         wanted += ["answer", references]
-    listed = {info.key: info for info in store.list(suffixes=(".parquet",))}
-
-    def read(unit_id: str) -> pa.Table:
-        return pq.read_table(RangedFile(store, listed[unit_key(unit_id)]), columns=wanted)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return pa.concat_tables(pool.map(read, sorted(done))).select(wanted)
+    return pa.concat_tables(output.read_units(done, wanted)).select(wanted)
 
 
-def _duplicates(columns: pa.Table | None) -> int | None:
+def _count_duplicates(columns: pa.Table | None) -> int | None:
     if columns is None:
         return None
     counts = pc.value_counts(columns["key"].combine_chunks()).field("counts")
@@ -174,6 +183,3 @@ def _accuracy(columns: pa.Table | None) -> Accuracy | None:
     if columns is None or columns.num_columns < 3:
         return None
     return measure(columns[1].to_pylist(), columns[2].to_pylist())
-
-
-__all__ = ["SUMMARY_KEY", "Attempt", "Summary", "summarise"]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.ledger import MeasuredRatio
+from cluster.accounting.speedup import MeasuredRatio
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 

@@ -1,86 +1,88 @@
-"""Measuring, before a run labels anything, whether pruning pays: its own model, rows and load."""
+"""Calibration: whether pruning pays, measured before a run labels anything, on its own model,
+rows and load.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
 import structlog
 
-from cluster.accounting.breakeven import BreakEven, keep_break_even, read_break_even
-from cluster.accounting.ledger import measured_ratio, nanoseconds
+from cluster.accounting.breakeven import BreakEven
 from cluster.config import RunConfig
+from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
-from cluster.protocol import LabelRequest, Replicas, RowAnswer
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
+from cluster.protocol import LabelRequest, Replicas
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import Dispatcher
-from cluster.runs.labeller import prompt_of
-from cluster.runs.planning import Plan
-from cluster.store import Store, open_store
+from cluster.store import open_store
+from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
 
-# Batches that are timed, behind one that is not: the first of a shape pays for allocations.
+# Timed batches, after one that is not: the first of a shape pays for allocations.
 _BATCHES: Final = 6
-# Measuring takes no more than this share of the rows, but batches have so many at least.
-_SHARE: Final = 0.05
-_LEAST_ROWS: Final = 16
+# Share of the rows that measuring takes at most; batches have _MIN_ROWS rows in any case.
+_MAX_SHARE: Final = 0.05
+_MIN_ROWS: Final = 16
 
 
 def calibrate(
     config: RunConfig,
-    plan: Plan,
+    manifest: Manifest,
     todo: Sequence[Unit],
-    store: Store,
+    output: RunOutput,
     replicas: Replicas,
     *,
-    batch_rows: int,
+    slots: int,
 ) -> BreakEven:
-    """The run's choice: the one that was made before, or a new one, measured on rows of `todo` in
-    batches of as many as a replica has slots, or of fewer where there are few rows. Their answers
-    are thrown away."""
-    if (known := read_break_even(store)) is not None:
-        return known
-    share = _SHARE * sum(unit.row_count for unit in todo) / (1 + _BATCHES)
-    batch_rows = min(batch_rows, max(_LEAST_ROWS, int(share)))
-    answers = asyncio.run(_answers(config, _calls(config, plan, todo), replicas, batch_rows))
-    pairs = [
-        (nanoseconds(answer.seconds), nanoseconds(answer.control_seconds))
-        for answer in answers
-        if answer.control_seconds is not None
-    ]
-    chosen = BreakEven(measured=measured_ratio(pairs))
-    logger.info("break_even", run_id=plan.run_id, pays=chosen.pays, rows=len(pairs))
-    return keep_break_even(store, chosen, writer=uuid.uuid4().hex)
+    """The run's decision: the one in its output, or a new one, measured on rows of `todo` in
+    batches as large as a replica's slots, or smaller for a small corpus. Answers are discarded.
+    """
+    decided = output.break_even()
+    if decided is not None:
+        return decided
+    share = _MAX_SHARE * sum(unit.row_count for unit in todo) / (1 + _BATCHES)
+    batch_rows = min(slots, max(_MIN_ROWS, int(share)))
+    requests = _control_requests(config, manifest, todo)
+    results = asyncio.run(_time_batches(config, requests, replicas, batch_rows))
+    decision = BreakEven.from_results(results)
+    rows = 0 if decision.measured is None else decision.measured.rows
+    logger.info("break_even", run_id=manifest.run_id, pays=decision.pays, rows=rows)
+    return output.keep_break_even(decision)
 
 
-async def _answers(
-    config: RunConfig, calls: Iterator[LabelRequest], replicas: Replicas, batch_rows: int
-) -> list[RowAnswer]:
-    """Of the batches that count, one after the other: each had its replica to itself."""
-    delivery = Dispatcher(replicas, credits=Admission(rows=1), max_attempts=config.max_attempts)
-    answers: list[RowAnswer] = []
+async def _time_batches(
+    config: RunConfig, requests: Iterator[LabelRequest], replicas: Replicas, batch_rows: int
+) -> list[Result]:
+    """Results of the timed batches, one after another: each has its replica to itself."""
+    dispatcher = Dispatcher(replicas, admission=Admission(rows=1), max_attempts=config.max_attempts)
+    results: list[Result] = []
     for number in range(1 + _BATCHES):
-        batch = list(islice(calls, batch_rows))
+        batch = list(islice(requests, batch_rows))
         if len(batch) < batch_rows:
-            break  # seconds of a batch that is not full would say nothing about full ones
-        delivered = await delivery.deliver(batch)
-        answers += [one.answer for one in delivered] if number else ()
-    return answers
+            break  # seconds of a partial batch say nothing about full ones
+        attempted = await dispatcher.dispatch(batch)
+        results += [row.result for row in attempted] if number else ()
+    return results
 
 
-def _calls(config: RunConfig, plan: Plan, todo: Sequence[Unit]) -> Iterator[LabelRequest]:
-    """Rows that can be asked about, as control calls."""
-    source = open_store(plan.input_uri)
+def _control_requests(
+    config: RunConfig, manifest: Manifest, todo: Sequence[Unit]
+) -> Iterator[LabelRequest]:
+    """Rows that can be sent, as control requests."""
+    source = open_store(manifest.source)
     for unit in todo:
-        table = read_unit(source, unit, plan.layout)
+        table = read_unit(source, unit, manifest.mapping)
         names = ["_in_row", "_in_image", "_in_prompt", "_in_error_code"]
         for row in table.select(names).to_pylist():
-            prompt = prompt_of(config.kind, config.prompt, row["_in_prompt"])
+            prompt = build_prompt(config.kind, config.prompt, row["_in_prompt"])
             if prompt is None or row["_in_error_code"] is not None:
                 continue
             yield LabelRequest(

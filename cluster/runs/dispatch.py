@@ -1,9 +1,9 @@
-"""Gets every row answered exactly once while replicas die, restart and refuse.
+"""Dispatch: every row gets exactly one result while replicas die, restart and refuse.
 
-A busy or full replica is asked again, for as long as it takes. A call whose replica dies is sent
-again; after `max_attempts` deaths it goes into quarantine: it runs alone, so that what dies with
-it is its own doing, and is halved until the one row that kills replicas is found. That row
-becomes `poison_row`; its neighbours, and calls that merely shared a replica with it, do not.
+A full replica is retried for as long as it takes. A call whose replica dies is sent again. After
+`max_attempts` deaths the call is quarantined: it runs exclusively, so that a death is its own
+doing, and is bisected until the one row that kills replicas is found. That row becomes
+`poison_row`; its neighbours, and calls that merely shared a replica with it, do not.
 """
 
 from __future__ import annotations
@@ -12,91 +12,86 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
-from cluster.errors import Busy, PoisonRow
-from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
+from cluster.errors import PoisonRow
+from cluster.protocol import LabelRequest, Priority, Replicas, error_result
 from cluster.runs.admission import Admission
+from cluster.serving.client import REPLICA_FULL, REPLICA_GONE
+from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
 
-REPLICA_GONE = (
-    RayActorError,
-    WorkerCrashedError,
-    NodeDiedError,
-    ObjectLostError,
-    ReplicaUnavailableError,
-)
-REPLICA_FULL = (Busy, BackPressureError)
-
-# A single row is called poison only after it has killed this many replicas all by itself: one
-# death in quarantine may still be somebody else's doing.
-_DEATHS_ALONE = 2
-_LONGEST_PAUSE_SECONDS = 10.0
+# A single row is poison only after so many replicas died under it alone: one death in quarantine
+# may still have another cause.
+_DEATHS_ALONE: Final = 2
+_MAX_PAUSE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptedRow:
-    """The answer to one row, and in how many calls the row was sent."""
+    """One row's result."""
 
-    answer: RowAnswer
+    result: Result
+    """The result, or the error that ended the row."""
     attempts: int
+    """Calls in which the row was sent."""
 
 
 class Dispatcher:
-    """Sends calls to replicas under one set of credits. One event loop owns it."""
+    """Sends calls to replicas under one admission. One event loop owns an instance."""
 
     def __init__(
         self,
         replicas: Replicas,
         *,
-        credits: Admission,
+        admission: Admission,
         max_attempts: int,
         pause_seconds: float = 0.5,
     ) -> None:
+        """max_attempts: deaths before a call is quarantined. pause_seconds: before the first
+        retry; pauses double up to ten seconds, with jitter."""
         self._replicas = replicas
-        self._credits = credits
+        self._admission = admission
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
 
-    async def deliver(self, calls: Sequence[LabelRequest]) -> list[AttemptedRow]:
-        """One answer per call, in order. Raises only what is neither a death nor a refusal."""
+    async def dispatch(self, calls: Sequence[LabelRequest]) -> list[AttemptedRow]:
+        """One result per request, in order. Raises only what is neither a death nor a refusal."""
         for attempt in range(1, self._max_attempts + 1):
-            answers = await self._try(calls, attempt)
-            if answers is not None:
-                return [AttemptedRow(answer=answer, attempts=attempt) for answer in answers]
+            results = await self._try(calls, attempt)
+            if results is not None:
+                return [AttemptedRow(result=result, attempts=attempt) for result in results]
         return await self._quarantine(calls, self._max_attempts)
 
     async def _quarantine(self, calls: Sequence[LabelRequest], attempts: int) -> list[AttemptedRow]:
         for _ in range(_DEATHS_ALONE if len(calls) == 1 else 1):
             attempts += 1
-            answers = await self._try(calls, attempts, alone=True)
-            if answers is not None:
-                return [AttemptedRow(answer=answer, attempts=attempts) for answer in answers]
+            results = await self._try(calls, attempts, exclusive=True)
+            if results is not None:
+                return [AttemptedRow(result=result, attempts=attempts) for result in results]
         if len(calls) == 1:
             logger.error("poison_row", row=calls[0].id, attempts=attempts)
             poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
-            answer = RowAnswer.from_error(calls[0].id, poison)
-            return [AttemptedRow(answer=answer, attempts=attempts)]
+            return [AttemptedRow(result=error_result(calls[0].id, poison), attempts=attempts)]
         half = len(calls) // 2
-        left = await self._quarantine(calls[:half], attempts)
-        return left + await self._quarantine(calls[half:], attempts)
+        first = await self._quarantine(calls[:half], attempts)
+        return first + await self._quarantine(calls[half:], attempts)
 
     async def _try(
-        self, calls: Sequence[LabelRequest], attempt: int, *, alone: bool = False
-    ) -> list[RowAnswer] | None:
-        """The answers, or None if the replica died. A refused call keeps its place while it
-        waits: letting the next one try would only be refused too."""
+        self, calls: Sequence[LabelRequest], attempt: int, *, exclusive: bool = False
+    ) -> list[Result] | None:
+        """The results, or None if the replica died. A refused call stays admitted while it waits:
+        admitting the next one would only have it refused too."""
         refusals = 0
-        async with self._credits.place(len(calls), alone=alone):
+        async with self._admission.admit(len(calls), exclusive=exclusive):
             while True:
                 try:
-                    answers = await self._replicas.label(calls, priority=Priority.BATCH)
-                    self._credits.learn(calls, answers)
-                    return answers
+                    results = await self._replicas.label(calls, priority=Priority.BATCH)
+                    self._admission.observe(calls, results)
+                    return results
                 except REPLICA_FULL as error:
                     refusals += 1
                     logger.debug("replica_full", refusals=refusals, error=str(error))
@@ -107,7 +102,7 @@ class Dispatcher:
                         first_row=calls[0].id,
                         rows=len(calls),
                         attempt=attempt,
-                        alone=alone,
+                        alone=exclusive,
                         error=type(error).__name__,
                     )
                     break
@@ -115,5 +110,5 @@ class Dispatcher:
         return None
 
     async def _pause(self, first_seconds: float, times: int) -> None:
-        longest = min(_LONGEST_PAUSE_SECONDS, first_seconds * 2 ** min(times - 1, 10))
+        longest = min(_MAX_PAUSE_SECONDS, first_seconds * 2 ** min(times - 1, 10))
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))

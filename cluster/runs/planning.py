@@ -1,124 +1,69 @@
-"""From settings to units: what the run is, whether it is already under way, and what is left."""
+"""Planning: from settings to the manifest of a new run, or that of the run to resume."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-import pyarrow as pa
 import structlog
 
-from cluster.config import Kind, RunConfig
-from cluster.corpus.columns import Layout
+from cluster.config import RunConfig
+from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.listing import list_corpus
-from cluster.corpus.parquet import index_parquet, parquet_layout
+from cluster.corpus.parquet import index_parquet, parquet_mapping
 from cluster.corpus.unit import FileIndex, Unit
-from cluster.corpus.webdataset import index_tar, tar_layout
+from cluster.corpus.webdataset import index_tar, tar_mapping
 from cluster.errors import SettingsChanged, UsageError
-from cluster.output.manifest import MANIFEST_KEY, Identity, Manifest, read_manifest
-from cluster.store import ObjectInfo, Store, open_store
+from cluster.output.manifest import Identity, Manifest
+from cluster.output.run_output import RunOutput
+from cluster.store import ObjectInfo, Store
 
 logger = structlog.get_logger(__name__)
 
-_UNIT_SUFFIX = ".parquet"
 _THREADS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """One run: every unit of it, in corpus order, whether done or not.
-
-    input_uri is the store that `Unit.file` is relative to; created is when the run was first
-    planned, ISO 8601 in UTC; resumed says that this plan was read from the output.
-    """
-
-    run_id: str
-    kind: Kind
-    input_uri: str
-    output_uri: str
-    units: tuple[Unit, ...]
-    layout: Layout
-    created: str
-    resumed: bool
-
-    @property
-    def source_schema(self) -> pa.Schema:
-        """The committed source columns."""
-        return self.layout.schema
-
-    @property
-    def rows(self) -> int:
-        return sum(unit.row_count for unit in self.units)
-
-
-def plan_run(config: RunConfig, *, model_revision: str, image_backend: str) -> Plan:
-    """The plan of the run that `config` describes: a new one, or the one under way in its output.
+def plan_run(
+    config: RunConfig, output: RunOutput, *, model_revision: str, image_backend: str
+) -> Manifest:
+    """The manifest of the run that `config` describes: a new one, or the one in its output.
 
     Raises UsageError where the corpus cannot be read as one, SettingsChanged where the output
     belongs to another run, StoreError where a store does not answer.
     """
-    output = open_store(config.output)
     source, corpus = list_corpus(config.input, config.output)
     identity = Identity.of(
         config, corpus, model_revision=model_revision, image_backend=image_backend
     )
-    manifest = read_manifest(output)
-    if manifest is not None:
-        return _resumed(config, manifest, identity)
-    strangers = output.list(suffixes=(_UNIT_SUFFIX,))
-    if strangers:
+    existing = output.manifest()
+    if existing is not None:
+        return _resume(config, existing, identity)
+    stray = output.stray_object()
+    if stray is not None:
         raise UsageError(
-            f"{output.uri_of(strangers[0].key)} is there already, but no run's manifest; "
+            f"{stray} is there already, but no run's manifest; "
             "choose an empty --output, or readers would mix its rows with ours"
         )
-    layout, units = _index(config, source, corpus)
+    mapping, units = _index(config, source, corpus)
     if not units:
         raise UsageError(f"{config.input}: {len(corpus)} files without a single row; check --input")
     manifest = Manifest(
         identity=identity,
         source=source.uri,
-        layout=layout,
+        mapping=mapping,
         units=tuple(_limited(units, config.limit)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if not output.put_if_absent(MANIFEST_KEY, manifest.to_json(), writer=uuid.uuid4().hex):
+    if not output.create_manifest(manifest):
         # Another driver was first: its manifest counts, if it is the same run at all.
-        winner = read_manifest(output)
-        assert winner is not None
-        return _resumed(config, winner, identity)
+        return _resume(config, output.require_manifest(), identity)
     logger.info("run_planned", run_id=manifest.run_id, units=len(manifest.units))
-    return _plan(config, manifest, resumed=False)
+    return manifest
 
 
-def done_units(store: Store) -> set[str]:
-    """Ids of the units committed to an output."""
-    keys = (info.key for info in store.list(suffixes=(_UNIT_SUFFIX,)))
-    return {key.removesuffix(_UNIT_SUFFIX) for key in keys if "/" not in key}
-
-
-def unit_key(unit_id: str) -> str:
-    """Where a unit is committed, relative to the output."""
-    return f"{unit_id}{_UNIT_SUFFIX}"
-
-
-def _plan(config: RunConfig, manifest: Manifest, *, resumed: bool) -> Plan:
-    return Plan(
-        run_id=manifest.run_id,
-        kind=config.kind,
-        input_uri=manifest.source,
-        output_uri=open_store(config.output).uri,
-        units=manifest.units,
-        layout=manifest.layout,
-        created=manifest.created,
-        resumed=resumed,
-    )
-
-
-def _resumed(config: RunConfig, manifest: Manifest, identity: Identity) -> Plan:
+def _resume(config: RunConfig, manifest: Manifest, identity: Identity) -> Manifest:
     if manifest.run_id != identity.run_id:
         changes = "\n  ".join(manifest.identity.changes(to=identity))
         raise SettingsChanged(
@@ -127,12 +72,12 @@ def _resumed(config: RunConfig, manifest: Manifest, identity: Identity) -> Plan:
             "Choose another --output, or undo these changes to resume that run."
         )
     logger.info("run_resumed", run_id=manifest.run_id, units=len(manifest.units))
-    return _plan(config, manifest, resumed=True)
+    return manifest
 
 
 def _index(
     config: RunConfig, source: Store, corpus: Sequence[ObjectInfo]
-) -> tuple[Layout, list[Unit]]:
+) -> tuple[ColumnMapping, list[Unit]]:
     """Indexes files in order, several at a time, and no more of them than the limit needs."""
     is_parquet = corpus[0].key.endswith(".parquet")
     index = partial(
@@ -148,9 +93,9 @@ def _index(
             files += pool.map(index, corpus[first : first + step])
             if config.limit is not None and sum(file.rows for file in files) >= config.limit:
                 break
-    layout_of = parquet_layout if is_parquet else tar_layout
-    layout = layout_of(source, files, kind=config.kind, prompt=config.prompt)
-    return layout, [unit for file in files for unit in file.units]
+    layout_of = parquet_mapping if is_parquet else tar_mapping
+    mapping = layout_of(source, files, kind=config.kind, prompt=config.prompt)
+    return mapping, [unit for file in files for unit in file.units]
 
 
 def _limited(units: Sequence[Unit], limit: int | None) -> Iterator[Unit]:

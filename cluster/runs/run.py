@@ -1,7 +1,7 @@
-"""One run, from settings to summary: plan, drop what is done, label the rest, report.
+"""One run, from settings to summary: plan, skip what is committed, label the rest, summarise.
 
-Nothing here is state: what a run has done is what its output holds, so the same call after any
-crash goes on where the last commit left off.
+A run has no state besides its output. The same call after any crash resumes where the last commit
+ended.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
 from cluster.output.commit import CommitSink
-from cluster.output.summary import SUMMARY_KEY, Attempt, Summary, summarise
-from cluster.protocol import ServeReplicas
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
+from cluster.output.summary import Attempt, Summary, summarise
 from cluster.runs.calibration import calibrate
 from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, label_units
-from cluster.runs.planning import Plan, done_units, plan_run
+from cluster.runs.planning import plan_run
 from cluster.runs.progress import ProgressDisplay
 from cluster.runs.tracker import RunTracker, run_error
-from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
-from cluster.serving.replica import EngineSettings
-from cluster.store import Store, open_store
+from cluster.serving.application import FleetSettings
+from cluster.serving.client import ServeReplicas
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
 from sppruner.models.loading import image_backend, load_config, load_processor, resolve_model
@@ -44,73 +46,85 @@ _SINK_CPUS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a command needs for its end. note: what was special about this attempt, for people."""
+    """The end of one attempt, as a command reports it."""
 
     summary: Summary
+    """The run as of now."""
     note: str | None
+    """What was special about this attempt, for people; None for nothing."""
 
     @property
     def exit_code(self) -> int:
+        """0, or 3 for a run with error rows."""
         return EXIT_ERROR_ROWS if self.summary.total.rows_failed else EXIT_DONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pinned:
+class _PinnedModel:
     revision: str
     image_backend: str
 
 
 def run(
-    config: RunConfig, *, console: Console, environment: Mapping[str, str] | None = None
+    config: RunConfig,
+    *,
+    console: Console | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Carries out or resumes the run `config` describes. `environment` is for Ray's workers where
-    they do not inherit this process's.
+    """Carries out or resumes the run that `config` describes.
 
-    Raises UsageError before any compute is spent, other RunErrors after; committed units stay.
+    console: where progress goes; None for stderr. environment: variables for Ray's workers, where
+    they do not inherit this process's. Raises UsageError before any compute is spent, other
+    RunErrors later; committed units stay.
     """
     began = time.monotonic()
-    pinned = _pin(config)
-    plan = plan_run(config, model_revision=pinned.revision, image_backend=pinned.image_backend)
-    store = open_store(config.output)
-    done = done_units(store)
-    todo = [unit for unit in plan.units if unit.unit_id not in done]
+    console = console or Console(stderr=True)
+    model = _pin_model(config)
+    output = RunOutput.open(config.output)
+    manifest = plan_run(
+        config, output, model_revision=model.revision, image_backend=model.image_backend
+    )
+    done = output.committed_units()
+    todo = [unit for unit in manifest.units if unit.unit_id not in done]
     if not todo:
-        summary = summarise(config.output)
-        if store.head(SUMMARY_KEY) is None:  # the driver died between the last commit and here
-            store.put(SUMMARY_KEY, summary.to_json().encode())
+        summary = summarise(output)
+        if not output.has_summary():  # the driver died between the last commit and here
+            output.put_summary(summary.to_json())
         return Outcome(summary=summary, note="finished before: nothing was left to do")
 
-    with open_fleet(fleet_of(config, pinned.revision, environment or {})) as fleet:
-        if fleet.image_backend != pinned.image_backend:
+    with open_fleet(fleet_settings(config, model.revision, environment or {})) as fleet:
+        if fleet.image_backend != model.image_backend:
             raise UsageError(
                 f"replicas decode with {fleet.image_backend}, this machine with "
-                f"{pinned.image_backend}: install torchvision on both or on neither"
+                f"{model.image_backend}: install torchvision on both or on neither"
             )
         if config.auto:
-            replicas, batch_rows = ServeReplicas(fleet.handle), fleet.slots
-            chosen = calibrate(config, plan, todo, store, replicas, batch_rows=batch_rows)
-            config = replace(config, spec=chosen.spec(config.spec), auto=False)
-        attempt = _label(config, plan, todo, store, fleet, pinned, console, began)
-    summary = summarise(config.output, attempt)
-    store.put(SUMMARY_KEY, summary.to_json().encode())
-    resumed = len(plan.units) - len(todo)
-    note = f"resumed: {resumed} of {len(plan.units)} units were done before" if resumed else None
+            replicas = ServeReplicas(fleet.handle)
+            decision = calibrate(config, manifest, todo, output, replicas, slots=fleet.slots)
+            config = replace(config, spec=decision.spec(config.spec), auto=False)
+        attempt = _label(config, manifest, todo, output, fleet, console, began)
+    summary = summarise(output, attempt)
+    output.put_summary(summary.to_json())
+    resumed = len(manifest.units) - len(todo)
+    note = (
+        f"resumed: {resumed} of {len(manifest.units)} units were done before" if resumed else None
+    )
     return Outcome(summary=summary, note=note)
 
 
-def fleet_of(config: RunConfig, revision: str, environment: Mapping[str, str]) -> FleetSettings:
-    """The replicas that a run asks for."""
+def fleet_settings(
+    config: RunConfig, revision: str, environment: Mapping[str, str]
+) -> FleetSettings:
+    """The replicas of a run whose model is pinned to `revision`."""
     engine = EngineSettings(
-        model=config.model,
-        revision=revision,
-        slots=config.slots,
-        dtype=config.dtype,
+        model=config.model, revision=revision, slots=config.slots, dtype=config.dtype
     )
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
 
 
-def _pin(config: RunConfig) -> _Pinned:
-    """The model's exact content and everything about the spec that can be checked without it."""
+def _pin_model(config: RunConfig) -> _PinnedModel:
+    """The model's exact content. Raises UsageError for it, and for whatever can be known of the
+    spec without loading weights."""
     try:
         selector_for(config.spec)  # a misspelt method must not cost the download of a model
         identity = resolve_model(config.model)
@@ -118,46 +132,47 @@ def _pin(config: RunConfig) -> _Pinned:
         backend = image_backend(load_processor(identity))
     except SpprunerError as error:
         raise UsageError(str(error)) from error
-    return _Pinned(revision=identity.revision, image_backend=backend)
+    return _PinnedModel(revision=identity.revision, image_backend=backend)
 
 
 def _label(
     config: RunConfig,
-    plan: Plan,
+    manifest: Manifest,
     todo: list[Unit],
-    store: Store,
+    output: RunOutput,
     fleet: Fleet,
-    pinned: _Pinned,
     console: Console,
     began: float,
 ) -> Attempt:
     """Labels and commits `todo`."""
-    _quiet_ray_data()
+    _silence_ray_data()
+    rows = sum(unit.row_count for unit in todo)
     console.print(
-        f"run {plan.run_id}: {sum(u.row_count for u in todo)} rows in {len(todo)} units to do, "
-        f"{len(plan.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",
+        f"run {manifest.run_id}: {rows} rows in {len(todo)} units to do, "
+        f"{len(manifest.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",
         highlight=False,
         soft_wrap=True,
     )
-    caller = LabellerSettings(
-        run_id=plan.run_id,
-        first_unit=plan.units[0].unit_id,
+    settings = LabellerSettings(
+        run_id=manifest.run_id,
+        first_unit=manifest.units[0].unit_id,
         config=config,
-        model_revision=pinned.revision,
+        model_revision=manifest.identity.settings["model_revision"],
         app=fleet.app,
         deployment=fleet.deployment,
-        batch_rows=fleet.slots,
+        slots=fleet.slots,
         replicas=fleet.replicas,
         kv_token_capacity=fleet.kv_token_capacity,
-        unit_rows=sum(unit.row_count for unit in todo) // len(todo),
+        unit_rows=rows // len(todo),
     )
     _warn_if_starved(console)
-    labelled = label_units(read_units(plan, todo, replicas=fleet.replicas), caller)
-    sink = CommitSink(plan, on_commit=report_commit)
-    with RunTracker(config, plan, store) as watch:
+    units = read_units(manifest.source, manifest.mapping, todo, replicas=fleet.replicas)
+    labelled = label_units(units, settings)
+    sink = CommitSink(manifest, output, on_commit=report_commit)
+    with RunTracker(config, manifest, output) as tracker:
         busy_before = fleet.stats().busy_seconds
         started = time.monotonic()
-        with ProgressDisplay(watch.progress, console):
+        with ProgressDisplay(tracker.progress, console):
             try:
                 labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
             except Exception as error:
@@ -166,7 +181,6 @@ def _label(
                     raise
                 raise cause from error
         wall = time.monotonic() - started
-    rows = sum(unit.row_count for unit in todo)
     return Attempt(
         rows=rows,
         wall_seconds=wall,
@@ -178,13 +192,13 @@ def _label(
 
 
 def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
-    """None if a replica was replaced on the way: its counter started anew."""
+    """None if a replica was replaced meanwhile: its counter started from zero."""
     spent = fleet.stats().busy_seconds - busy_before
     return spent / (wall * fleet.replicas) if spent >= 0 else None
 
 
 def _warn_if_starved(console: Console) -> None:
-    """Ray waits without a word where reading, calling and writing do not fit beside what runs."""
+    """Ray waits silently where reading, labelling and writing do not fit beside what runs."""
     free = ray.available_resources().get("CPU", 0.0)
     needed = READER_CPUS + LABELLER_CPUS + _SINK_CPUS
     if free < needed:
@@ -195,8 +209,8 @@ def _warn_if_starved(console: Console) -> None:
         )
 
 
-def _quiet_ray_data() -> None:
-    """Ray Data's own bars and logs count blocks and operators; ours count rows and money."""
+def _silence_ray_data() -> None:
+    """Ray Data's own bars and logs count blocks and operators; ours count rows."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

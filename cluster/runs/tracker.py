@@ -10,12 +10,12 @@ import ray
 import structlog
 from ray.exceptions import GetTimeoutError, RayError
 
-from cluster.accounting.ledger import RunLedger, read_ledgers
+from cluster.accounting.ledger import RunLedger
 from cluster.config import RunConfig
 from cluster.controller import RunProgress, RunState, get_controller
 from cluster.errors import ErrorShareExceeded, RunError
-from cluster.runs.planning import Plan, done_units
-from cluster.store import Store
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
 
 logger = structlog.get_logger(__name__)
 
@@ -32,12 +32,13 @@ def run_error(error: BaseException | None) -> RunError | None:
 
 
 class RunTracker:
-    """Context manager around the work of one attempt; `progress` may be asked from any thread."""
+    """Keeps the controller's view of one attempt: registers the run on entry, reports its end on
+    exit. `progress` may be called from any thread."""
 
-    def __init__(self, config: RunConfig, plan: Plan, store: Store) -> None:
+    def __init__(self, config: RunConfig, manifest: Manifest, output: RunOutput) -> None:
         self._config = config
-        self._plan = plan
-        self._store = store
+        self._manifest = manifest
+        self._output = output
         self._controller = get_controller()
 
     def __enter__(self) -> RunTracker:
@@ -57,7 +58,7 @@ class RunTracker:
             state = "failed"
         try:
             ray.get(
-                self._controller.finish.remote(self._plan.run_id, state),
+                self._controller.finish.remote(self._manifest.run_id, state),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
         except (RayError, GetTimeoutError) as unreachable:
@@ -67,10 +68,11 @@ class RunTracker:
         """How far the run is; None while the controller cannot be asked."""
         try:
             known: RunProgress | None = ray.get(
-                self._controller.progress.remote(self._plan.run_id), timeout=_POLL_TIMEOUT_SECONDS
+                self._controller.progress.remote(self._manifest.run_id),
+                timeout=_POLL_TIMEOUT_SECONDS,
             )
             if known is None:
-                logger.info("controller_restarted", run_id=self._plan.run_id)
+                logger.info("controller_restarted", run_id=self._manifest.run_id)
                 self._register()
         except (RayError, GetTimeoutError) as error:
             logger.warning("controller_unreachable", error=type(error).__name__)
@@ -78,19 +80,19 @@ class RunTracker:
         return known
 
     def _register(self) -> None:
-        planned = {unit.unit_id for unit in self._plan.units}
-        done = sorted(done_units(self._store) & planned)
-        ledger = RunLedger.of(read_ledgers(self._store, done))
+        planned = {unit.unit_id for unit in self._manifest.units}
+        done = sorted(self._output.committed_units() & planned)
+        ledger = RunLedger.of(self._output.ledgers(done))
         call = self._controller.register.remote(
-            self._plan.run_id,
+            self._manifest.run_id,
             meta={
-                "kind": self._plan.kind,
-                "output": self._plan.output_uri,
+                "kind": self._manifest.kind,
+                "output": self._output.uri,
                 "model": self._config.model,
                 "spec": self._config.spec.to_dict(),
             },
-            units_total=len(self._plan.units),
-            rows_total=self._plan.rows,
+            units_total=len(self._manifest.units),
+            rows_total=self._manifest.rows,
             units_done=done,
             ledger_so_far=ledger.total,
             max_error_share=self._config.max_error_share,

@@ -1,9 +1,9 @@
-"""Where pruning pays online: measured by the endpoint as it starts, by size of image and load.
+"""Online calibration: where pruning pays, measured by an endpoint as it starts.
 
-A replica that answers one small image may lose more by selecting than it saves by reading less,
-and gain on a large one, or on several at once. So control requests about drawn images are timed at
-some sizes and loads, and a request that asks for no pruning of its own is answered like the nearest
-of them: with the endpoint's spec where that was surely faster, densely elsewhere.
+On one small image a replica may lose more by selecting tokens than it saves in the prefill, and
+gain on a large one, or on several requests at once. The endpoint therefore times control requests
+about drawn images at some sizes and loads. A request without a pruning of its own is answered like
+the nearest of them: under the endpoint's spec where that was faster with certainty, else densely.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import structlog
 from PIL import Image
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.ledger import measured_ratio, nanoseconds
 from cluster.images import FORMATS
-from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
-from sppruner.engine import SamplingParams
+from cluster.protocol import LabelRequest, Priority, Replicas
+from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import PruneSpec
 from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
@@ -29,7 +28,7 @@ logger = structlog.get_logger(__name__)
 
 SIDES: Final = (224, 448, 896)
 """Pixels of the square images that are timed."""
-# Calls of each size and load, behind one that is not counted.
+# Timed calls of each size and load, after one that is not timed.
 _CALLS: Final = 5
 _PROMPT: Final = "Describe the image."
 _GENERATION: Final = SamplingParams(max_new_tokens=16)
@@ -37,65 +36,65 @@ _GENERATION: Final = SamplingParams(max_new_tokens=16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """Requests about images of so many pixels, `load` of them on a replica at once."""
+    """The decision for one size and load."""
 
     pixels: int
+    """Pixels of a request's images."""
     load: int
-    found: BreakEven
+    """Requests on a replica at once."""
+    decision: BreakEven
+    """Whether pruning pays there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineBreakEven:
-    """What was measured."""
+    """The decisions of an endpoint."""
 
     cells: tuple[Cell, ...]
+    """One for each size and load that was measured."""
 
-    def spec(self, asked: PruneSpec, images: Sequence[bytes | None], load: float) -> PruneSpec:
-        """What a request about these images is answered with while `load` are on a replica."""
+    def spec(self, requested: PruneSpec, images: Sequence[bytes | None], load: float) -> PruneSpec:
+        """The spec for a request about these images while `load` requests are on a replica."""
         pixels = sum(map(_pixels, images))
         if not pixels:
-            return asked
+            return requested
         nearest = min(
             self.cells,
             key=lambda c: math.hypot(math.log(pixels / c.pixels), math.log(load / c.load)),
         )
-        return nearest.found.spec(asked)
+        return nearest.decision.spec(requested)
 
     def to_list(self) -> list[dict[str, Any]]:
+        """Plain values, for `/v1/models`."""
         return [
-            {"pixels": cell.pixels, "load": cell.load, **cell.found.to_dict()}
+            {"pixels": cell.pixels, "load": cell.load, **cell.decision.to_dict()}
             for cell in self.cells
         ]
 
 
-async def measure(
-    replicas: Replicas, spec: PruneSpec, *, most: int, sides: Sequence[int] = SIDES
+async def calibrate_online(
+    replicas: Replicas, spec: PruneSpec, *, full_load: int, sides: Sequence[int] = SIDES
 ) -> OnlineBreakEven:
-    """Times `spec` beside dense, one request at a time and `most` at once. Raises what `label`
-    raises: Serve then starts the endpoint again."""
+    """Times `spec` beside dense, one request at a time and `full_load` at once. Raises what
+    `Replicas.label` raises: Serve then starts the endpoint again."""
     cells = []
     for side in sides:
-        for load in sorted({1, most}):
-            answers = [
-                answer
+        for load in sorted({1, full_load}):
+            results = [
+                result
                 for number in range(1 + _CALLS)
-                for answer in await _timed(replicas, spec, side, load, number)
+                for result in await _run_control_call(replicas, spec, side, load, number)
                 if number
             ]
-            pairs = [
-                (nanoseconds(answer.seconds), nanoseconds(answer.control_seconds))
-                for answer in answers
-                if answer.control_seconds is not None
-            ]
-            found = BreakEven(measured=measured_ratio(pairs))
-            cells.append(Cell(pixels=side * side, load=load, found=found))
-            logger.info("break_even", side=side, load=load, **found.to_dict())
+            decision = BreakEven.from_results(results)
+            cells.append(Cell(pixels=side * side, load=load, decision=decision))
+            logger.info("break_even", side=side, load=load, **decision.to_dict())
     return OnlineBreakEven(cells=tuple(cells))
 
 
-async def _timed(
+async def _run_control_call(
     replicas: Replicas, spec: PruneSpec, side: int, load: int, number: int
-) -> list[RowAnswer]:
+) -> list[Result]:
     calls = [
         LabelRequest(
             id=f"break-even:{side}:{load}:{number}:{row}",

@@ -1,116 +1,67 @@
 """One model behind Ray Serve: the same actor answers batch jobs and online requests.
 
-The engine has a thread of its own, where online rows go before batch rows. Images are decoded in a
-small pool, online images in their own, so that neither waits behind a batch. Bad rows become
-answers.
+The engine has a thread of its own and serves online requests before batch rows. Images are decoded
+in thread pools, one for each priority, so that online images never wait behind a batch. Bad rows
+become error results.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import structlog
 import torch
 from PIL import Image
 
-from cluster.errors import Busy, ClusterError, InferenceFailed, RowError, UsageError
+from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
 from cluster.images import decode_image
-from cluster.protocol import LabelRequest, Priority, RowAnswer
-from cluster.runs.admission import rows_held
+from cluster.protocol import LabelRequest, Priority, error_result, rows_held
+from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
-from sppruner.engine.interface import DTYPES, Engine, Reduction, Request, Result
-from sppruner.spec import OptionValue
+from sppruner.engine.interface import Engine, Reduction, Request, Result
 
 logger = structlog.get_logger(__name__)
 
 _BATCH_DECODERS = 2
-# Slots where nobody asked for a number. A CPU computes no faster for more; a GPU does, as far as it
-# has room for their keys and values, which its engine sees to.
-_CPU_ROWS, _GPU_ROWS = 16, 64
-# So many batches of rows in a row without one good one: the engine is broken, not the rows.
+# After so many batches of failed rows in a row the engine is taken for broken, not the rows.
 _BROKEN_AFTER = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """How a replica builds its engine, and how much it takes at once.
-
-    engine: "module:callable"; called with model, device, dtype, slots, revision (if set)
-    and `options`.
-    device: "auto" is the accelerator where the replica has one, else the CPU.
-    slots: None for what the replica's device suits, see `sized`.
-    """
-
-    model: str
-    revision: str | None = None
-    slots: int | None = None
-    engine: str = "sppruner.engine:open_engine"
-    device: str = "auto"
-    dtype: str = "auto"
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.slots is not None and self.slots < 1:
-            raise UsageError(f"slots {self.slots}: give at least 1")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.engine.count(":") != 1:
-            raise UsageError(f"engine {self.engine!r}: write it as module:callable")
-
-    def sized(self, *, gpu: bool) -> EngineSettings:
-        """These settings, with a number of rows."""
-        return replace(self, slots=self.slots or slots_of(gpu=gpu))
-
-    def build(self) -> Engine:
-        """Imports and calls the factory. Raises what the factory raises. For settings that are
-        `sized`."""
-        assert self.slots is not None
-        module, name = self.engine.split(":")
-        factory = getattr(importlib.import_module(module), name)
-        pinned = {} if self.revision is None else {"revision": self.revision}
-        settings = dict(model=self.model, device=self.device, dtype=self.dtype, **pinned)
-        return cast(Engine, factory(slots=self.slots, **settings, **self.options))
-
-
-def slots_of(*, gpu: bool) -> int:
-    """Of a replica on such a device, where nobody asked for a number."""
-    return _GPU_ROWS if gpu else _CPU_ROWS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStats:
-    """What one replica has done since it started. `rows` counts compute, retries included: how
-    many rows were committed is the ledger's to say. waiting: rows that the engine has no result
-    for yet. slots, kv_token_capacity: the engine's."""
+    """Counters of one replica since it started."""
 
     pid: int
+    """Of the replica's process."""
     model: str
+    """Folder or Hub name."""
     model_revision: str
+    """Content hash or commit."""
     image_backend: str
+    """"pil" or "torchvision"."""
     slots: int
+    """Requests that the engine answers at once."""
     uptime_seconds: float
+    """Since the replica was built."""
     busy_seconds: float
+    """In which the engine worked."""
     rows: int
+    """Rows answered, retries included; committed rows are the ledger's to count."""
     waiting_online: int
+    """Online requests without a result."""
     waiting_batch: int
+    """Batch rows in the engine without a result."""
     batch_rows_in_flight: int
+    """Batch rows of calls that have not returned."""
     kv_token_capacity: int | None
-
-
-class EngineBroken(ClusterError):
-    """The engine answers nothing more, or fails on whatever it is given: its replica asks to be
-    replaced."""
-
-    code = "engine_broken"
+    """Tokens of prompts and answers that the KV cache holds; None for no bound."""
 
 
 class VLMReplica:
@@ -120,7 +71,7 @@ class VLMReplica:
         """threads: torch threads on a CPU replica; None leaves the default. Raises what the
         engine's factory raises."""
         settings = settings.sized(gpu=settings.device != "cpu" and torch.cuda.is_available())
-        self._thread = EngineThread(partial(_build_engine, settings, threads), _fault)
+        self._thread = EngineThread(partial(_build_engine, settings, threads), _handle_fault)
         self._engine = self._thread.engine
         self._decoders = {
             Priority.ONLINE: ThreadPoolExecutor(1, thread_name_prefix="decode-online"),
@@ -138,9 +89,9 @@ class VLMReplica:
             engine=type(self._engine).__name__,
         )
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
-        """One answer per call, in order. Raises Busy if batch rows exceed what the replica holds;
-        online calls are bounded by Serve's max_ongoing_requests alone."""
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        """One result per request, in order. Raises Busy where batch rows exceed what the replica
+        holds; online calls are bounded by Serve's max_ongoing_requests alone."""
         if priority is Priority.ONLINE:
             return await self._label(calls, priority)
         held, most = self._batch_rows_in_flight, rows_held(self._engine.slots)
@@ -153,12 +104,12 @@ class VLMReplica:
         finally:
             self._batch_rows_in_flight -= len(calls)
 
-    async def stream(self, call: LabelRequest) -> AsyncIterator[str | RowAnswer]:
-        """The answer to an online call as it is said, then the whole."""
+    async def stream(self, call: LabelRequest) -> AsyncIterator[str | Result]:
+        """The text of an online request piece by piece, then its result."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
         reduction = self._engine.reduction
         item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, reduction)
-        if isinstance(item, RowAnswer):
+        if isinstance(item, Result):
             yield item
             return
         async with aclosing(self._thread.updates(replace(item, stream=True))) as updates:
@@ -166,9 +117,10 @@ class VLMReplica:
                 if update.text:
                     yield update.text
                 if update.result is not None:
-                    yield self._counted(update.result)
+                    yield self._record(update.result)
 
     async def stats(self) -> ReplicaStats:
+        """Counters as of now."""
         return ReplicaStats(
             pid=os.getpid(),
             model=self._engine.model_id,
@@ -195,7 +147,7 @@ class VLMReplica:
         """Ends the engine's thread. Serve ends the whole process instead."""
         self._thread.close()
 
-    async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[RowAnswer]:
+    async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[Result]:
         loop = asyncio.get_running_loop()
         pool, reduction = self._decoders[priority], self._engine.reduction
         decoding = (
@@ -204,39 +156,39 @@ class VLMReplica:
         decoded = await asyncio.gather(*decoding)
         return await asyncio.gather(*(self._answer(item) for item in decoded))
 
-    async def _answer(self, item: Request | RowAnswer) -> RowAnswer:
-        if isinstance(item, RowAnswer):
+    async def _answer(self, item: Request | Result) -> Result:
+        if isinstance(item, Result):
             return item
-        return self._counted(await self._thread.answer(item))
+        return self._record(await self._thread.answer(item))
 
-    def _counted(self, result: Result) -> RowAnswer:
+    def _record(self, result: Result) -> Result:
         self._rows += 1
         if result.error_code == InferenceFailed.code:
             self._failed_in_a_row += 1
             logger.warning("row_failed", row=result.id, error=result.error_message)
         else:
             self._failed_in_a_row = 0
-        return RowAnswer.from_result(result)
+        return result
 
 
-def _fault(error: Exception) -> None:
+def _handle_fault(error: Exception) -> None:
     logger.critical("engine_fault", exc_info=error)
     _end_process()
 
 
 def _end_process() -> None:
-    # At once, not by the next failed health check: callers see a dead replica and send the rows
-    # to another, and Serve starts a new one with a fresh device context.
+    # Now, not at the next health check: clients see a dead replica and send its rows to another,
+    # and Serve starts a new one with a fresh device context.
     os._exit(1)
 
 
-def _decode(call: LabelRequest, priority: Priority, reduction: Reduction) -> Request | RowAnswer:
+def _decode(call: LabelRequest, priority: Priority, reduction: Reduction) -> Request | Result:
     try:
         images: tuple[Image.Image, ...] = tuple(
             decode_image(data, call.media, reduction) for data in call.images
         )
     except RowError as error:
-        return RowAnswer.from_error(call.id, error)
+        return error_result(call.id, error)
     return Request(
         id=call.id,
         prompt=call.prompt,

@@ -15,9 +15,8 @@ from typing import IO, Final
 import ray
 
 from cluster.errors import RunError, UsageError
-from cluster.runs.planning import done_units
+from cluster.output.run_output import RunOutput
 from cluster.serving.fleet import Fleet
-from cluster.store import open_store
 
 _START_SECONDS: Final = 300.0
 _END_SECONDS: Final = 60.0
@@ -71,7 +70,7 @@ class BatchJob:
     def check(self) -> None:
         """Raises UsageError if the job has labelled all, and RunError if it has failed."""
         assert self._process is not None
-        if len(done_units(open_store(self._output))) == self._units:
+        if len(RunOutput.open(self._output).committed_units()) == self._units:
             raise UsageError(
                 "the batch job was over before the requests beside it: give a slower --model"
             )

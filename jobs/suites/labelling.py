@@ -10,7 +10,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.output.summary import Attempt, Summary
 from cluster.runs.run import run
-from cluster.serving.fleet import replica_threads
+from cluster.serving.application import replica_threads
 from sppruner import Budget, PruneSpec
 from sppruner.errors import EngineError
 from sppruner.tiny.questions import CAPTION_PROMPT

@@ -31,8 +31,9 @@ from rich.console import Console
 
 from cluster.demo import Row, draw_rows
 from cluster.errors import RunError, UsageError
-from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
-from cluster.serving.replica import EngineSettings
+from cluster.serving.application import FleetSettings
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from jobs.suites.background import BatchJob
 from jobs.suites.corpora import captioned, write_corpus
 from jobs.suites.labelling import SPEC, threads_of_one_replica

@@ -27,9 +27,10 @@ from rich.console import Console
 from cluster.config import MediaLimits
 from cluster.demo import Row
 from cluster.images import decode_image
-from cluster.runs.admission import rows_held
-from cluster.serving.fleet import FleetSettings, open_fleet
-from cluster.serving.replica import EngineSettings, slots_of
+from cluster.protocol import rows_held
+from cluster.serving.application import FleetSettings
+from cluster.serving.engine_settings import EngineSettings, default_slots
+from cluster.serving.fleet import open_fleet
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
 from jobs.suites.random_models import save
@@ -109,7 +110,7 @@ def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool
         model=folder,
         images=rows * units,
         unit_rows=rows,
-        batch_rows=min(shape.rows, slots_of(gpu=shape.needs_gpu)),
+        batch_rows=min(shape.rows, default_slots(gpu=shape.needs_gpu)),
         new_tokens=_NEW_TOKENS,
         side=shape.side,
         dtype=dtype,

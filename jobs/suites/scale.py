@@ -23,9 +23,11 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from cluster.output.run_output import RunOutput
 from cluster.runs.planning import plan_run
-from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
-from cluster.serving.replica import EngineSettings
+from cluster.serving.application import FleetSettings
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from cluster.store import open_store
 from jobs.suites.corpora import captioned, write_corpus
 from jobs.suites.labelling import captions, carry_out, threads_of_one_replica
@@ -108,7 +110,12 @@ def job_pass(fleet: Fleet, corpus: str, output: str, unit_rows: int, told: Conso
     config = captions(corpus, output, fleet.model, unit_rows=unit_rows)
     resets = forget_peak()
     began = time.perf_counter()
-    plan = plan_run(config, model_revision=fleet.model_revision, image_backend=fleet.image_backend)
+    plan = plan_run(
+        config,
+        RunOutput.open(output),
+        model_revision=fleet.model_revision,
+        image_backend=fleet.image_backend,
+    )
     planning = time.perf_counter() - began
     _, attempt = carry_out(config, told)  # goes by the plan that it finds
     peak = peak_mib() if resets else None

@@ -90,6 +90,7 @@ class Result:
     cost: RowCost | None = None
     error_code: str | None = None
     error_message: str | None = None
+    error_stage: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import RunConfig
 from cluster.corpus.source import read_unit
-from cluster.runs.planning import Plan, plan_run
+from cluster.corpus.unit import Unit
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
+from cluster.runs.planning import plan_run
 from cluster.store import Store, open_store
 from sppruner.spec import DENSE
 
@@ -24,15 +27,29 @@ def config(source: str, output: str, **settings: Any) -> RunConfig:
     return RunConfig(input=source, output=output, **given)
 
 
-def plan(source: str, output: str, **settings: Any) -> Plan:
-    settings = config(source, output, **settings)
-    return plan_run(settings, model_revision="r1", image_backend="pil")
+class Planned(NamedTuple):
+    """A planned run and its output."""
+
+    manifest: Manifest
+    output: RunOutput
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.manifest.units
 
 
-def read_all(planned: Plan) -> pa.Table:
+def plan(source: str, output: str, **settings: Any) -> Planned:
+    planned = RunOutput.open(output)
+    manifest = plan_run(
+        config(source, output, **settings), planned, model_revision="r1", image_backend="pil"
+    )
+    return Planned(manifest, planned)
+
+
+def read_all(planned: Planned) -> pa.Table:
     """Every unit's rows, in plan order."""
-    store = open_store(planned.input_uri)
-    return pa.concat_tables(read_unit(store, unit, planned.layout) for unit in planned.units)
+    store, mapping = open_store(planned.manifest.source), planned.manifest.mapping
+    return pa.concat_tables(read_unit(store, unit, mapping) for unit in planned.units)
 
 
 def image(content: bytes | None = b"jpeg", path: str = "a.jpg") -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import httpx
 
-from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer
+from cluster.protocol import LabelRequest, Priority, StreamingReplicas
+from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.http.app import ApiSettings, create_app
 from cluster.serving.online_calibration import OnlineBreakEven
-from cluster.serving.replica import EngineSettings, VLMReplica
+from cluster.serving.replica import VLMReplica
+from sppruner.engine.interface import Result
 from tests.cluster.fake_engine import picture
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"
@@ -29,7 +31,7 @@ class Recorded:
         self._failure = failure
         self._breaks = breaks
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
         self.calls.extend(calls)
         if self._failure is not None:
@@ -40,7 +42,7 @@ class Recorded:
         finally:
             replica.close()
 
-    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
+    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
         (answer,) = await self.label([call], priority=Priority.ONLINE)
         for word in str(answer.text).split(" ") if answer.error_code is None else ():
             yield f"{word} "
@@ -71,7 +73,7 @@ ASKED = user(text_part("describe"), image_part(data_uri(picture(1))))
 def send(
     method: str,
     path: str,
-    replicas: Replicas | None = None,
+    replicas: StreamingReplicas | None = None,
     settings: ApiSettings | None = None,
     break_even: OnlineBreakEven | None = None,
     **more: Any,
@@ -88,7 +90,7 @@ def send(
 
 
 def ask(
-    replicas: Replicas | None = None,
+    replicas: StreamingReplicas | None = None,
     settings: ApiSettings | None = None,
     break_even: OnlineBreakEven | None = None,
     **fields: Any,

@@ -95,7 +95,11 @@ class FakeEngine(QueuedEngine):
     def _answer(self, request: Request) -> Result:
         if request.prompt == "bad":
             return Result(
-                id=request.id, text=None, error_code="prompt_invalid", error_message="too long"
+                id=request.id,
+                text=None,
+                error_code="prompt_invalid",
+                error_message="too long",
+                error_stage="prompt",
             )
         total = VISUAL_TOKENS * len(request.images)
         kept = total if request.spec.is_dense else request.spec.budget.count(total)

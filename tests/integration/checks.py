@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.demo import Fault
-from cluster.output.manifest import read_manifest
+from cluster.output.run_output import RunOutput
 from cluster.store import open_store
 
 # Rows whose fault costs them their answer; all others must be answered.
@@ -18,7 +18,7 @@ BY_ROW = ("unit_id", "unit_row")
 
 def committed(output: str) -> list[dict[str, Any]]:
     """Every committed row, in corpus order, as any Parquet reader of the prefix sees them."""
-    manifest = read_manifest(open_store(output))
+    manifest = RunOutput.open(output).manifest()
     assert manifest is not None
     order = {unit.unit_id: number for number, unit in enumerate(manifest.units)}
     rows = pq.read_table(output).to_pylist()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.demo.local_s3 import LocalS3
-from cluster.runs.planning import done_units
+from cluster.output.run_output import RunOutput
 from cluster.store import ObjectInfo, open_store
 from jobs.make_corpus import make_corpus
 from tests.integration.checks import check_every_row_once, check_pruned, committed
@@ -50,7 +50,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 def units_committed(s3: str) -> dict[str, ObjectInfo]:
     store = open_store(f"{s3}/labels")
-    ids = done_units(store)
+    ids = RunOutput(store).committed_units()
     return {i.key: i for i in store.list(suffixes=(".parquet",)) if i.key.split(".")[0] in ids}
 
 

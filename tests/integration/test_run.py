@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.output.summary import summarise
-from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
+from cluster.serving.application import FleetSettings
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from cluster.serving.ray_session import serve_details
-from cluster.serving.replica import EngineSettings
 from cluster.store import open_store
 from jobs import answer_vqa, caption_corpus, report
 from jobs.make_corpus import make_corpus

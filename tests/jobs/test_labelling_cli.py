@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runs.run import fleet_of
+from cluster.runs.run import fleet_settings
 from jobs import answer_vqa, caption_corpus, evaluate, report
 from jobs.labelling_cli import Job, config_of, parser
 
@@ -39,7 +39,7 @@ def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
     asked = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
     config = config_of(JOBS[0], parser(JOBS[0]).parse_args([*asked, "--replicas", "3"]), demo=False)
     assert config.generation.max_new_tokens == 7
-    fleet = fleet_of(config, "r", {})
+    fleet = fleet_settings(config, "r", {})
     assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
     assert fleet.engine.slots is None
 

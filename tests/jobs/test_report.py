@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.accounting.ledger import LEDGER_KEY
 from cluster.corpus.source import read_unit
 from cluster.images import decode_image
 from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
-from cluster.output.manifest import MANIFEST_KEY
+from cluster.output.run_output import RunOutput
 from cluster.runs.labeller import Labeller, LabellerSettings
 from cluster.runs.planning import plan_run
-from cluster.serving.replica import EngineSettings, VLMReplica
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.replica import VLMReplica
 from cluster.store import open_store
 from jobs import report
 from sppruner import Budget, Pruner, PruneSpec
@@ -75,7 +75,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         control_share=0.0,
     )
     revision = resolve_model(EMBEDDED).revision
-    plan = plan_run(run, model_revision=revision, image_backend="pil")
+    labels = RunOutput.open(run.output)
+    plan = plan_run(run, labels, model_revision=revision, image_backend="pil")
     settings = LabellerSettings(
         run_id=plan.run_id,
         first_unit=plan.units[0].unit_id,
@@ -86,13 +87,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     async def label() -> list[pa.Table]:
-        caller = Labeller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
-        source = open_store(plan.input_uri)
-        return [await caller(read_unit(source, unit, plan.layout)) for unit in plan.units]
+        labeller = Labeller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
+        source = open_store(plan.source)
+        return [await labeller(read_unit(source, unit, plan.mapping)) for unit in plan.units]
 
     for table in asyncio.run(label()):
-        store = open_store(plan.output_uri)
-        commit_unit(table, terms=ExpectedUnits.of(plan), store=store, writer="w")
+        commit_unit(table, expected=ExpectedUnits.of(plan), output=labels, writer="w")
     return folder / "labels"
 
 
@@ -104,8 +104,8 @@ def copy(output: Path, tmp_path: Path) -> Path:
 def densely(labels: Path) -> None:
     """Commits every row as if nothing had been pruned."""
     for path in labels.glob("*.parquet"):
-        ledger = pq.read_metadata(path).metadata[LEDGER_KEY.encode()]
-        table = pq.read_table(path).replace_schema_metadata({LEDGER_KEY: ledger})
+        ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
+        table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
         specs = [json.dumps(DENSE.to_dict())] * len(table)
         at = table.column_names.index("prune_spec")
         pq.write_table(table.set_column(at, "prune_spec", pa.array(specs)), path)
@@ -113,19 +113,19 @@ def densely(labels: Path) -> None:
 
 def change(labels: Path, **settings: Any) -> None:
     """Rewrites parts of the manifest."""
-    manifest = json.loads((labels / MANIFEST_KEY).read_text())
+    manifest = json.loads((labels / "_run/manifest.json").read_text())
     for name, value in settings.items():
         part = manifest if name in manifest else manifest["settings"]
         assert name in part or name == "dtype", "which a run has that was given one"
         part[name] = value
-    (labels / MANIFEST_KEY).write_text(json.dumps(manifest))
+    (labels / "_run/manifest.json").write_text(json.dumps(manifest))
 
 
 def rewrite(labels: Path, key: str, mask: bytes | None) -> None:
     """Commits another mask for one row; None leaves the whole column out."""
     for path in labels.glob("*.parquet"):
-        ledger = pq.read_metadata(path).metadata[LEDGER_KEY.encode()]
-        table = pq.read_table(path).replace_schema_metadata({LEDGER_KEY: ledger})
+        ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
+        table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
         at = table.column_names.index("kept_tokens")
         if mask is None:
             pq.write_table(table.remove_column(at), path)
@@ -212,7 +212,7 @@ def test_a_dense_run_has_nothing_to_draw(
 def test_what_it_takes_to_draw_is_said_where_it_is_not_there(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = json.loads((copy / MANIFEST_KEY).read_text())["source"]
+    source = json.loads((copy / "_run/manifest.json").read_text())["source"]
     change(copy, source=str(tmp_path / "moved"))
     assert draw(copy, tmp_path / "seen") == 2
     assert f"row 'a/b': its image cannot be read again from {tmp_path / 'moved'}" in told(capsys)

@@ -1,4 +1,4 @@
-"""The HTTP edge: OpenAI's chat completions in front of the replicas, before batch work in line.
+"""The HTTP edge: OpenAI's chat completions in front of the replicas, with priority over batch rows.
 
 Bodies and images are bounded before they are parsed or decoded; image URLs are never fetched.
 Errors have OpenAI's shape.
@@ -16,56 +16,65 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from cluster.config import MediaLimits
 from cluster.controller import list_runs
-from cluster.errors import Busy, ImageTooLarge, InferenceFailed, PruningNoEffect, UsageError
-from cluster.protocol import LabelRequest, Priority, Replicas, RowAnswer, ServeReplicas
-from cluster.runs.dispatch import REPLICA_GONE
-from cluster.serving.http.openai_schema import ApiError, ChatRequest, image_bytes, usage
-from cluster.serving.http.sse import begun, stream_events
-from cluster.serving.online_calibration import OnlineBreakEven, measure
+from cluster.errors import ApiError, ImageTooLarge, InferenceFailed, PruningNoEffect, UsageError
+from cluster.protocol import LabelRequest, Priority, Replicas, StreamingReplicas
+from cluster.serving.client import REPLICA_FULL, REPLICA_GONE, ServeReplicas
+from cluster.serving.http.openai_schema import ChatRequest, image_bytes, usage
+from cluster.serving.http.sse import stream_events, wait_for_first
+from cluster.serving.online_calibration import OnlineBreakEven, calibrate_online
+from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, PruneSpec
 
 logger = structlog.get_logger(__name__)
 
-_UNAVAILABLE = (Busy, BackPressureError, DeploymentUnavailableError, *REPLICA_GONE)
+_UNAVAILABLE = (DeploymentUnavailableError, *REPLICA_FULL, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
 _RETRY_AFTER_SECONDS = "1"
-# Requests at once that break-even is measured with at most: an endpoint must start in time.
+# Concurrent requests in calibration at most: an endpoint must start in time.
 _FULL_LOAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
-    """What the edge allows. default_spec: the pruning of requests that do not ask for any; with
-    `auto` only where it was measured to pay. replicas: that share the requests."""
+    """What the edge allows."""
 
     default_spec: PruneSpec = DENSE
+    """The pruning of requests that name none."""
     auto: bool = False
+    """Apply `default_spec` only where it was measured to be faster than dense."""
     replicas: int = 1
+    """Replicas that share the requests."""
     media: MediaLimits = field(default_factory=MediaLimits)
+    """Limits of one image."""
     max_body_bytes: int = 64 * 2**20
+    """Longest request body."""
     max_images: int = 8
+    """Images of one request."""
     default_tokens: int = 256
+    """Longest answer where the request names no limit."""
     most_tokens: int = 2048
+    """Longest answer that a request may name."""
 
     def __post_init__(self) -> None:
         if self.auto and self.default_spec.is_dense:
             raise UsageError("auto chooses between a method and none: name a method")
 
 
-class Load:
-    """Requests that are being answered now."""
+class OngoingRequests:
+    """How many requests are in work."""
 
     def __init__(self) -> None:
         self.count = 0
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
+        """Counts one request for the length of the block."""
         self.count += 1
         try:
             yield
@@ -74,8 +83,8 @@ class Load:
 
 
 class Api:
-    """The Serve ingress. It is up once a replica is: it asks one for the model's name, and with
-    `auto` where pruning pays."""
+    """The Serve ingress. It waits for a replica, of which it learns the model's name and, with
+    `auto`, where pruning pays."""
 
     # Serve awaits a constructor that is a coroutine.
     async def __init__(  # type: ignore[misc]
@@ -84,8 +93,8 @@ class Api:
         stats = await handle.stats.remote()
         replicas, break_even = ServeReplicas(handle), None
         if settings.auto:
-            most = min(stats.slots, _FULL_LOAD)
-            break_even = await measure(replicas, settings.default_spec, most=most)
+            load = min(stats.slots, _FULL_LOAD)
+            break_even = await calibrate_online(replicas, settings.default_spec, full_load=load)
         self._app = create_app(replicas, settings, model=stats.model, break_even=break_even)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -93,31 +102,34 @@ class Api:
 
 
 def create_app(
-    replicas: Replicas,
+    replicas: StreamingReplicas,
     settings: ApiSettings,
     *,
     model: str,
     break_even: OnlineBreakEven | None = None,
 ) -> FastAPI:
-    """The endpoint for one model. Needs no Ray but for /v1/runs."""
+    """The endpoint of one model. Needs Ray for /v1/runs alone.
+
+    break_even: where pruning pays, for requests that name none; None applies the default spec.
+    """
     app = FastAPI(title="sppruner", docs_url=None, redoc_url=None)
     started = int(time.time())
-    load = Load()
+    ongoing = OngoingRequests()
 
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
+    async def answer_error(_: Request, error: ApiError) -> Response:
         headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status == 503 else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
-    async def not_served(request: Request, error: HTTPException) -> Response:
+    async def answer_http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return await refused(request, ApiError(message, status=error.status_code))
+        return await answer_error(request, ApiError(message, status=error.status_code))
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
+    async def answer_fault(request: Request, error: Exception) -> Response:
         logger.error("request_failed", path=request.url.path, exc_info=error)
-        return await refused(request, ApiError("internal error", status=500, code="internal"))
+        return await answer_error(request, ApiError("internal error", status=500, code="internal"))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -142,30 +154,29 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = ChatRequest.parse(await _body(request, settings.max_body_bytes))
-        if asked.model != model:
+        chat_request = ChatRequest.parse(await _read_body(request, settings.max_body_bytes))
+        if chat_request.model != model:
             raise ApiError(
-                f"model {asked.model!r} is not served here: use {model!r}",
+                f"model {chat_request.model!r} is not served here: use {model!r}",
                 status=404,
                 code="model_not_found",
                 param="model",
             )
-        call = _call(asked, settings)
-        if break_even is not None and asked.prune is None:
-            per_replica = max(1.0, (load.count + 1) / settings.replicas)
-            call = replace(call, spec=break_even.spec(call.spec, call.images, per_replica))
+        call = _label_request(chat_request, settings)
+        if break_even is not None and chat_request.prune is None:
+            load = max(1.0, (ongoing.count + 1) / settings.replicas)
+            call = replace(call, spec=break_even.spec(call.spec, call.images, load))
         envelope = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": model}
-        if asked.stream:
-            # What fails before the first word still has a status of its own.
-            pieces = await begun(_said(replicas, call, load))
-            events = stream_events(envelope, pieces, with_usage=asked.wants_usage_chunk)
+        if chat_request.stream:
+            pieces = await wait_for_first(_stream(replicas, call, ongoing))
+            events = stream_events(envelope, pieces, with_usage=chat_request.wants_usage_chunk)
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(_completion(envelope, await _answer(replicas, call, load)))
+        return JSONResponse(_completion(envelope, await _label(replicas, call, ongoing)))
 
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int) -> bytes:
     """The body, read no further than the limit whatever Content-Length says."""
     too_large = ApiError(f"body of more than {limit:,} bytes", status=413, code="body_too_large")
     stated = request.headers.get("content-length", "")
@@ -179,8 +190,8 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _call(asked: ChatRequest, settings: ApiSettings) -> LabelRequest:
-    system, user = asked.conversation()
+def _label_request(chat_request: ChatRequest, settings: ApiSettings) -> LabelRequest:
+    system, user = chat_request.conversation()
     if len(user.urls) > settings.max_images:
         raise ApiError(
             f"{len(user.urls)} images: at most {settings.max_images} a request", param="messages"
@@ -190,31 +201,31 @@ def _call(asked: ChatRequest, settings: ApiSettings) -> LabelRequest:
         prompt=user.text,
         images=tuple(image_bytes(url, settings.media) for url in user.urls),
         system=system,
-        spec=asked.spec(settings.default_spec),
-        generation=asked.generation(
+        spec=chat_request.spec(settings.default_spec),
+        generation=chat_request.generation(
             default_tokens=settings.default_tokens, most_tokens=settings.most_tokens
         ),
         media=settings.media,
     )
 
 
-async def _answer(replicas: Replicas, call: LabelRequest, load: Load) -> RowAnswer:
-    with _shedding(call), load.one():
-        (answer,) = await replicas.label([call], priority=Priority.ONLINE)
-    return _good(answer, call)
+async def _label(replicas: Replicas, call: LabelRequest, ongoing: OngoingRequests) -> Result:
+    with _unavailable_as_503(call), ongoing.counted():
+        (result,) = await replicas.label([call], priority=Priority.ONLINE)
+    return _checked(result, call)
 
 
-async def _said(
-    replicas: Replicas, call: LabelRequest, load: Load
-) -> AsyncGenerator[str | RowAnswer]:
-    with _shedding(call), load.one():
+async def _stream(
+    replicas: StreamingReplicas, call: LabelRequest, ongoing: OngoingRequests
+) -> AsyncGenerator[str | Result]:
+    with _unavailable_as_503(call), ongoing.counted():
         async with aclosing(replicas.stream(call)) as pieces:
             async for piece in pieces:
-                yield piece if isinstance(piece, str) else _good(piece, call)
+                yield piece if isinstance(piece, str) else _checked(piece, call)
 
 
 @contextmanager
-def _shedding(call: LabelRequest) -> Iterator[None]:
+def _unavailable_as_503(call: LabelRequest) -> Iterator[None]:
     try:
         yield
     except _UNAVAILABLE as error:
@@ -222,28 +233,24 @@ def _shedding(call: LabelRequest) -> Iterator[None]:
         raise ApiError("overloaded, ask again", status=503, code="overloaded") from error
 
 
-def _good(answer: RowAnswer, call: LabelRequest) -> RowAnswer:
-    """Raises ApiError for an error."""
-    if answer.error_code is None:
-        return answer
-    message = answer.error_message or answer.error_code
-    if answer.error_code in _SERVER_FAULTS:
+def _checked(result: Result, call: LabelRequest) -> Result:
+    """The result, if it is an answer. Raises ApiError for an error result."""
+    if result.error_code is None:
+        return result
+    message = result.error_message or result.error_code
+    if result.error_code in _SERVER_FAULTS:
         logger.error("request_failed", request=call.id, error=message)
-        raise ApiError("the model failed on this request", status=500, code=answer.error_code)
-    status = 413 if answer.error_code == ImageTooLarge.code else 400
-    raise ApiError(message, status=status, code=answer.error_code, param="messages")
+        raise ApiError("the model failed on this request", status=500, code=result.error_code)
+    status = 413 if result.error_code == ImageTooLarge.code else 400
+    raise ApiError(message, status=status, code=result.error_code, param="messages")
 
 
-def _completion(envelope: dict[str, Any], answer: RowAnswer) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
+def _completion(envelope: dict[str, Any], result: Result) -> dict[str, Any]:
+    message = {"role": "assistant", "content": result.text, "refusal": None}
     choice = {
         "index": 0,
         "message": message,
-        "finish_reason": answer.finish_reason,
+        "finish_reason": result.finish_reason,
         "logprobs": None,
     }
-    return envelope | {
-        "object": "chat.completion",
-        "choices": [choice],
-        "usage": usage(answer),
-    }
+    return envelope | {"object": "chat.completion", "choices": [choice], "usage": usage(result)}

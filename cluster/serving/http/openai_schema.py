@@ -9,32 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.config import MediaLimits
-from cluster.protocol import RowAnswer
-from sppruner.engine.interface import SamplingParams
+from cluster.errors import ApiError
+from sppruner.engine.interface import Result, SamplingParams
 from sppruner.errors import SpecError
 from sppruner.spec import Budget, OptionValue, PruneSpec
-
-
-class ApiError(Exception):
-    """A request that is answered with an error: HTTP status, and OpenAI's code and param."""
-
-    def __init__(
-        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
 
 
 class _Strict(BaseModel):
@@ -217,7 +200,7 @@ def image_bytes(url: str, limits: MediaLimits) -> bytes:
         raise ApiError(f"base64: {error}", code="invalid_image", param="messages") from error
 
 
-def usage(answer: RowAnswer) -> dict[str, int]:
+def usage(answer: Result) -> dict[str, int]:
     """OpenAI's usage, and how many visual tokens there were and how many the model read."""
     return {
         "prompt_tokens": answer.prompt_tokens,

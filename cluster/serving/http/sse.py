@@ -1,4 +1,4 @@
-"""An answer as server-sent events in OpenAI's shape, word by word."""
+"""Server-sent events of a streamed answer, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 import structlog
 
-from cluster.protocol import RowAnswer
-from cluster.serving.http.openai_schema import ApiError, usage
+from cluster.errors import ApiError
+from cluster.serving.http.openai_schema import usage
+from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
 
 
-async def begun(
-    pieces: AsyncGenerator[str | RowAnswer],
-) -> AsyncGenerator[str | RowAnswer]:
-    """The same pieces, once the first is there. Raises what comes instead of a first one."""
+async def wait_for_first(
+    pieces: AsyncGenerator[str | Result],
+) -> AsyncGenerator[str | Result]:
+    """The same pieces, returned once the first has arrived. Raises what arrives in its place, so
+    that an error before the first token still has a status of its own."""
     first = await anext(pieces)
 
-    async def rest() -> AsyncGenerator[str | RowAnswer]:
+    async def rest() -> AsyncGenerator[str | Result]:
         async with aclosing(pieces):
             yield first
             async for piece in pieces:
@@ -31,9 +33,13 @@ async def begun(
 
 
 async def stream_events(
-    envelope: dict[str, Any], pieces: AsyncGenerator[str | RowAnswer], *, with_usage: bool
+    envelope: dict[str, Any], pieces: AsyncGenerator[str | Result], *, with_usage: bool
 ) -> AsyncGenerator[str]:
-    """Role, words, finish reason, usage if asked, [DONE]; an error where the answer breaks off."""
+    """Events in order: role, content deltas, finish reason, usage if wanted, [DONE]. An answer that
+    fails midway ends with an error event.
+
+    envelope: id, created and model, which every event repeats.
+    """
     envelope = envelope | {"object": "chat.completion.chunk"}
 
     def event(delta: dict[str, Any], finish: str | None = None) -> str:

@@ -38,7 +38,7 @@ def test_rows_arrive_in_order_with_key_image_and_prompt(corpus: Store, output: s
     put_parquet(corpus, "a.parquet", table(3, key=["k0", "k1", "k2"], note=["x", None, "z"]))
     planned = plan(corpus.uri, output)
     read = read_all(planned)
-    assert read.schema == input_schema(planned.source_schema)
+    assert read.schema == input_schema(planned.manifest.mapping.schema)
     assert read["_in_key"].to_pylist() == ["k0", "k1", "k2"]
     assert read["_in_image"].to_pylist() == [b"i0", b"i1", b"i2"]
     assert read["_in_prompt"].to_pylist() == ["describe"] * 3
@@ -166,7 +166,7 @@ def test_every_row_is_in_exactly_one_unit(
     planned = plan(store.uri, str(folder / "out"), unit_rows=unit_rows)
     read = read_all(planned)
     assert read["_in_image"].to_pylist() == [f"i{n}".encode() for n in range(rows)]
-    assert planned.rows == rows
+    assert planned.manifest.rows == rows
     assert all(unit.row_count <= unit_rows for unit in planned.units)
 
 
@@ -193,7 +193,7 @@ def test_a_unit_reads_its_own_row_group_alone(corpus: Store, output: str) -> Non
     planned = plan(corpus.uri, output)
     counting = CountingStore(corpus)
     size = planned.units[0].file_size
-    read_unit(counting, planned.units[1], planned.layout)  # type: ignore[arg-type]
+    read_unit(counting, planned.units[1], planned.manifest.mapping)  # type: ignore[arg-type]
     assert counting.fetched < size / 2
 
 
@@ -204,7 +204,7 @@ def test_a_replaced_object_gives_error_rows_for_its_planned_rows(
     planned = plan(corpus.uri, output)
     put_parquet(corpus, "a.parquet", table(5))
     read = read_all(planned)
-    assert read.schema == input_schema(planned.source_schema)
+    assert read.schema == input_schema(planned.manifest.mapping.schema)
     assert read["_in_error_code"].to_pylist() == ["read_failed"] * 3
     assert read["_in_key"].to_pylist() == [f"a.parquet#{n}" for n in range(3)]
     assert "changed since" in read["_in_error_message"][0].as_py()
@@ -229,7 +229,7 @@ def test_a_store_that_gives_up_is_not_turned_into_error_rows(corpus: Store, outp
     put_parquet(corpus, "a.parquet", table(1))
     planned = plan(corpus.uri, output)
     with pytest.raises(StoreError, match="no answer"):
-        read_unit(Down(corpus), planned.units[0], planned.layout)  # type: ignore[arg-type]
+        read_unit(Down(corpus), planned.units[0], planned.manifest.mapping)  # type: ignore[arg-type]
 
 
 def test_unit_ids_name_content_not_position_in_the_corpus(corpus: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import ray
 from ray.data import DataContext
 
 from cluster.corpus import source
-from cluster.corpus.columns import Layout
+from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Unit
 from cluster.store import Store
@@ -34,18 +34,20 @@ def test_ray_never_divides_a_unit(
     make_corpus(kind="caption", rows=rows, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30)
     # Another number of CPUs keeps Ray from fusing the stages, which would hide a divided block.
-    labelling = read_units(planned, planned.units).map_batches(
+    manifest = planned.manifest
+    units = read_units(manifest.source, manifest.mapping, manifest.units)
+    labelling = units.map_batches(
         lambda table: table, batch_size=None, batch_format="pyarrow", num_cpus=0.25
     )
     blocks = [len(ray.get(block)) for block in labelling.to_arrow_refs()]
     assert blocks == [30] * (rows // 30)
 
 
-def slowly(folder: str, store: Store, unit: Unit, layout: Layout) -> Iterator[pa.Table]:
+def slowly(folder: str, store: Store, unit: Unit, mapping: ColumnMapping) -> Iterator[pa.Table]:
     """Notes from when to when a unit was read."""
     began = time.time()
     time.sleep(0.3)
-    yield read_unit(store, unit, layout)
+    yield read_unit(store, unit, mapping)
     Path(folder, unit.unit_id).write_text(f"{began} {time.time()}")
 
 
@@ -57,7 +59,9 @@ def test_no_more_units_are_read_at_once_than_replicas_are_fed_by(
     monkeypatch.setattr(source, "_blocks", partial(slowly, str(tmp_path)))
     make_corpus(kind="caption", rows=160, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
-    read_units(planned, planned.units, replicas=replicas).materialize()
+    manifest = planned.manifest
+    units = read_units(manifest.source, manifest.mapping, manifest.units, replicas=replicas)
+    units.materialize()
     spans = [tuple(map(float, note.read_text().split())) for note in tmp_path.iterdir()]
     assert len(spans) >= len(planned.units)
     at_once = [sum(began <= at < ended for began, ended in spans) for at, _ in spans]

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.corpus.source import read_unit
-from cluster.corpus.tar import BLOCK, Damaged, Sample, samples
-from cluster.errors import UsageError
+from cluster.corpus.tar import BLOCK, Sample, samples
+from cluster.errors import ArchiveDamaged, UsageError
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
 from tests.cluster.corpora import plan, read_all, tar_bytes
@@ -31,12 +31,12 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-def collected(data: bytes) -> tuple[list[Sample], Damaged | None]:
+def collected(data: bytes) -> tuple[list[Sample], ArchiveDamaged | None]:
     found: list[Sample] = []
     try:
         for sample in samples(lambda start, stop: data[start:stop], 0, len(data), ends=True):
             found.append(sample)
-    except Damaged as damage:
+    except ArchiveDamaged as damage:
         return found, damage
     return found, None
 
@@ -143,7 +143,7 @@ def test_a_plan_and_its_units_agree_on_every_row(corpus: Store, output: str) -> 
     planned = plan(corpus.uri, output, unit_rows=4)
     assert [unit.row_count for unit in planned.units] == [4, 4, 2]
     read = read_all(planned)
-    assert read.schema == input_schema(planned.source_schema)
+    assert read.schema == input_schema(planned.manifest.mapping.schema)
     assert read["_in_key"].to_pylist() == [str(n) for n in range(10)]
     assert read["_in_image"].to_pylist() == [f"{n}jpg".encode() for n in range(10)]
     assert read["txt"].to_pylist() == [f"{n}txt" for n in range(10)]
@@ -167,7 +167,7 @@ def test_a_unit_is_one_ranged_read(corpus: Store, output: str) -> None:
             return corpus.get_range(key, start, stop, etag=etag)
 
     unit = planned.units[1]
-    read_unit(Watched(), unit, planned.layout)  # type: ignore[arg-type]
+    read_unit(Watched(), unit, planned.manifest.mapping)  # type: ignore[arg-type]
     assert asked == [(unit.byte_start, unit.byte_stop)]
 
 
@@ -183,7 +183,7 @@ def test_text_members_become_columns_and_others_are_dropped(corpus: Store, outpu
     members = [("a.jpg", b"j"), ("a.json", b'{"x": 1}'), ("a.text", "ü".encode()), ("a.npy", b"n")]
     corpus.put("a.tar", tar_bytes([*members, ("b.jpg", b"j"), ("b.cls", b"7")]))
     planned = plan(corpus.uri, output)
-    assert planned.source_schema.names == ["cls", "json", "source_text"]
+    assert planned.manifest.mapping.schema.names == ["cls", "json", "source_text"]
     read = read_all(planned)
     assert read["json"].to_pylist() == ['{"x": 1}', None]
     assert read["source_text"].to_pylist() == ["ü", None]
@@ -208,7 +208,7 @@ def test_a_truncated_tar_gives_its_whole_samples_and_one_error_row(
     ]
     rows = [unit.row_count for unit in planned.units]
     assert rows == [2, 2, 1]
-    assert planned.rows == 5
+    assert planned.manifest.rows == 5
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"not a tar at all" * 99, tar_bytes([])[:0]])
@@ -284,7 +284,7 @@ def test_vqa_may_have_a_question_member_instead(corpus: Store, output: str) -> N
     corpus.put("a.tar", tar_bytes([("a.jpg", b"j"), ("a.question.txt", b"why?")]))
     planned = plan(corpus.uri, output, kind="vqa")
     assert read_all(planned)["_in_prompt"].to_pylist() == ["why?"]
-    assert planned.source_schema.names == []
+    assert planned.manifest.mapping.schema.names == []
 
 
 def test_vqa_without_any_question_is_refused_at_planning(corpus: Store, output: str) -> None:
@@ -299,7 +299,7 @@ def test_a_replaced_tar_gives_error_rows_for_its_planned_rows(corpus: Store, out
     corpus.put("a.tar", tar_bytes([("other.jpg", b"j")]))
     read = read_all(planned)
     assert read["_in_error_code"].to_pylist() == ["read_failed"] * 2
-    assert read.schema == input_schema(planned.source_schema)
+    assert read.schema == input_schema(planned.manifest.mapping.schema)
     assert pa.types.is_string(read.schema.field("txt").type)
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from cluster.errors import UsageError
 from cluster.output.answered_rows import answered_rows
-from cluster.runs.planning import Plan, unit_key
 from cluster.store import open_store
-from tests.cluster.corpora import plan, put_parquet
+from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import SPEC, mask
 
 IMAGES = [b"0", None, b"2", b"3"]  # the second has gone since it was labelled
@@ -19,14 +18,14 @@ FAILED = "image_missing"
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> Plan:
+def planned(tmp_path: Path) -> Planned:
     """Two units of two rows."""
     corpus = pa.table({"key": list("abcd"), "image": pa.array(IMAGES, pa.binary())})
     put_parquet(open_store(str(tmp_path / "in")), "x.parquet", corpus)
     return plan(str(tmp_path / "in"), str(tmp_path / "out"), spec=SPEC, unit_rows=2)
 
 
-def commit(planned: Plan, number: int, errors: list[str | None]) -> None:
+def commit(planned: Planned, number: int, errors: list[str | None]) -> None:
     """The rows of a unit, answered where they have no error."""
     unit = planned.units[number]
     table = pa.table(
@@ -38,20 +37,20 @@ def commit(planned: Plan, number: int, errors: list[str | None]) -> None:
             "kept_tokens": [mask(2, 8)] * unit.row_count,
         }
     )
-    put_parquet(open_store(planned.output_uri), unit_key(unit.unit_id), table)
+    put_parquet(open_store(planned.output.uri), f"{unit.unit_id}.parquet", table)
 
 
-def keys(planned: Plan, limit: int) -> list[str]:
-    return [row.key for row in answered_rows(planned.output_uri, limit)]
+def keys(planned: Planned, limit: int) -> list[str]:
+    return [row.key for row in answered_rows(planned.output.uri, limit)]
 
 
-def test_rows_come_in_corpus_order_without_those_that_failed(planned: Plan) -> None:
+def test_rows_come_in_corpus_order_without_those_that_failed(planned: Planned) -> None:
     commit(planned, 1, [None, None])
     commit(planned, 0, [None, FAILED])
     assert [keys(planned, limit) for limit in (1, 2, 9)] == [["a"], ["a", "c"], ["a", "c", "d"]]
 
 
-def test_an_image_that_is_gone_is_missed_only_where_its_row_is_asked_for(planned: Plan) -> None:
+def test_an_image_that_is_gone_is_missed_only_where_its_row_is_asked_for(planned: Planned) -> None:
     commit(planned, 0, [None, None])
     assert keys(planned, 1) == ["a"]
     with pytest.raises(UsageError, match="row 'b': its image cannot be read again"):
@@ -59,7 +58,7 @@ def test_an_image_that_is_gone_is_missed_only_where_its_row_is_asked_for(planned
 
 
 def test_what_to_do_without_a_labelled_row_depends_on_whether_the_run_is_done(
-    planned: Plan,
+    planned: Planned,
 ) -> None:
     commit(planned, 0, [FAILED, FAILED])
     with pytest.raises(UsageError, match="no labelled row yet: resume the run first"):

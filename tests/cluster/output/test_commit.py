@@ -13,19 +13,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data.datasource import WriteResult
 
-from cluster.accounting.ledger import LEDGER_KEY, RunLedger, UnitLedger, read_ledgers
+from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import Kind, MediaLimits
 from cluster.corpus.source import read_units
 from cluster.corpus.unit import Format, Unit
 from cluster.errors import CommitRefused, RowError
 from cluster.images import decode_image
-from cluster.output.commit import CommitSink, commit_unit
-from cluster.runs.planning import Plan, done_units
+from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
+from cluster.output.run_output import RunOutput
 from cluster.schema import COST_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
-from tests.cluster.corpora import plan
+from tests.cluster.corpora import Planned, plan
 from tests.cluster.labelled_tables import SPEC, TERMS, mask, row, table
 
 WHOLE = table(row(2), row(0), row(1))
@@ -37,7 +38,8 @@ def store(s3: str) -> Store:
 
 
 def commit(committed: pa.Table, store: Store, writer: str = "w", **options: Any) -> bool:
-    return commit_unit(committed, terms=TERMS, store=store, writer=writer, **options).won
+    output = RunOutput(store)
+    return commit_unit(committed, expected=TERMS, output=output, writer=writer, **options).won
 
 
 def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: Store) -> None:
@@ -52,17 +54,17 @@ def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: 
 
 def test_the_ledger_lies_in_the_footer(store: Store) -> None:
     commit(WHOLE, store)
-    (ledger,) = read_ledgers(store, ["unit"])
+    (ledger,) = RunOutput(store).ledgers(["unit"])
     assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
     footer = pq.read_metadata(io.BytesIO(store.get("unit.parquet"))).metadata
-    assert UnitLedger.from_json(footer[LEDGER_KEY.encode()]) == ledger
+    assert UnitLedger.from_json(footer[b"sppruner.ledger"]) == ledger
 
 
 def test_the_second_writer_loses_without_an_error_or_a_trace(store: Store) -> None:
     assert commit(WHOLE, store, "first")
     slower = table(row(0, seconds=9.0), row(1), row(2))
     assert not commit(slower, store, "second")
-    (ledger,) = read_ledgers(store, ["unit"])
+    (ledger,) = RunOutput(store).ledgers(["unit"])
     assert ledger.seconds == pytest.approx(1.5)
 
 
@@ -75,7 +77,7 @@ def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: S
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(attempt, range(6))) == 1
-    assert set(map(str, seen)) == {str(("run", "unit", read_ledgers(store, ["unit"])[0]))}
+    assert set(map(str, seen)) == {str(("run", "unit", RunOutput(store).ledgers(["unit"])[0]))}
     assert len(seen) == 6
 
 
@@ -91,7 +93,7 @@ def test_a_refused_unit_leaves_nothing(store: Store, refused: pa.Table) -> None:
 def test_which_tokens_a_row_saw_is_committed_bit_for_bit(store: Store) -> None:
     error = {"text": None, "kept_tokens": None, "error_code": "image_missing"}
     assert commit(table(row(0, **error), row(1), row(2)), store)
-    assert read_ledgers(store, ["unit"])[0].failed == {"image_missing": 1}
+    assert RunOutput(store).ledgers(["unit"])[0].failed == {"image_missing": 1}
     read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
     assert read["kept_tokens"].to_pylist() == [None, mask(25, 100), mask(25, 100)]
 
@@ -128,12 +130,28 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def run(planned: Plan, units: Sequence[Unit]) -> CommitSink:
-    """What a job does with units that are not done yet."""
-    sink = CommitSink(planned)
-    label = partial(labelled, run_id=planned.run_id, kind=planned.kind)
-    dataset = read_units(planned, units)
-    dataset.map_batches(label, batch_size=None, batch_format="pyarrow").write_datasink(sink)
+class RecordingSink(CommitSink):
+    """Keeps what was committed."""
+
+    outcomes: list[CommitOutcome]
+
+    def on_write_complete(self, write_result: WriteResult[list[CommitOutcome]]) -> None:
+        super().on_write_complete(write_result)
+        self.outcomes = [outcome for part in write_result.write_returns for outcome in part]
+
+
+def label(planned: Planned, units: Sequence[Unit], sink: CommitSink) -> None:
+    """Labels and commits units."""
+    manifest = planned.manifest
+    stage = partial(labelled, run_id=manifest.run_id, kind=manifest.kind)
+    dataset = read_units(manifest.source, manifest.mapping, units)
+    dataset.map_batches(stage, batch_size=None, batch_format="pyarrow").write_datasink(sink)
+
+
+def run(planned: Planned, units: Sequence[Unit]) -> RecordingSink:
+    """What a job does with units that are not committed yet."""
+    sink = RecordingSink(*planned)
+    label(planned, units, sink)
     return sink
 
 
@@ -144,7 +162,7 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
 ) -> None:
     faults = make_corpus(kind=kind, rows=260, output=f"{s3}/in", format=format, faults=True)
     planned = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
-    store = open_store(planned.output_uri)
+    store = open_store(planned.output.uri)
 
     # Part of the run is there already: what a killed driver leaves behind.
     first = planned.units[:2]
@@ -152,8 +170,8 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
     before = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
 
     resumed = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
-    assert resumed.resumed
-    done = done_units(store)
+    assert resumed.manifest == planned.manifest
+    done = planned.output.committed_units()
     sink = run(resumed, [unit for unit in resumed.units if unit.unit_id not in done])
     assert len(sink.outcomes) == len(planned.units) - 2
     assert all(outcome.won for outcome in sink.outcomes)
@@ -161,7 +179,7 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
     assert before.items() <= after.items()
 
     # As any user would: the address alone, the AWS_* variables do the rest.
-    read = pq.read_table(planned.output_uri)
+    read = pq.read_table(planned.output.uri)
     expected = {(unit.unit_id, n) for unit in planned.units for n in range(unit.row_count)}
     places = list(zip(read["unit_id"].to_pylist(), read["unit_row"].to_pylist(), strict=True))
     assert len(places) == len(set(places))
@@ -180,7 +198,7 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
             found["error_code"] in ("prompt_invalid", "archive_truncated")
         )
 
-    ledger = RunLedger.of(read_ledgers(store, done_units(store)))
+    ledger = RunLedger.of(planned.output.ledgers(planned.output.committed_units()))
     counted = Counter(fault.error_code for fault in faults if fault.error_code)
     assert ledger.units == len(planned.units)
     assert ledger.total.rows == len(by_row)
@@ -194,17 +212,15 @@ def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [False] * 3
-    assert len(open_store(planned.output_uri).list(suffixes=(".parquet",))) == 3
+    assert len(open_store(planned.output.uri).list(suffixes=(".parquet",))) == 3
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_refused_unit_stops_the_run_with_its_reason(s3: str) -> None:
     make_corpus(kind="caption", rows=20, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
-    stale = dataclasses.replace(planned, run_id="0" * 16)
-    label = partial(labelled, run_id=planned.run_id, kind="caption")
-    dataset = read_units(planned, planned.units)
-    labelling = dataset.map_batches(label, batch_size=None, batch_format="pyarrow")
+    identity = dataclasses.replace(planned.manifest.identity, settings={"kind": "caption"})
+    stale = dataclasses.replace(planned.manifest, identity=identity)
     with pytest.raises(CommitRefused, match="other runs"):
-        labelling.write_datasink(CommitSink(stale))
-    assert done_units(open_store(planned.output_uri)) == set()
+        label(planned, planned.units, CommitSink(stale, planned.output))
+    assert planned.output.committed_units() == set()

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.accounting.ledger import MeasuredRatio, RunLedger, UnitLedger
+from cluster.accounting.ledger import RunLedger, UnitLedger
+from cluster.accounting.speedup import MeasuredRatio
 from cluster.output.accuracy import Accuracy
 from cluster.output.summary import Attempt, Summary
 from cluster.report.terminal import quantity, render, saving

@@ -10,21 +10,24 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cluster.protocol import LabelRequest, RowAnswer
+from cluster.protocol import LabelRequest
 from cluster.runs.admission import Admission
 from sppruner.engine import SamplingParams
+from sppruner.engine.interface import Result
 
 
-def learn(credits: Admission, *prompt_tokens: int, new: int = 10, error: str | None = None) -> None:
+def learn(
+    admission: Admission, *prompt_tokens: int, new: int = 10, error: str | None = None
+) -> None:
     generation = SamplingParams(max_new_tokens=new)
     calls = [
         LabelRequest(id=str(n), prompt="p", generation=generation)
         for n in range(len(prompt_tokens))
     ]
-    credits.learn(
+    admission.observe(
         calls,
         [
-            RowAnswer(id=call.id, prompt_tokens=tokens, error_code=error)
+            Result(id=call.id, text="x", prompt_tokens=tokens, error_code=error)
             for call, tokens in zip(calls, prompt_tokens, strict=True)
         ],
     )
@@ -35,45 +38,45 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def test_until_a_row_is_answered_only_rows_are_counted() -> None:
-    credits = Admission(rows=48, tokens=100)
-    assert credits.rows == 48
-    learn(credits, 0, error="image_missing")
-    assert credits.rows == 48
+    admission = Admission(rows=48, tokens=100)
+    assert admission.rows == 48
+    learn(admission, 0, error="image_missing")
+    assert admission.rows == 48
 
 
 def test_long_rows_are_fewer_and_short_rows_no_more_than_the_slots_take() -> None:
-    credits = Admission(rows=48, tokens=1000, waiting=5)
-    learn(credits, 90, 90)
-    assert credits.rows == 10 + 5  # 1,000 tokens of rows of 90 and an answer of 10
-    learn(credits, *[0] * 100)
-    assert credits.rows == 48 + 5
+    admission = Admission(rows=48, tokens=1000, waiting=5)
+    learn(admission, 90, 90)
+    assert admission.rows == 10 + 5  # 1,000 tokens of rows of 90 and an answer of 10
+    learn(admission, *[0] * 100)
+    assert admission.rows == 48 + 5
 
 
 def test_without_a_bound_on_tokens_length_does_not_matter() -> None:
-    credits = Admission(rows=48)
-    learn(credits, 100_000)
-    assert credits.rows == 48
+    admission = Admission(rows=48)
+    learn(admission, 100_000)
+    assert admission.rows == 48
 
 
 def test_the_length_is_that_of_the_last_rows() -> None:
     """A corpus in the order of its sizes has long rows first, and then none."""
-    credits = Admission(rows=48, tokens=1000)
+    admission = Admission(rows=48, tokens=1000)
     for _ in range(1000):
-        learn(credits, *[990] * 16)
-    assert credits.rows == 1
+        learn(admission, *[990] * 16)
+    assert admission.rows == 1
     for _ in range(500):
-        learn(credits, *[0] * 16)
-    assert credits.rows == 48
+        learn(admission, *[0] * 16)
+    assert admission.rows == 48
 
 
 def test_a_call_larger_than_all_credits_goes_by_itself() -> None:
     async def body() -> None:
-        credits = Admission(rows=1)
+        admission = Admission(rows=1)
         inside = 0
 
         async def call() -> None:
             nonlocal inside
-            async with credits.place(16):
+            async with admission.admit(16):
                 inside += 1
                 assert inside == 1
                 await asyncio.sleep(0)
@@ -88,11 +91,11 @@ def test_nobody_overtakes_a_large_call() -> None:
     """Small calls fit into every gap: a call of control rows would wait for the last of them."""
 
     async def body() -> None:
-        credits = Admission(rows=8)
+        admission = Admission(rows=8)
         started: list[int] = []
 
         async def call(number: int, rows: int) -> None:
-            async with credits.place(rows):
+            async with admission.admit(rows):
                 started.append(number)
                 await asyncio.sleep(0.001 * (1 + number % 3))
 
@@ -105,10 +108,10 @@ def test_nobody_overtakes_a_large_call() -> None:
 
 def test_who_stops_waiting_holds_up_nobody() -> None:
     async def body() -> None:
-        credits = Admission(rows=4)
-        async with credits.place(4):
-            first = asyncio.ensure_future(_hold(credits, 4))
-            second = asyncio.ensure_future(_hold(credits, 4))
+        admission = Admission(rows=4)
+        async with admission.admit(4):
+            first = asyncio.ensure_future(_hold(admission, 4))
+            second = asyncio.ensure_future(_hold(admission, 4))
             await asyncio.sleep(0)
             first.cancel()
         await second
@@ -117,8 +120,8 @@ def test_who_stops_waiting_holds_up_nobody() -> None:
     run(body)
 
 
-async def _hold(credits: Admission, rows: int) -> None:
-    async with credits.place(rows):
+async def _hold(admission: Admission, rows: int) -> None:
+    async with admission.admit(rows):
         pass
 
 
@@ -132,11 +135,11 @@ def test_rows_on_their_way_keep_within_bounds_and_who_is_alone_is_alone(
     sizes: list[int], rows: int, alone: set[int]
 ) -> None:
     async def body() -> None:
-        credits = Admission(rows=rows)
+        admission = Admission(rows=rows)
         inside: list[int] = []
 
         async def call(number: int, size: int) -> None:
-            async with credits.place(size, alone=number in alone):
+            async with admission.admit(size, exclusive=number in alone):
                 inside.append(size)
                 assert len(inside) == 1 or (sum(inside) <= rows and number not in alone)
                 for _ in range(3):

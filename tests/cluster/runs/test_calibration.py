@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster.accounting.breakeven import BreakEven, read_break_even
-from cluster.accounting.ledger import MeasuredRatio
+from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.speedup import MeasuredRatio
 from cluster.errors import UsageError
 from cluster.output.summary import summarise
-from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.protocol import LabelRequest, Priority
 from cluster.report.terminal import console, render
 from cluster.runs.calibration import calibrate
-from cluster.runs.planning import Plan
-from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
+from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
-from tests.cluster.corpora import config, plan
+from tests.cluster.corpora import Planned, config, plan
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 
@@ -33,10 +32,10 @@ class TimedReplicas:
         self._dense = dense
         self._deaths = set(deaths)
 
-    def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
+    def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("nothing streams here")
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
         number = len(self.batches)
         if number in self._deaths:
@@ -44,28 +43,28 @@ class TimedReplicas:
             raise RayActorError
         self.batches.append(list(calls))
         pruned, dense = 1 + number / 1e6, self._dense(number)
-        return [RowAnswer(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in calls]
+        return [Result(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in calls]
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> Plan:
+def planned(tmp_path: Path) -> Planned:
     make_corpus(kind="caption", rows=60, output=f"{tmp_path}/in", faults=True)
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
 
 
 def chosen(
-    planned: Plan, replicas: TimedReplicas, rows: int = 4, units: int | None = None
-) -> tuple[BreakEven, Store]:
-    settings = config(planned.input_uri, planned.output_uri, spec=SPEC, auto=True)
-    store = open_store(planned.output_uri)
-    return calibrate(
-        settings, planned, planned.units[:units], store, replicas, batch_rows=rows
-    ), store
+    planned: Planned, replicas: TimedReplicas, rows: int = 4, units: int | None = None
+) -> BreakEven:
+    manifest, output = planned
+    settings = config(manifest.source, output.uri, spec=SPEC, auto=True)
+    return calibrate(settings, manifest, manifest.units[:units], output, replicas, slots=rows)
 
 
-def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(planned: Plan) -> None:
+def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(
+    planned: Planned,
+) -> None:
     replicas = TimedReplicas(lambda _: 2.0)
-    found, _ = chosen(planned, replicas)
+    found = chosen(planned, replicas)
     assert found.pays
     assert found.spec(SPEC) == SPEC
     assert found.measured is not None
@@ -82,59 +81,59 @@ def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(plan
     ids="slower equal unsure".split(),
 )
 def test_a_run_is_dense_unless_pruning_surely_pays(
-    planned: Plan, dense: Callable[[int], float]
+    planned: Planned, dense: Callable[[int], float]
 ) -> None:
-    found, _ = chosen(planned, TimedReplicas(dense))
+    found = chosen(planned, TimedReplicas(dense))
     assert found.spec(SPEC) == DENSE
 
 
-def test_the_first_batch_is_not_counted(planned: Plan) -> None:
-    found, _ = chosen(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
+def test_the_first_batch_is_not_counted(planned: Planned) -> None:
+    found = chosen(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
     assert found.pays
 
 
-def test_a_replica_that_dies_meanwhile_costs_no_choice(planned: Plan) -> None:
+def test_a_replica_that_dies_meanwhile_costs_no_choice(planned: Planned) -> None:
     replicas = TimedReplicas(lambda _: 2.0, deaths=[0, 3])
-    found, _ = chosen(planned, replicas)
+    found = chosen(planned, replicas)
     assert found.pays
     assert [len(batch) for batch in replicas.batches] == [4] * 7
 
 
-def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Plan) -> None:
-    found, _ = chosen(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
+def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Planned) -> None:
+    found = chosen(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
     assert not found.pays
 
 
-def test_of_few_rows_only_small_batches_are_measured(planned: Plan) -> None:
+def test_of_few_rows_only_small_batches_are_measured(planned: Planned) -> None:
     replicas = TimedReplicas(lambda _: 2.0)
     chosen(planned, replicas, rows=64)
     assert {len(batch) for batch in replicas.batches} == {16}
 
 
-def test_a_run_that_may_choose_must_have_something_to_choose(planned: Plan) -> None:
+def test_a_run_that_may_choose_must_have_something_to_choose(planned: Planned) -> None:
     with pytest.raises(UsageError, match="--auto"):
-        config(planned.input_uri, planned.output_uri, spec=DENSE, auto=True)
+        config(planned.manifest.source, planned.output.uri, spec=DENSE, auto=True)
 
 
-def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Plan) -> None:
-    first, store = chosen(planned, TimedReplicas(lambda _: 2.0))
+def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Planned) -> None:
+    first = chosen(planned, TimedReplicas(lambda _: 2.0))
     again = TimedReplicas(lambda _: 0.1)
-    second, _ = chosen(planned, again)
-    assert second == first == read_break_even(store)
+    second = chosen(planned, again)
+    assert second == first == planned.output.break_even()
     assert not again.batches
 
 
-def test_the_report_says_what_was_measured_and_what_ran(planned: Plan) -> None:
+def test_the_report_says_what_was_measured_and_what_ran(planned: Planned) -> None:
     def said() -> str:
         wide = console()
         with wide.capture() as captured:
-            wide.print(render(summarise(planned.output_uri)))
+            wide.print(render(summarise(planned.output.uri)))
         return captured.get()
 
     assert "break-even" not in said()
-    found, store = chosen(planned, TimedReplicas(lambda _: 0.5))
+    found = chosen(planned, TimedReplicas(lambda _: 0.5))
     assert "dense / pruned was 0.50 ×" in said()
     assert "every row ran dense" in said()
-    assert summarise(planned.output_uri).to_dict()["break_even"] == found.to_dict()
+    assert summarise(planned.output.uri).to_dict()["break_even"] == found.to_dict()
     assert isinstance(found.measured, MeasuredRatio)
-    assert store.head("_run/break-even.json") is not None
+    assert Path(planned.output.uri, "_run", "break-even.json").is_file()

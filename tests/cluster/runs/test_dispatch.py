@@ -12,9 +12,10 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import Busy
-from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.protocol import LabelRequest, Priority
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
+from sppruner.engine.interface import Result
 
 
 class OneReplica:
@@ -28,7 +29,7 @@ class OneReplica:
         self.calls = 0
         self._death = asyncio.Event()
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
         if self.refusals:
             self.refusals -= 1
@@ -45,7 +46,7 @@ class OneReplica:
                     self._death = asyncio.Event()
                 if death.is_set():
                     raise ActorDiedError
-            return [RowAnswer(id=call.id, text=call.id) for call in calls]
+            return [Result(id=call.id, text=call.id) for call in calls]
         finally:
             self.in_flight -= 1
 
@@ -55,10 +56,10 @@ def deliver(
 ) -> list[list[AttemptedRow]]:
     async def body() -> list[list[AttemptedRow]]:
         delivery = Dispatcher(
-            replica, credits=Admission(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
+            replica, admission=Admission(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
         )
         calls = [[LabelRequest(id=name, prompt="p") for name in chunk] for chunk in chunks]
-        return list(await asyncio.gather(*(delivery.deliver(chunk) for chunk in calls)))
+        return list(await asyncio.gather(*(delivery.dispatch(chunk) for chunk in calls)))
 
     return asyncio.run(asyncio.wait_for(body(), 30))
 
@@ -71,13 +72,13 @@ def test_rows_in_flight_never_exceed_the_credits() -> None:
 
 def test_busy_and_backpressure_are_asked_again_and_count_as_no_attempt() -> None:
     ((delivered,),) = deliver(OneReplica(refusals=7), [["a"]], max_attempts=1)
-    assert (delivered.answer.text, delivered.attempts) == ("a", 1)
+    assert (delivered.result.text, delivered.attempts) == ("a", 1)
 
 
 def test_only_the_row_that_kills_replicas_is_called_poison() -> None:
     rows = [f"r{n}" for n in range(8)]
     (answers,) = deliver(OneReplica(poison=frozenset({"r5"})), [rows])
-    assert [d.answer.error_code for d in answers] == [
+    assert [d.result.error_code for d in answers] == [
         "poison_row" if name == "r5" else None for name in rows
     ]
     assert answers[5].attempts > 2
@@ -85,9 +86,7 @@ def test_only_the_row_that_kills_replicas_is_called_poison() -> None:
 
 def test_an_error_that_is_no_death_ends_the_delivery() -> None:
     class Broken(OneReplica):
-        async def label(
-            self, calls: Sequence[LabelRequest], *, priority: Priority
-        ) -> list[RowAnswer]:
+        async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
             raise TypeError("a bug")
 
     with pytest.raises(TypeError):
@@ -111,7 +110,7 @@ def test_whatever_dies_every_row_is_answered_once_and_only_poison_is_accused(
 
     delivered = deliver(OneReplica(poison=bad), chunks, rows=rows, max_attempts=max_attempts)
 
-    answers = [d.answer for chunk in delivered for d in chunk]
+    answers = [d.result for chunk in delivered for d in chunk]
     assert [a.id for a in answers] == [name for chunk in chunks for name in chunk]
     accused = Counter(a.id for a in answers if a.error_code == "poison_row")
     assert accused == Counter(name for chunk in chunks for name in chunk if name in bad)

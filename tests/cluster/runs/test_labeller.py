@@ -19,11 +19,13 @@ from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded
-from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.protocol import LabelRequest, Priority
 from cluster.runs.labeller import Labeller, LabellerSettings, label_units
 from cluster.schema import input_schema, output_schema
+from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet
-from cluster.serving.replica import EngineSettings, VLMReplica
+from cluster.serving.replica import VLMReplica
+from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
 
@@ -37,8 +39,8 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
     return RunConfig(kind=kind, input="in", output="out", model="fake", **values)  # type: ignore[arg-type]
 
 
-def caller_settings(run: RunConfig, run_id: str = "run", **more: object) -> LabellerSettings:
-    values = {"first_unit": "first", "app": "", "deployment": "", "batch_rows": 4, **more}
+def labeller_settings(run: RunConfig, run_id: str = "run", **more: object) -> LabellerSettings:
+    values = {"first_unit": "first", "app": "", "deployment": "", "slots": 4, **more}
     return LabellerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
 
@@ -72,7 +74,7 @@ class Recorded:
         settings = EngineSettings(model="fake", engine=ENGINE, slots=slots)
         self._replica = VLMReplica(settings)
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         self.calls.append(calls)
         return await self._replica.label(calls, priority=priority)
 
@@ -80,7 +82,7 @@ class Recorded:
 def label(run: RunConfig, *tables: pa.Table, run_id: str = "run") -> tuple[pa.Table, Recorded]:
     async def body() -> tuple[pa.Table, Recorded]:
         replicas = Recorded()
-        caller = Labeller(caller_settings(run, run_id), replicas)
+        caller = Labeller(labeller_settings(run, run_id), replicas)
         return await caller(pa.concat_tables(tables)), replicas
 
     return asyncio.run(asyncio.wait_for(body(), 30))
@@ -202,7 +204,7 @@ def test_a_captions_own_prompt_goes_before_the_runs() -> None:
 
 def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> None:
     async def body() -> None:
-        settings = caller_settings(config(control_share=0.25), first_unit="u", batch_rows=40)
+        settings = labeller_settings(config(control_share=0.25), first_unit="u", slots=40)
         await Labeller(settings, replicas)(unit("u", 160))
 
     replicas = Recorded(slots=40)
@@ -213,22 +215,11 @@ def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> N
     assert sorted(plain) == [8] + [16] * 7
 
 
-@pytest.mark.parametrize("rows", [16, 40, 64])
-def test_units_shorter_than_the_slots_keep_the_control_share(rows: int) -> None:
-    share, units = 0.25, 400
-    caller = Labeller(caller_settings(config(control_share=share), batch_rows=64), Recorded())
-    drawn = 0
-    for number in range(units):
-        table = unit(f"u{number}", rows)
-        drawn += len(caller._controls([caller._row(r) for r in table.to_pylist()]))
-    assert drawn / (rows * units) == pytest.approx(share, abs=0.06)
-
-
 @pytest.mark.parametrize(("replicas", "unit_rows"), [(1, 256), (8, 256), (8, 16), (1, 0)])
 def test_the_units_in_work_hold_what_the_credits_let_on_their_way(
     replicas: int, unit_rows: int
 ) -> None:
-    settings = caller_settings(config(), replicas=replicas, batch_rows=64, unit_rows=unit_rows)
+    settings = labeller_settings(config(), replicas=replicas, slots=64, unit_rows=unit_rows)
     assert settings.units_at_once >= 4
     on_their_way = replicas * (64 + 2 * 16)
     assert (settings.units_at_once - 1) * max(1, unit_rows) >= on_their_way
@@ -239,9 +230,7 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
         on_their_way = 0
         known = 0  # answers of calls that have ended
 
-        async def label(
-            self, calls: Sequence[LabelRequest], *, priority: Priority
-        ) -> list[RowAnswer]:
+        async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
             self.on_their_way += len(calls)
             seen.append((self.known, self.on_their_way))
             answers = await super().label(calls, priority=priority)
@@ -252,7 +241,7 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
     async def body() -> None:
         run = config(control_share=0.0)
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
-        settings = caller_settings(run, replicas=4, kv_token_capacity=5 * length)
+        settings = labeller_settings(run, replicas=4, kv_token_capacity=5 * length)
         await Labeller(settings, Counted())(unit("u", 200))
 
     seen: list[tuple[int, int]] = []
@@ -267,9 +256,7 @@ def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> No
 def label_on(
     fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
 ) -> list[dict[str, object]]:
-    settings = caller_settings(
-        run, run_id, app=fleet.app, deployment=fleet.deployment, batch_rows=4
-    )
+    settings = labeller_settings(run, run_id, app=fleet.app, deployment=fleet.deployment, slots=4)
     rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
     return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
 
@@ -284,7 +271,7 @@ def kill_once_busy(fleet: Fleet) -> None:
 def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) -> None:
     """Fused, every read would block the event loop that drives the calls."""
     pq.write_table(unit("u", 6), tmp_path / "u.parquet")
-    settings = caller_settings(config(), app=fleet.app, deployment=fleet.deployment)
+    settings = labeller_settings(config(), app=fleet.app, deployment=fleet.deployment)
     labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
     assert labelled.count() == 6
     assert "->MapBatches(Labeller)" not in labelled.stats()

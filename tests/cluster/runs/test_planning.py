@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from structlog.testing import capture_logs
 
 from cluster.errors import SettingsChanged, StoreError, UsageError
-from cluster.output.manifest import MANIFEST_KEY, Manifest
-from cluster.runs.planning import done_units
+from cluster.output.manifest import Manifest
 from cluster.store import Store, open_store
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.corpora import IMAGE, image, plan, put_parquet, tar_bytes
@@ -34,19 +34,19 @@ def rows(number: int) -> pa.Table:
 
 
 def test_a_second_start_resumes_without_indexing_again(source: Store, place: str) -> None:
-    first = plan(source.uri, f"{place}/out")
-    again = plan(source.uri, f"{place}/out")
-    assert not first.resumed
-    assert again.resumed
+    with capture_logs() as events:
+        first, _ = plan(source.uri, f"{place}/out")
+        again, _ = plan(source.uri, f"{place}/out")
+    assert [event["event"] for event in events] == ["run_planned", "run_resumed"]
     assert again.units == first.units
     assert (again.run_id, again.created) == (first.run_id, first.created)
-    assert again.source_schema == first.source_schema
+    assert again.mapping.schema == first.mapping.schema
 
 
 def test_equal_settings_have_equal_run_ids_wherever_the_output_lies(
     source: Store, place: str
 ) -> None:
-    ids = {plan(source.uri, f"{place}/out{n}").run_id for n in range(2)}
+    ids = {plan(source.uri, f"{place}/out{n}").manifest.run_id for n in range(2)}
     assert len(ids) == 1
     assert len(ids.pop()) == 16
 
@@ -54,7 +54,7 @@ def test_equal_settings_have_equal_run_ids_wherever_the_output_lies(
 def test_replicas_and_error_limits_do_not_make_another_run(source: Store, place: str) -> None:
     first = plan(source.uri, f"{place}/out")
     again = plan(source.uri, f"{place}/out", replicas=3, max_error_share=0.5, max_attempts=9)
-    assert again.run_id == first.run_id
+    assert again.manifest.run_id == first.manifest.run_id
 
 
 def test_changed_settings_are_refused_and_shown(source: Store, place: str) -> None:
@@ -83,10 +83,10 @@ def test_a_changed_corpus_is_refused_and_shown(source: Store, place: str) -> Non
 
 
 def test_of_drivers_that_start_together_all_get_one_plan(source: Store, place: str) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        plans = list(pool.map(lambda _: plan(source.uri, f"{place}/out"), range(4)))
+    with capture_logs() as events, ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: plan(source.uri, f"{place}/out").manifest, range(4)))
     assert len({(p.run_id, p.created, p.units) for p in plans}) == 1
-    assert sum(not p.resumed for p in plans) == 1
+    assert [event["event"] for event in events].count("run_planned") == 1
 
 
 def test_an_output_with_strange_files_is_refused(source: Store, place: str) -> None:
@@ -96,7 +96,7 @@ def test_an_output_with_strange_files_is_refused(source: Store, place: str) -> N
 
 
 def test_a_manifest_from_elsewhere_is_refused(source: Store, place: str) -> None:
-    open_store(f"{place}/out").put(MANIFEST_KEY, b'{"some": "json"}')
+    open_store(f"{place}/out").put("_run/manifest.json", b'{"some": "json"}')
     with pytest.raises(StoreError, match="not a manifest"):
         plan(source.uri, f"{place}/out")
 
@@ -139,13 +139,13 @@ def test_compressed_archives_are_refused(place: str, name: str) -> None:
 def test_one_file_may_be_the_whole_corpus(source: Store, place: str) -> None:
     planned = plan(f"{source.uri}/b.parquet", f"{place}/out")
     assert {unit.file for unit in planned.units} == {"b.parquet"}
-    assert planned.input_uri == source.uri
+    assert planned.manifest.source == source.uri
 
 
 @pytest.mark.parametrize("limit", [1, 4, 5, 13, 20, 99])
 def test_a_limit_takes_the_first_rows(source: Store, place: str, limit: int) -> None:
     planned = plan(source.uri, f"{place}/out", limit=limit)
-    assert planned.rows == min(limit, 20)
+    assert planned.manifest.rows == min(limit, 20)
     everything = plan(source.uri, f"{place}/all")
     starts = [(unit.file, unit.row_start) for unit in planned.units]
     assert starts == [(u.file, u.row_start) for u in everything.units][: len(starts)]
@@ -154,14 +154,14 @@ def test_a_limit_takes_the_first_rows(source: Store, place: str, limit: int) -> 
     assert shared == {u.unit_id for u in whole}
 
 
-def test_done_units_are_the_committed_ones(source: Store, place: str) -> None:
+def test_objects_in_folders_are_no_committed_units(source: Store, place: str) -> None:
     planned = plan(source.uri, f"{place}/out")
-    output = open_store(planned.output_uri)
-    assert done_units(output) == set()
+    store = open_store(planned.output.uri)
+    assert planned.output.committed_units() == set()
     first = planned.units[0].unit_id
-    output.put(f"{first}.parquet", b"x")
-    output.put("_run/progress.parquet", b"x")
-    assert done_units(output) == {first}
+    store.put(f"{first}.parquet", b"x")
+    store.put("_run/progress.parquet", b"x")
+    assert planned.output.committed_units() == {first}
 
 
 def test_relative_paths_mean_the_same_to_workers(
@@ -171,11 +171,11 @@ def test_relative_paths_mean_the_same_to_workers(
     monkeypatch.chdir(tmp_path)
     put_parquet(open_store("in"), "a.parquet", rows(1))
     planned = plan("in", "out")
-    assert planned.input_uri == str(tmp_path / "in")
-    assert planned.output_uri == str(tmp_path / "out")
+    assert planned.manifest.source == str(tmp_path / "in")
+    assert planned.output.uri == str(tmp_path / "out")
 
 
 def test_a_manifest_survives_its_own_json(source: Store, place: str) -> None:
     plan(source.uri, f"{place}/out", limit=7)
-    data = open_store(f"{place}/out").get(MANIFEST_KEY)
+    data = open_store(f"{place}/out").get("_run/manifest.json")
     assert Manifest.from_json(data).to_json() == data

@@ -11,38 +11,40 @@ import ray
 from cluster.config import RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded, StoreError
-from cluster.runs.planning import Plan, plan_run
+from cluster.output.manifest import Manifest
+from cluster.output.run_output import RunOutput
+from cluster.runs.planning import plan_run
 from cluster.runs.tracker import RunTracker, run_error
-from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from sppruner.spec import DENSE
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> tuple[RunConfig, Plan, Store]:
+def planned(tmp_path: Path) -> tuple[RunConfig, Manifest, RunOutput]:
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     make_corpus(kind="caption", rows=6, output=source)
     config = RunConfig(
         kind="caption", input=source, output=output, model="m", prompt="p", spec=DENSE, unit_rows=3
     )
-    plan = plan_run(config, model_revision="r", image_backend="pil")
-    return config, plan, open_store(output)
+    run_output = RunOutput.open(output)
+    manifest = plan_run(config, run_output, model_revision="r", image_backend="pil")
+    return config, manifest, run_output
 
 
-def state(plan: Plan) -> str:
-    known = ray.get(get_controller().progress.remote(plan.run_id))
+def state(manifest: Manifest) -> str:
+    known = ray.get(get_controller().progress.remote(manifest.run_id))
     assert known is not None
     return known.state
 
 
-def test_a_restarted_controller_is_told_of_the_run_again(
-    local_ray: None, planned: tuple[RunConfig, Plan, Store]
+def test_a_run_registers_again_with_a_restarted_controller(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
 ) -> None:
-    with RunTracker(*planned) as watch:
-        assert watch.progress() is not None
+    with RunTracker(*planned) as tracker:
+        assert tracker.progress() is not None
         ray.kill(get_controller(), no_restart=False)
         deadline = time.monotonic() + 60
-        while (known := watch.progress()) is None:
+        while (known := tracker.progress()) is None:
             assert time.monotonic() < deadline, "the run never came back into view"
             time.sleep(0.5)
         assert (known.run_id, known.rows_total) == (planned[1].run_id, 6)
@@ -60,7 +62,7 @@ def test_a_restarted_controller_is_told_of_the_run_again(
 )
 def test_a_run_ends_in_view_as_it_ended(
     local_ray: None,
-    planned: tuple[RunConfig, Plan, Store],
+    planned: tuple[RunConfig, Manifest, RunOutput],
     error: BaseException | None,
     expected: str,
 ) -> None:

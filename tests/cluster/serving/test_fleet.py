@@ -12,10 +12,12 @@ import pytest
 from ray import serve
 
 from cluster.errors import Busy, FleetUnavailable, UsageError
-from cluster.protocol import LabelRequest, Priority, ServeReplicas
-from cluster.serving.fleet import Fleet, FleetSettings, build, fingerprint, open_fleet
+from cluster.protocol import LabelRequest, Priority
+from cluster.serving.application import FleetSettings, endpoint, fingerprint
+from cluster.serving.client import ServeReplicas
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from cluster.serving.ray_session import serve_details
-from cluster.serving.replica import EngineSettings
 from sppruner.models.loading import resolve_model
 from tests.cluster.fake_engine import expected_text, picture
 
@@ -71,7 +73,7 @@ def test_another_model_gets_its_own_application_and_takes_only_that_away(fleet: 
 
 @pytest.mark.slow
 def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> None:
-    from cluster.serving.fleet import application
+    from cluster.serving.application import application
 
     wanted = settings("long-lived")
     serve.run(application(wanted), name="my-endpoint", route_prefix="/mine")
@@ -137,7 +139,7 @@ def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
         model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, slots=8
     )
 
-    built = build({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})
+    built = endpoint({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})
 
     (replica,) = [
         arg for arg in built._bound_deployment.init_args if hasattr(arg, "_bound_deployment")
@@ -148,11 +150,11 @@ def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
 
 def test_build_refuses_arguments_it_does_not_know() -> None:
     with pytest.raises(UsageError, match="model=PATH"):
-        build({"modle": "x"})
+        endpoint({"modle": "x"})
     with pytest.raises(UsageError, match="true or false"):
-        build({"model": "x", "auto": "yes"})
+        endpoint({"model": "x", "auto": "yes"})
     with pytest.raises(UsageError, match="name a method"):
-        build({"model": "x", "auto": "true"})
+        endpoint({"model": "x", "auto": "true"})
 
 
 @pytest.mark.slow
@@ -163,8 +165,9 @@ def test_without_a_cluster_a_fleet_starts_ray_and_takes_it_down_again(tmp_path: 
         dedent(
             """
             import os, ray
-            from cluster.serving.fleet import FleetSettings, open_fleet
-            from cluster.serving.replica import EngineSettings
+            from cluster.serving.application import FleetSettings
+            from cluster.serving.fleet import open_fleet
+            from cluster.serving.engine_settings import EngineSettings
 
             @ray.remote(num_cpus=0)
             def seen():

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.ledger import MeasuredRatio
+from cluster.accounting.speedup import MeasuredRatio
 from cluster.errors import UsageError
-from cluster.protocol import LabelRequest, Priority, RowAnswer
+from cluster.protocol import LabelRequest, Priority
 from cluster.serving.http.app import ApiSettings, create_app
-from cluster.serving.online_calibration import Cell, OnlineBreakEven, measure
+from cluster.serving.online_calibration import Cell, OnlineBreakEven, calibrate_online
+from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.edge import Recorded, ask, data_uri, image_part, send, text_part, user
 
@@ -35,10 +36,10 @@ class Timed:
     def __init__(self) -> None:
         self.calls: list[list[LabelRequest]] = []
 
-    def stream(self, call: LabelRequest) -> AsyncGenerator[str | RowAnswer]:
+    def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("nothing streams here")
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[RowAnswer]:
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
         self.calls.append(list(calls))
         answers = []
@@ -48,25 +49,25 @@ class Timed:
             pruned = 1 + len(self.calls) / 1e6
             first = len(self.calls) % 6 == 1
             seconds = 1e6 if first else dense  # the first call of a cell says nothing
-            answers.append(RowAnswer(id=call.id, text="", seconds=pruned, control_seconds=seconds))
+            answers.append(Result(id=call.id, text="", seconds=pruned, control_seconds=seconds))
         return answers
 
 
 def measured(sides: Sequence[int] = (20, 100, 200), most: int = 8) -> OnlineBreakEven:
-    return asyncio.run(measure(Timed(), SPEC, most=most, sides=sides))
+    return asyncio.run(calibrate_online(Timed(), SPEC, full_load=most, sides=sides))
 
 
 def test_every_size_is_timed_alone_and_with_a_full_replica_both_ways() -> None:
     replicas = Timed()
-    found = asyncio.run(measure(replicas, SPEC, most=8, sides=(20, 100)))
+    found = asyncio.run(calibrate_online(replicas, SPEC, full_load=8, sides=(20, 100)))
     assert [(c.pixels, c.load) for c in found.cells] == [(400, 1), (400, 8), (10**4, 1), (10**4, 8)]
     assert [len(calls) for calls in replicas.calls] == [1] * 6 + [8] * 6 + [1] * 6 + [8] * 6
     asked = [call for calls in replicas.calls for call in calls]
     assert all(call.control and call.spec == SPEC for call in asked)
     assert len({call.images for call in asked[:54]}) == 54 - 6, "drawn anew for every call"
-    ratios = [c.found.measured.ratio for c in found.cells if c.found.measured is not None]
+    ratios = [c.decision.measured.ratio for c in found.cells if c.decision.measured is not None]
     assert ratios == pytest.approx([0.4, 0.05, 10, 1.25], rel=1e-3)
-    assert [c.found.pays for c in found.cells] == [False, False, True, True]
+    assert [c.decision.pays for c in found.cells] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_what_has_no_size_is_left_to_the_replica(images: list[bytes | None]) -> 
 
 def cell(side: int, load: int, ratio: float) -> Cell:
     found = MeasuredRatio(ratio=ratio, low=ratio, high=ratio, rows=5, batches=5)
-    return Cell(pixels=side * side, load=load, found=BreakEven(measured=found))
+    return Cell(pixels=side * side, load=load, decision=BreakEven(measured=found))
 
 
 CHOICE = OnlineBreakEven(cells=(cell(20, 1, 0.5), cell(200, 1, 2.0)))

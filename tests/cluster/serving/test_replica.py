@@ -11,17 +11,12 @@ import pytest
 from PIL import Image
 
 from cluster.config import MediaLimits
-from cluster.errors import Busy, UsageError
+from cluster.errors import Busy, EngineBroken, UsageError
 from cluster.images import decode_image
-from cluster.protocol import LabelRequest, Priority, RowAnswer
-from cluster.runs.admission import call_rows, rows_waiting
-from cluster.serving.replica import (
-    EngineBroken,
-    EngineSettings,
-    VLMReplica,
-    slots_of,
-)
-from sppruner.engine.interface import SamplingParams
+from cluster.protocol import LabelRequest, Priority, call_rows, rows_waiting
+from cluster.serving.engine_settings import EngineSettings, default_slots
+from cluster.serving.replica import VLMReplica
+from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
 
@@ -38,7 +33,11 @@ def journal(tmp_path: Path) -> Path:
 def settings(
     journal: Path, *, seconds: float = 0.0, rows: int = 4, reduced: int = 1
 ) -> EngineSettings:
-    options = {"journal": str(journal), "seconds": seconds, "reduced": reduced}
+    options: dict[str, str | float | int] = {
+        "journal": str(journal),
+        "seconds": seconds,
+        "reduced": reduced,
+    }
     return EngineSettings(model="fake", engine=ENGINE, slots=rows, options=options)
 
 
@@ -118,7 +117,7 @@ def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
 
 
 def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Path) -> None:
-    async def scenario(replica: VLMReplica) -> RowAnswer:
+    async def scenario(replica: VLMReplica) -> Result:
         held = asyncio.create_task(
             replica.label([call(n) for n in range(16)], priority=Priority.BATCH)
         )
@@ -174,7 +173,7 @@ def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
             (await replica.label(asked, priority=priority))[0].text for priority in Priority
         ]
         *_, streamed = [piece async for piece in replica.stream(asked[0])]
-        assert isinstance(streamed, RowAnswer)
+        assert isinstance(streamed, Result)
         return [batch, online, streamed.text]
 
     small = decode_image(data, MediaLimits(), lambda width, height: 4)
@@ -184,7 +183,7 @@ def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
     assert told not in run(settings(journal), scenario)
 
 
-def test_an_engines_error_result_keeps_its_code_and_gets_the_stage_of_it(journal: Path) -> None:
+def test_an_engines_error_result_keeps_its_code_stage_and_message(journal: Path) -> None:
     (answer,) = run(settings(journal), lambda r: r.label([call(0, "bad")], priority=Priority.BATCH))
     assert (answer.error_code, answer.error_stage) == ("prompt_invalid", "prompt")
     assert answer.error_message == "too long"
@@ -258,10 +257,10 @@ def test_a_streamed_answer_ends_with_the_whole_and_a_bad_image_is_all_there_is(
     async def scenario(replica: VLMReplica) -> None:
         said, whole = [piece async for piece in replica.stream(call(1))]
         assert said == expected_text(picture(1))
-        assert isinstance(whole, RowAnswer)
+        assert isinstance(whole, Result)
         assert whole.text == said
         (missing,) = [piece async for piece in replica.stream(call(2, images=(None,)))]
-        assert isinstance(missing, RowAnswer)
+        assert isinstance(missing, Result)
         assert missing.error_code == "image_missing"
 
     run(settings(journal), scenario)
@@ -281,8 +280,8 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
 def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
     by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", slots=3)
     on_cpu, on_gpu = (by_default.sized(gpu=gpu).slots for gpu in (False, True))
-    assert (on_cpu, on_gpu) == (slots_of(gpu=False), slots_of(gpu=True))
-    assert slots_of(gpu=False) < slots_of(gpu=True)
+    assert (on_cpu, on_gpu) == (default_slots(gpu=False), default_slots(gpu=True))
+    assert default_slots(gpu=False) < default_slots(gpu=True)
     assert {asked.sized(gpu=gpu).slots for gpu in (False, True)} == {3}
 
 
@@ -293,7 +292,7 @@ def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(
     sizes = [call_rows(slots)] * ((slots + rows_waiting(slots)) // call_rows(slots))
 
     async def scenario(replica: VLMReplica) -> None:
-        def send(rows: int) -> asyncio.Task[list[RowAnswer]]:
+        def send(rows: int) -> asyncio.Task[list[Result]]:
             calls = [call(number) for number in range(rows)]
             return asyncio.ensure_future(replica.label(calls, priority=Priority.BATCH))
 

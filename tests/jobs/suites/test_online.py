@@ -17,8 +17,9 @@ from rich.console import Console
 
 import jobs.suites.load
 from cluster.errors import RunError, UsageError
-from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
-from cluster.serving.replica import EngineSettings
+from cluster.serving.application import FleetSettings
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.fleet import Fleet, open_fleet
 from jobs.suites import online as suite
 from jobs.suites.background import BatchJob
 from jobs.suites.corpora import captioned, write_corpus

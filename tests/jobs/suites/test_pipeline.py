@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from cluster.corpus.parquet import index_parquet
-from cluster.serving.fleet import FleetSettings, application
-from cluster.serving.replica import EngineSettings
+from cluster.serving.application import FleetSettings, application
+from cluster.serving.engine_settings import EngineSettings
 from cluster.store import open_store
 from jobs.suites.corpora import captioned, squares, write_corpus
 from jobs.suites.labelling import threads_of_one_replica

@@ -266,6 +266,7 @@ def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(fleet: Fleet
 
 def test_runs_are_those_the_controller_knows(fleet: Fleet) -> None:
     url = f"{fleet.http_url}/v1/runs"
+    ray.kill(get_controller())  # runs of other tests
     assert httpx.get(url).json() == {"object": "list", "data": []}
     controller = get_controller()
     try:

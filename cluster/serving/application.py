@@ -1,0 +1,141 @@
+"""The Serve application of one model: HTTP edge and replicas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import ray
+from ray import serve
+
+from cluster.errors import UsageError
+from cluster.protocol import rows_held
+from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.http.app import Api, ApiSettings
+from cluster.serving.replica import VLMReplica
+from sppruner.models.loading import resolve_model
+from sppruner.spec import DENSE, Budget, PruneSpec
+
+ONLINE_REQUESTS: Final = 32
+"""Calls that a replica accepts beside its batch rows, which are refused above `rows_held`."""
+_QUEUED_CALLS: Final = 512
+_QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
+_ARGUMENTS: Final = {
+    "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto"
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """What to serve and where. All but `engine` and `start_timeout_seconds` apply only to what
+    `open_fleet` starts itself."""
+
+    engine: EngineSettings
+    """Model and engine of every replica."""
+    replicas: int = 1
+    """Replicas, one GPU each if the cluster has any."""
+    threads: int | None = None
+    """Torch threads of a CPU replica; None divides the machine's cores."""
+    api: ApiSettings = field(default_factory=ApiSettings)
+    """The HTTP edge."""
+    host: str = "127.0.0.1"
+    """Address of the HTTP edge."""
+    port: int | None = None
+    """Port of the HTTP edge; None is 8000, or a free one if 8000 is taken."""
+    start_timeout_seconds: float = 900.0
+    """Longest wait for the first replica."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables for Ray's workers, if this process is not connected to Ray yet."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise UsageError(f"replicas {self.replicas}: give at least 1")
+
+    @property
+    def name(self) -> str:
+        """The deployment's name, and the application's if it is deployed here: equal for equal
+        models and engine settings."""
+        return f"vlm-{fingerprint(self.engine)}"
+
+
+def fingerprint(engine: EngineSettings) -> str:
+    """A hash of the settings that change answers; slots, device and threads do not."""
+    local = os.path.isdir(engine.model)
+    settings = {
+        "model": os.path.realpath(engine.model) if local else engine.model,
+        "revision": engine.revision,
+        "engine": engine.engine,
+        "dtype": engine.dtype,
+        "options": dict(engine.options),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def application(settings: FleetSettings) -> serve.Application:
+    """HTTP edge and replicas, which get a GPU each if the cluster has any."""
+    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    engine = settings.engine.sized(gpu=gpus > 0)
+    assert engine.slots is not None
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+    replica = serve.deployment(VLMReplica).options(
+        name=settings.name,
+        num_replicas=settings.replicas,
+        ray_actor_options=options,
+        max_ongoing_requests=rows_held(engine.slots) + ONLINE_REQUESTS,
+        max_queued_requests=_QUEUED_CALLS,
+        max_constructor_retry_count=2,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=10.0,
+        logging_config=_QUIET,
+    )
+    edge = serve.deployment(serve.ingress()(Api)).options(
+        name="api",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=4 * ONLINE_REQUESTS,
+        max_queued_requests=_QUEUED_CALLS,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=10.0,
+        logging_config=_QUIET,
+    )
+    threads = settings.threads or replica_threads(settings.replicas, gpus=gpus)
+    api = replace(settings.api, replicas=settings.replicas)
+    return edge.bind(replica.bind(engine, threads=threads), api)
+
+
+def replica_threads(replicas: int, *, gpus: float) -> int | None:
+    """Torch threads of one of `replicas` replicas; None, torch's default, for one with a GPU."""
+    return None if gpus else max(1, (os.cpu_count() or 1) // replicas)
+
+
+def endpoint(args: Mapping[str, str]) -> serve.Application:
+    """The application that `serve run cluster:endpoint model=PATH …` deploys.
+
+    Arguments: model; replicas; max_batch_rows (slots of a replica); revision; dtype; prune and
+    retain (the pruning of requests that ask for none themselves); auto=true (prune those only
+    where pruning is measured, at start-up, to be faster than dense).
+
+    The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
+    Raises UsageError for other arguments.
+    """
+    if "model" not in args or set(args) - _ARGUMENTS:
+        raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(_ARGUMENTS)}")
+    auto = args.get("auto", "false")
+    if auto not in ("true", "false"):
+        raise UsageError(f"auto={auto}: write true or false")
+    retain = Budget(ratio=float(args.get("retain", "0.222")))
+    spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
+    api = ApiSettings(default_spec=spec, auto=auto == "true")
+    pinned = resolve_model(args["model"], args.get("revision"))
+    engine = EngineSettings(
+        model=args["model"],
+        revision=pinned.revision,
+        slots=int(args["max_batch_rows"]) if "max_batch_rows" in args else None,
+        dtype=args.get("dtype", "auto"),
+    )
+    return application(
+        FleetSettings(engine=engine, replicas=int(args.get("replicas", "1")), api=api)
+    )

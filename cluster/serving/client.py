@@ -1,0 +1,54 @@
+"""The client of replicas behind a Ray Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
+
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import Busy
+from cluster.protocol import LabelRequest, Priority
+from sppruner.engine.interface import Result
+
+REPLICA_GONE: Final = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    ObjectLostError,
+    ReplicaUnavailableError,
+)
+"""What a call raises whose replica died."""
+REPLICA_FULL: Final = (Busy, BackPressureError)
+"""What a call raises that was refused for now."""
+
+
+class ServeReplicas:
+    """`Replicas` behind a Serve handle. A cancelled caller cancels its call at the replica."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        """See `Replicas.label`."""
+        response = self._handle.label.remote(list(calls), priority=priority)
+        try:
+            results: list[Result] = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return results
+
+    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
+        """See `Replicas.stream`."""
+        response = self._streaming.stream.remote(call)
+        try:
+            async for piece in response:
+                yield piece
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise

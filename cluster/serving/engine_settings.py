@@ -1,0 +1,64 @@
+"""How a replica builds its engine. Imports no torch: drivers handle these settings too."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, cast
+
+from cluster.errors import UsageError
+from sppruner.engine.interface import DTYPES, Engine
+from sppruner.spec import OptionValue
+
+# Slots where the settings give none. More make a CPU no faster; a GPU becomes faster as far as
+# its memory has room for their keys and values, which its engine checks.
+_CPU_SLOTS: Final = 16
+_GPU_SLOTS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What a replica serves, and how."""
+
+    model: str
+    """Folder or Hub name."""
+    revision: str | None = None
+    """Content hash or commit that the model must have; None for what is there."""
+    slots: int | None = None
+    """Requests answered at once; None for what the replica's device suits."""
+    engine: str = "sppruner.engine:open_engine"
+    """The factory, "module:callable". It is called with model, device, dtype, slots, revision (if
+    set) and `options`."""
+    device: str = "auto"
+    """A torch device; auto is the replica's accelerator if it has one, else the CPU."""
+    dtype: str = "auto"
+    """Of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    """More arguments of the factory."""
+
+    def __post_init__(self) -> None:
+        if self.slots is not None and self.slots < 1:
+            raise UsageError(f"max_batch_rows {self.slots}: give at least 1")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.engine.count(":") != 1:
+            raise UsageError(f"engine {self.engine!r}: write it as module:callable")
+
+    def sized(self, *, gpu: bool) -> EngineSettings:
+        """These settings with a number of slots, for a replica with or without a GPU."""
+        return replace(self, slots=self.slots or default_slots(gpu=gpu))
+
+    def build(self) -> Engine:
+        """Imports and calls the factory of settings that are `sized`. Raises what it raises."""
+        assert self.slots is not None
+        module, name = self.engine.split(":")
+        factory = getattr(importlib.import_module(module), name)
+        pinned = {} if self.revision is None else {"revision": self.revision}
+        settings = dict(model=self.model, device=self.device, dtype=self.dtype, **pinned)
+        return cast(Engine, factory(slots=self.slots, **settings, **self.options))
+
+
+def default_slots(*, gpu: bool) -> int:
+    """Slots of a replica whose settings give none."""
+    return _GPU_SLOTS if gpu else _CPU_SLOTS

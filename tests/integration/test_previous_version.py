@@ -1,0 +1,82 @@
+"""An output that an earlier version left half finished is read, reported and resumed.
+
+Unit tests of today's code read what today's code wrote: they cannot see that a key, a column or
+the run id has changed. These outputs were written by version b477fbd (`previous_version/`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import RunConfig, RunOutput, run, summarise
+from cluster.demo.local_s3 import LocalS3
+from cluster.store import open_store
+from jobs import report
+from sppruner import Budget, PruneSpec
+from sppruner.engine import SamplingParams
+from tests.integration.checks import check_every_row_once, committed
+
+FILES = Path(__file__).with_name("previous_version")
+BUCKET = "previous"
+RUNS: dict[str, dict[str, Any]] = {
+    "vqa": {"kind": "vqa", "prompt": "{question}"},
+    "auto": {"kind": "caption", "prompt": "Describe the image.", "auto": True},
+}
+
+
+def config(name: str) -> RunConfig:
+    return RunConfig(
+        input=f"s3://{BUCKET}/{name}/corpus",
+        output=f"s3://{BUCKET}/{name}/labels",
+        model="tiny-llava",
+        spec=PruneSpec(method="sppruner", budget=Budget(ratio=0.5)),
+        generation=SamplingParams(max_new_tokens=8),
+        unit_rows=8,
+        control_share=0.25,
+        slots=4,
+        **RUNS[name],
+    )
+
+
+@pytest.mark.parametrize(("name", "rows", "units"), [("vqa", 24, 3), ("auto", 16, 2)])
+def test_an_output_of_an_earlier_version_is_resumed(
+    s3_server: LocalS3,
+    serving: str,
+    name: str,
+    rows: int,
+    units: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    finished = json.loads((FILES / name / "summary.json").read_text())
+    s3_server.create_bucket(BUCKET)
+    for path in (FILES / name).rglob("*"):
+        # Where that version found the corpus and left the output.
+        if path.is_file() and path != FILES / name / "summary.json":
+            key = path.relative_to(FILES).as_posix()
+            open_store(f"s3://{BUCKET}").put(key, path.read_bytes())
+    output = RunOutput.open(config(name).output)
+
+    half = summarise(output)
+    assert (half.run_id, half.state) == (finished["run_id"], "incomplete")
+    assert (half.units_done, half.total.rows) == (units - 1, rows - 8)
+    assert (half.break_even is not None) == (name == "auto")
+    assert report.main([output.uri]) == 0
+    assert finished["run_id"] in capfd.readouterr().out
+    before = {info.key: info.etag for info in open_store(output.uri).list(suffixes=(".parquet",))}
+
+    outcome = run(config(name))
+    assert outcome.note == f"resumed: {units - 1} of {units} units were done before"
+    assert outcome.summary.run_id == finished["run_id"]
+    after = {info.key: info.etag for info in open_store(output.uri).list(suffixes=(".parquet",))}
+    assert before.items() <= after.items()
+    check_every_row_once(committed(output.uri), rows)
+    summary = outcome.summary.to_dict()
+    for same in ("settings", "rows", "rows_failed", "visual_tokens", "visual_tokens_kept"):
+        assert summary[same] == finished[same]
+    assert summary["modelled"] == finished["modelled"]
+    assert summary["accuracy"] == finished["accuracy"]
+

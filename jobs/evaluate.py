@@ -26,9 +26,9 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cluster.config import MediaLimits
+from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
-from cluster.report.terminal import console
 from jobs.arguments import parse_methods, parse_shares, specs_of
 from jobs.overlays import write_overlays
 from sppruner import PruneSpec, SpprunerError
@@ -265,7 +265,7 @@ def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    told = console(stderr=True)
+    told = open_console(stderr=True)
     try:
         methods = parse_methods(arguments.methods)
         specs = specs_of(methods, parse_shares(arguments.retain))
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(document, arguments)
             if arguments.overlay:
                 write_overlays(loaded, dataset, specs, arguments.overlay)
-        console().print(*tables(document))
+        open_console().print(*tables(document))
     except SpprunerError as error:
         told.print(f"evaluate: {error}", style="red", markup=False)
         return 2

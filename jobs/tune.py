@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.report.terminal import console
+from cluster.console import open_console
 from jobs.arguments import parse_methods, parse_shares, specs_of
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    told = console(stderr=True)
+    told = open_console(stderr=True)
     try:
         methods, grid = parse_methods(arguments.method), parse_grid(arguments.grid)
         if len(methods) != 1:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in search(methods[0], grid, worth, arguments.rounds):
             tried.append(step)
             mark = "  best so far" if step["best"] else ""
-            console().print(
+            open_console().print(
                 f"{100 * step['worth']:7.3f} %  {label(methods[0].method, step['options'])}{mark}",
                 markup=False,
                 highlight=False,

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
+from sppruner.adapters import Adapter, Encoded, EncodedImage, Kept, adapter_for
+from sppruner.capabilities import Capabilities
 from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
-from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
+from sppruner.relevance import ClipText, EmbeddingCosine, TextRelevance, require_source
 from sppruner.reports import dense_reports, pruned_reports
 from sppruner.selection import keep, kept_mask, select, selection_flops, token_schedules
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
-from sppruner.types import PruneReport, Selection, VisualTokens
+from sppruner.types import PruneReport, RelevanceSource, Selection, VisualTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +58,7 @@ class Generated:
 
 
 def check_spec(
-    spec: PruneSpec, can: Capabilities, *, sources: Container[Source] = ("embed",)
+    spec: PruneSpec, can: Capabilities, *, sources: Container[RelevanceSource] = ("embed",)
 ) -> None:
     """Whether a model can run `spec`, before any weights are loaded.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from torch import Tensor
 from sppruner.cost import ImageShape
 from sppruner.errors import SpecError
 from sppruner.spec import PruneSpec
+
+RelevanceSource: TypeAlias = Literal["none", "embed", "clip"]
+"""Where text relevance comes from; "none" is no text relevance."""
+
+RelevancePool: TypeAlias = Literal["mean", "max", "top3"]
+"""How the scores of an instruction's words are pooled into one per visual token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter
+from sppruner.decoder import has_full_attention
 from sppruner.engine.caches.kv_slots import KVSlots
 from sppruner.errors import UnsupportedModel
-from sppruner.stages import first_prunable_layer
 
 
 class DecodeStep:
@@ -29,7 +29,7 @@ class DecodeStep:
         self._decoder = adapter.language_model()
         self._embed = adapter.model.get_input_embeddings()
         self._head = adapter.model.get_output_embeddings()
-        if first_prunable_layer(self._decoder.config) is None:
+        if not has_full_attention(self._decoder.config):
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: a decoder with windows or chunks of attention "
                 "cannot run in slots; a BatchEngine can run it"

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from PIL import Image
 
-from sppruner.engine.interface import NO_EFFECT, Request, Result, SamplingParams, Update
+from sppruner.engine.interface import Request, Result, SamplingParams, Update
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
@@ -108,7 +108,7 @@ class ModelEngine(ABC):
                 for number in range(min(_WARM_UP_ROWS, self.slots))
             ]
             for result in self.run(requests):
-                if result.error_code == NO_EFFECT:
+                if result.error_code == PruningHadNoEffect.code:
                     raise PruningHadNoEffect(str(result.error_message))
                 if result.error_code is not None:
                     raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")

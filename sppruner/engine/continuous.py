@@ -15,7 +15,7 @@ import torch
 from sppruner.engine.base import ModelEngine, both_ways
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
-from sppruner.engine.interface import Request, Result, Update, failed
+from sppruner.engine.interface import Request, Result, Update, error_result
 from sppruner.engine.isolation import isolated
 from sppruner.engine.preparation import Asked, Asker
 from sppruner.engine.running_batch import Row, RunningBatch
@@ -152,7 +152,7 @@ class ContinuousEngine(ModelEngine):
             try:
                 self._schedule.add(future.result())
             except Exception as error:  # The row boundary, as in `_read`.
-                self._finish(ticket, failed(request, error))
+                self._finish(ticket, error_result(request, error))
 
     def _next_group(self) -> list[Asked]:
         first = self._schedule.first()
@@ -177,7 +177,7 @@ class ContinuousEngine(ModelEngine):
 
     def _fail(self, asked: Asked, error: Exception) -> list[Row]:
         """Ends a request in an error; no row is finished by it."""
-        self._finish(asked.ticket, failed(asked.request, error))
+        self._finish(asked.ticket, error_result(asked.request, error))
         return []
 
     def _decode(self) -> None:

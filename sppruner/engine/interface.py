@@ -9,10 +9,9 @@ from typing import Final, Protocol, TypeAlias
 from PIL import Image
 
 from sppruner.cost import RowCost
-from sppruner.errors import EngineError, PruningHadNoEffect, SpecError, SpprunerError
+from sppruner.errors import EngineError, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
 
-NO_EFFECT: Final = "pruning_no_effect"
 # Of a model; auto is bfloat16 on a GPU and float32 on a CPU.
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,6 +89,7 @@ class Result:
     cost: RowCost | None = None
     error_code: str | None = None
     error_message: str | None = None
+    error_stage: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +155,13 @@ class Engine(Protocol):
         ...
 
 
-def failed(request: Request, error: Exception) -> Result:
-    """The result of a request that could not be answered."""
-    if isinstance(error, PruningHadNoEffect):
-        code = NO_EFFECT
-    elif isinstance(error, EngineError) or not isinstance(error, SpprunerError):
-        code = "inference_failed"
-    else:
-        code = "prompt_invalid"
+def error_result(request: Request, error: Exception) -> Result:
+    """The result of a request that ends in an error; its code and stage are the error's own."""
+    kind = type(error) if isinstance(error, SpprunerError) else EngineError
     return Result(
         id=request.id,
         text=None,
-        error_code=code,
+        error_code=kind.code,
         error_message=f"{type(error).__name__}: {error}",
+        error_stage=kind.stage,
     )

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count, islice
 
-from sppruner.engine.interface import Request, Result, SamplingParams, Update, failed
+from sppruner.engine.interface import Request, Result, SamplingParams, Update, error_result
 from sppruner.engine.isolation import isolated
 from sppruner.errors import EngineError
 
@@ -59,7 +59,7 @@ class QueuedEngine(ABC):
             batch = list(islice(waiting, self.slots))
             self._keep(kind, deque(islice(waiting, self.slots, None)))
             started = time.perf_counter()
-            results = isolated(self._checked, [request for _, request in batch], failed)
+            results = isolated(self._checked, [request for _, request in batch], error_result)
             self.busy_seconds += time.perf_counter() - started
             self._updates += [
                 Update(ticket=ticket, text=(request.stream and result.text) or "", result=result)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sppruner.engine.base import ModelEngine, both_ways, check_length
-from sppruner.engine.interface import Request, Result, SamplingParams, failed
+from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import isolated
 from sppruner.engine.queued import QueuedEngine
 from sppruner.models.loading import LoadedModel
@@ -51,7 +51,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
         return both_ways(batch, dense, self._answer, key=batch[0].id)
 
     def _answer(self, batch: list[Request]) -> list[Result]:
-        return isolated(self._generate, batch, failed)
+        return isolated(self._generate, batch, error_result)
 
     def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sppruner.evaluation.answers import plain, soft_accuracy, yes_or_no
+from sppruner.evaluation.answers import yes_or_no
 from sppruner.evaluation.captions import CiderD, bleu4
+from sppruner.vqa import score as vqa_score
 
 
 class Metric(Protocol):
@@ -25,26 +26,26 @@ class Metric(Protocol):
 
 
 class ExactMatch:
-    """1 for the right answer but for case, spaces and a full stop."""
+    """1 for the right answer after the light normalisation of `sppruner.vqa`."""
 
     name = "exact match"
     single_answer = True
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return float(plain(text) == plain(answers[0]))
+        return vqa_score(text, answers[:1])
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}
 
 
 class SoftAccuracy:
-    """VQAv2's agreement with ten annotators; see `answers.soft_accuracy`."""
+    """VQAv2's agreement with ten annotators; see `sppruner.vqa`."""
 
     name = "VQA soft accuracy"
     single_answer = False
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return soft_accuracy(text, answers)
+        return vqa_score(text, answers)
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}

@@ -4,7 +4,6 @@ since every process of a cluster handles them and few run a model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -166,7 +165,7 @@ class PruneSpec:
         plain = {"scope": "image", "spread": 0.0}
         return {
             "method": self.method,
-            # What a budget does not use is not written: a spec's hash outlives new fields.
+            # What a budget does not use is not written: a spec's JSON outlives new fields.
             "budget": {k: v for k, v in budget.items() if v is not None and plain.get(k) != v},
             "positions": self.positions,
             "options": dict(self.options),
@@ -205,11 +204,6 @@ class PruneSpec:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-
-    @property
-    def hash(self) -> str:
-        """Twelve hex digits that name this spec in results and caches."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
 def parse_value(text: str) -> OptionValue:

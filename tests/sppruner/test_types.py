@@ -81,13 +81,13 @@ def test_a_spec_survives_its_dictionary_and_its_pickle(spec: PruneSpec) -> None:
     for copy in (PruneSpec.from_dict(spec.to_dict()), pickle.loads(pickle.dumps(spec))):
         assert copy == spec
         assert hash(copy) == hash(spec)
-        assert (copy.hash, copy.to_json()) == (spec.hash, spec.to_json())
+        assert copy.to_json() == spec.to_json()
 
 
 @given(specs, specs)
 def test_specs_are_equal_exactly_when_they_are_written_alike(a: PruneSpec, b: PruneSpec) -> None:
     assert (a == b) == (a.to_json() == b.to_json())
-    assert (a.hash == b.hash) == (a == b)
+    assert a != b or hash(a) == hash(b)
 
 
 def test_numbers_equal_in_a_dict_but_not_in_json_do_not_break_the_hash() -> None:
@@ -102,9 +102,9 @@ def test_option_order_does_not_matter_and_the_callers_mapping_is_copied() -> Non
     options = {"mu": 0.1, "eta": 0.5}
     spec = PruneSpec(method="sppruner", options=options)
     assert spec == PruneSpec(method="sppruner", options=dict(reversed(options.items())))
-    before = spec.hash
+    before = spec.to_json()
     options["mu"] = 0.9
-    assert spec.hash == before
+    assert spec.to_json() == before
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sppruner.evaluation.answers import yes_or_no
+from sppruner.evaluation.answers import parse_yes_no
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from sppruner.evaluation.answers import yes_or_no
     ],
 )
 def test_a_yes_or_a_no_is_read_off_the_first_sentence(said: str, read: str) -> None:
-    assert yes_or_no(said) == read
+    assert parse_yes_no(said) == read

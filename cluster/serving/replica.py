@@ -27,7 +27,7 @@ from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, RowAnswer
 from cluster.runs.admission import rows_held
 from cluster.serving.engine_thread import EngineThread
-from sppruner.engine.interface import DTYPES, Engine, Reduction, Request, Result
+from sppruner.engine.interface import DTYPES, Engine, JpegScale, Request, Result
 from sppruner.spec import OptionValue
 
 logger = structlog.get_logger(__name__)
@@ -156,8 +156,8 @@ class VLMReplica:
     async def stream(self, call: LabelRequest) -> AsyncIterator[str | RowAnswer]:
         """The answer to an online call as it is said, then the whole."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
-        reduction = self._engine.reduction
-        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, reduction)
+        jpeg_scale = self._engine.jpeg_scale
+        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, jpeg_scale)
         if isinstance(item, RowAnswer):
             yield item
             return
@@ -197,9 +197,9 @@ class VLMReplica:
 
     async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[RowAnswer]:
         loop = asyncio.get_running_loop()
-        pool, reduction = self._decoders[priority], self._engine.reduction
+        pool, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale
         decoding = (
-            loop.run_in_executor(pool, _decode, call, priority, reduction) for call in calls
+            loop.run_in_executor(pool, _decode, call, priority, jpeg_scale) for call in calls
         )
         decoded = await asyncio.gather(*decoding)
         return await asyncio.gather(*(self._answer(item) for item in decoded))
@@ -230,10 +230,10 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _decode(call: LabelRequest, priority: Priority, reduction: Reduction) -> Request | RowAnswer:
+def _decode(call: LabelRequest, priority: Priority, jpeg_scale: JpegScale) -> Request | RowAnswer:
     try:
         images: tuple[Image.Image, ...] = tuple(
-            decode_image(data, call.media, reduction) for data in call.images
+            decode_image(data, call.media, jpeg_scale) for data in call.images
         )
     except RowError as error:
         return RowAnswer.from_error(call.id, error)

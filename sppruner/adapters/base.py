@@ -107,7 +107,7 @@ class Adapter(ABC):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         """(row, shape) of each image of a processor's batch, without running the encoder."""
 
-    def fed(self, packed: Any) -> list[Tensor]:
+    def packed_features(self, packed: Any) -> list[Tensor]:
         """[K, D] features of each image as the model will read them from a packed output."""
         return list(packed.pooler_output)
 

@@ -15,21 +15,21 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
-from sppruner.engine.interface import Reduction
+from sppruner.engine.interface import JpegScale
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def decode_image(
-    data: bytes | None, limits: MediaLimits, reduction: Reduction | None = None
+    data: bytes | None, limits: MediaLimits, jpeg_scale: JpegScale | None = None
 ) -> Image.Image:
     """The image as plain RGB, upright (EXIF orientation applied), fully in memory.
 
-    reduction: by how much a JPEG is decoded smaller (`Engine.reduction`), None for not at all;
+    jpeg_scale: by how much a JPEG is decoded smaller (`Engine.jpeg_scale`), None for not at all;
     other formats never are. Of an animation, the first frame. Transparency is dropped, as the
     models' own processors do. Raises ImageMissing, ImageTooLarge or ImageUndecodable, and for the
-    same bytes whatever the reduction; a truncated image is undecodable.
+    same bytes whatever the scale; a truncated image is undecodable.
     """
     if data is None:
         raise ImageMissing("the row has no image")
@@ -43,11 +43,11 @@ def decode_image(
             raise ImageTooLarge(
                 f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
             )
-        if reduction is None or not isinstance(image, JpegImageFile):
+        if jpeg_scale is None or not isinstance(image, JpegImageFile):
             return _rgb(image)
         if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE:
             width, height = height, width
-    factor = reduction(width, height)
+    factor = jpeg_scale(width, height)
     if factor > 1:
         try:
             return _decoded(data, factor)

@@ -102,8 +102,8 @@ def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary)
         raise UsageError(f"row {row.key!r} was labelled with every token: nothing to draw")
     try:
         # As the run decoded: one that was begun before reductions existed read all pixels.
-        reduction = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
-        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), reduction)
+        jpeg_scale = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
+        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), jpeg_scale)
         prepared = prepared_of(pruner, processor, image, row.prompt, row.spec)
     except (RowError, SpprunerError) as error:
         raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error

@@ -1,4 +1,4 @@
-"""The example runs as printed, but for the model's name and the photo."""
+"""The examples run as printed, with the embedded model and a drawn photo in place of real ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def examples() -> dict[str, str]:
-    """Code that begins by opening an image: the package's docstring and the README's blocks."""
+    """The package docstring's example, and the README's blocks that use the library."""
     assert sppruner.__doc__ is not None
     indented = re.search(r"(?:^    .*\n|\n)+", sppruner.__doc__, re.MULTILINE)
     assert indented is not None
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    found = {f"README {i}": text for i, text in enumerate(blocks) if "import build_inputs" in text}
+    found = {f"README {i}": text for i, text in enumerate(blocks) if "Pruner(" in text}
     return {"docstring": textwrap.dedent(indented.group()).strip(), **found}
 
 

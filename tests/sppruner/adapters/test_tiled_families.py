@@ -170,7 +170,7 @@ def test_packed_outputs_are_fresh_and_hold_the_kept_features_image_by_image(fami
         return
     one, two = first["mm_encoder_outputs"]["image"], second["mm_encoder_outputs"]["image"]
     assert one is not two
-    assert [len(part) for part in adapter.fed(one)] == [
+    assert [len(part) for part in adapter.packed_features(one)] == [
         spec.budget.count(image.count) for image in encoded_of(family).images
     ]
 

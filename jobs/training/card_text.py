@@ -28,10 +28,10 @@ output is meaningless.**
 The prompt `describe the image.` requests a caption: objects from left to right, background, sign.
 
 Scenes contain 3 to 9 objects, up to two signs identified by the colour of their frame, 0 to 16
-distractors (strokes, dots and arcs in the objects' colours that no question is about) and one or two
-textured grounds under a gradient. Two kinds of question are about context: the answer to `nearest`
-is another object than the one in the question, the answer to `behind` is the ground around that
-object.
+distractors (strokes, dots and arcs in the objects' colours that no question is about) and one or
+two textured grounds under a gradient. Two kinds of question are about context: the answer to
+`nearest` is another object than the one in the question, the answer to `behind` is the ground
+around that object.
 
 ## Scores
 
@@ -50,11 +50,11 @@ chance). Pruners read the last layer, which produces the visual features.
 
 ## Which tokens an answer needs
 
-Mean over the kinds, without captions, on {cue_scenes} scenes, teacher-forced, each question with its
-own kept tokens at their original positions. *Oracle* uses the ground truth: first the patches of the
-objects and signs that the answer depends on, then their surroundings; *context* uses it too, but
-keeps the surroundings without any object or sign. *Relevance* is the best centred cosine to a word of
-the question, *saliency* the attention named above; both come from the model.
+Mean over the kinds, without captions, on {cue_scenes} scenes, teacher-forced, each question with
+its own kept tokens at their original positions. *Oracle* uses the ground truth: first the patches
+of the objects and signs that the answer depends on, then their surroundings; *context* uses it
+too, but keeps the surroundings without any object or sign. *Relevance* is the best centred cosine
+to a word of the question, *saliency* the attention named above; both come from the model.
 
 {cues}
 
@@ -64,28 +64,29 @@ The same scenes with the library's methods at their default options, through `ge
 
 ## Training
 
-The stages of `python jobs/train_tiny.py --family {family} --output DIR` produced these weights, with
-the step counts given here: 48,000 procedural scenes (seeds from 0) rendered at 192 px,
-JPEG-compressed at random quality 85-97 and resized by the processor's bicubic filter. The language
-model first learns to answer from *oracle* tokens built from the ground truth ({language} steps of 16
-scenes) while the vision tower learns to emit such tokens ({vision} x 16, then {sharpen} x 32 with
-more weight on digits, shapes and object centres); then both train jointly on pixels
-({joint} x 24), the losses on the tokens themselves decaying to zero over the first two thirds. Muon
-for matrices and AdamW for the rest, bfloat16 autocast, one seed.{history}
+The stages of `python jobs/train_tiny.py --family {family} --output DIR` produced these weights,
+with the step counts given here: 48,000 procedural scenes (seeds from 0) rendered at 192 px,
+JPEG-compressed at random quality 85-97 and resized by the processor's bicubic filter. The
+language model first learns to answer from *oracle* tokens built from the ground truth ({language}
+steps of 16 scenes) while the vision tower learns to emit such tokens ({vision} x 16, then
+{sharpen} x 32 with more weight on digits, shapes and object centres); then both train jointly on
+pixels ({joint} x 24), the losses on the tokens themselves decaying to zero over the first two
+thirds. Muon for matrices and AdamW for the rest, bfloat16 autocast, one seed.{history}
 
 ## Limits when comparing pruning methods on it
 
-- Visual tokens start in the space of the word embeddings: each is trained to encode its own colour
-  and position, and those around the centre of an object or sign also its shape, size or digit. In the
-  last third of the joint stage only answers (and the contrast with captions) are trained, so the
-  tokens may have drifted from that. Text relevance is still easier than in a real vision-language
-  model, and rankings of pruning methods on this checkpoint do not predict their ranking on others.
+- Visual tokens start in the space of the word embeddings: each is trained to encode its own
+  colour and position, and those around the centre of an object or sign also its shape, size or
+  digit. In the last third of the joint stage only answers (and the contrast with captions) are
+  trained, so the tokens may have drifted from that. Text relevance is still easier than in a real
+  vision-language model, and rankings of pruning methods on this checkpoint do not predict their
+  ranking on others.
 - It was trained with uniformly random visual-token dropout (8 to 143 of 144 kept, in half of the
-  steps), which is independent of any method. In the joint stage a question counted only if a patch of
-  the centre of each object or sign it depends on was kept: a model that is trained to name what no
-  token shows guesses even when a pruner keeps everything. The first quarter of the language-only
-  stage kept the centres of all objects and signs and some other tokens, and its first 15 % used only
-  scenes of few objects.
+  steps), which is independent of any method. In the joint stage a question counted only if a
+  patch of the centre of each object or sign it depends on was kept: a model that is trained to
+  name what no token shows guesses even when a pruner keeps everything. The first quarter of the
+  language-only stage kept the centres of all objects and signs and some other tokens, and its
+  first 15 % used only scenes of few objects.
 - The attention of the language model starts from hand-written weights: heads that find the visual
   tokens that match a word of the question, heads that attend to the previous word, and one that
   attends to the surroundings of a position.

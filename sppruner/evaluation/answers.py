@@ -1,4 +1,4 @@
-"""Comparison of short answers: exact match, VQAv2's normalised soft accuracy, yes and no."""
+"""How short answers are compared: plain exact match, and VQAv2's normalised soft accuracy."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ _CONTRACTIONS = {
 }
 
 
-def normalise_plain(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end: the comparison of GQA and drawn
-    scenes."""
+def plain(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end: how GQA and drawn scenes compare."""
     return " ".join(text.lower().strip().rstrip(".").split())
 
 
-def normalise_vqa(text: str) -> str:
-    """An answer as VQAv2 compares it: no punctuation, number words as digits, no articles,
-    apostrophes restored in contractions."""
+def normalised(text: str) -> str:
+    """An answer as VQAv2 compares it: punctuation gone, number words as digits, no articles,
+    apostrophes back in contractions."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     numeric = _COMMA_IN_NUMBER.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
-        # A mark inside a word separates two words; at a word's edge, or in a number, it is removed.
-        removed = numeric or f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if removed else " ")
+        # A mark inside a word separates two words; at a word's edge, or in a number, it is noise.
+        noise = numeric or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if noise else " ")
     words = _FULL_STOP.sub("", cleaned).lower().split()
     digits = (_NUMBERS.get(word, word) for word in words)
     return " ".join(_CONTRACTIONS.get(word, word) for word in digits if word not in _ARTICLES)
@@ -55,18 +54,18 @@ def normalise_vqa(text: str) -> str:
 def soft_accuracy(text: str, annotators: Sequence[str]) -> float:
     """min(agreeing / 3, 1), averaged over leaving out each annotator in turn (VQAv2).
 
-    Answer and annotations are normalised. Raises ValueError without annotators.
+    Both sides are normalised. Raises ValueError without annotators.
     """
     if not annotators:
         raise ValueError("soft accuracy needs at least one annotator's answer")
-    answer = normalise_vqa(text)
-    agrees = [normalise_vqa(annotation) == answer for annotation in annotators]
-    total = sum(agrees)
-    return sum(min((total - left_out) / 3, 1.0) for left_out in agrees) / len(agrees)
+    said = normalised(text)
+    agree = [normalised(answer) == said for answer in annotators]
+    total = sum(agree)
+    return sum(min((total - mine) / 3, 1.0) for mine in agree) / len(agree)
 
 
-def parse_yes_no(text: str) -> str:
-    """An answer to a POPE question: "no" if its first sentence contains "no" or "not", else "yes"
+def yes_or_no(text: str) -> str:
+    """An answer to a POPE question: "no" if its first sentence says no or not, else "yes"
     (https://github.com/AoiDragon/POPE)."""
     words = text.split(".")[0].replace(",", "").lower().split()
     return "no" if {"no", "not"} & set(words) else "yes"

@@ -1,24 +1,22 @@
-"""Metrics of a dataset: one number per item, and figures that need the whole set."""
+"""How a dataset's answers are scored: one number per item, and figures that need the whole set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sppruner.evaluation.answers import normalise_plain, parse_yes_no, soft_accuracy
+from sppruner.evaluation.answers import plain, soft_accuracy, yes_or_no
 from sppruner.evaluation.captions import CiderD, bleu4
 
 
 class Metric(Protocol):
-    """Scores answers against an item's reference answers."""
+    """name: as reported. single_answer: whether an item has one right answer."""
 
     name: str
-    """As reported."""
     single_answer: bool
-    """Whether an item has exactly one right answer."""
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        """The score of one answer, given the item's reference answers."""
+        """What a text is worth, given the item's answers."""
         ...
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -27,13 +25,13 @@ class Metric(Protocol):
 
 
 class ExactMatch:
-    """1 if the answer equals the reference up to case, spaces and a full stop, else 0."""
+    """1 for the right answer but for case, spaces and a full stop."""
 
     name = "exact match"
     single_answer = True
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return float(normalise_plain(text) == normalise_plain(answers[0]))
+        return float(plain(text) == plain(answers[0]))
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}
@@ -53,30 +51,29 @@ class SoftAccuracy:
 
 
 class YesNo:
-    """POPE (Li et al., EMNLP 2023, arXiv 2305.10355): accuracy; F1 of "yes"; and the share of "yes"
-    answers, which shows a model's bias."""
+    """POPE (Li et al., EMNLP 2023, arXiv 2305.10355): accuracy, and F1 of "yes" with the share of
+    "yes" that tells a model's bias."""
 
     name = "accuracy"
     single_answer = True
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return float(parse_yes_no(text) == answers[0])
+        return float(yes_or_no(text) == answers[0])
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-        predicted = [parse_yes_no(text) == "yes" for text in texts]
+        said = [yes_or_no(text) == "yes" for text in texts]
         true = [answer[0] == "yes" for answer in answers]
-        hits = sum(p and t for p, t in zip(predicted, true, strict=True))
+        both = sum(s and t for s, t in zip(said, true, strict=True))
         return {
-            "f1": 2 * hits / max(1, sum(predicted) + sum(true)),
-            "precision": hits / max(1, sum(predicted)),
-            "recall": hits / max(1, sum(true)),
-            "yes_ratio": sum(predicted) / len(predicted),
+            "f1": 2 * both / max(1, sum(said) + sum(true)),
+            "precision": both / max(1, sum(said)),
+            "recall": both / max(1, sum(true)),
+            "yes_ratio": sum(said) / len(said),
         }
 
 
 class Captioning:
-    """CIDEr-D per caption, BLEU-4 over all captions. references: the captions of each image, from
-    which the idf is computed."""
+    """CIDEr-D per caption, BLEU-4 over all. references: captions by image, for the idf."""
 
     name = "CIDEr-D"
     single_answer = False

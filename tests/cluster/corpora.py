@@ -25,8 +25,8 @@ def config(source: str, output: str, **settings: Any) -> RunConfig:
 
 
 def plan(source: str, output: str, **settings: Any) -> Plan:
-    settings = config(source, output, **settings)
-    return plan_run(settings, model_revision="r1", image_backend="pil")
+    given = config(source, output, **settings)
+    return plan_run(given, model_revision="r1", image_backend="pil")
 
 
 def read_all(planned: Plan) -> pa.Table:

@@ -176,3 +176,10 @@ def test_grid_refuses_a_plane_with_holes() -> None:
     )
     with pytest.raises(SpecError, match="fill a rectangle"):
         selector("grid").select([holes], [5])
+
+
+def test_an_average_budget_of_fastv_pays_for_the_layers_before_its_stage() -> None:
+    """192 of 576 tokens on average over 32 layers: 2 layers see 576, so 30 see 166.4."""
+    chosen = selector("fastv", count="average")
+    assert chosen.schedule(576, 192, 32).stages == ((2, 166),)
+    assert chosen.schedule(576, 36, 32).stages == ((2, 0),)

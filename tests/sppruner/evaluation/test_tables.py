@@ -58,7 +58,8 @@ def test_csv_is_flat_and_complete() -> None:
 def test_the_plot_is_a_picture_with_a_line_per_method(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(records(), tmp_path / "kept.png")
-    assert Image.open(tmp_path / "kept.png").width > 500
+    with Image.open(tmp_path / "kept.png") as picture:
+        assert picture.width > 500
 
 
 def test_the_error_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

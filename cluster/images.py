@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
-from sppruner.engine.interface import JpegScale
+from sppruner.models import JpegScale
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange width and height

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import FleetUnavailable, UsageError
 from jobs.suites.passes import Timed
-from sppruner.cost.decoder import DecoderCost
+from sppruner.cost.decoder_cost import DecoderCost
 from sppruner.engine import Request
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_inputs

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sppruner.cost.decoder import DecoderCost
+from sppruner.cost.decoder_cost import DecoderCost
 
 PARTS = ("vision", "projector", "pruner", "prefill", "decode")
 """The parts of a row's FLOPs, in the order in which they run."""

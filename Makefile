@@ -9,8 +9,14 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
 
+# Coverage is measured where no model runs: with models it would cost half of their time again.
+MEASURED := tests/cluster tests/integration tests/sppruner/selectors \
+	tests/sppruner/test_spec.py tests/sppruner/test_types.py
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m coverage run -m pytest $(MEASURED)
+	$(BIN)/python .ci/coverage.py
+	$(BIN)/python -m pytest $(MEASURED:%=--ignore=%)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,4 +1,4 @@
-"""The settings of one run: validated once, then frozen. Part of them is the run's identity."""
+"""The settings of one run: validated once, then frozen. Some of them are the run's identity."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
 
-# Bumped when committed rows change shape or meaning: an old output is then another run's.
 SCHEMA_VERSION = 2
+"""Raised when committed rows change shape or meaning: an older output is then another run's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
-    """What one image may cost before it is refused, batch and online alike."""
+    """Bounds of one image, checked before it is decoded, batch and online alike."""
 
     max_bytes: int = 32 * 2**20
+    """Compressed bytes."""
     max_pixels: int = 64_000_000
+    """Width times height."""
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1 or self.max_pixels < 1:
@@ -30,37 +32,47 @@ class MediaLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything a run is told. `identity` is what may not change between resumes.
-
-    control_share: share of rows that also run dense, the base of every measured saving; they run
-    in whole batches, and the run's first unit always has one.
-    auto: the run measures first whether pruning pays, and labels densely where it does not.
-    dtype: the model's, or auto: bfloat16 on a GPU, float32 on a CPU.
-    slots: rows a replica answers side by side at most; None for what its device suits.
-    max_error_share: the run stops once more than this share of at least `error_share_after`
-    rows failed. unit_rows / unit_bytes bound the unit of work: one commit.
-    """
+    """Everything that describes a run. `identity` is what may not change between resumes."""
 
     kind: Kind
+    """caption, or vqa: rows ask their own question and are scored against references."""
     input: str
+    """URI of the corpus: Parquet files or WebDataset tars under it, or one of them."""
     output: str
+    """URI of the output prefix: empty, or of the run to resume."""
     model: str
+    """Folder or Hub name."""
     prompt: str
+    """What every caption row is asked; of VQA rows the template around {question}."""
     spec: PruneSpec
+    """Method and budget of pruning."""
     dtype: str = "auto"
+    """Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     generation: SamplingParams = field(default_factory=SamplingParams)
+    """How tokens are sampled, and how many at most."""
     limit: int | None = None
+    """Rows to label, from the first; None for all."""
     unit_rows: int = 256
+    """Longest unit, which is one commit, in rows: 1 to 512."""
     unit_bytes: int = 64 * 2**20
+    """Largest unit in bytes as read; a single row may exceed it."""
     control_share: float = 0.05
+    """Share of rows, in [0, 1], that also run dense: the base of every measured saving."""
     auto: bool = False
+    """Measure first whether pruning pays, and label densely where it does not."""
     media: MediaLimits = field(default_factory=MediaLimits)
-    # Below: how the run is carried out. Free to change between resumes.
+    """Bounds of one image."""
+    # Below: how the run is carried out. These may change between resumes.
     replicas: int = 1
+    """Model replicas to start, where none serve this model."""
     slots: int | None = None
+    """Rows that a replica answers at once; None for what its device suits."""
     max_error_share: float = 0.2
+    """The run stops once a larger share of its rows failed, in [0, 1]."""
     error_share_after: int = 500
+    """Rows after which `max_error_share` counts."""
     max_attempts: int = 3
+    """Replica deaths before a call is quarantined."""
 
     def __post_init__(self) -> None:
         checks: list[tuple[bool, str]] = [
@@ -89,8 +101,8 @@ class RunConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is written. Model revision, image backend and the corpus
-        listing are added by the plan, which has looked at them."""
+        """The settings that decide what is written. Planning adds model revision, image backend
+        and corpus listing, which it looks up."""
         settings: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
@@ -113,7 +125,7 @@ class RunConfig:
             # in full: a run from before that existed cannot be resumed.
             "reduced_jpegs": True,
         }
-        # Named where they are asked for alone: runs that were begun before they existed go on.
+        # Included only when set, so that older runs keep their id.
         if self.generation.stop:
             settings["generation"]["stop"] = list(self.generation.stop)
         if self.auto:

@@ -1,7 +1,7 @@
-"""The run controller: one named, detached actor that knows what runs are doing now.
+"""The run controller: one named, detached actor with a live view of the cluster's runs.
 
-It holds no truth. Committed output does; a driver that starts or resumes registers its run again
-with what the store says, so losing this actor loses nothing but the view of it.
+The view is a cache of committed output. A driver that starts or resumes registers its run with
+what the store holds, so losing this actor loses nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from cluster.accounting.ledger import UnitLedger
 logger = structlog.get_logger(__name__)
 
 CONTROLLER_NAME = "run-controller"
+"""The actor's name."""
 CONTROLLER_NAMESPACE = "sppruner"
+"""The actor's Ray namespace."""
 _ANSWER_SECONDS = 10.0
 
 RunState: TypeAlias = Literal["running", "completed", "completed_with_errors", "failed", "stopped"]
@@ -30,27 +32,38 @@ RunState: TypeAlias = Literal["running", "completed", "completed_with_errors", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """One run as of now. rows_per_second is over this attempt alone: rows that an earlier attempt
-    committed count as done, not as speed. eta_seconds is None until there is a speed.
-
-    seconds are measured, flops modelled: of the committed rows as they ran, and as if dense.
-    """
+    """One run as of now."""
 
     run_id: str
+    """See `Identity.run_id`."""
     state: RunState
+    """What the run is doing, or how it ended."""
     units_done: int
+    """Committed units."""
     units_total: int
+    """Planned units."""
     rows_done: int
+    """Committed rows."""
     rows_total: int
+    """Planned rows."""
     rows_failed: Mapping[str, int]
+    """Committed error rows by code."""
     rows_per_second: float
+    """Of this attempt: rows that an earlier attempt committed are done, but not speed."""
     eta_seconds: float | None
+    """Until the last commit at this speed; None until there is a speed."""
     visual_tokens: int
+    """Of the committed rows, before pruning."""
     visual_tokens_kept: int
+    """Of the committed rows, after pruning."""
     seconds: float
+    """Measured compute of the committed rows."""
     flops: int
+    """Modelled FLOPs of the committed rows."""
     flops_dense: int
+    """Modelled FLOPs of the committed rows, unpruned."""
     meta: Mapping[str, Any]
+    """Kind, output, model and spec."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +82,7 @@ class _Run:
 
 
 class RunController:
-    """A plain class: `get_controller` makes the actor of it. Every method may be called twice."""
+    """A plain class; `get_controller` makes an actor of it. Every method is idempotent."""
 
     def __init__(self) -> None:
         self._runs: dict[str, _Run] = {}
@@ -100,7 +113,7 @@ class RunController:
         )
 
     def unit_committed(self, run_id: str, unit_id: str, ledger: UnitLedger) -> bool:
-        """Counts a committed unit once, however often it is told. False: the run is unknown here
+        """Counts a committed unit once, however often it is reported. False: the run is unknown
         (this actor restarted), and its driver should register it again."""
         run = self._runs.get(run_id)
         if run is None:
@@ -133,7 +146,7 @@ class RunController:
         )
 
     def progress(self, run_id: str) -> RunProgress | None:
-        """None for a run this actor was not told of."""
+        """None for a run that is not registered."""
         run = self._runs.get(run_id)
         if run is None:
             return None
@@ -159,9 +172,9 @@ class RunController:
         )
 
     def runs(self) -> list[RunProgress]:
-        """Every run this actor was told of, the latest registered last."""
-        seen = (self.progress(run_id) for run_id in self._runs)
-        return [progress for progress in seen if progress is not None]
+        """Every registered run, in order of registration."""
+        known = (self.progress(run_id) for run_id in self._runs)
+        return [progress for progress in known if progress is not None]
 
 
 def get_controller() -> ActorHandle[RunController]:
@@ -179,20 +192,20 @@ def get_controller() -> ActorHandle[RunController]:
 
 
 def report_commit(run_id: str, unit_id: str, ledger: UnitLedger) -> None:
-    """Tells the controller of a commit, without waiting: the commit itself is what counts."""
+    """Reports a commit to the controller without waiting for it: the committed object counts."""
     controller = _find_controller()
     if controller is not None:
         controller.unit_committed.remote(run_id, unit_id, ledger)
 
 
 async def stop_reason(run_id: str) -> str | None:
-    """The controller's answer, or None where it cannot be asked: a run needs no controller."""
+    """The controller's answer; None where it is unreachable, since a run needs no controller."""
     controller = _find_controller()
     if controller is None:
         return None
     try:
-        asked = controller.stop_reason.remote(run_id)
-        reason: str | None = await asyncio.wait_for(asked, _ANSWER_SECONDS)
+        answer = controller.stop_reason.remote(run_id)
+        reason: str | None = await asyncio.wait_for(answer, _ANSWER_SECONDS)
     except (RayError, TimeoutError) as error:
         logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
         return None
@@ -200,7 +213,7 @@ async def stop_reason(run_id: str) -> str | None:
 
 
 async def list_runs() -> list[RunProgress]:
-    """The runs the controller knows; empty where it cannot be asked."""
+    """The registered runs; empty where the controller is unreachable."""
     controller = _find_controller()
     if controller is None:
         return []
@@ -213,7 +226,7 @@ async def list_runs() -> list[RunProgress]:
 
 
 def _find_controller() -> ActorHandle[RunController] | None:
-    # Asked outside Ray, get_actor would start a Ray of its own.
+    # Outside Ray, get_actor would start a local Ray.
     if not ray.is_initialized():
         return None
     try:

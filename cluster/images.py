@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
-from sppruner.engine.interface import Reduction
+from sppruner.engine.interface import JpegScale
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded, as Pillow names them."""
@@ -24,14 +24,14 @@ _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def decode_image(
-    data: bytes | None, limits: MediaLimits, reduction: Reduction | None = None
+    data: bytes | None, limits: MediaLimits, jpeg_scale: JpegScale | None = None
 ) -> Image.Image:
     """The image as RGB with its EXIF orientation applied, fully in memory.
 
-    reduction: the factor by which a JPEG of a given size is decoded smaller (`Engine.reduction`);
+    jpeg_scale: the factor by which a JPEG of a given size is decoded smaller (`Engine.jpeg_scale`);
     None: full size. Other formats are always decoded in full. An animation gives its first frame.
     Transparency is dropped, as the models' own processors do. Raises ImageMissing, ImageTooLarge or
-    ImageUndecodable, the same for the same bytes whatever the reduction; a truncated image is
+    ImageUndecodable, the same for the same bytes whatever the scale; a truncated image is
     undecodable.
     """
     if data is None:
@@ -46,11 +46,11 @@ def decode_image(
             raise ImageTooLarge(
                 f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
             )
-        if reduction is None or not isinstance(image, JpegImageFile):
+        if jpeg_scale is None or not isinstance(image, JpegImageFile):
             return _convert_to_rgb(image)
         if image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED:
             width, height = height, width
-    factor = reduction(width, height)
+    factor = jpeg_scale(width, height)
     if factor > 1:
         try:
             return _decode_scaled(data, factor)

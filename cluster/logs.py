@@ -18,11 +18,11 @@ LogFormat: TypeAlias = Literal["console", "keyvalue", "json"]
 LOG_FORMAT_VARIABLE = "SPPRUNER_LOG_FORMAT"
 LOG_LEVEL_VARIABLE = "SPPRUNER_LOG_LEVEL"
 
-# For `ray.init(runtime_env=...)`: a name, so that workers import it instead of unpickling it.
 WORKER_HOOK = {"worker_process_setup_hook": "cluster.logs.configure_logs"}
+"""For `ray.init(runtime_env=…)`: a name, so that workers import the hook, not unpickle it."""
 
-# What these say at INFO is about themselves, hundreds of lines per run.
-_CHATTERERS = (
+# Loggers that write hundreds of INFO lines per run about themselves.
+_VERBOSE_LOGGERS = (
     "ray",
     "ray.data",
     "ray.serve",
@@ -49,7 +49,7 @@ def log_format() -> LogFormat:
 
 
 def log_level() -> int:
-    """SPPRUNER_LOG_LEVEL if set (debug tells of every unit read and labelled); else info."""
+    """SPPRUNER_LOG_LEVEL if set (debug logs every unit read and labelled); else info."""
     chosen = os.environ.get(LOG_LEVEL_VARIABLE, "info")
     levels = logging.getLevelNamesMapping()
     if chosen.upper() not in levels:
@@ -58,7 +58,7 @@ def log_level() -> int:
 
 
 def configure_logs() -> None:
-    """Logs go to stderr; stdout stays free for what a command was asked to print."""
+    """Sends logs to stderr; stdout stays free for a command's own output."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -72,9 +72,9 @@ def configure_logs() -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
-    for name in _CHATTERERS:
+    for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Serve sets its logger's level anew when it is imported, which in workers is after this.
+    # Serve resets its logger's level when it is imported, which in workers happens after this.
     logging.getLogger("ray.serve").addFilter(_is_warning)
 
 

@@ -72,7 +72,7 @@ class StreamingReplicas(Replicas, Protocol):
         ...
 
 
-def error_result(id: str, error: RowError) -> Result:
+def row_error_result(id: str, error: RowError) -> Result:
     """The result of a request that failed outside the engine."""
     return Result(
         id=id,

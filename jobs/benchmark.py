@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
-from cluster.report.terminal import console
 from jobs.suites.engine import METHODS, engine
 from jobs.suites.online import online
 from jobs.suites.pipeline import pipeline
@@ -178,11 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     configure_logs()
     try:
-        result = timed(checked(arguments), console(stderr=True))
+        result = timed(checked(arguments), open_console(stderr=True))
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
-    console().print(*shown(result))
+    open_console().print(*shown(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.markdown:

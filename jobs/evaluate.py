@@ -26,9 +26,9 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cluster.config import MediaLimits
+from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
-from cluster.report.terminal import console
 from jobs.arguments import parse_methods, parse_shares, specs_of
 from jobs.overlays import write_overlays
 from sppruner import PruneSpec, SpprunerError
@@ -36,13 +36,13 @@ from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import (
     FORMATS,
     Dataset,
-    ahead_of,
-    answers_due,
-    cannot,
     compare,
+    count_answers,
     drawn_scenes,
+    paired_differences,
     read_dataset,
-    rows,
+    result_records,
+    unsupported_records,
 )
 from sppruner.evaluation.plot import check_plot, plot
 from sppruner.evaluation.tables import (
@@ -51,8 +51,8 @@ from sppruner.evaluation.tables import (
     FIDELITY,
     comma_separated,
     markdown,
+    method_of,
     percent,
-    written,
 )
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model, resolve_model
 
@@ -216,7 +216,7 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
                 table.add_row("majority answer", "", *guessed)
             for entry in entries:
                 by_type = (percent(entry["by_type"][kind]) for kind in kinds)
-                table.add_row(written(entry), percent(entry["kept_share"]), *by_type)
+                table.add_row(method_of(entry), percent(entry["kept_share"]), *by_type)
             yield table
 
 
@@ -238,12 +238,12 @@ def add_model(
 ) -> None:
     """Evaluates one model into the document of `--json`."""
     name = loaded.identity.name
-    with progress(told, name, answers_due(dataset, specs)) as advance:
-        comparison = compare(loaded, dataset, specs, batch_rows=batch_rows, advance=advance)
+    with progress(told, name, count_answers(dataset, specs)) as advance:
+        comparison = compare(loaded, dataset, specs, batch_size=batch_rows, advance=advance)
     document["models"][name] = loaded.identity.revision
-    document["rows"] += rows(name, comparison)
-    document["ahead_of"] += ahead_of(name, comparison.scores)
-    document["cannot"] += (failures := cannot(name, comparison))
+    document["rows"] += result_records(name, comparison)
+    document["ahead_of"] += paired_differences(name, comparison.scores)
+    document["cannot"] += (failures := unsupported_records(name, comparison))
     for failed in failures:
         kept = percent(failed["retained"])
         line = f"{name}, {failed['method']} at {kept} %: cannot: {failed['reason']}"
@@ -265,7 +265,7 @@ def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    told = console(stderr=True)
+    told = open_console(stderr=True)
     try:
         methods = parse_methods(arguments.methods)
         specs = specs_of(methods, parse_shares(arguments.retain))
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": [],
             "ahead_of": [],
             "cannot": [],
-            "majority_by_type": dataset.majority(),
+            "majority_by_type": dataset.majority_baseline(),
             "models": {},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(document, arguments)
             if arguments.overlay:
                 write_overlays(loaded, dataset, specs, arguments.overlay)
-        console().print(*tables(document))
+        open_console().print(*tables(document))
     except SpprunerError as error:
         told.print(f"evaluate: {error}", style="red", markup=False)
         return 2

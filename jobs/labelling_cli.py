@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Kind, RunConfig
+from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
-from cluster.report.terminal import console, print_report
+from cluster.report.terminal import print_report
 from cluster.runs.run import run
 from jobs.demo_results import keep_results
 from jobs.make_corpus import make_corpus
@@ -124,7 +125,7 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
 def _main(job: Job, arguments: argparse.Namespace) -> int:
     if (arguments.input is None) != (arguments.output is None):
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
-    told = console(stderr=True)
+    told = open_console(stderr=True)
     with ExitStack() as stack:
         demo = arguments.input is None
         environment: Mapping[str, str] = {}

@@ -21,11 +21,17 @@ from cluster.images import decode_image
 from cluster.output.answered_rows import AnsweredRow, answered_rows
 from cluster.output.summary import Summary
 from sppruner.errors import SpprunerError
-from sppruner.evaluation import Dataset, Item, label
+from sppruner.evaluation import Dataset, Item, method_label
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
-from sppruner.pictures.geometry import seen
-from sppruner.pictures.overlay import counts_of, legend, overlay, prepared_of, selections_as_told
+from sppruner.pictures.geometry import visible_crop
+from sppruner.pictures.overlay import (
+    count_kinds,
+    legend,
+    overlay,
+    prepare_image,
+    selections_from_report,
+)
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 
@@ -53,7 +59,7 @@ def write_overlays(
         members = [spec for spec in specs if spec.budget.ratio == budget]
         tiles = []
         for item in _one_per_image(dataset)[:_IMAGES]:
-            image = seen(item.image(), loaded.processor.image_processor)
+            image = visible_crop(item.image(), loaded.processor.image_processor)
             tiles.append(Tile(image=_fitted(image), title=item.kind, text=item.prompt))
             tiles += [_tile(pruner, loaded, item, spec) for spec in members]
         written.append(folder / f"{name}-{budget}.png")
@@ -102,13 +108,13 @@ def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary)
         raise UsageError(f"row {row.key!r} was labelled with every token: nothing to draw")
     try:
         # As the run decoded: one that was begun before reductions existed read all pixels.
-        reduction = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
-        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), reduction)
-        prepared = prepared_of(pruner, processor, image, row.prompt, row.spec)
+        jpeg_scale = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
+        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), jpeg_scale)
+        prepared = prepare_image(pruner, processor, image, row.prompt, row.spec)
     except (RowError, SpprunerError) as error:
         raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error
     (report,) = prepared.reports
-    view = seen(image, processor.image_processor)
+    view = visible_crop(image, processor.image_processor)
     if report.kept_tokens == row.kept_tokens:
         return overlay(view, prepared.selections)
     dtype, device = pruner.model.dtype, pruner.model.device.type
@@ -124,7 +130,7 @@ def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary)
         )
     differ = _differ(report.kept_tokens, row.kept_tokens)
     log.warning("overlay_as_told", row=row.key, dtype=str(dtype), tokens_chosen_otherwise=differ)
-    return overlay(view, selections_as_told(prepared, row.kept_tokens))
+    return overlay(view, selections_from_report(prepared, row.kept_tokens))
 
 
 def _count(mask: bytes) -> int:
@@ -154,13 +160,13 @@ def _model_of(summary: Summary) -> LoadedModel:
 
 
 def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
-    title, image = label(spec.method, spec.options), item.image()
+    title, image = method_label(spec.method, spec.options), item.image()
     try:
-        prepared = prepared_of(pruner, loaded.processor, image, item.prompt, spec)
+        prepared = prepare_image(pruner, loaded.processor, image, item.prompt, spec)
     except SpprunerError as error:
         return Tile(image=None, title=title, text=f"cannot: {error}", failed=True)
-    view = seen(image, loaded.processor.image_processor)
-    counts = counts_of(prepared.selections)
+    view = visible_crop(image, loaded.processor.image_processor)
+    counts = count_kinds(prepared.selections)
     text = ", ".join(f"{name} {count}" for name, count in counts.items())
     if prepared.stages is not None:
         text += ", more are dropped inside the decoder"

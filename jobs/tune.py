@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from cluster.report.terminal import console
+from cluster.console import open_console
 from jobs.arguments import parse_methods, parse_shares, specs_of
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
-from sppruner.evaluation import Dataset, compare, drawn_scenes, label
+from sppruner.evaluation import Dataset, compare, drawn_scenes, method_label
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.spec import OptionValue, parse_value
 
@@ -117,14 +117,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    told = console(stderr=True)
+    told = open_console(stderr=True)
     try:
         methods, grid = parse_methods(arguments.method), parse_grid(arguments.grid)
         if len(methods) != 1:
             raise SpecError(f"--method {arguments.method!r}: start from one method")
         for name, values in grid.items():
             for value in values:
-                parse_methods(label(methods[0].method, {name: value}))
+                parse_methods(method_label(methods[0].method, {name: value}))
         dataset = drawn_scenes(arguments.questions, split="tuning")
         models = [load_model(name) for name in dict.fromkeys(arguments.model or [EMBEDDED])]
         worth = worth_on(models, dataset, parse_shares(arguments.retain))
@@ -132,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in search(methods[0], grid, worth, arguments.rounds):
             tried.append(step)
             mark = "  best so far" if step["best"] else ""
-            console().print(
-                f"{100 * step['worth']:7.3f} %  {label(methods[0].method, step['options'])}{mark}",
+            name = method_label(methods[0].method, step["options"])
+            open_console().print(
+                f"{100 * step['worth']:7.3f} %  {name}{mark}",
                 markup=False,
                 highlight=False,
             )
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "best": best,
             "tried": tried,
             "dataset": dataset.name,
-            "questions": dataset.questions,
+            "questions": dataset.question_count,
             "retain": parse_shares(arguments.retain),
             "models": {m.identity.name: m.identity.revision for m in models},
         }

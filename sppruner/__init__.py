@@ -14,13 +14,14 @@
     print(processor.batch_decode(answer.tokens_BT, skip_special_tokens=True)[0])
     print(answer.reports[0].visual_tokens_kept, "of", answer.reports[0].visual_tokens)
 
-Imports torch and transformers only: no Ray, no object store, no HTTP. They are imported when a name
-that needs them is first used: a process that only carries specs around starts without them.
+Imports torch and transformers only: no Ray, no object store, no HTTP. Both load when a name that
+needs them is first used, so a process that only passes specs on starts without them.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from sppruner.errors import SpprunerError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sppruner.selectors import available
     from sppruner.types import PruneReport, Selection, VisualTokens
 
+# The module that defines each name which is loaded on first use.
 _HOMES = {
     "Generated": "sppruner.pruner",
     "Prepared": "sppruner.pruner",
@@ -60,6 +62,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ask_about":
+        warnings.warn(
+            "sppruner.ask_about is now sppruner.build_inputs", DeprecationWarning, stacklevel=2
+        )
+        name = "build_inputs"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,7 +1,10 @@
-"""The only place that re-packs sequences: from a keep mask to left-padded, gathered tensors.
+"""Re-packs sequences: from a keep mask to left-padded, gathered tensors. Nothing else does.
 
-Left padding is what `generate` expects; gathering with one stable argsort keeps the order of the
-kept tokens and needs no loop over rows.
+`generate` expects left padding. One stable argsort keeps the order of the kept tokens without a
+loop over rows.
+
+Shapes: B batch rows, S length of the prompts, L length of the longest kept row, R rows of position
+ids: one (1-D RoPE) or four (text, time, height, width; M-RoPE).
 """
 
 from __future__ import annotations
@@ -16,19 +19,23 @@ from sppruner.spec import Positions
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Compacted:
-    """A shortened batch. input_ids_BL, attention_mask_BL: int64. positions_RBL: one row (1-D RoPE)
-    or four (text, t, h, w)."""
+    """A shortened batch, padded on the left."""
 
     input_ids_BL: Tensor
+    """int64 token ids; `pad_id` at padding."""
+
     attention_mask_BL: Tensor
+    """int64, 1 for tokens and 0 at padding."""
+
     positions_RBL: Tensor
+    """int64 position ids; 0 at padding."""
 
 
 def keep_to_index(keep_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Left-padded gather indices and their mask, both [B, L] with L the longest kept row.
 
-    Rows with fewer kept tokens are padded on the left with indices of dropped positions; the mask
-    is 0 there.
+    Rows with fewer kept tokens are padded on the left with indices of dropped tokens; the mask is 0
+    there.
     """
     length = int(keep_BS.sum(dim=1).max())
     order_BS = keep_BS.to(torch.uint8).argsort(dim=1, stable=True)
@@ -37,7 +44,7 @@ def keep_to_index(keep_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def full_positions(attention_mask_BS: Tensor) -> Tensor:
-    """1-D positions of the unpruned prompt, [1, B, S]: what `generate` itself would make."""
+    """1-D positions of the unpruned prompt, [1, B, S], as `generate` itself makes them."""
     positions_BS = attention_mask_BS.to(torch.int64).cumsum(dim=1) - 1
     return positions_BS.clamp(min=0).unsqueeze(0)
 
@@ -52,10 +59,10 @@ def compact(
 ) -> Compacted:
     """Gathers ids and positions of the kept tokens; `keep_BS` is False at padding too.
 
-    Padding gets `pad_id`: what was gathered there may be a dropped image placeholder, which the
-    model would count.
+    Padding gets `pad_id`: the gathered id there may be a dropped image placeholder, which the model
+    would count.
 
-    "keep" leaves positions as they were; "renumber" counts the kept tokens from 0. With several
+    policy: "keep" leaves positions unchanged; "renumber" counts the kept tokens from 0. Of four
     position rows (M-RoPE) only the text row may be renumbered, and it always is: transformers reads
     gaps there as borders between packed sequences.
     """

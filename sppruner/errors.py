@@ -1,21 +1,34 @@
-"""Every error the library raises.
+"""Every error the library raises, with the code and stage of the row error it becomes.
 
-SpprunerError
-├── SpecError            a budget, spec or option that cannot mean anything
-├── UnknownMethod        no selector of that name
-├── UnsupportedModel     no adapter for the model, or a version without the needed interface
-├── MissingSignal        the method needs a signal this family cannot give
-├── InputError           a prompt the model cannot take: wrong image count, too long, no image
-├── EngineError          an engine that cannot answer even a blank image
-├── EvaluationError      a dataset, image or output an evaluation cannot work with
-└── PruningHadNoEffect   the packed sequence does not hold the tokens the budget asked for
+SpprunerError             prompt_invalid     prompt
+├── SpecError             prompt_invalid     prompt   a budget, spec or option without a meaning
+│   └── UnknownMethod     prompt_invalid     prompt   no selector of that name
+├── UnsupportedModel      prompt_invalid     prompt   no adapter, or no interface in this version
+├── MissingSignal         prompt_invalid     prompt   a signal that this family cannot give
+├── InputError            prompt_invalid     prompt   wrong image count, too long, no image
+├── EngineError           inference_failed   infer    an engine that cannot answer a blank image
+├── EvaluationError       prompt_invalid     prompt   a dataset or output that cannot be evaluated
+└── PruningHadNoEffect    pruning_no_effect  infer    the packed prompt is not what the budget asks
+
+Any other exception that a request provokes has the code and stage of EngineError.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal, TypeAlias
+
+RowStage: TypeAlias = Literal["read", "decode", "prompt", "infer"]
+"""Where a row failed: reading it, decoding its image, building its prompt, or running the model."""
+
 
 class SpprunerError(Exception):
     """Base of the library's errors."""
+
+    code: ClassVar[str] = "prompt_invalid"
+    """The error code of a row that ends in this error; stable, part of the output's contract."""
+
+    stage: ClassVar[RowStage] = "prompt"
+    """The stage of a row that ends in this error."""
 
 
 class SpecError(SpprunerError, ValueError):
@@ -39,7 +52,10 @@ class InputError(SpprunerError, ValueError):
 
 
 class EngineError(SpprunerError):
-    """An engine that cannot answer even a blank image."""
+    """An engine that cannot answer even a blank image, or breaks its contract."""
+
+    code: ClassVar[str] = "inference_failed"
+    stage: ClassVar[RowStage] = "infer"
 
 
 class EvaluationError(SpprunerError):
@@ -48,3 +64,6 @@ class EvaluationError(SpprunerError):
 
 class PruningHadNoEffect(SpprunerError):
     """The packed sequence does not hold the tokens the budget asked for."""
+
+    code: ClassVar[str] = "pruning_no_effect"
+    stage: ClassVar[RowStage] = "infer"

@@ -1,4 +1,4 @@
-"""Questions about images as a processor's batch, through the model's own chat template."""
+"""Builds a processor's batch of prompts with images, through the model's own chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sppruner.errors import InputError
 
 
 def placeholder_words(processor: Any) -> list[str]:
-    """The words that stand for an image or a video in a prompt."""
+    """The strings that stand for an image or a video in a prompt."""
     names = ("image_token", "video_token")
     return [word for name in names if (word := getattr(processor, name, None)) is not None]
 
@@ -22,31 +22,30 @@ def build_inputs(
     images: Sequence[Image.Image | Sequence[Image.Image]],
     systems: Sequence[str | None] | None = None,
 ) -> Any:
-    """The processor's tensors for prompts with their images in front of the words.
+    """The processor's tensors for prompts, each with its images in front of its text.
 
-    images: one image, several or none per prompt. systems: a system message for each prompt, or
-    None. Raises InputError for words that would read as one more image, or as a video.
+    images: one image, several or none per prompt. systems: a system message or None per prompt.
+    Raises InputError for text that the model would read as another image or a video.
     """
-    shown = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
-    spoken = systems or [None] * len(prompts)
+    image_lists = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
+    messages = systems or [None] * len(prompts)
     reserved = placeholder_words(processor)
     turns = []
-    for prompt, pictures, system in zip(prompts, shown, spoken, strict=True):
+    for prompt, own_images, system in zip(prompts, image_lists, messages, strict=True):
         for word in reserved:
             if word in prompt or word in (system or ""):
                 raise InputError(
                     f"the prompt holds {word!r}, which stands for an image or video: remove it"
                 )
-        content: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
+        content: list[dict[str, str]] = [{"type": "image"} for _ in own_images]
         content.append({"type": "text", "text": prompt})
         turn: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system:
-            said = {"role": "system", "content": [{"type": "text", "text": system}]}
-            turn.insert(0, said)
+            turn.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         turns.append(turn)
     return processor(
         text=[processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns],
-        images=shown if any(shown) else None,
+        images=image_lists if any(image_lists) else None,
         padding=True,
         add_special_tokens=False,
         return_tensors="pt",

@@ -1,11 +1,14 @@
-"""The public face: generate with pruned visual tokens, on an unmodified Hugging Face model.
+"""`Pruner`: `generate` with pruned visual tokens, on an unmodified Hugging Face model.
 
     pruner = Pruner(model, tokenizer=processor.tokenizer)
     generated = pruner.generate(processor(images=…, text=…, return_tensors="pt"), spec)
 
-The images are encoded once, each prompt's tokens are selected under its own spec, the batch is
-re-packed at its shorter length, and `generate` gets the pruned features through transformers' own
-`mm_encoder_outputs`: KV cache, beams, sampling and stopping work as always.
+Images are encoded once, each prompt's tokens are selected under its own spec, the batch is
+re-packed at its shorter length, and `generate` takes the pruned features through transformers' own
+`mm_encoder_outputs`: KV cache, beams, sampling and stopping work as without pruning.
+
+Shapes: B batch rows, S length of the processor's prompts, L length of the packed prompts, R rows of
+position ids (one, or four with M-RoPE), T generated tokens.
 """
 
 from __future__ import annotations
@@ -18,78 +21,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppruner.adapters import Adapter, Capabilities, Encoded, EncodedImage, Kept, adapter_for
+from sppruner.adapters import Adapter, Encoded, EncodedImage, Kept, adapter_for
+from sppruner.capabilities import Capabilities
 from sppruner.compact import compact
-from sppruner.errors import InputError, MissingSignal, UnsupportedModel
-from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
+from sppruner.errors import InputError, UnsupportedModel
+from sppruner.relevance import ClipText, EmbeddingCosine, TextRelevance
 from sppruner.reports import dense_reports, pruned_reports
+from sppruner.resolved_spec import AnySpec, ResolvedSpec, resolve_spec
 from sppruner.selection import keep, kept_mask, select, selection_flops, token_schedules
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
-from sppruner.types import PruneReport, Selection, VisualTokens
+from sppruner.types import PruneReport, RelevanceSource, Selection, VisualTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
-    """A batch ready for `Pruner.run`: `inputs` are `generate`'s keyword arguments, to be used
-    inside a `StageDriver` of `stages` where there are any.
-
-    reports: one per prompt. images, kept: what was encoded, and what stays of each. selections: per
-    plane of an image, in prompt order, (tokens, selection) for pictures and statistics.
-    """
+    """A batch ready for `Pruner.run`."""
 
     inputs: dict[str, Any]
+    """Keyword arguments of `generate`, to be used inside a `StageDriver` of `stages` if set."""
+
     reports: list[PruneReport]
+    """One per prompt."""
+
     images: tuple[EncodedImage, ...]
+    """What was encoded, in prompt order."""
+
     kept: list[Kept]
+    """What stays of each image."""
+
     selections: list[tuple[VisualTokens, Selection]]
+    """(tokens, selection) of each plane of each image in prompt order, for pictures and
+    statistics."""
+
     stages: StagePlan | None = None
+    """What is pruned inside the decoder; None for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Generated:
-    """tokens_BT: new tokens only. output: what `generate` returned, untouched."""
+    """The result of `generate` on a batch."""
 
     tokens_BT: Tensor
+    """New tokens only, as `generate` pads them."""
+
     reports: list[PruneReport]
+    """One per prompt."""
+
     output: Any
+    """What `generate` returned, unchanged."""
 
 
 def check_spec(
-    spec: PruneSpec, can: Capabilities, *, sources: Container[Source] = ("embed",)
+    spec: PruneSpec, can: Capabilities, *, sources: Container[RelevanceSource] = ("embed",)
 ) -> None:
-    """Whether a model can run `spec`, before any weights are loaded.
-
-    sources: what text relevance can come from. A model comes with its tokenizer, which is enough
-    for "embed", but not with a CLIP text tower. Raises UnknownMethod, SpecError (a bad option) or
-    MissingSignal (the family cannot do what the method needs, or the relevance asked for has no
-    source).
-    """
-    selector = selector_for(spec)
-    if selector is None:
-        return
-    missing = selector.signals - can.signals
-    if missing:
-        raise MissingSignal(f"method {spec.method!r} needs {', '.join(sorted(missing))}: not {can}")
-    if spec.positions not in can.positions:
-        raise MissingSignal(f"positions {spec.positions!r} cannot run on {can}")
-    selector.check(spec.budget, can)
-    require_source(selector.relevance_source, sources)
-
-
-def _per_row(specs: PruneSpec | Sequence[PruneSpec], rows: int) -> list[PruneSpec]:
-    per_row = [specs] * rows if isinstance(specs, PruneSpec) else list(specs)
-    if len(per_row) != rows:
-        raise InputError(f"{len(per_row)} specs for {rows} prompts")
-    return per_row
+    """Raises what `resolve_spec` raises for a spec that a model cannot run; needs no weights."""
+    resolve_spec(spec, can, sources=sources)
 
 
 class Pruner:
     """Prunes visual tokens of one model instance. Not thread-safe: one call at a time.
 
     tokenizer: needed by methods that use the instruction's text ("embed" relevance).
-    clip_text: needed by methods asked for "clip" relevance.
+    clip_text: needed by methods with "clip" relevance.
     Raises UnsupportedModel for a family without an adapter.
     """
 
@@ -116,46 +111,52 @@ class Pruner:
             )
         self._relevance = TextRelevance(words, clip_text)
 
+    def resolve(self, spec: PruneSpec) -> ResolvedSpec:
+        """The spec with its method, for `prepare` and `generate`, which then check nothing again.
+
+        Raises what `prepare` would raise later: unknown method, bad option, missing signal,
+        tokenizer or text tower.
+        """
+        return resolve_spec(spec, self.adapter.capabilities, sources=self._relevance.sources)
+
     def check(self, spec: PruneSpec) -> None:
-        """Raises now what `prepare` would raise later: unknown method, bad option, missing signal,
-        tokenizer or text tower."""
-        check_spec(spec, self.adapter.capabilities, sources=self._relevance.sources)
+        """Raises what `resolve` raises."""
+        self.resolve(spec)
 
     @staticmethod
-    def signals(specs: Sequence[PruneSpec]) -> frozenset[str]:
-        """What the encoder must be asked for on the way."""
-        selectors = [selector_for(spec) for spec in specs]
+    def signals(specs: Sequence[AnySpec]) -> frozenset[str]:
+        """The signals that the encoder must read for these specs."""
+        selectors = [s.selector if isinstance(s, ResolvedSpec) else selector_for(s) for s in specs]
         return frozenset[str]().union(*(s.signals for s in selectors if s is not None))
 
     @torch.no_grad()
     def prepare(
         self,
         inputs: Mapping[str, Tensor],
-        specs: PruneSpec | Sequence[PruneSpec],
+        specs: AnySpec | Sequence[AnySpec],
         instructions: Sequence[str] | None = None,
         *,
         encoded: Encoded | None = None,
     ) -> Prepared:
         """Encodes, selects and re-packs a processor's batch.
 
-        specs: one for all prompts, or one each. instructions: the users' words per prompt, for
-        text relevance; without them every prompt is treated as saying nothing about its image.
-        encoded: what `adapter.encode` gave for these inputs and `signals(specs)`, to ask many specs
-        of images that are encoded once; `inputs` then need no pixels. Raises InputError for prompts
-        that do not fit their images, SpecError for bad specs.
+        specs: one for all prompts, or one each. instructions: the user's text per prompt, for text
+        relevance; without it no prompt says anything about its image. encoded: the result of
+        `adapter.encode` for these inputs and `signals(specs)`, to run many specs on images that are
+        encoded once; `inputs` then need no pixels. Raises InputError for prompts that do not fit
+        their images, SpecError for bad specs.
         """
         ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
-        per_row = _per_row(specs, ids_BS.shape[0])
-        for spec in set(per_row):
-            self.check(spec)
+        resolved = self._resolve_rows(specs, ids_BS.shape[0])
+        per_row = [row.spec for row in resolved]
         if encoded is None and inputs.get("pixel_values") is None:
             plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
             reports = dense_reports(self.adapter, per_row, inputs)
             return Prepared(inputs=plain, reports=reports, images=(), kept=[], selections=[])
 
-        selectors = [selector_for(spec) for spec in per_row]
+        selectors = [row.selector for row in resolved]
         if encoded is None:
-            encoded = self.adapter.encode(inputs, self.signals(per_row))
+            encoded = self.adapter.encode(inputs, self.signals(resolved))
         images = encoded.images
         if instructions is not None:
             images = self._relevance.of(images, selectors, instructions)
@@ -194,7 +195,7 @@ class Pruner:
                 compacted=compacted,
                 images=images,
                 schedules=schedules,
-                features=self.adapter.fed(packed),
+                features=self.adapter.packed_features(packed),
                 selection_flops=[
                     selection_flops(image, chosen, selectors[image.row])
                     for image, chosen in zip(images, selections, strict=True)
@@ -219,24 +220,25 @@ class Pruner:
     def generate(
         self,
         inputs: Mapping[str, Tensor],
-        specs: PruneSpec | Sequence[PruneSpec] = DENSE,
+        specs: AnySpec | Sequence[AnySpec] = DENSE,
         instructions: Sequence[str] | None = None,
         **generate_kwargs: Any,
     ) -> Generated:
         """`model.generate` on the pruned batch; the keyword arguments are its own.
 
-        A batch that is dense throughout goes to `generate` untouched: the honest control.
+        A batch that is dense throughout goes to `generate` unchanged, so that it is a true dense
+        control.
         """
-        per_row = _per_row(specs, inputs["input_ids"].shape[0])
-        if all(spec.is_dense for spec in per_row):
-            reports = dense_reports(self.adapter, per_row, inputs)
+        resolved = self._resolve_rows(specs, inputs["input_ids"].shape[0])
+        if all(row.selector is None for row in resolved):
+            reports = dense_reports(self.adapter, [row.spec for row in resolved], inputs)
             output = self.model.generate(**inputs, **generate_kwargs)
             return self._generated(output, inputs["input_ids"].shape[1], reports)
-        return self.run(self.prepare(inputs, per_row, instructions), **generate_kwargs)
+        return self.run(self.prepare(inputs, resolved, instructions), **generate_kwargs)
 
     @torch.no_grad()
     def run(self, prepared: Prepared, **generate_kwargs: Any) -> Generated:
-        """`model.generate` on a prepared batch, once: beam search rewrites what was packed.
+        """`model.generate` on a prepared batch, once only: beam search rewrites what was packed.
 
         Raises InputError for a `prefill_chunk_size` that a prompt of embeddings cannot be cut to.
         """
@@ -247,8 +249,8 @@ class Pruner:
         return self._generated(output, prepared.inputs["input_ids"].shape[1], prepared.reports)
 
     def _check_chunks(self, inputs: Mapping[str, Any], generate_kwargs: Mapping[str, Any]) -> None:
-        """transformers cuts ids and positions into chunks, but hands every chunk all of the
-        embeddings: a shape error or, in chunks of one token, a wrong answer."""
+        """transformers cuts ids and positions into chunks, but passes all of the embeddings with
+        every chunk: a shape error or, in chunks of one token, a wrong answer."""
         if "inputs_embeds" not in inputs:
             return
         config = generate_kwargs.get("generation_config") or self.model.generation_config
@@ -266,9 +268,17 @@ class Pruner:
 
     @property
     def pad_id(self) -> int:
-        """The model's padding id; any id but the placeholder's will do, masked as it is."""
+        """The model's padding id. Padding is masked, so any id but the placeholder's works."""
         pad = self.model.config.get_text_config().pad_token_id
         return pad if pad is not None else int(self.adapter.image_token_id == 0)
+
+    def _resolve_rows(self, specs: AnySpec | Sequence[AnySpec], rows: int) -> list[ResolvedSpec]:
+        """One resolved spec per prompt; equal specs are resolved once."""
+        per_row = [specs] * rows if isinstance(specs, PruneSpec | ResolvedSpec) else list(specs)
+        if len(per_row) != rows:
+            raise InputError(f"{len(per_row)} specs for {rows} prompts")
+        found = {s: self.resolve(s) for s in {s for s in per_row if isinstance(s, PruneSpec)}}
+        return [spec if isinstance(spec, ResolvedSpec) else found[spec] for spec in per_row]
 
     @staticmethod
     def _policy(specs: Sequence[PruneSpec]) -> Any:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from sppruner.adapters import EncodedImage
 from sppruner.errors import InputError, MissingSignal
-from sppruner.types import VisualTokens
+from sppruner.types import RelevancePool, RelevanceSource, VisualTokens
 
-if TYPE_CHECKING:
-    from sppruner.adapters import EncodedImage
-    from sppruner.selectors import Selector
 
-Source: TypeAlias = Literal["none", "embed", "clip"]
-Pool: TypeAlias = Literal["mean", "max", "top3"]
+class UsesRelevance(Protocol):
+    """The part of a selector that text relevance depends on."""
+
+    @property
+    def relevance_source(self) -> RelevanceSource: ...
+    @property
+    def relevance_join(self) -> RelevancePool: ...
+
 
 # What each source of relevance needs, in an error's words.
-_NEEDS: Final[dict[Source, str]] = {
+_NEEDS: Final[dict[RelevanceSource, str]] = {
     "embed": "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'",
     "clip": "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText(clip, "
     "tokenizer)), or choose relevance 'embed' or 'none'",
@@ -60,7 +64,7 @@ class EmbeddingCosine:
             lambda instruction: tuple(tokenize(" ".join(_words(instruction))))
         )
 
-    def score(self, image: VisualTokens, instruction: str, pool: Pool) -> Tensor | None:
+    def score(self, image: VisualTokens, instruction: str, pool: RelevancePool) -> Tensor | None:
         """[N] relevance, or None where the instruction has no word that could be relevant."""
         ids = self._ids(instruction)
         if not ids:
@@ -93,7 +97,7 @@ class ClipText:
         self._sign = sign
 
     @torch.no_grad()
-    def score(self, image: VisualTokens, instruction: str, pool: Pool) -> Tensor | None:
+    def score(self, image: VisualTokens, instruction: str, pool: RelevancePool) -> Tensor | None:
         """[N] relevance; `pool` joins the chunks of a long instruction. None for an empty one."""
         if not instruction.strip():
             return None
@@ -121,7 +125,7 @@ class ClipText:
         return self._sign * joined.to(image.hidden_NV.device)
 
 
-def require_source(source: Source, at_hand: Container[Source]) -> None:
+def require_source(source: RelevanceSource, at_hand: Container[RelevanceSource]) -> None:
     """Raises MissingSignal unless `source` is "none" or at hand."""
     if source != "none" and source not in at_hand:
         raise MissingSignal(_NEEDS[source])
@@ -131,21 +135,21 @@ class TextRelevance:
     """Relevance from whichever source a method asks for, of those that are at hand."""
 
     def __init__(self, words: EmbeddingCosine | None, clip: ClipText | None) -> None:
-        self._scorers: dict[Source, EmbeddingCosine | ClipText] = {}
+        self._scorers: dict[RelevanceSource, EmbeddingCosine | ClipText] = {}
         if words is not None:
             self._scorers["embed"] = words
         if clip is not None:
             self._scorers["clip"] = clip
 
     @property
-    def sources(self) -> frozenset[Source]:
+    def sources(self) -> frozenset[RelevanceSource]:
         """Those at hand."""
         return frozenset(self._scorers)
 
     def of(
         self,
         images: Sequence[EncodedImage],
-        selectors: Sequence[Selector | None],
+        selectors: Sequence[UsesRelevance | None],
         instructions: Sequence[str],
     ) -> tuple[EncodedImage, ...]:
         """The images with `relevance_N` in their planes, where their prompt's method asks for it.
@@ -160,7 +164,7 @@ class TextRelevance:
         )
 
     def _scored(
-        self, image: EncodedImage, selector: Selector | None, instruction: str
+        self, image: EncodedImage, selector: UsesRelevance | None, instruction: str
     ) -> EncodedImage:
         if selector is None or selector.relevance_source == "none":
             return image

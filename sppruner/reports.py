@@ -1,4 +1,8 @@
-"""Proof of pruning: reports counted on the tensors the model is given, held against the budget."""
+"""Proof of pruning: reports counted on the model's input tensors and checked against the budget.
+
+Shapes: B batch rows, S length of the processor's prompts, L length of the packed prompts, N visual
+tokens of one prompt.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from sppruner.types import PruneReport
 def dense_reports(
     adapter: Adapter, specs: Sequence[PruneSpec], inputs: Mapping[str, Tensor]
 ) -> list[PruneReport]:
-    """One report per prompt of a batch that goes to the model as it is.
+    """One report per prompt of a batch that the model reads unchanged.
 
     Raises InputError for image placeholders without any image: some families would answer from the
     placeholder's own embedding.
@@ -31,7 +35,7 @@ def dense_reports(
             if visual:
                 raise InputError(
                     f"prompt {row} has places for {visual} visual tokens, no image was given: pass "
-                    "the processor's pixel_values, or leave the image placeholders out"
+                    "the processor's pixel_values, or remove the image placeholders"
                 )
     layers = adapter.capabilities.decoder_layers
     return [
@@ -39,7 +43,7 @@ def dense_reports(
             spec=spec,
             visual_tokens=visual,
             visual_tokens_kept=visual,
-            kept_tokens=_packed(np.ones(visual, dtype=bool)),
+            kept_tokens=_pack_bits(np.ones(visual, dtype=bool)),
             prompt_tokens=length,
             prompt_tokens_dense=length,
             layer_tokens=(length,) * layers,
@@ -61,11 +65,12 @@ def pruned_reports(
     features: Sequence[Tensor],
     selection_flops: Sequence[int],
 ) -> list[PruneReport]:
-    """One report per prompt, counted on what the model will see and held against its schedule.
+    """One report per prompt, counted on what the model will read and checked against its schedule.
 
-    keep_BS: which tokens of `inputs` the compacted prompts hold. features, selection_flops: of each
-    image, as packed and as selected. Raises PruningHadNoEffect where prompt, mask and features do
-    not all hold what was due: a row must never be called pruned when the model read something else.
+    keep_BS: True for the tokens of `inputs` that the packed prompts hold. features: of each image,
+    as packed. selection_flops: of each image. Raises PruningHadNoEffect where prompt, mask and
+    features do not all hold the scheduled tokens: a row must never be called pruned when the model
+    read something else.
     """
     visual_BS = adapter.placeholders(inputs["input_ids"]).cpu().numpy()
     kept_BS = keep_BS.cpu().numpy()
@@ -76,34 +81,34 @@ def pruned_reports(
     layers = adapter.capabilities.decoder_layers
     reports = []
     for row, spec in enumerate(specs):
-        mine = [i for i, image in enumerate(images) if image.row == row]
-        due = sum(schedules[i].before for i in mine)
-        fed = sum(int(features[i].shape[0]) for i in mine)
+        own = [i for i, image in enumerate(images) if image.row == row]
+        due = sum(schedules[i].before for i in own)
+        packed = sum(int(features[i].shape[0]) for i in own)
         mask_N = kept_BS[row, visual_BS[row]]
         marked = int(mask_N.sum())
-        if not after_B[row] == marked == fed == due:
+        if not after_B[row] == marked == packed == due:
             raise PruningHadNoEffect(
                 f"prompt {row}: {spec.method} was to leave {due} of {before_B[row]} visual tokens; "
-                f"the prompt holds {after_B[row]}, the mask {marked}, the encoder output {fed}"
+                f"the prompt holds {after_B[row]}, the mask {marked}, the encoder output {packed}"
             )
         text = short_B[row] - due
         reports.append(
             PruneReport(
                 spec=spec,
                 visual_tokens=before_B[row],
-                visual_tokens_kept=sum(schedules[i].counted for i in mine),
-                kept_tokens=_packed(mask_N),
+                visual_tokens_kept=sum(schedules[i].counted for i in own),
+                kept_tokens=_pack_bits(mask_N),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
                 layer_tokens=tuple(
-                    text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
+                    text + sum(schedules[i].at(layer) for i in own) for layer in range(layers)
                 ),
-                image_shapes=tuple(images[i].shape for i in mine),
-                selection_flops=sum(selection_flops[i] for i in mine),
+                image_shapes=tuple(images[i].shape for i in own),
+                selection_flops=sum(selection_flops[i] for i in own),
             )
         )
     return reports
 
 
-def _packed(kept_N: np.ndarray) -> bytes:
+def _pack_bits(kept_N: np.ndarray) -> bytes:
     return np.packbits(kept_N, bitorder="little").tobytes()

@@ -1,7 +1,10 @@
 """From encoded images to what stays of each: schedules, selections, kept features.
 
-The method sees planes and counts, never the model; what one image keeps does not depend on the
-others of its batch.
+The method sees planes and counts, never the model. What one image keeps does not depend on the
+other images of its batch.
+
+Shapes: N tokens of an image's run, P tokens of a plane, K kept tokens, D width of the language
+model, V width of the vision encoder.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ def token_schedules(
     selectors: Sequence[Selector | None],
     layers: int,
 ) -> list[TokenSchedule]:
-    """How many tokens of each image enter the decoder, and how many stay at its stages. specs and
-    selectors: by prompt; layers: of the decoder."""
+    """How many tokens of each image enter the decoder, and how many stay at each of its stages.
+
+    specs, selectors: one per prompt. layers: number of decoder layers.
+    """
     by_row: dict[int, list[EncodedImage]] = {}
     for image in images:
         by_row.setdefault(image.row, []).append(image)
@@ -48,8 +53,8 @@ def select(
     schedules: Sequence[TokenSchedule],
     selectors: Sequence[Selector | None],
 ) -> list[list[Selection]]:
-    """One selection per plane of each image; planes that share a method go through it
-    together. An image's tokens are divided among its planes by size."""
+    """One selection per plane of each image. Planes of one method go through it together; an
+    image's tokens are divided among its planes by size."""
     counts = []
     for image, schedule in zip(images, schedules, strict=True):
         sizes = [plane.count for plane in image.planes]
@@ -73,7 +78,7 @@ def select(
 def selection_flops(
     image: EncodedImage, chosen: Sequence[Selection], selector: Selector | None
 ) -> int:
-    """Modelled work of selecting from an image; a plane kept or dropped whole is not looked at."""
+    """Modelled FLOPs of selecting from an image; a plane kept or dropped whole costs nothing."""
     if selector is None:
         return 0
     width = image.run_ND.shape[1]
@@ -90,8 +95,11 @@ def keep(
     chosen: Sequence[Selection],
     project: Callable[[Tensor], Tensor],
 ) -> Kept:
-    """What stays of an image's run. Row ends and the like stay, in order, only where the
-    budget has room left beside all of the planes. project: encoder states to features."""
+    """What stays of an image's run. Tokens outside all planes, such as row ends, stay in order only
+    as far as the budget exceeds what the planes keep.
+
+    count: tokens that stay. project: maps encoder states to features.
+    """
     features_ND = image.run_ND.clone()
     mask_N = torch.zeros(image.count, dtype=torch.bool, device=features_ND.device)
     free_N = ~mask_N
@@ -103,14 +111,14 @@ def keep(
             replaced_KD = project(choice.replace_KV.to(features_ND.dtype))
         if replaced_KD is not None:
             features_ND[at_K] = replaced_KD.to(features_ND.dtype)
-    room = count - sum(choice.count for choice in chosen)
-    mask_N[free_N.nonzero().squeeze(1)[: max(0, room)]] = True
+    left = count - sum(choice.count for choice in chosen)
+    mask_N[free_N.nonzero().squeeze(1)[: max(0, left)]] = True
     index_K = mask_N.nonzero().squeeze(1)
     return Kept(index_K=index_K, features_KD=features_ND[index_K])
 
 
 def kept_mask(image: EncodedImage, kept: Kept) -> Tensor:
-    """[n] bool over the image's run."""
+    """[N] bool over the image's run: True where a token is kept."""
     mask_N = torch.zeros(image.count, dtype=torch.bool, device=kept.index_K.device)
     mask_N[kept.index_K] = True
     return mask_N

@@ -1,10 +1,9 @@
-"""What a request asks of the pruner: a budget and a spec. Plain values, importable without torch,
+"""Budgets and prune specs: what a request wants pruned. Plain values, importable without torch,
 since every process of a cluster handles them and few run a model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,19 @@ from typing import Any, Literal, TypeAlias
 from sppruner.errors import SpecError
 
 Positions: TypeAlias = Literal["keep", "renumber"]
+"""The policy for position ids of kept tokens, see `PruneSpec.positions`."""
+
 Scope: TypeAlias = Literal["image", "prompt"]
+"""What a budget applies to, see `Budget.scope`."""
+
 OptionValue: TypeAlias = bool | int | float | str
+"""The value of a method's option."""
 
 
 def shares(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` split in proportion to `sizes`, by largest remainder, earlier ones first on a tie.
+    """`total` split in proportion to `sizes` by largest remainder; on a tie, earlier ones first.
 
-    No share exceeds its size; the shares sum to `total` or, if that is less, to all of `sizes`.
+    No share exceeds its size. The shares sum to `total`, or to the sum of `sizes` if that is less.
     """
     whole = sum(sizes)
     if total >= whole:
@@ -35,20 +39,28 @@ def shares(total: int, sizes: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many visual tokens stay: a share of them, or a number of them.
+    """How many visual tokens are kept: a share or a number of them.
 
-    Exactly one of `ratio` (0..1] and `tokens` (≥ 0) is set. `min_keep` bounds a ratio from below,
-    so that a tiny image does not lose all its tokens by rounding. scope: whether the budget is
-    each image's own or the prompt's, whose images then share it by their token counts. spread:
-    with a method that measures how much an image holds (PruneSID), an image may get up to this
-    share more or less than its equal part; 0 keeps counts exact.
+    Raises SpecError unless exactly one of `ratio` and `tokens` is set and all are within bounds.
     """
 
     ratio: float | None = None
+    """Share of the tokens, in (0, 1]; None where `tokens` is set."""
+
     tokens: int | None = None
+    """Number of tokens, from 0; None where `ratio` is set."""
+
     min_keep: int = 1
+    """Fewest tokens that a ratio keeps, from 0, so that a tiny image does not lose all of them by
+    rounding."""
+
     scope: Scope = "image"
+    """Whether each image has this budget ("image"), or the images of a prompt share it by their
+    token counts ("prompt")."""
+
     spread: float = 0.0
+    """Share, in [0, 1), by which an image may get more or less than its part, with a method that
+    measures how much information an image holds (PruneSID); 0 keeps counts exact."""
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
@@ -59,7 +71,7 @@ class Budget:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise SpecError(f"budget {name} {value!r} is not a number")
-            # 1 and 1.0 are one budget, so they must also be written alike.
+            # 1 and 1.0 are one budget, so both must give the same JSON.
             object.__setattr__(self, name, float(value))
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise SpecError(f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %")
@@ -72,7 +84,7 @@ class Budget:
                 raise SpecError(f"budget {name} {number!r} is not a whole number from 0")
 
     def count(self, n: int) -> int:
-        """Tokens kept out of `n`. A pure function of `n`, so a prompt's length is known early.
+        """Tokens kept of `n`. A pure function of `n`, so that a prompt's length is known early.
 
         Ratios round to the nearest token: 0.222 of 576 is 128, as in the papers' tables.
         """
@@ -88,15 +100,15 @@ class Budget:
         return [self.count(n) for n in sizes]
 
     def reweighted(self, k: int, n: int, weight: float) -> int:
-        """`k` of `n` tokens times `weight`, an image's information over its usual value, held
-        within `spread`."""
+        """`k` of `n` tokens times `weight`, which is an image's information relative to its usual
+        value, bounded by `spread`."""
         low, high = 1.0 - self.spread, 1.0 + self.spread
         return min(n, math.floor(k * min(high, max(low, weight)) + 0.5))
 
     def bounds(self, n: int, images: int = 1) -> tuple[int, int]:
-        """Fewest and most tokens a prompt of `n` visual tokens in `images` images may keep.
+        """Fewest and most tokens that a prompt of `n` visual tokens in `images` images keeps.
 
-        One number twice for a single image without spread; several images round one by one.
+        Equal for a single image without spread; several images are rounded one by one.
         """
         if images > 1 and self.scope == "image":
             if self.tokens is not None:
@@ -116,18 +128,23 @@ DENSE_BUDGET = Budget(ratio=1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneSpec:
-    """What a request asks of the pruner. Hashable, and written beside every result.
+    """What a request wants pruned. Hashable, and written with every result.
 
-    method: a name from `sppruner.selectors.available()`, or "none" for dense.
-    positions: "keep" leaves every kept token at its original position (pruned equals masked);
-        "renumber" closes the gaps, as the original LLaVA-based codes do.
-    options: keyword arguments of the method, e.g. {"relevance": "none"}; checked by the method.
+    Raises SpecError for values of a wrong type or form; method and options are checked later.
     """
 
     method: str
+    """A name from `sppruner.selectors.available()`; "none" is dense."""
+
     budget: Budget = DENSE_BUDGET
+    """How many visual tokens are kept; all of them for "none"."""
+
     positions: Positions = "keep"
+    """"keep" leaves every kept token at its original position (pruned equals masked); "renumber"
+    closes the gaps, as the original LLaVA-based codes do."""
+
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    """Keyword arguments of the method, such as {"relevance": "none"}; the method checks them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -141,14 +158,14 @@ class PruneSpec:
                 raise SpecError(f"option {name}={value!r} is not a bool, number or string")
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"option {name}={value!r} is not finite: JSON cannot hold it")
-        # A private copy in key order: equal specs print, hash and group alike.
+        # A private copy in key order, so that equal specs have equal JSON.
         object.__setattr__(self, "options", dict(sorted(self.options.items())))
         if self.method == "none" and self.budget != DENSE_BUDGET:
             raise SpecError(
                 "method 'none' keeps every token: leave the budget out, or name a method"
             )
 
-    # Equal means written alike: 1, 1.0 and True are equal in a dict, but different in JSON.
+    # Equality compares JSON: 1, 1.0 and True are equal in a dict, but different in JSON.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PruneSpec):
             return NotImplemented
@@ -163,11 +180,11 @@ class PruneSpec:
 
     def to_dict(self) -> dict[str, Any]:
         budget = {f.name: getattr(self.budget, f.name) for f in fields(Budget)}
-        plain = {"scope": "image", "spread": 0.0}
+        defaults = {"scope": "image", "spread": 0.0}
         return {
             "method": self.method,
-            # What a budget does not use is not written: a spec's hash outlives new fields.
-            "budget": {k: v for k, v in budget.items() if v is not None and plain.get(k) != v},
+            # Unused fields are left out, so that new fields do not change a spec's JSON.
+            "budget": {k: v for k, v in budget.items() if v is not None and defaults.get(k) != v},
             "positions": self.positions,
             "options": dict(self.options),
         }
@@ -191,7 +208,7 @@ class PruneSpec:
 
     @classmethod
     def parse(cls, text: str, budget: Budget) -> PruneSpec:
-        """A method as a command line writes it, its options behind it: `sppruner`,
+        """Parses a method and its options as a command line writes them: `sppruner`,
         `sppruner:relevance=none:kappa=0`. "none" is dense whatever the budget. Raises SpecError."""
         method, *pairs = text.strip().split(":")
         options: dict[str, OptionValue] = {}
@@ -206,14 +223,9 @@ class PruneSpec:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
-    @property
-    def hash(self) -> str:
-        """Twelve hex digits that name this spec in results and caches."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
-
 
 def parse_value(text: str) -> OptionValue:
-    """true and false, whole numbers, numbers; anything else is a word."""
+    """`text` as a bool (true, false), an int or a float, whichever fits first; else as it is."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

@@ -1,14 +1,15 @@
-"""The values that cross the library: visual tokens, selections and reports.
+"""The values that rooms of the library exchange: visual tokens, selections and reports.
 
-Shape suffixes used throughout the package: N visual tokens of one plane, K kept tokens, D width of
-the language model, V width of the vision encoder, B batch rows, S sequence length, T text tokens,
-I planes that go through a method together.
+Shapes, here and throughout the package: N visual tokens of one plane, K kept tokens, D width of the
+language model, V width of the vision encoder, B batch rows, S sequence length, T text tokens, I
+planes that go through a method together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,32 +18,47 @@ from sppruner.cost import ImageShape
 from sppruner.errors import SpecError
 from sppruner.spec import PruneSpec
 
+RelevanceSource: TypeAlias = Literal["none", "embed", "clip"]
+"""Where text relevance comes from; "none" is no text relevance."""
+
+RelevancePool: TypeAlias = Literal["mean", "max", "top3"]
+"""How the scores of an instruction's words are pooled into one per visual token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VisualTokens:
     """One plane of one image as a selector sees it; never the model.
 
-    A plane is a full rectangle of tokens: the whole image for most families, one tile or one
-    resolution of it for families that cut images up. Row ends and other tokens that are not a
-    piece of the image are not in it.
-
-    features_ND: projected features, as the language model will read them.
-    hidden_NV: the encoder states that the projector maps to the features one by one, or None where
-        it does not work token by token.
-    coords_N2: (row, column) of each token on the plane's grid, integer, in raster order.
-    signals: what the method asked for, by name (`sppruner.signals`); attention is [N], keys [N, V].
-    relevance_N: text relevance if the method asked for it and it could be computed, else None.
-    row, image, plane: which prompt of the batch, which image within it, which plane of the image.
+    A plane is a full rectangle of tokens: the whole image for most families; one tile or one
+    resolution of it for families that cut images into tiles. Row ends and other tokens that show no
+    part of the image belong to no plane.
     """
 
     features_ND: Tensor
+    """Projected features, as the language model reads them."""
+
     hidden_NV: Tensor | None
+    """Encoder states that the projector maps to the features one by one; None where it does not
+    work token by token."""
+
     coords_N2: Tensor
+    """Integer (row, column) of each token on the plane's grid, in raster order."""
+
     signals: Mapping[str, Tensor]
+    """The signals that the method needs, by name (`sppruner.signals`); attention is [N], keys
+    [N, V]."""
+
     relevance_N: Tensor | None = None
+    """Text relevance; None if the method does not use it or it could not be computed."""
+
     row: int = 0
+    """Index of the prompt in the batch."""
+
     image: int = 0
+    """Index of the image in the prompt."""
+
     plane: int = 0
+    """Index of the plane in the image."""
 
     @property
     def count(self) -> int:
@@ -59,18 +75,21 @@ class VisualTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Selection:
-    """What a selector returns: kept indices in raster order and, if it merges, new states.
-
-    index_K: sorted, unique, int64. replace_KD: new features for the kept tokens, in the same order,
-    or None. replace_KV: the same in the encoder's space, for methods that merge before the
-    projector; at most one of the two is given. focus_K: True where the token was kept as a subject,
-    for pictures; None if the method has no such notion.
-    """
+    """What a selector returns for one plane."""
 
     index_K: Tensor
+    """Kept tokens: int64 indices, unique and in raster order."""
+
     replace_KD: Tensor | None = None
+    """New features of the kept tokens, in the same order; None where they stay as they are."""
+
     replace_KV: Tensor | None = None
+    """New encoder states of the kept tokens, for methods that merge before the projector; set at
+    most one of this and `replace_KD`."""
+
     focus_K: Tensor | None = None
+    """bool, True for tokens that are kept as a subject, for pictures; None if the method does not
+    distinguish them."""
 
     def __post_init__(self) -> None:
         if self.index_K.dtype != torch.int64:
@@ -85,25 +104,35 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneReport:
-    """Proof of what happened to one prompt, counted on the tensors the model was given.
-
-    visual_tokens_kept: as the spec's budget counts them: tokens that enter the decoder, or, for a
-    method that prunes inside it, what its budget speaks of (its docstring says which).
-    kept_tokens: which tokens enter the decoder, those included that a method drops inside it: one
-    bit for each of the prompt's `visual_tokens` in prompt order, image after image, as
-    `numpy.packbits(…, bitorder="little")` packs them; a token that stands for several is marked
-    at its own place.
-    prompt_tokens: text and visual tokens that enter the decoder. layer_tokens: prompt tokens at
-    each decoder layer, which differ only where a method prunes inside the decoder. image_shapes:
-    what each image cost the encoder. selection_flops: modelled work of selecting.
-    """
+    """Proof of what was pruned of one prompt, counted on the tensors that the model reads."""
 
     spec: PruneSpec
+    """The prompt's spec."""
+
     visual_tokens: int
+    """Visual tokens of the unpruned prompt."""
+
     visual_tokens_kept: int
+    """Visual tokens as the spec's budget counts them: those that enter the decoder or, for a method
+    that prunes inside it, the count that its docstring names."""
+
     kept_tokens: bytes
+    """Which visual tokens enter the decoder, those included that a method drops inside it: one bit
+    for each of `visual_tokens` in prompt order, image after image, packed as by
+    `numpy.packbits(…, bitorder="little")`. A token that stands for several is marked at its own
+    index."""
+
     prompt_tokens: int
+    """Text and visual tokens that enter the decoder."""
+
     prompt_tokens_dense: int
+    """Text and visual tokens of the unpruned prompt."""
+
     layer_tokens: tuple[int, ...]
+    """Prompt tokens at each decoder layer; they differ only where a method prunes inside it."""
+
     image_shapes: tuple[ImageShape, ...] = ()
+    """The encoder input of each image, for the cost model."""
+
     selection_flops: int = 0
+    """Modelled FLOPs of selecting."""

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from sppruner.vqa import references_of, score
+
 # Reference columns as they are committed: `answers` keeps its name, `answer` gives way to ours.
 _REFERENCES = ("answers", "source_answers", "source_answer")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """scored: rows with a reference; an error row with one counts as wrong. mean: in [0, 1]."""
+    """Accuracy over the rows of a run, scored by `sppruner.vqa`."""
 
     scored: int
+    """Rows with a reference; an error row with one counts as wrong."""
+
     mean: float
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation but digits' own, no articles, single spaces (VQA's rules,
-    without its tables of number words and contractions)."""
-    kept = re.sub(r"[^\w\s.'-]", " ", text.lower()).strip().rstrip(".")
-    return " ".join(_ARTICLES.sub(" ", kept).split())
-
-
-def score(answer: str | None, references: Sequence[str]) -> float:
-    """Exact match with one of up to two references; with more, VQA's min(agreeing / 3, 1) averaged
-    over leaving each annotator out (Antol et al. 2015)."""
-    given = normalise(answer or "")
-    known = [normalise(reference) for reference in references]
-    if len(known) < 3:
-        return float(given in known)
-    agreeing = sum(reference == given for reference in known)
-    per_subset = [min((agreeing - (reference == given)) / 3, 1.0) for reference in known]
-    return sum(per_subset) / len(known)
+    """Mean score in [0, 1]; 0.0 without such rows."""
 
 
 def reference_column(schema: pa.Schema) -> str | None:
@@ -46,10 +30,10 @@ def reference_column(schema: pa.Schema) -> str | None:
 
 
 def measure(answers: Sequence[str | None], references: Sequence[object]) -> Accuracy:
-    """Mean score over the rows that have references; each is a string or a list of strings."""
+    """Mean score over the rows that have references, in any form `references_of` reads."""
     scores = [
-        score(answer, [reference] if isinstance(reference, str) else list(reference))  # type: ignore[call-overload]
+        score(answer, known)
         for answer, reference in zip(answers, references, strict=True)
-        if reference
+        if (known := references_of(reference))
     ]
     return Accuracy(scored=len(scores), mean=sum(scores) / len(scores) if scores else 0.0)

@@ -1,22 +1,21 @@
-"""A summary as text: what was done, what pruning kept, what that saved, modelled and measured."""
+"""A summary on a terminal: rows done, tokens kept, and what that saved, modelled and measured."""
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.speedup import MeasuredRatio
+from cluster.console import open_console
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def quantity(value: float, unit: str) -> str:
+def format_quantity(value: float, unit: str) -> str:
     """1234567, "B" → "1.23 MB"."""
     for factor, prefix in _PREFIXES:
         if abs(value) >= factor:
@@ -24,28 +23,22 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def saving(dense: float, pruned: float) -> str:
+def format_saving(dense: float, pruned: float) -> str:
     """What is saved, in percent of dense; negative where pruning costs more."""
     return "–" if not dense else f"{100 * (dense - pruned) / dense:+.1f} %"
 
 
 def render(summary: Summary, *, note: str | None = None) -> RenderableType:
-    """Everything a run's end prints, in reading order."""
+    """The report of a summary, in reading order. note: what was special about the attempt."""
     parts: list[RenderableType] = [_facts(summary, note)]
     if summary.total.visual_tokens:
         parts += [Text(), _modelled(summary), Text(), _measured(summary)]
     return Group(*parts)
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console that is wide where there is no terminal: logs and pipes have no width to fit."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 140)
-
-
 def print_report(summary: Summary, *, note: str | None = None) -> None:
-    """To stdout."""
-    console().print(render(summary, note=note))
+    """Prints the report of a summary to stdout. note: what was special about the attempt."""
+    open_console().print(render(summary, note=note))
 
 
 def _grid() -> Table:
@@ -122,19 +115,19 @@ def _modelled(summary: Summary) -> Table:
     table = Table(title="modelled, from the model's config", title_justify="left")
     for column in ("", "dense", "as run", "saved"):
         table.add_column(column, justify="left" if not column else "right")
-    seen, kept = total.visual_tokens, total.visual_tokens_kept
-    table.add_row("visual tokens", f"{seen:,}", f"{kept:,}", saving(seen, kept))
+    before, kept = total.visual_tokens, total.visual_tokens_kept
+    table.add_row("visual tokens", f"{before:,}", f"{kept:,}", format_saving(before, kept))
     for part in PARTS:
         dense, pruned = total.flops_dense.get(part, 0), total.flops.get(part, 0)
-        row = (quantity(dense, "FLOP"), quantity(pruned, "FLOP"), saving(dense, pruned))
-        table.add_row(f"{part} FLOPs", *row)
+        table.add_row(f"{part} FLOPs", *_compared(dense, pruned, "FLOP"))
     dense, pruned = sum(total.flops_dense.values()), sum(total.flops.values())
-    row = (quantity(dense, "FLOP"), quantity(pruned, "FLOP"), saving(dense, pruned))
-    table.add_row("all FLOPs", *row, style="bold")
-    bytes_dense, bytes_kept = total.kv_bytes_dense, total.kv_bytes
-    row = (quantity(bytes_dense, "B"), quantity(bytes_kept, "B"), saving(bytes_dense, bytes_kept))
-    table.add_row("KV cache", *row)
+    table.add_row("all FLOPs", *_compared(dense, pruned, "FLOP"), style="bold")
+    table.add_row("KV cache", *_compared(total.kv_bytes_dense, total.kv_bytes, "B"))
     return table
+
+
+def _compared(dense: float, pruned: float, unit: str) -> tuple[str, str, str]:
+    return format_quantity(dense, unit), format_quantity(pruned, unit), format_saving(dense, pruned)
 
 
 def _measured(summary: Summary) -> RenderableType:

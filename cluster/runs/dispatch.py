@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from cluster.errors import PoisonRow
-from cluster.protocol import LabelRequest, Priority, Replicas, error_result
+from cluster.protocol import LabelRequest, Priority, Replicas, row_error_result
 from cluster.runs.admission import Admission
 from cluster.serving.client import REPLICA_FULL, REPLICA_GONE
 from sppruner.engine.interface import Result
@@ -75,7 +75,7 @@ class Dispatcher:
         if len(calls) == 1:
             logger.error("poison_row", row=calls[0].id, attempts=attempts)
             poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
-            return [AttemptedRow(result=error_result(calls[0].id, poison), attempts=attempts)]
+            return [AttemptedRow(result=row_error_result(calls[0].id, poison), attempts=attempts)]
         half = len(calls) // 2
         first = await self._quarantine(calls[:half], attempts)
         return first + await self._quarantine(calls[half:], attempts)

@@ -23,7 +23,7 @@ from cluster.config import RunConfig
 from cluster.controller import stop_reason
 from cluster.corpus.prompts import build_prompt
 from cluster.errors import ErrorShareExceeded, PromptInvalid
-from cluster.protocol import LabelRequest, Replicas, call_rows, error_result, rows_waiting
+from cluster.protocol import LabelRequest, Replicas, call_rows, row_error_result, rows_waiting
 from cluster.runs.admission import Admission
 from cluster.runs.control_sample import ControlSample
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
@@ -173,7 +173,7 @@ class Labeller:
                 error_stage=values["_in_error_stage"],
             )
         elif prompt is None:
-            error = error_result(id, PromptInvalid("the row has no question"))
+            error = row_error_result(id, PromptInvalid("the row has no question"))
         return _UnitRow(
             unit=values["_in_unit"],
             number=values["_in_row"],

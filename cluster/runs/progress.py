@@ -18,28 +18,28 @@ _POLL_SECONDS = 1.0
 _LINE_SECONDS = 10.0
 
 
-def eta(seconds: float | None) -> str:
+def format_eta(seconds: float | None) -> str:
     """3725 → "1:02:05"; "–" while there is no speed to go by."""
     return "–" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def line(progress: RunProgress) -> str:
-    """One line that says how far a run is, at what speed, and what has gone wrong so far."""
+def progress_line(progress: RunProgress) -> str:
+    """One line: rows done, speed, ETA, failed rows and visual tokens kept."""
     share = 100 * progress.rows_done / max(1, progress.rows_total)
     failed = sum(progress.rows_failed.values())
-    seen, kept = progress.visual_tokens, progress.visual_tokens_kept
-    tokens = f"  visual tokens kept {100 * kept / seen:.1f} %" if seen else ""
+    total, kept = progress.visual_tokens, progress.visual_tokens_kept
+    tokens = f"  visual tokens kept {100 * kept / total:.1f} %" if total else ""
     return (
         f"{progress.rows_done}/{progress.rows_total} rows  {share:.1f} %  "
-        f"{progress.rows_per_second:.1f} rows/s  ETA {eta(progress.eta_seconds)}  "
+        f"{progress.rows_per_second:.1f} rows/s  ETA {format_eta(progress.eta_seconds)}  "
         f"failed {failed}{tokens}"
     )
 
 
 class ProgressDisplay:
-    """Context manager: asks `poll` from a thread of its own and shows the answer.
+    """Context manager: polls the progress in a thread and shows it.
 
-    `poll` may return None (nobody knows just now); the display then keeps what it showed.
+    `poll` may return None while the progress is unknown; the display then stays as it is.
     """
 
     def __init__(self, poll: Callable[[], RunProgress | None], console: Console) -> None:
@@ -78,7 +78,7 @@ class ProgressDisplay:
                         task,
                         total=known.rows_total,
                         completed=known.rows_done,
-                        description=line(known),
+                        description=progress_line(known),
                     )
 
     def _lines(self) -> None:
@@ -89,5 +89,5 @@ class ProgressDisplay:
     def _show(self) -> None:
         known = self._poll()
         if known is not None:
-            self._console.print(f"progress  {line(known)}", markup=False, highlight=False,
+            self._console.print(f"progress  {progress_line(known)}", markup=False, highlight=False,
                                 soft_wrap=True)  # fmt: skip

@@ -1,5 +1,5 @@
-"""A run in the controller's view, as its driver keeps it there: registered from what the store
-holds, registered again if the controller was restarted, and ended with how it ended.
+"""Tracks one attempt in the run controller: registers the run from what its output holds, again if
+the controller restarts, and reports how the attempt ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _POLL_TIMEOUT_SECONDS = 5.0
 
 
 def run_error(error: BaseException | None) -> RunError | None:
-    """The RunError at the root of what Ray wrapped around it, if there is one."""
+    """The RunError inside what Ray wrapped around it; None if there is none."""
     while error is not None:
         if isinstance(error, RunError):
             return error
@@ -65,7 +65,7 @@ class RunTracker:
             logger.warning("controller_unreachable", error=type(unreachable).__name__)
 
     def progress(self) -> RunProgress | None:
-        """How far the run is; None while the controller cannot be asked."""
+        """The run as of now; None while the controller is unreachable."""
         try:
             known: RunProgress | None = ray.get(
                 self._controller.progress.remote(self._manifest.run_id),

@@ -1,4 +1,4 @@
-"""An engine in a thread of its own, and what it says, for an event loop."""
+"""Runs an engine in a thread of its own and delivers its updates to event loops."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _Command: TypeAlias = Callable[[Engine], None] | None
 
 
 @dataclass(slots=True, eq=False)
-class _Asked:
-    """A request, and where its updates go in the loop that asked. ticket: once it is submitted."""
+class _Subscription:
+    """A request and the queue that its updates go to. ticket: set once it is submitted."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
@@ -29,18 +29,18 @@ class _Asked:
 
 
 class EngineThread:
-    """Builds an engine where it will run (CUDA contexts and torch threads belong to a thread) and
-    steps it for as long as there are requests.
+    """Builds an engine in the thread that runs it (CUDA contexts and torch threads belong to a
+    thread) and steps it while there are requests.
 
-    on_fault: called, in the thread, with what the engine raised; it answers nothing more then.
+    on_fault: called in the thread with what the engine raised, after which it answers nothing.
     Raises what `build` raises.
     """
 
     def __init__(self, build: Callable[[], Engine], on_fault: Callable[[Exception], None]) -> None:
         self._on_fault = on_fault
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._asked: dict[int, _Asked] = {}  # by ticket; the thread's alone
-        self._waiting: Counter[int] = Counter()  # by priority; the loop's alone
+        self._subscriptions: dict[int, _Subscription] = {}  # by ticket; used in the thread alone
+        self._waiting: Counter[int] = Counter()  # by priority; used in the loop alone
         built: Future[Engine] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(build, built), name="engine", daemon=True
@@ -50,6 +50,7 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
+        """Whether the engine still runs."""
         return self._thread.is_alive()
 
     def waiting(self, priority: int) -> int:
@@ -57,7 +58,7 @@ class EngineThread:
         return self._waiting[priority]
 
     async def answer(self, request: Request) -> Result:
-        """The result of a request. Whoever stops waiting cancels it."""
+        """The result of a request. Cancelling this call cancels the request."""
         async with aclosing(self.updates(request)) as updates:
             async for update in updates:
                 if update.result is not None:
@@ -65,23 +66,24 @@ class EngineThread:
         raise AssertionError("updates end with a result")
 
     async def updates(self, request: Request) -> AsyncGenerator[Update]:
-        """What the engine says of a request, the result last. Who stops listening cancels it."""
-        asked = _Asked(request, asyncio.get_running_loop())
+        """The updates of a request, the result last. Closing the generator early cancels the
+        request."""
+        subscription = _Subscription(request, asyncio.get_running_loop())
         self._waiting[request.priority] += 1
-        self._commands.put(partial(self._submit, asked))
+        self._commands.put(partial(self._submit, subscription))
         ended = False
         try:
             while not ended:
-                update = await asked.updates.get()
+                update = await subscription.updates.get()
                 ended = update.result is not None
                 yield update
         finally:
             self._waiting[request.priority] -= 1
             if not ended:
-                self._commands.put(partial(self._cancel, asked))
+                self._commands.put(partial(self._cancel, subscription))
 
     def close(self) -> None:
-        """Ends the thread after its present step; what is in flight is dropped."""
+        """Ends the thread after its present step; requests in flight are dropped."""
         self._commands.put(None)
         self._thread.join()
 
@@ -93,16 +95,16 @@ class EngineThread:
             return
         built.set_result(engine)
         try:
-            while self._obey(engine):
+            while self._run_commands(engine):
                 engine.step()
-                self._tell(engine.poll())
+                self._deliver(engine.poll())
         except Exception as error:  # Requests have their own errors: this one is the engine's.
             self._on_fault(error)
         finally:
             engine.close()
 
-    def _obey(self, engine: Engine) -> bool:
-        """Takes what was commanded, and waits while there is nothing to do; False to end."""
+    def _run_commands(self, engine: Engine) -> bool:
+        """Runs pending commands, and waits for one while the engine is idle; False to end."""
         while not engine.in_flight or not self._commands.empty():
             command = self._commands.get()
             if command is None:
@@ -110,19 +112,21 @@ class EngineThread:
             command(engine)
         return True
 
-    def _submit(self, asked: _Asked, engine: Engine) -> None:
-        asked.ticket = engine.submit(asked.request)
-        self._asked[asked.ticket] = asked
+    def _submit(self, subscription: _Subscription, engine: Engine) -> None:
+        subscription.ticket = engine.submit(subscription.request)
+        self._subscriptions[subscription.ticket] = subscription
 
-    def _cancel(self, asked: _Asked, engine: Engine) -> None:
-        if asked.ticket is not None and self._asked.pop(asked.ticket, None) is not None:
-            engine.cancel(asked.ticket)
+    def _cancel(self, subscription: _Subscription, engine: Engine) -> None:
+        ticket = subscription.ticket
+        if ticket is not None and self._subscriptions.pop(ticket, None) is not None:
+            engine.cancel(ticket)
 
-    def _tell(self, updates: list[Update]) -> None:
+    def _deliver(self, updates: list[Update]) -> None:
         for update in updates:
-            # Nobody listens to what was cancelled, or in a loop that has ended.
-            asked = self._asked.get(update.ticket)
+            # Cancelled requests have no subscription; an event loop may have ended.
+            subscription = self._subscriptions.get(update.ticket)
             if update.result is not None:
-                self._asked.pop(update.ticket, None)
-            if asked is not None and not asked.loop.is_closed():
-                asked.loop.call_soon_threadsafe(asked.updates.put_nowait, update)
+                self._subscriptions.pop(update.ticket, None)
+            if subscription is not None and not subscription.loop.is_closed():
+                put = subscription.updates.put_nowait
+                subscription.loop.call_soon_threadsafe(put, update)

@@ -1,4 +1,4 @@
-"""Join the Ray cluster and the Serve instance that run already, or start them.
+"""Join the Ray cluster and the Serve instance that are running, or start them.
 
 Each function registers on the caller's ExitStack how to stop what it started, and nothing else.
 """
@@ -26,17 +26,17 @@ logger = structlog.get_logger(__name__)
 DEFAULT_PORT = 8000
 
 # Logical CPUs of a local Ray: its processes mostly wait for the one that runs the model, and on a
-# small machine a reader, a caller, a sink and a replica must still fit beside each other.
+# small machine a reader, a labeller, a sink and a replica must still fit beside each other.
 _LOCAL_CPUS = 4
 _PROBE_SECONDS = 1.0
 
 
 def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> bool:
-    """Uses this process's connection, else RAY_ADDRESS, else the cluster that `ray start` brought
-    up on this machine, else starts a local one. Returns whether it started one.
+    """Connects to Ray: this process's connection, else RAY_ADDRESS, else the cluster that `ray
+    start` started on this machine, else a new local one. Returns whether it started one.
 
-    environment: variables for this job's workers. Whoever may look at the cluster sees them, so
-    secrets belong on the nodes. Raises FleetUnavailable where RAY_ADDRESS does not answer.
+    environment: variables for this job's workers. Everyone with access to the cluster sees them,
+    so secrets belong on the nodes. Raises FleetUnavailable where RAY_ADDRESS does not answer.
     """
     if ray.is_initialized():
         return False
@@ -65,9 +65,9 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
 
 
 def _current_cluster() -> str | None:
-    """The address `ray start` left on this machine, if anyone still listens there: Ray itself would
-    try for minutes. Its "auto" would also take the private cluster of any other process here, and
-    lose it when that process ends."""
+    """The address that `ray start` noted on this machine, if something listens there: Ray itself
+    retries for minutes. Its "auto" also finds the private cluster of any other process here, and
+    loses it when that process ends."""
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     if not note.is_file():
         return None
@@ -82,7 +82,10 @@ def _current_cluster() -> str | None:
 
 
 def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:
-    """Uses the Serve instance of the cluster, or starts it. Returns whether it started one."""
+    """Uses the Serve instance of the cluster, or starts one. Returns whether it started one.
+
+    port: None for 8000, or a free one if 8000 is taken.
+    """
     if serve_details() is not None:
         return False
     chosen = _free_port(host) if port is None else port
@@ -96,7 +99,7 @@ def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:
 
 
 def serve_details() -> ServeInstanceDetails | None:
-    """Everything Serve knows of itself, or None where it does not run."""
+    """The state of Serve and its applications; None where Serve does not run."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else ServeInstanceDetails(**client.get_serve_details())
 
@@ -111,8 +114,8 @@ def http_root(details: ServeInstanceDetails) -> str:
 
 
 def _free_port(host: str) -> int:
-    """8000, or a free one if it is taken. Serve itself would share the port with a stranger: it
-    listens with SO_REUSEPORT, so that requests would go to either at random."""
+    """8000, or a free port if it is taken. Serve would share a taken port: it listens with
+    SO_REUSEPORT, and requests would go to either process at random."""
     for port in (DEFAULT_PORT, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:

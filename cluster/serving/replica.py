@@ -22,10 +22,10 @@ from PIL import Image
 
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
 from cluster.images import decode_image
-from cluster.protocol import LabelRequest, Priority, error_result, rows_held
+from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
-from sppruner.engine.interface import Engine, Reduction, Request, Result
+from sppruner.engine.interface import Engine, JpegScale, Request, Result
 
 logger = structlog.get_logger(__name__)
 
@@ -107,8 +107,8 @@ class VLMReplica:
     async def stream(self, call: LabelRequest) -> AsyncIterator[str | Result]:
         """The text of an online request piece by piece, then its result."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
-        reduction = self._engine.reduction
-        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, reduction)
+        jpeg_scale = self._engine.jpeg_scale
+        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, jpeg_scale)
         if isinstance(item, Result):
             yield item
             return
@@ -149,9 +149,9 @@ class VLMReplica:
 
     async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[Result]:
         loop = asyncio.get_running_loop()
-        pool, reduction = self._decoders[priority], self._engine.reduction
+        pool, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale
         decoding = (
-            loop.run_in_executor(pool, _decode, call, priority, reduction) for call in calls
+            loop.run_in_executor(pool, _decode, call, priority, jpeg_scale) for call in calls
         )
         decoded = await asyncio.gather(*decoding)
         return await asyncio.gather(*(self._answer(item) for item in decoded))
@@ -182,13 +182,13 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _decode(call: LabelRequest, priority: Priority, reduction: Reduction) -> Request | Result:
+def _decode(call: LabelRequest, priority: Priority, jpeg_scale: JpegScale) -> Request | Result:
     try:
         images: tuple[Image.Image, ...] = tuple(
-            decode_image(data, call.media, reduction) for data in call.images
+            decode_image(data, call.media, jpeg_scale) for data in call.images
         )
     except RowError as error:
-        return error_result(call.id, error)
+        return row_error_result(call.id, error)
     return Request(
         id=call.id,
         prompt=call.prompt,

@@ -93,7 +93,7 @@ def in_turns(
 
 def spoken(loaded: LoadedModel, way: Way, requests: Sequence[Request]) -> list[list[int]]:
     """The tokens of each answer, which results do not hold, of a way that is continuous."""
-    with closing(_Noting(loaded, slots=way.rows, encodings_bytes=0)) as answering:
+    with closing(_Noting(loaded, slots=way.rows, cache_bytes=0)) as answering:
         _answer(answering, way, requests)
     return [answering.tokens[request.id] for request in requests]
 
@@ -130,7 +130,7 @@ class _Noting(ContinuousEngine):
 def _engine(loaded: LoadedModel, way: Way) -> _Engine:
     if way.continuous:
         # The same images come round again and again: none may be remembered.
-        return ContinuousEngine(loaded, slots=way.rows, encodings_bytes=0)
+        return ContinuousEngine(loaded, slots=way.rows, cache_bytes=0)
     return BatchEngine(loaded, slots=way.rows)
 
 

@@ -140,7 +140,7 @@ def engine_pass(engine: Engine, work: Work, images: Sequence[bytes], held: int) 
                 Request(
                     id=str(id),
                     prompt=CAPTION_PROMPT,
-                    images=(decode_image(data, limits, engine.reduction),),
+                    images=(decode_image(data, limits, engine.jpeg_scale),),
                     spec=SPEC,
                     generation=work.generation,
                 )

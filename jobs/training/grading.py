@@ -21,7 +21,7 @@ from jobs.training.scene_cache import scene_table
 from jobs.training.space import Truth
 from jobs.training.vision import pixels
 from sppruner.errors import EvaluationError
-from sppruner.evaluation import compare, label
+from sppruner.evaluation import compare, method_label
 from sppruner.evaluation import score as evaluation
 from sppruner.evaluation.dataset import Dataset
 from sppruner.evaluation.drawn_scenes import JPEG_QUALITY
@@ -62,11 +62,11 @@ def generated(
     Raises EvaluationError for specs that the model cannot run.
     """
     comparison = compare(loaded, dataset, specs)
-    if comparison.cannot:
+    if comparison.unsupported:
         reasons = [
-            f"{label(failed.spec.method, failed.spec.options)} with {failed.spec.budget}: "
+            f"{method_label(failed.spec.method, failed.spec.options)} with {failed.spec.budget}: "
             f"{failed.reason}"
-            for failed in comparison.cannot
+            for failed in comparison.unsupported
         ]
         raise EvaluationError(
             f"{loaded.identity.name} cannot run these specs, leave them out: {'; '.join(reasons)}"
@@ -74,7 +74,7 @@ def generated(
     return [_per_kind(score) for score in (comparison.dense, *comparison.scores)]
 
 
-def _per_kind(answered: evaluation.Score) -> dict[str, Score]:
+def _per_kind(answered: evaluation.SpecScore) -> dict[str, Score]:
     scores: dict[str, Score] = defaultdict(Score)
     for item, right in zip(answered.dataset.items, answered.per_item, strict=True):
         scores[item.kind].add(right)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept
 from sppruner.adapters.idefics3 import Idefics3Adapter
 from sppruner.adapters.internvl import InternVLAdapter
 from sppruner.adapters.llava import LlavaAdapter
 from sppruner.adapters.llava_next import LlavaNextAdapter
 from sppruner.adapters.llava_onevision import LlavaOnevisionAdapter
 from sppruner.adapters.qwen_vl import Qwen2_5_VLAdapter, Qwen2VLAdapter, Qwen3VLAdapter
+from sppruner.capabilities import Capabilities
 from sppruner.cost import ModelCost
 from sppruner.errors import UnsupportedModel
 

@@ -5,70 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sppruner.capabilities import Capabilities
 from sppruner.compact import Compacted, full_positions
 from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost
 from sppruner.errors import InputError, UnsupportedModel
-from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, RECEIVED_ATTENTION
-from sppruner.spec import Positions
-from sppruner.stages import first_prunable_layer
 from sppruner.types import VisualTokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
-    """What a model of a family can do, known from its config alone.
-
-    signals: the signals it can give. attention: what its saliency signal is, the row of a CLS
-    token or the attention each token receives. positions: the policies it can run; M-RoPE only
-    keeps. hidden: whether its projector maps encoder states to features token by token.
-    decoder_layers: how many there are. first_prunable_layer: the first decoder layer in front of
-    which tokens may be pruned, or None where none may.
-    """
-
-    family: str
-    signals: frozenset[str]
-    attention: Literal["cls", "received"] | None
-    positions: tuple[Positions, ...]
-    hidden: bool
-    decoder_layers: int
-    first_prunable_layer: int | None
-
-    @classmethod
-    def of(
-        cls,
-        config: Any,
-        attention: Literal["cls", "received"],
-        *,
-        hidden: bool = True,
-        positions: tuple[Positions, ...] = ("keep", "renumber"),
-    ) -> Capabilities:
-        """Those of a family with one saliency signal, whose tower also gives keys and pixels."""
-        saliency = CLS_ATTENTION if attention == "cls" else RECEIVED_ATTENTION
-        return cls(
-            family=config.model_type,
-            signals=frozenset({ATTENTION, saliency, KEYS, CONTENT_SEED}),
-            attention=attention,
-            positions=positions,
-            hidden=hidden,
-            decoder_layers=config.text_config.num_hidden_layers,
-            first_prunable_layer=first_prunable_layer(config.text_config),
-        )
-
-    def __str__(self) -> str:
-        stages = (
-            "no stages"
-            if self.first_prunable_layer is None
-            else f"stages from {self.first_prunable_layer}"
-        )
-        return (
-            f"{self.family} (signals {', '.join(sorted(self.signals)) or 'none'}; positions "
-            f"{' or '.join(self.positions)}; {self.decoder_layers} decoder layers, {stages})"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,7 +107,7 @@ class Adapter(ABC):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         """(row, shape) of each image of a processor's batch, without running the encoder."""
 
-    def fed(self, packed: Any) -> list[Tensor]:
+    def packed_features(self, packed: Any) -> list[Tensor]:
         """[K, D] features of each image as the model will read them from a packed output."""
         return list(packed.pooler_output)
 

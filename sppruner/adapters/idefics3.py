@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded
+from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder
 from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
+from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
 from sppruner.signals import (

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded
+from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import (
     layer_before,
@@ -21,6 +21,7 @@ from sppruner.adapters.tiles import (
     tiled_images,
 )
 from sppruner.adapters.towers import running_up_to
+from sppruner.capabilities import Capabilities
 from sppruner.compact import Compacted
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError, UnsupportedModel

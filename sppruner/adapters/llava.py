@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, raster
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import layer_before
 from sppruner.adapters.towers import running_up_to
+from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
 from sppruner.signals import content_seed as seed_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout, image_sizes
-from sppruner.adapters.base import Capabilities
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
+from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, LlavaEncoderCost
 from sppruner.signals import ClsRowProbe
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sppruner.adapters.base import Adapter, Capabilities, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
 from sppruner.adapters.tiles import runs
 from sppruner.adapters.towers import spans_together
+from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, QwenEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.signals import (

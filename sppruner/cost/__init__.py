@@ -1,9 +1,9 @@
 """Modelled cost of a prompt, from the model's config alone: FLOPs by part and KV-cache bytes.
 
 A multiply-add counts as 2. Attention counts every query-key pair (no causal discount), as
-`torch.utils.flop_counter.FlopCounterMode` does, with which the parts agree to the integer under
-eager attention. Norms, softmax and activations are not counted. Modelled figures say what the
-arithmetic is; they never stand in for measured seconds.
+`torch.utils.flop_counter.FlopCounterMode` does; under eager attention the parts equal its counts
+exactly. Norms, softmax and activations are not counted. Modelled figures describe the arithmetic;
+they are never reported as measured seconds.
 """
 
 from sppruner.cost.decoder import DecoderCost

@@ -1,4 +1,4 @@
-"""The decoder's share: prefill, decode and the KV cache, layer by layer."""
+"""Cost of the decoder: prefill, decode and the KV cache, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderCost:
-    """A Llama-like decoder (SwiGLU, grouped-query attention). The prompt's length is given for
-    each layer, since pruning inside the decoder shortens it on the way."""
+    """A Llama-like decoder (SwiGLU, grouped-query attention).
+
+    Methods take the prompt's length at each layer, since pruning inside the decoder shortens it
+    from layer to layer.
+    """
 
     layers: int
+    """Decoder layers."""
     hidden: int
+    """Width of the residual stream."""
     heads: int
+    """Query heads."""
     kv_heads: int
+    """Key and value heads."""
     head_dim: int
+    """Width of one head."""
     intermediate: int
+    """Inner width of the MLP."""
     vocabulary: int
+    """Output size of the language-model head."""
     bytes_per_value: int = 2
+    """Bytes of one cached key or value element."""
 
     @classmethod
     def from_config(cls, text: Any, *, bytes_per_value: int = 2) -> DecoderCost:
+        """From a text config of transformers."""
         heads = text.num_attention_heads
         return cls(
             layers=text.num_hidden_layers,
@@ -46,26 +58,27 @@ class DecoderCost:
 
     @property
     def head(self) -> int:
+        """FLOPs of the language-model head at one position."""
         return 2 * self.hidden * self.vocabulary
 
     def prefill(self, layer_tokens: Sequence[int]) -> int:
-        """The prompt through every layer, and the head at its last position."""
+        """FLOPs of the prompt through every layer, and of the head at its last position."""
         return sum(self.layer(tokens, tokens) for tokens in layer_tokens) + self.head
 
     def decode(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
-        """The forwards after the prefill: `new_tokens` − 1 of them, one token each."""
+        """FLOPs of the `new_tokens` − 1 decode steps after the prefill, one token each."""
         return sum(
             sum(self.layer(1, tokens + step) for tokens in layer_tokens) + self.head
             for step in range(1, new_tokens)
         )
 
     def stages(self, layer_tokens: Sequence[int]) -> int:
-        """What choosing tokens inside the decoder costs: one attention row, of all heads, in each
-        layer before one with fewer tokens."""
-        read = (tokens for tokens, next_ in pairwise(layer_tokens) if next_ < tokens)
-        return sum(2 * self.heads * self.head_dim * tokens for tokens in read)
+        """FLOPs of scoring tokens inside the decoder: one attention row, of all heads, in each
+        layer that is followed by one with fewer tokens."""
+        scored = (tokens for tokens, after in pairwise(layer_tokens) if after < tokens)
+        return sum(2 * self.heads * self.head_dim * tokens for tokens in scored)
 
     def kv_bytes(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
-        """Keys and values held once the last token is out (it is never fed back)."""
-        held = sum(layer_tokens) + len(layer_tokens) * max(0, new_tokens - 1)
-        return 2 * self.kv_heads * self.head_dim * held * self.bytes_per_value
+        """Bytes of keys and values after the last token, which is not fed back."""
+        cached = sum(layer_tokens) + len(layer_tokens) * max(0, new_tokens - 1)
+        return 2 * self.kv_heads * self.head_dim * cached * self.bytes_per_value

@@ -1,4 +1,4 @@
-"""What one row costs: an encoder, a decoder, and the row beside the same row dense."""
+"""Cost of one row, pruned and dense: an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -9,42 +9,50 @@ from typing import Any, Protocol
 from sppruner.cost.decoder import DecoderCost
 
 PARTS = ("vision", "projector", "pruner", "prefill", "decode")
+"""The parts of a row's FLOPs, in the order in which they run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageShape:
-    """What the encoder sees of one image: `tiles` grids of rows × columns patches each (one for
-    families that do not cut images up), and the visual tokens the prompt then holds for it."""
+    """One image as the encoder processes it."""
 
     tiles: int
+    """Tiles of the image; 1 for families without tiling."""
     rows: int
+    """Patches of a tile from top to bottom."""
     columns: int
+    """Patches of a tile from left to right."""
     tokens: int
+    """Visual tokens of the image in the prompt."""
 
 
 class EncoderCost(Protocol):
     """FLOPs of one image, up to the features the decoder reads."""
 
     def vision(self, image: ImageShape) -> int:
-        """The vision tower."""
+        """FLOPs of the vision tower."""
         ...
 
     def projector(self, image: ImageShape) -> int:
-        """From the tower's states to features."""
+        """FLOPs from the tower's states to the features."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCost:
-    """One row as it ran beside the same row dense. FLOPs by part of `PARTS`; KV cache in bytes
-    after the last generated token."""
+    """Modelled cost of one row as it ran, and of the same row dense."""
 
     flops: Mapping[str, int]
+    """FLOPs by part of `PARTS`."""
     flops_dense: Mapping[str, int]
+    """The same without pruning."""
     kv_bytes: int
+    """KV cache in bytes after the last generated token."""
     kv_bytes_dense: int
+    """The same without pruning."""
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON-compatible values."""
         return {
             "flops": dict(self.flops),
             "flops_dense": dict(self.flops_dense),
@@ -54,6 +62,7 @@ class RowCost:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RowCost:
+        """The inverse of `to_dict`."""
         return cls(**data)
 
 
@@ -62,7 +71,9 @@ class ModelCost:
     """A vision-language model: an encoder whose features enter a decoder."""
 
     encoder: EncoderCost
+    """Vision tower and projector."""
     decoder: DecoderCost
+    """The language model."""
 
     def row(
         self,
@@ -73,11 +84,14 @@ class ModelCost:
         new_tokens: int,
         pruner_flops: int,
     ) -> RowCost:
-        """The cost of one row whose prompt holds `layer_tokens` at each decoder layer.
+        """The cost of one row.
 
-        Selection follows the projector, so vision and projector cost the same in both columns; the
-        pruner's own work stands in the pruned one only: `pruner_flops` before the decoder, and
-        what its stages read inside it.
+        layer_tokens: prompt tokens at each decoder layer. prompt_tokens_dense: prompt tokens
+        without pruning. pruner_flops: work of selecting before the decoder.
+
+        Selection follows the projector, so vision and projector cost the same pruned and dense. The
+        pruner's own work counts for the pruned row only: `pruner_flops`, and the attention rows
+        that its stages score inside the decoder.
         """
         shared = {
             "vision": sum(self.encoder.vision(image) for image in images),

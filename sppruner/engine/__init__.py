@@ -1,8 +1,9 @@
-"""Engines: a model instance that answers requests, each with its own pruning spec. No Ray here."""
+"""Engines: one model instance that answers requests, each under its own pruning spec; no Ray."""
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from sppruner.engine.interface import Engine, Request, Result, SamplingParams
@@ -22,7 +23,7 @@ __all__ = [
     "open_engine",
 ]
 
-# torch and transformers come with the engines, not with the requests that travel to them.
+# The engines import torch and transformers; requests, which travel between processes, do not.
 _ENGINES = {
     "BatchEngine": "sppruner.engine.static",
     "ContinuousEngine": "sppruner.engine.continuous",
@@ -31,6 +32,13 @@ _ENGINES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Generation":
+        warnings.warn(
+            "sppruner.engine.Generation is now sppruner.engine.SamplingParams",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return SamplingParams
     if name not in _ENGINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_ENGINES[name]), name)

@@ -1,4 +1,4 @@
-"""What our engines share: a loaded model, its pruner, and results made of its reports."""
+"""What both engines share: a loaded model, its pruner, and results made from its reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from PIL import Image
 
-from sppruner.engine.interface import NO_EFFECT, Request, Result, SamplingParams, Update
+from sppruner.engine.interface import Request, Result, SamplingParams, Update
 from sppruner.errors import EngineError, InputError, PruningHadNoEffect
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
@@ -19,7 +19,7 @@ from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import PruneReport
 
-_WARM_UP_ROWS: Final = 4
+_WARM_UP_REQUESTS: Final = 4
 
 _R = TypeVar("_R")
 
@@ -27,8 +27,8 @@ _R = TypeVar("_R")
 class ModelEngine(ABC):
     """An `Engine` around one model instance.
 
-    model: a name or folder for `load_model`, or what that gave. slots: requests that are
-    answered side by side.
+    model: a name or folder for `load_model`, or what it returned. slots: most requests that are
+    answered at the same time.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class ModelEngine(ABC):
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
         self.slots = slots
-        self._reduction = jpeg_scale_of(loaded.processor)
+        self._jpeg_scale = jpeg_scale_of(loaded.processor)
         self._model = loaded.model
         self._processor = loaded.processor
         self._pruner = Pruner(
             loaded.model, tokenizer=loaded.processor.tokenizer, clip_text=clip_text
         )
         self._cost = self._pruner.adapter.cost()
-        ends = loaded.model.generation_config.eos_token_id
-        self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        eos = loaded.model.generation_config.eos_token_id
+        self._eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
         self._context = int(loaded.model.config.get_text_config().max_position_embeddings)
 
     @abstractmethod
@@ -73,12 +73,12 @@ class ModelEngine(ABC):
     def poll(self) -> list[Update]:
         """See `Engine`."""
 
-    def reduction(self, width: int, height: int) -> int:
+    def jpeg_scale(self, width: int, height: int) -> int:
         """See `Engine`."""
-        return self._reduction(width, height)
+        return self._jpeg_scale(width, height)
 
     def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order; for an engine that nobody else is stepping."""
+        """Answers every request, in order; for an engine that nobody else steps."""
         tickets = [self.submit(request) for request in requests]
         results: dict[int, Result] = {}
         while len(results) < len(tickets):
@@ -87,28 +87,28 @@ class ModelEngine(ABC):
         return [results[ticket] for ticket in tickets]
 
     def check(self, spec: PruneSpec) -> None:
-        """Raises SpecError or MissingSignal for a spec this model cannot run."""
+        """Raises SpecError or MissingSignal for a spec that this model cannot run."""
         self._pruner.check(spec)
 
     def warm_up(self) -> None:
-        """Answers blank images, dense and pruned: allocations and kernel choices of first calls are
-        then over. Raises PruningHadNoEffect where the model does not see a selection, before any
-        corpus has cost anything; EngineError where it cannot answer at all."""
+        """Answers blank images, dense and pruned, so that first allocations and kernel choices are
+        over. Raises PruningHadNoEffect where the model ignores a selection, before a corpus has
+        cost anything, and EngineError where it cannot answer at all."""
         half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
         for spec in (DENSE, half):
             requests = [
                 Request(
                     id=str(number),
                     prompt="warm up",
-                    # All different, or one would be encoded for all.
+                    # Different colours: equal images would be encoded once.
                     images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
                     spec=spec,
                     generation=SamplingParams(max_new_tokens=2),
                 )
-                for number in range(min(_WARM_UP_ROWS, self.slots))
+                for number in range(min(_WARM_UP_REQUESTS, self.slots))
             ]
             for result in self.run(requests):
-                if result.error_code == NO_EFFECT:
+                if result.error_code == PruningHadNoEffect.code:
                     raise PruningHadNoEffect(str(result.error_message))
                 if result.error_code is not None:
                     raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")
@@ -122,9 +122,9 @@ class ModelEngine(ABC):
         *,
         text: str | None = None,
     ) -> Result:
-        """The result of an answer, whose `tokens` may go on behind its end. text: the answer where
-        it was cut in front of a stop string."""
-        end = next((i for i, token in enumerate(tokens) if token in self._end_ids), None)
+        """The result of an answer. tokens: may continue after its end token. text: the answer where
+        it was cut in front of a stop string; None where it was not."""
+        end = next((i for i, token in enumerate(tokens) if token in self._eos_ids), None)
         new_tokens = len(tokens) if end is None else end + 1
         stopped = end is not None or text is not None
         if text is None:
@@ -150,29 +150,30 @@ class ModelEngine(ABC):
         )
 
 
-def both_ways(
+def run_control_pairs(
     pruned: list[_R], dense: list[_R], answer: Callable[[list[_R]], list[Result]], *, key: str
 ) -> list[Result]:
-    """The results of control requests, each with its dense twin's text and seconds.
+    """Answers control requests pruned and dense; each pruned result carries its dense twin's text
+    and seconds.
 
-    Which goes first is decided by `key`, so that neither side always meets the warmer cache.
+    `key` decides which side runs first, so that neither side always meets the warmer caches.
     """
     if zlib.crc32(key.encode()) % 2:
-        twins, own = answer(dense), answer(pruned)
+        dense_results, pruned_results = answer(dense), answer(pruned)
     else:
-        own, twins = answer(pruned), answer(dense)
+        pruned_results, dense_results = answer(pruned), answer(dense)
     return [
         replace(p, control_text=d.text, control_seconds=d.seconds)
         if p.error_code is None and d.error_code is None
         else p
-        for p, d in zip(own, twins, strict=True)
+        for p, d in zip(pruned_results, dense_results, strict=True)
     ]
 
 
-def check_length(prompt: int, generation: SamplingParams, context: int) -> None:
-    """Raises InputError for a prompt of so many tokens and an answer that exceed the context."""
-    if prompt + generation.max_new_tokens > context:
+def check_length(prompt_tokens: int, generation: SamplingParams, context: int) -> None:
+    """Raises InputError where a prompt and its longest answer exceed the model's context."""
+    if prompt_tokens + generation.max_new_tokens > context:
         raise InputError(
-            f"{prompt} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed the "
-            f"model's context of {context}: shorten one of them"
+            f"{prompt_tokens} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed "
+            f"the model's context of {context}: shorten one of them"
         )

@@ -1,4 +1,4 @@
-"""Prompts that were processed one by one, as the batch a processor would have made of them."""
+"""Joins prompts that were processed one by one into the batch that a processor makes of them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# One row a prompt, padded on the left; everything else is stacked by image, tile or patch, and
-# padded at the end where images differ.
-PER_TOKEN: Final = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"})
+# Entries with one row per prompt, padded on the left. All others are stacked by image, tile or
+# patch, and padded at the end where images differ.
+TOKEN_ENTRIES: Final = frozenset(
+    {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+)
 
 
 def collate(prompts: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
-    """One batch of several, all with the same entries."""
+    """One batch of several prompts, all with the same entries."""
     names = prompts[0].keys()
     return {
-        name: _joined(
+        name: _pad_and_join(
             [prompt[name] for prompt in prompts],
-            left=name in PER_TOKEN,
+            left=name in TOKEN_ENTRIES,
             value=pad_id if name == "input_ids" else 0,
         )
         for name in names
     }
 
 
-def _joined(parts: Sequence[Tensor], *, left: bool, value: int) -> Tensor:
+def _pad_and_join(parts: Sequence[Tensor], *, left: bool, value: int) -> Tensor:
     sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].dim())]
     padded = []
     for part in parts:

@@ -12,38 +12,35 @@ from typing import Any, Final
 
 import torch
 
-from sppruner.engine.base import ModelEngine, both_ways
+from sppruner.engine.base import ModelEngine, run_control_pairs
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
-from sppruner.engine.interface import Request, Result, Update, failed
-from sppruner.engine.isolation import isolated
-from sppruner.engine.preparation import Asked, Asker
-from sppruner.engine.running_batch import Row, RunningBatch
+from sppruner.engine.interface import Request, Result, Update, error_result
+from sppruner.engine.isolation import run_isolating_failures
+from sppruner.engine.preparation import PreparedRequest, RequestPreparer
+from sppruner.engine.running_batch import RunningBatch, RunningRequest
 from sppruner.engine.scheduler import PrefillLimits, Scheduler
 from sppruner.errors import SpecError
-from sppruner.spec import DENSE
 
-# The share of slots that a group fills, if so many requests are about: it shares one forward, and
-# running rows wait while that takes place.
-_GROUP: Final = 0.25
+# The share of slots that a group waits to fill, if that many requests are on their way: a group
+# shares one forward, and running requests wait while it takes place.
+_GROUP_SHARE: Final = 0.25
 _KV_SHARE: Final = 0.6
 
 
 class ContinuousEngine(ModelEngine):
-    """`submit` requests, `step` while there are any, `poll` what became of them.
+    """`submit` requests, `step` while any is left, `poll` for updates.
 
-    Greedy answers are those of `generate` on each request alone (in float32: less exact numbers
-    depend on the company that a row has). Control requests are read and
-    answered by themselves, pruned and dense, once everything else that ran has finished.
+    In float32, greedy answers equal those of `generate` on each request alone; in less exact dtypes
+    they depend on the batch. Control requests are prefilled and answered by themselves, pruned and
+    dense, once everything else that runs has finished.
 
-    slots: slots. limits: of what is read in one forward. capacity: places of every slot,
-    allocated at once, or None to grow as needed. kv_bytes: what keys and values may grow to, by
-    default without bounds on a CPU and 60 % of what a GPU has left; requests wait for room.
-    compiled: decode as one graph, which needs a capacity. threads: that prepare pixels.
-    encodings_bytes: memory for what the last images were encoded to (`encodings` counts who was
-    served from it), and as much again for what the decoder read of their prompts (`prefixes`); 0
-    encodes and reads everything anew.
-    Other settings: see `ModelEngine`. Single-threaded: one thread makes all calls.
+    limits: of one prefill forward. capacity: tokens of every slot, allocated at once; None to grow
+    as needed. kv_bytes: most bytes of keys and values, unbounded by default on a CPU and 60 % of a
+    GPU's free memory; requests wait for memory. compiled: decode as one graph, which needs a
+    capacity. threads: that prepare requests. cache_bytes: most bytes of each of the two caches,
+    `encoder_cache` (vision features) and `prefix_cache` (keys and values); 0 bypasses both. Other
+    settings: see `ModelEngine`. Single-threaded: one thread makes all calls.
     """
 
     def __init__(
@@ -55,36 +52,36 @@ class ContinuousEngine(ModelEngine):
         kv_bytes: int | None = None,
         compiled: bool = False,
         threads: int = 2,
-        encodings_bytes: int = 256 * 2**20,
+        cache_bytes: int = 256 * 2**20,
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
         if compiled and capacity is None:
-            raise SpecError(
-                "a compiled engine needs a capacity: places for a prompt and its answer"
-            )
-        self.encodings, self.prefixes = EncoderCache(encodings_bytes), PrefixCache(encodings_bytes)
-        self._rows = RunningBatch(
+            raise SpecError("a compiled engine needs a capacity: tokens of a prompt and its answer")
+        self.encoder_cache, self.prefix_cache = EncoderCache(cache_bytes), PrefixCache(cache_bytes)
+        self._running = RunningBatch(
             self._pruner,
             self._processor.tokenizer,
-            ends=self._end_ids,
+            eos_ids=self._eos_ids,
             slots=self.slots,
-            encodings=self.encodings,
-            prefixes=self.prefixes,
+            encoder_cache=self.encoder_cache,
+            prefix_cache=self.prefix_cache,
             capacity=capacity,
-            kv_bytes=_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
+            kv_bytes=_default_kv_bytes(self._model.device) if kv_bytes is None else kv_bytes,
             compiled=compiled,
         )
-        self.kv_token_capacity: int | None = self._rows.cache.room
-        self._asker = Asker(
+        self.kv_token_capacity: int | None = self._running.cache.token_capacity
+        self._preparer = RequestPreparer(
             self._processor,
             self._pruner,
             context=self._context,
-            fits=partial(self._rows.cache.fits, 1),
+            fits=partial(self._running.cache.fits, 1),
             threads=threads,
         )
-        self._schedule: Scheduler[Asked] = Scheduler(limits or _limits(self._model.device))
-        self._asking: dict[int, tuple[Request, Future[Asked]]] = {}
+        self._scheduler: Scheduler[PreparedRequest] = Scheduler(
+            limits or _default_limits(self._model.device)
+        )
+        self._preparing: dict[int, tuple[Request, Future[PreparedRequest]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
         self.busy_seconds = 0.0
@@ -92,150 +89,158 @@ class ContinuousEngine(ModelEngine):
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
-        return len(self._asking) + len(self._schedule) + len(self._rows.rows)
+        return len(self._preparing) + len(self._scheduler) + len(self._running.requests)
 
     def submit(self, request: Request) -> int:
-        """Takes a request; returns the ticket that its updates will carry."""
+        """Queues a request; returns the ticket that its updates carry."""
         ticket = next(self._tickets)
-        self._asking[ticket] = request, self._asker.ask(request, ticket)
+        self._preparing[ticket] = request, self._preparer.prepare(request, ticket)
         return ticket
 
     def cancel(self, ticket: int) -> bool:
-        """Forgets a request, whose slot is free at once; False where it has ended already."""
-        if (asking := self._asking.pop(ticket, None)) is not None:
-            asking[1].cancel()
+        """Drops a request and frees its slot at once; False if it has ended already."""
+        if (preparing := self._preparing.pop(ticket, None)) is not None:
+            preparing[1].cancel()
             return True
-        for asked in self._schedule:
-            if asked.ticket == ticket:
-                self._schedule.remove(asked)
+        for prepared in self._scheduler:
+            if prepared.ticket == ticket:
+                self._scheduler.remove(prepared)
                 return True
-        for row in self._rows.rows:
-            if row.asked.ticket == ticket:
-                self._rows.drop(row)
+        for running in self._running.requests:
+            if running.prepared.ticket == ticket:
+                self._running.remove(running)
                 return True
         return False
 
     def step(self) -> bool:
-        """Reads a group of waiting requests, or says one more token for those that run; returns
-        whether any request is left. Waits only where all that is left is being prepared."""
-        self._gather()
+        """Prefills a group of waiting requests, or decodes one more token of the running ones;
+        returns whether any request is left. Waits only while requests are left and all of them are
+        being prepared."""
+        self._collect_prepared()
         group = self._next_group()
-        if not group and not self._rows.rows:
-            if self._asking:
-                wait([asking for _, asking in self._asking.values()], return_when=FIRST_COMPLETED)
+        if not group and not self._running.requests:
+            if self._preparing:
+                wait([f for _, f in self._preparing.values()], return_when=FIRST_COMPLETED)
             return self.in_flight > 0
         started = time.perf_counter()
-        if group and group[0].alone:
+        if group and group[0].exclusive:
             self._answer_controls(group)
         elif group:
-            self._read(group)
+            self._prefill(group)
         else:
             self._decode()
         self.busy_seconds += time.perf_counter() - started
         return self.in_flight > 0
 
     def poll(self) -> list[Update]:
-        """What became of requests since the last call."""
+        """Updates since the last call."""
         updates, self._updates = self._updates, []
         return updates
 
     def close(self) -> None:
         """Ends the engine's threads."""
-        self._asker.close()
+        self._preparer.close()
 
-    def _gather(self) -> None:
-        """Lines up what has been prepared."""
-        for ticket, (request, future) in list(self._asking.items()):
+    def _collect_prepared(self) -> None:
+        """Adds to the scheduler what has been prepared."""
+        for ticket, (request, future) in list(self._preparing.items()):
             if not future.done():
                 continue
-            del self._asking[ticket]
+            del self._preparing[ticket]
             try:
-                self._schedule.add(future.result())
-            except Exception as error:  # The row boundary, as in `_read`.
-                self._finish(ticket, failed(request, error))
+                self._scheduler.add(future.result())
+            except Exception as error:  # The row boundary, as in `_prefill`.
+                self._finish(ticket, error_result(request, error))
 
-    def _next_group(self) -> list[Asked]:
-        first = self._schedule.first()
+    def _next_group(self) -> list[PreparedRequest]:
+        first = self._scheduler.first()
         if first is None:
             return []
-        running, free = self._rows.rows, self._rows.free
-        asking = [request for request, _ in self._asking.values()]
-        if first.alone:
-            # Controls are timed together: none starts while some are still being prepared.
-            ready = not running and not any(request.control for request in asking)
-            return self._schedule.take(free, self._rows.fits) if ready else []
-        # Among equals a group is worth waiting for; others who are on their way never are.
-        waiting = sum(asked.priority == first.priority for asked in self._schedule)
-        coming = waiting + sum(request.priority == first.priority for request in asking)
-        if min(free, waiting) < min(coming, _GROUP * self._rows.cache.slots):
+        free = self._running.free_slots
+        preparing = [request for request, _ in self._preparing.values()]
+        if first.exclusive:
+            # Controls are timed together: none starts while others are being prepared.
+            idle = not self._running.requests
+            ready = idle and not any(request.control for request in preparing)
+            return self._scheduler.take(free, self._running.fits) if ready else []
+        # A group is worth waiting for among requests of its priority, never for any other.
+        waiting = sum(prepared.priority == first.priority for prepared in self._scheduler)
+        coming = waiting + sum(request.priority == first.priority for request in preparing)
+        if min(free, waiting) < min(coming, _GROUP_SHARE * self._running.cache.slots):
             return []
-        return self._schedule.take(free, self._rows.fits)
+        return self._scheduler.take(free, self._running.fits)
 
-    def _read(self, group: Sequence[Asked]) -> None:
-        for finished in isolated(lambda part: [self._rows.read(part)], group, self._fail):
-            self._tell(finished)
+    def _prefill(self, group: Sequence[PreparedRequest]) -> None:
+        for finished in run_isolating_failures(
+            lambda part: [self._running.prefill(part)], group, self._fail
+        ):
+            self._publish(finished)
 
-    def _fail(self, asked: Asked, error: Exception) -> list[Row]:
-        """Ends a request in an error; no row is finished by it."""
-        self._finish(asked.ticket, failed(asked.request, error))
+    def _fail(self, prepared: PreparedRequest, error: Exception) -> list[RunningRequest]:
+        """Ends a request in an error; returns no finished request."""
+        self._finish(prepared.ticket, error_result(prepared.request, error))
         return []
 
     def _decode(self) -> None:
         try:
-            finished = self._rows.step()
+            finished = self._running.step()
         except torch.AcceleratorError:
             raise
-        except Exception as error:  # Nobody can tell whose fault it is: all that ran have ended.
-            for row in list(self._rows.rows):
-                self._rows.drop(row)
-                self._fail(row.asked, error)
+        except Exception as error:  # The request at fault is unknown: all running ones end.
+            for running in list(self._running.requests):
+                self._running.remove(running)
+                self._fail(running.prepared, error)
             return
-        self._tell(finished)
+        self._publish(finished)
 
-    def _answer_controls(self, group: list[Asked]) -> None:
-        dense = [replace(a, request=replace(a.request, spec=DENSE)) for a in group]
-        results = both_ways(group, dense, self._answer_alone, key=group[0].request.id)
-        for asked, result in zip(group, results, strict=True):
-            self._finish(asked.ticket, result)
+    def _answer_controls(self, group: list[PreparedRequest]) -> None:
+        dense = [prepared.dense_twin() for prepared in group]
+        results = run_control_pairs(group, dense, self._answer_exclusively, key=group[0].request.id)
+        for prepared, result in zip(group, results, strict=True):
+            self._finish(prepared.ticket, result)
 
-    def _answer_alone(self, group: list[Asked]) -> list[Result]:
+    def _answer_exclusively(self, group: list[PreparedRequest]) -> list[Result]:
         """Answers a group while nothing else runs."""
         mark = len(self._updates)
         started = time.perf_counter()
-        for part in self._schedule.parts(group):
-            self._read(part)
-        while self._rows.rows:
+        for part in self._scheduler.split(group):
+            self._prefill(part)
+        while self._running.requests:
             self._decode()
         seconds = (time.perf_counter() - started) / len(group)
-        told = self._updates[mark:]
+        updates = self._updates[mark:]
         del self._updates[mark:]
-        results = {update.ticket: update.result for update in told if update.result is not None}
-        return [replace(results[asked.ticket], seconds=seconds) for asked in group]
+        results = {update.ticket: update.result for update in updates if update.result is not None}
+        return [replace(results[prepared.ticket], seconds=seconds) for prepared in group]
 
-    def _tell(self, finished: Sequence[Row]) -> None:
-        """Updates of rows that have something to say, and of those that are finished."""
-        for row in self._rows.rows:
-            if row.unsaid and row.asked.request.stream:
-                self._updates.append(Update(ticket=row.asked.ticket, text=row.unsaid))
-                row.unsaid = ""
-        for row in finished:
-            request = row.asked.request
-            text = row.transcript.text if row.transcript is not None and row.stopped else None
-            result = self._result(request, row.report, row.tokens, row.seconds, text=text)
-            self._finish(row.asked.ticket, result, row.unsaid if request.stream else "")
+    def _publish(self, finished: Sequence[RunningRequest]) -> None:
+        """Adds updates of requests with new text to stream, and of those that are finished."""
+        for running in self._running.requests:
+            if running.pending_text and running.prepared.request.stream:
+                ticket = running.prepared.ticket
+                self._updates.append(Update(ticket=ticket, text=running.pending_text))
+                running.pending_text = ""
+        for running in finished:
+            request, detokenizer = running.prepared.request, running.detokenizer
+            text = detokenizer.text if detokenizer is not None and running.stopped else None
+            result = self._result(
+                request, running.report, running.tokens, running.seconds, text=text
+            )
+            pending = running.pending_text if request.stream else ""
+            self._finish(running.prepared.ticket, result, pending)
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:
         self._updates.append(Update(ticket=ticket, text=text, result=result))
 
 
-def _limits(device: torch.device) -> PrefillLimits:
+def _default_limits(device: torch.device) -> PrefillLimits:
     """A CPU is faster on groups whose states stay in its caches: the embedded model answered 158
     images/s in groups of 16, and 124 in groups of 56."""
     return PrefillLimits() if device.type == "cuda" else PrefillLimits(tokens=2048, patches=2048)
 
 
-def _kv_bytes(device: torch.device) -> int | None:
-    """The rest of a GPU is for what forwards need on the way."""
+def _default_kv_bytes(device: torch.device) -> int | None:
+    """The rest of a GPU's memory is for the intermediate states of forwards."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,8 +1,9 @@
-"""The decode step: one more token for every running request, whatever its budget was.
+"""The decode step: one more token for every running request, whatever its budget is.
 
-The decoder's own layers, in a loop of ours: `transformers` gives all layers one mask, and slots are
-differently long at the layers behind a stage. Shapes: R rows of position ids (one, or four with
-M-RoPE), N running requests.
+The decoder's own layers run in a loop of ours: `transformers` gives all layers one mask, and after
+a stage a slot's length differs between layers.
+
+Shapes: N running requests, R rows of position ids (one, or four with M-RoPE).
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import Adapter
+from sppruner.decoder import has_full_attention
 from sppruner.engine.caches.kv_slots import KVSlots
 from sppruner.errors import UnsupportedModel
-from sppruner.stages import first_prunable_layer
 
 
 class DecodeStep:
-    """Works with decoders of Llama's shape, as `sppruner.stages.StageDriver` does.
+    """Runs decoders of Llama's structure, as `sppruner.stages.StageDriver` does.
 
-    compiled: the step as one graph (on a GPU: captured), to be used with a cache of fixed capacity.
-    Raises UnsupportedModel for decoders without full causal attention in every layer.
+    compiled: the step as one graph (captured on a GPU), for a cache of fixed capacity. Raises
+    UnsupportedModel for a decoder without full causal attention in every layer.
     """
 
     def __init__(self, adapter: Adapter, *, compiled: bool = False) -> None:
         self._decoder = adapter.language_model()
         self._embed = adapter.model.get_input_embeddings()
         self._head = adapter.model.get_output_embeddings()
-        if first_prunable_layer(self._decoder.config) is None:
+        if not has_full_attention(self._decoder.config):
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: a decoder with windows or chunks of attention "
                 "cannot run in slots; a BatchEngine can run it"
@@ -44,20 +45,20 @@ class DecodeStep:
             )
 
     def __call__(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
-        """Logits [N, vocabulary] behind `tokens_N`, which stand at `positions_RN`.
+        """Logits [N, vocabulary] after `tokens_N`, whose positions are `positions_RN`.
 
-        Reads and writes the first N slots; counting the token is left to `KVSlots.end`.
+        Reads and writes the first N slots; the caller counts the token with `KVSlots.end_step`.
         """
-        cache.begin(len(tokens_N))
+        cache.begin_step(len(tokens_N))
         logits: Tensor = self._forward(tokens_N, positions_RN, cache)
         return logits
 
     def _run(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
         hidden = self._embed(tokens_N[:, None])
         text_N1 = positions_RN[0, :, None]
-        # With four rows the first one counts text alone; time, height and width rotate.
-        turned = text_N1 if len(positions_RN) == 1 else positions_RN[1:, :, None]
-        rotary = self._decoder.rotary_emb(hidden, turned)
+        # Of four rows the first counts text only; rotary embeddings use time, height and width.
+        rotated = text_N1 if len(positions_RN) == 1 else positions_RN[1:, :, None]
+        rotary = self._decoder.rotary_emb(hidden, rotated)
         mask = None
         for index, layer in enumerate(self._decoder.layers):
             if cache.starts_segment(index):

@@ -1,4 +1,4 @@
-"""The engine for a model: continuous batching wherever its decoder allows it."""
+"""Opens the engine for a model: continuous batching wherever its decoder allows it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sppruner.models.loading import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
 
-# `generate` takes memory for all rows of a batch at once, with nobody to ask whether it is there.
-_STATIC_ROWS: Final = 16
+# `generate` allocates for all requests of a batch at once and cannot wait for memory.
+_STATIC_SLOTS: Final = 16
 
 
 def open_engine(
@@ -26,18 +26,18 @@ def open_engine(
     **settings: Any,
 ) -> ModelEngine:
     """A `ContinuousEngine`, or a `BatchEngine` for a model that cannot run in slots: its decoder
-    has windows of attention, or its generation config asks for what only `generate` can do.
+    has windows of attention, or its generation config sets what only `generate` can do.
 
-    settings: of `ModelEngine`; static batches have 16 rows at most. Raises UnsupportedModel for a
-    model that neither can run.
+    settings: of `ModelEngine`; a static batch holds at most 16 requests. Raises UnsupportedModel
+    for a model that neither engine can run.
     """
     if isinstance(model, str):
         model = load_model(model, revision=revision, device=device, dtype=dtype)
     try:
         return ContinuousEngine(model, **settings)
     except UnsupportedModel as error:
-        rows = min(_STATIC_ROWS, settings.pop("slots", _STATIC_ROWS))
-        # Raises the same where the model is at fault.
-        engine = BatchEngine(model, slots=rows, **settings)
+        slots = min(_STATIC_SLOTS, settings.pop("slots", _STATIC_SLOTS))
+        # Raises the same error where the model itself is unsupported.
+        engine = BatchEngine(model, slots=slots, **settings)
         logger.warning("answering in static batches: %s", error)
         return engine

@@ -1,4 +1,4 @@
-"""What an engine takes and gives: one request, one result, always in the caller's order."""
+"""The engine's interface: requests in, results out in the same order. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,138 +9,192 @@ from typing import Final, Protocol, TypeAlias
 from PIL import Image
 
 from sppruner.cost import RowCost
-from sppruner.errors import EngineError, PruningHadNoEffect, SpecError, SpprunerError
+from sppruner.errors import EngineError, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
 
-NO_EFFECT: Final = "pruning_no_effect"
-# Of a model; auto is bfloat16 on a GPU and float32 on a CPU.
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+"""A model's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
 
-Reduction: TypeAlias = Callable[[int, int], int]
-"""By how much an upright JPEG of a width and height may be decoded smaller: 1, 2, 4 or 8, which
-divides both."""
+JpegScale: TypeAlias = Callable[[int, int], int]
+"""The factor by which an upright JPEG of a width and height may be decoded smaller: 1, 2, 4 or 8,
+a divisor of both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; `seed` matters only above 0.
-
-    stop: texts that end an answer in front of them.
-    """
+    """How the tokens of an answer are sampled, and where the answer ends."""
 
     max_new_tokens: int = 64
+    """Most tokens of the answer, at least 1."""
+
     temperature: float = 0.0
+    """0 is greedy decoding; not negative."""
+
     top_p: float = 1.0
+    """Share of probability that nucleus sampling draws from, in (0, 1]; no effect if greedy."""
+
     seed: int = 0
+    """Seed of this request's own random generator; no effect if greedy."""
+
     stop: tuple[str, ...] = ()
+    """Stop strings: the answer ends in front of the first that it contains. None is empty."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise SpecError(f"max_new_tokens {self.max_new_tokens!r}: ask for at least 1")
+            raise SpecError(f"max_new_tokens {self.max_new_tokens!r}: give at least 1")
         if self.temperature < 0:
             raise SpecError(f"temperature {self.temperature!r} is negative")
         if not 0 < self.top_p <= 1:
             raise SpecError(f"top_p {self.top_p!r} is outside (0, 1]")
         if "" in self.stop:
-            raise SpecError("stop holds an empty text, which would end every answer at once")
+            raise SpecError("stop holds an empty string, which would end every answer at once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """One prompt with its decoded images and its own pruning spec.
-
-    control: also answer it densely and time both, in a batch of control requests only, so that
-    pruned and dense seconds come from the same rows in the same batch. priority: smaller ones are
-    served first. stream: whether its words are wanted before it has ended.
-    """
+    """One prompt with its decoded images and its own pruning spec."""
 
     id: str
+    """The caller's name for the request; its result carries it."""
+
     prompt: str
+    """The user's text."""
+
     images: tuple[Image.Image, ...] = ()
+    """Decoded images, in front of the text in the prompt."""
+
     system: str | None = None
+    """The system message; None for none."""
+
     spec: PruneSpec = DENSE
+    """What is pruned of the images' visual tokens."""
+
     generation: SamplingParams = field(default_factory=SamplingParams)
+    """How the answer is sampled."""
+
     control: bool = False
+    """Whether the request is also answered densely and both answers are timed. Control requests
+    share batches with each other only, so that pruned and dense seconds come from the same rows in
+    the same batch."""
+
     priority: int = 0
+    """Smaller priorities are served first."""
+
     stream: bool = False
+    """Whether updates carry the text as it is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The answer to one request, or why there is none (`error_code` set, `text` None).
-
-    kept_tokens: which visual tokens entered the decoder, as `PruneReport.kept_tokens`. seconds:
-    its share of the wall seconds of what it took part in, each batch or step divided by its rows;
-    those of a control request are its group's, divided. control_text and control_seconds come from
-    the dense twin of a control request. cost: modelled, from the model's config alone; None on
-    error.
-    """
+    """The answer to one request, or the error that it ended in."""
 
     id: str
+    """The request's id."""
+
     text: str | None
+    """The answer; None on error."""
+
     finish_reason: str | None = None
+    """"stop" (end token or stop string) or "length" (max_new_tokens); None on error."""
+
     prompt_tokens: int = 0
+    """Text and visual tokens that entered the decoder."""
+
     completion_tokens: int = 0
+    """Tokens of the answer, an end token included."""
+
     visual_tokens: int = 0
+    """Visual tokens of the unpruned prompt."""
+
     visual_tokens_kept: int = 0
+    """Visual tokens kept, as the spec's budget counts them (`PruneReport.visual_tokens_kept`)."""
+
     kept_tokens: bytes = b""
+    """Bit mask of the visual tokens that entered the decoder (`PruneReport.kept_tokens`)."""
+
     seconds: float = 0.0
+    """The request's share of wall seconds: each batch or step it took part in, divided by the
+    requests in it; of a control request, its group's seconds divided by the group's size."""
+
     control_text: str | None = None
+    """The dense answer of a control request; None for other requests."""
+
     control_seconds: float | None = None
+    """Seconds of the dense answer, shared out like `seconds`; None for other requests."""
+
     cost: RowCost | None = None
+    """Modelled cost, from the model's config alone; None on error."""
+
     error_code: str | None = None
+    """Stable code of the error (`SpprunerError.code`); None on success."""
+
     error_message: str | None = None
+    """The error's class and message; None on success."""
+
     error_stage: str | None = None
+    """Where the request failed (`SpprunerError.stage`); None on success."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What became of a request since the last `poll`. text: what it went on to say, where it asked
-    to stream. result: set in its last update."""
+    """Progress of one request since the last `poll`."""
 
     ticket: int
+    """What `submit` returned for the request."""
+
     text: str = ""
+    """Text generated since the last update, for a request with `stream`."""
+
     result: Result | None = None
+    """Set in the request's last update."""
 
 
 class Engine(Protocol):
-    """Anything that answers requests: `submit` them, `step` while there are any, `poll` what became
-    of them. One thread makes all calls but `reduction`. A bad request ends in an error result; an
-    exception means that the engine itself is broken."""
+    """Anything that answers requests: `submit` them, `step` while any is left, `poll` for updates.
+
+    One thread makes all calls but `jpeg_scale`. A bad request ends in an error result; an exception
+    means that the engine itself is broken.
+    """
 
     model_id: str
-    model_revision: str
-    # "pil" or "torchvision": their pixels differ slightly, so it is part of a run's identity.
-    image_backend: str
-    # Wall seconds of reading and answering since the start; waiting for requests is not in them.
-    busy_seconds: float
+    """Name or folder of the model, as it was loaded."""
 
-    # Requests that are answered side by side at most, and tokens of prompts and answers that these
-    # may have together: None where nothing bounds them.
+    model_revision: str
+    """Pins the model's content: a commit, or a hash of its files."""
+
+    image_backend: str
+    """"pil" or "torchvision": their pixels differ slightly, so a run's identity includes it."""
+
+    busy_seconds: float
+    """Wall seconds of prefill and decode since the start, without waiting for requests."""
+
     slots: int
+    """Most requests that are answered at the same time."""
+
     kv_token_capacity: int | None
+    """Most tokens of prompts and answers in the KV cache at the same time; None for no bound."""
 
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
         ...
 
-    def reduction(self, width: int, height: int) -> int:
-        """See `Reduction`. What the model is shown keeps its shape, and hardly changes by it. Any
-        thread may ask."""
+    def jpeg_scale(self, width: int, height: int) -> int:
+        """See `JpegScale`. Grids and token counts stay the same, and pixels nearly so. Safe to call
+        from any thread."""
         ...
 
     def warm_up(self) -> None:
-        """Run once before the first request, so that what only first calls cost is not measured as
-        work. Raises where this engine could not keep its word on any request."""
+        """Answers a few requests before the first real one, so that one-off costs are not measured
+        as work. Raises where this engine could answer no request correctly."""
         ...
 
     def submit(self, request: Request) -> int:
-        """Takes a request; returns the ticket that its updates will carry."""
+        """Queues a request; returns the ticket that its updates carry."""
         ...
 
     def cancel(self, ticket: int) -> bool:
-        """Forgets a request; False where it has ended already, or cannot be stopped any more."""
+        """Drops a request; False if it has ended or can no longer be stopped."""
         ...
 
     def step(self) -> bool:
@@ -148,25 +202,21 @@ class Engine(Protocol):
         ...
 
     def poll(self) -> list[Update]:
-        """What became of requests since the last call."""
+        """Updates since the last call."""
         ...
 
     def close(self) -> None:
-        """Ends what the engine has started: threads, if any."""
+        """Ends the engine's threads, if it has any."""
         ...
 
 
-def failed(request: Request, error: Exception) -> Result:
-    """The result of a request that could not be answered."""
-    if isinstance(error, PruningHadNoEffect):
-        code = NO_EFFECT
-    elif isinstance(error, EngineError) or not isinstance(error, SpprunerError):
-        code = "inference_failed"
-    else:
-        code = "prompt_invalid"
+def error_result(request: Request, error: Exception) -> Result:
+    """The result of a request that ends in an error; its code and stage are the error's own."""
+    kind = type(error) if isinstance(error, SpprunerError) else EngineError
     return Result(
         id=request.id,
         text=None,
-        error_code=code,
+        error_code=kind.code,
         error_message=f"{type(error).__name__}: {error}",
+        error_stage=kind.stage,
     )

@@ -1,4 +1,4 @@
-"""The row boundary: whatever a request provokes stays with that request."""
+"""The row boundary: an exception that one request provokes fails that request only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ _I = TypeVar("_I")
 _O = TypeVar("_O")
 
 
-def isolated(
+def run_isolating_failures(
     run: Callable[[Sequence[_I]], list[_O]],
     items: Sequence[_I],
     fail: Callable[[_I, Exception], _O],
 ) -> list[_O]:
-    """`run(items)`; where that raises, its halves, down to single items, which `fail` answers for.
+    """`run(items)`. Where that raises, runs each half, down to single items; `fail` makes the
+    output of a single item that raises.
 
-    A bad item is the only one to fail, and most neighbours still run together. Raises
+    A bad item is the only one to fail, and most of its neighbours still run together. Raises
     torch.AcceleratorError: a faulted device answers nothing more, so no item is to blame.
     """
     try:
@@ -29,4 +30,7 @@ def isolated(
         if len(items) == 1:
             return [fail(items[0], error)]
     half = len(items) // 2
-    return isolated(run, items[:half], fail) + isolated(run, items[half:], fail)
+    return [
+        *run_isolating_failures(run, items[:half], fail),
+        *run_isolating_failures(run, items[half:], fail),
+    ]

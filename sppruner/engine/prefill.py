@@ -1,6 +1,8 @@
 """The prefill: a group of prompts is read once, each pruned under its own spec.
 
-Shapes: V vocabulary, R rows of position ids (one, or four with M-RoPE).
+Shapes: B prompts of the group, S tokens of the processor's prompts or of suffixes, L tokens as the
+decoder reads them, R rows of position ids (one, or four with M-RoPE), V vocabulary, H KV heads, W
+width of a head.
 """
 
 from __future__ import annotations
@@ -19,199 +21,218 @@ from sppruner.adapters import Encoded
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import Prefix, PrefixCache
 from sppruner.engine.collate import collate
-from sppruner.engine.preparation import Asked
+from sppruner.engine.preparation import PreparedRequest
 from sppruner.pruner import Pruner
 from sppruner.stages import StageDriver
 from sppruner.types import PruneReport
 
-# What the encoder alone reads, and large: it goes to the device only for prompts to be encoded.
+# Large entries that only the encoder reads: they go to the device only for images to be encoded.
 _PIXELS: Final = frozenset({"pixel_values", "pixel_attention_mask"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefilled:
-    """One prompt as the decoder left it.
-
-    logits_V: behind its last token. ids: its tokens as the decoder read them. positions: of the
-    next token, R of them. keys, values: of each layer, [heads, length, width] views into the
-    group's cache: valid until the next one is read.
-    """
+    """One prompt after its prefill."""
 
     logits_V: Tensor
+    """Logits after its last token."""
+
     ids: list[int]
+    """Its token ids as the decoder read them."""
+
     positions: list[int]
+    """R position ids of the next token."""
+
     keys: list[Tensor]
+    """Keys of each layer, [heads, length, width]: views into the group's cache, valid until the
+    next prefill."""
+
     values: list[Tensor]
+    """Values of each layer, as `keys`."""
+
     report: PruneReport
+    """What was pruned of it."""
 
 
 @torch.inference_mode()
 def prefill(
     pruner: Pruner,
-    group: Sequence[Asked],
-    encodings: EncoderCache | None = None,
-    prefixes: PrefixCache | None = None,
+    group: Sequence[PreparedRequest],
+    encoder_cache: EncoderCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[Prefilled]:
-    """Reads prompts of one kind, in one forward or two.
+    """Prefills prompts of one kind, in one forward or two.
 
-    encodings: of earlier prompts, where images are looked up and kept; without, each is encoded.
-    prefixes: of earlier prompts and of this group's own. A beginning that several share is read
-    with the first of them, and of the others only the text behind it; without, every prompt is
-    read whole. Raises what `Pruner.prepare` raises, and then nothing was kept.
+    encoder_cache: holds vision features of earlier prompts; without it, each image is encoded.
+    prefix_cache: holds prefixes of earlier prompts. A prefix that several prompts share is read
+    with the first of them; of the others only the suffix is read. Without it, every prompt is read
+    whole. Raises what `Pruner.prepare` raises; nothing is cached then.
     """
-    if prefixes is None:
-        return _read(pruner, group, encodings)
-    names = {asked.prefix for asked in group if asked.prefix is not None}
-    begun = {name: found for name in names if (found := prefixes.find(name)) is not None}
-    whole, rest, coming = list[Asked](), list[Asked](), set(begun)
-    for asked in group:
-        (rest if asked.prefix in coming else whole).append(asked)
-        if asked.prefix is not None:
-            coming.add(asked.prefix)
-    read: dict[Asked, Prefilled] = {}
+    if prefix_cache is None:
+        return _prefill_whole(pruner, group, encoder_cache)
+    keys = {prepared.prefix_key for prepared in group if prepared.prefix_key is not None}
+    prefixes = {key: held for key in keys if (held := prefix_cache.get(key)) is not None}
+    whole, rest, shared = list[PreparedRequest](), list[PreparedRequest](), set(prefixes)
+    for prepared in group:
+        (rest if prepared.prefix_key in shared else whole).append(prepared)
+        if prepared.prefix_key is not None:
+            shared.add(prepared.prefix_key)
+    done: dict[PreparedRequest, Prefilled] = {}
     if whole:
-        read.update(zip(whole, _read(pruner, whole, encodings), strict=True))
-    for asked in whole:
-        if asked.prefix is not None:
-            begun[asked.prefix] = _beginning(read[asked], asked.behind)
-            prefixes.keep(asked.prefix, begun[asked.prefix])
+        done.update(zip(whole, _prefill_whole(pruner, whole, encoder_cache), strict=True))
+    for prepared in whole:
+        if prepared.prefix_key is not None:
+            prefix = _cut_prefix(done[prepared], prepared.suffix_tokens)
+            prefixes[prepared.prefix_key] = prefix
+            prefix_cache.put(prepared.prefix_key, prefix)
     if rest:
-        known = [begun[asked.prefix] for asked in rest if asked.prefix is not None]
-        read.update(zip(rest, _read_on(pruner, rest, known), strict=True))
-    prefixes.misses += sum(asked.prefix is not None for asked in whole)
-    prefixes.hits += len(rest)
-    return [read[asked] for asked in group]
+        known = [prefixes[r.prefix_key] for r in rest if r.prefix_key is not None]
+        done.update(zip(rest, _prefill_suffixes(pruner, rest, known), strict=True))
+    prefix_cache.misses += sum(prepared.prefix_key is not None for prepared in whole)
+    prefix_cache.hits += len(rest)
+    return [done[prepared] for prepared in group]
 
 
-def _read(
-    pruner: Pruner, group: Sequence[Asked], encodings: EncoderCache | None
+def _prefill_whole(
+    pruner: Pruner, group: Sequence[PreparedRequest], encoder_cache: EncoderCache | None
 ) -> list[Prefilled]:
-    """Encodes, selects, re-packs and reads prompts whole."""
+    """Encodes, selects, re-packs and reads whole prompts."""
     encoded = None
-    if encodings is not None and group[0].content:
-        encoded = _encoded(pruner, group, encodings)
-    inputs = _batch(pruner, group, without=() if encoded is None else _PIXELS)
-    prepared = pruner.prepare(
+    if encoder_cache is not None and group[0].images_hash:
+        encoded = _encode(pruner, group, encoder_cache)
+    inputs = _collate(pruner, group, without=() if encoded is None else _PIXELS)
+    packed = pruner.prepare(
         inputs,
-        [asked.request.spec for asked in group],
-        [asked.request.prompt for asked in group],
+        [prepared.resolved for prepared in group],
+        [prepared.request.prompt for prepared in group],
         encoded=encoded,
     )
-    packed = dict(prepared.inputs)
-    if "position_ids" not in packed:  # nobody has an image, nothing was moved
-        positions_RBS = pruner.adapter.positions(inputs)
-        packed["position_ids"] = positions_RBS[0] if len(positions_RBS) == 1 else positions_RBS
-    ids_BL = packed["input_ids"]
-    if "inputs_embeds" in packed:  # as `generate` does: ids then only say how long a prompt is
-        del packed["input_ids"]
+    arguments = dict(packed.inputs)
+    if "position_ids" not in arguments:  # text only: nothing was pruned, positions are the prompt's
+        arguments["position_ids"] = _without_single_row(pruner.adapter.positions(inputs))
+    ids_BL = arguments["input_ids"]
+    if "inputs_embeds" in arguments:  # ids only give the prompt's length then, as in `generate`
+        del arguments["input_ids"]
     cache = DynamicCache()
-    stages = prepared.stages
+    stages = packed.stages
     with nullcontext() if stages is None else StageDriver(pruner.adapter, stages):
-        output = pruner.model(**packed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    position_ids = packed["position_ids"]
+        output = pruner.model(**arguments, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    position_ids = arguments["position_ids"]
     last_RB = position_ids.view(-1, *position_ids.shape[-2:])[..., -1]
     next_BR = (last_RB.T + 1).tolist()
-    rows = []
-    for row, report in enumerate(prepared.reports):
-        real = packed["attention_mask"][row].bool()
+    results = []
+    for row, report in enumerate(packed.reports):
+        real_L = arguments["attention_mask"][row].bool()
         # Padding is on the left, at every layer.
         spans = [slice(-length, None) for length in report.layer_tokens]
-        rows.append(
+        results.append(
             Prefilled(
                 logits_V=output.logits[row, -1],
-                ids=ids_BL[row, real].tolist(),
+                ids=ids_BL[row, real_L].tolist(),
                 positions=next_BR[row],
                 keys=[la.keys[row, :, at] for la, at in zip(cache.layers, spans, strict=True)],
                 values=[la.values[row, :, at] for la, at in zip(cache.layers, spans, strict=True)],
                 report=report,
             )
         )
-    return rows
+    return results
 
 
-def _beginning(read: Prefilled, behind: int) -> Prefix:
-    """Of a prompt that was read, without the last `behind` tokens."""
-    length = len(read.ids) - behind
+def _cut_prefix(prefilled: Prefilled, suffix_tokens: int) -> Prefix:
+    """The prefix of a prompt: all of it but its last `suffix_tokens` tokens."""
+    length = len(prefilled.ids) - suffix_tokens
     return Prefix(
-        keys=[key[:, :length] for key in read.keys],
-        values=[value[:, :length] for value in read.values],
-        ids=read.ids[:length],
-        positions=[position - behind for position in read.positions],
-        report=read.report,
-        behind=behind,
+        keys=[key[:, :length] for key in prefilled.keys],
+        values=[value[:, :length] for value in prefilled.values],
+        ids=prefilled.ids[:length],
+        positions=[position - suffix_tokens for position in prefilled.positions],
+        report=prefilled.report,
+        suffix_tokens=suffix_tokens,
     )
 
 
-def _read_on(pruner: Pruner, group: Sequence[Asked], begun: Sequence[Prefix]) -> list[Prefilled]:
-    """Reads the text behind beginnings that are known, padded on the left like those."""
-    texts = [asked.inputs["input_ids"][0, -asked.behind :] for asked in group]
-    before, behind = max(len(prefix.ids) for prefix in begun), max(map(len, texts))
+def _prefill_suffixes(
+    pruner: Pruner, group: Sequence[PreparedRequest], prefixes: Sequence[Prefix]
+) -> list[Prefilled]:
+    """Reads the suffixes of prompts whose prefixes are given, both padded on the left."""
+    suffixes = [prepared.inputs["input_ids"][0, -prepared.suffix_tokens :] for prepared in group]
+    prefix_length = max(len(prefix.ids) for prefix in prefixes)
+    suffix_length = max(map(len, suffixes))
     cache = DynamicCache()
-    for layer in range(len(begun[0].keys)):
-        keys = [_left_padded(prefix.keys[layer], before) for prefix in begun]
-        values = [_left_padded(prefix.values[layer], before) for prefix in begun]
+    for layer in range(len(prefixes[0].keys)):
+        keys = [_left_padded(prefix.keys[layer], prefix_length) for prefix in prefixes]
+        values = [_left_padded(prefix.values[layer], prefix_length) for prefix in prefixes]
         cache.update(torch.stack(keys), torch.stack(values), layer)
-    mask_BL = torch.zeros(len(group), before + behind, dtype=torch.int64)
-    positions_BRS = torch.zeros(len(group), len(begun[0].positions), behind, dtype=torch.int64)
-    for row, (prefix, text) in enumerate(zip(begun, texts, strict=True)):
-        mask_BL[row, before - len(prefix.ids) : before] = 1
-        mask_BL[row, -len(text) :] = 1
+    mask_BL = torch.zeros(len(group), prefix_length + suffix_length, dtype=torch.int64)
+    rows = len(prefixes[0].positions)
+    positions_BRS = torch.zeros(len(group), rows, suffix_length, dtype=torch.int64)
+    for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
+        mask_BL[row, prefix_length - len(prefix.ids) : prefix_length] = 1
+        mask_BL[row, -len(suffix) :] = 1
         first_R1 = torch.tensor(prefix.positions)[:, None]
-        positions_BRS[row, :, -len(text) :] = first_R1 + torch.arange(len(text))
-    positions_RBS = positions_BRS.transpose(0, 1)
-    ids_BS = collate([{"input_ids": text[None]} for text in texts], pruner.pad_id)["input_ids"]
+        positions_BRS[row, :, -len(suffix) :] = first_R1 + torch.arange(len(suffix))
+    prompts = [{"input_ids": suffix[None]} for suffix in suffixes]
+    ids_BS = collate(prompts, pruner.pad_id)["input_ids"]
     device = pruner.model.device
     output = pruner.model(
         input_ids=ids_BS.to(device),
         attention_mask=mask_BL.to(device),
-        position_ids=(positions_RBS[0] if len(positions_RBS) == 1 else positions_RBS).to(device),
+        position_ids=_without_single_row(positions_BRS.transpose(0, 1)).to(device),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
 
-    def whole(states_BHLW: Tensor, row: int) -> Tensor:
-        held_HLW = states_BHLW[row, :, before - len(begun[row].ids) : before]
-        return torch.cat([held_HLW, states_BHLW[row, :, -len(texts[row]) :]], dim=1)
+    def join(states_BHLW: Tensor, row: int) -> Tensor:
+        held = len(prefixes[row].ids)
+        prefix_HLW = states_BHLW[row, :, prefix_length - held : prefix_length]
+        return torch.cat([prefix_HLW, states_BHLW[row, :, -len(suffixes[row]) :]], dim=1)
 
     return [
         Prefilled(
             logits_V=output.logits[row, -1],
-            ids=prefix.ids + text.tolist(),
-            positions=[position + len(text) for position in prefix.positions],
-            keys=[whole(layer.keys, row) for layer in cache.layers],
-            values=[whole(layer.values, row) for layer in cache.layers],
-            report=prefix.reported(len(text)),
+            ids=prefix.ids + suffix.tolist(),
+            positions=[position + len(suffix) for position in prefix.positions],
+            keys=[join(layer.keys, row) for layer in cache.layers],
+            values=[join(layer.values, row) for layer in cache.layers],
+            report=prefix.report_for(len(suffix)),
         )
-        for row, (prefix, text) in enumerate(zip(begun, texts, strict=True))
+        for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True))
     ]
+
+
+def _without_single_row(positions_RBS: Tensor) -> Tensor:
+    """Position ids as models take them: [B, S] with one row, [R, B, S] with several."""
+    return positions_RBS[0] if len(positions_RBS) == 1 else positions_RBS
 
 
 def _left_padded(states_HLW: Tensor, length: int) -> Tensor:
     return pad(states_HLW, (0, 0, length - states_HLW.shape[1], 0))
 
 
-def _encoded(pruner: Pruner, group: Sequence[Asked], encodings: EncoderCache) -> Encoded:
-    """What the images of a group encode to; those not held go through the tower together."""
+def _encode(
+    pruner: Pruner, group: Sequence[PreparedRequest], encoder_cache: EncoderCache
+) -> Encoded:
+    """The encoded images of a group; those that the cache lacks go through the tower together."""
 
     def encode(missing: Sequence[int], signals: frozenset[str]) -> Encoded:
-        inputs = _batch(pruner, [group[i] for i in missing])
+        inputs = _collate(pruner, [group[i] for i in missing])
         return pruner.adapter.encode(inputs, signals)
 
-    return encodings.of(
-        [asked.content for asked in group],
-        [pruner.signals([asked.request.spec]) for asked in group],
+    return encoder_cache.get_or_encode(
+        [prepared.images_hash for prepared in group],
+        [pruner.signals([prepared.resolved]) for prepared in group],
         encode,
     )
 
 
-def _batch(
-    pruner: Pruner, group: Sequence[Asked], *, without: Collection[str] = ()
+def _collate(
+    pruner: Pruner, group: Sequence[PreparedRequest], *, without: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The group's tensors on the model's device, but for some entries."""
+    """The group's tensors on the model's device, except the entries named `without`."""
     prompts = [
-        {name: value for name, value in asked.inputs.items() if name not in without}
-        for asked in group
+        {name: value for name, value in prepared.inputs.items() if name not in without}
+        for prepared in group
     ]
     batch = collate(prompts, pruner.pad_id)
     return {name: value.to(pruner.model.device) for name, value in batch.items()}

@@ -1,5 +1,8 @@
-"""From a request to what the model reads: chat template, pixels and checks, in threads of its own,
-so that the model never waits for a picture to be resized."""
+"""Prepares requests for the model: chat template, pixels and checks, in threads of their own, so
+that the model never waits for an image to be resized.
+
+Shapes: S tokens of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,60 +18,75 @@ from torch import Tensor
 from sppruner.adapters import Adapter
 from sppruner.cost import ImageShape
 from sppruner.engine.base import check_length
-from sppruner.engine.caches.encoder import content_of
+from sppruner.engine.caches.encoder import hash_images
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError
 from sppruner.prompts import build_inputs
 from sppruner.pruner import Pruner
-from sppruner.selectors import selector_for
+from sppruner.resolved_spec import RESOLVED_DENSE, ResolvedSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asked:
-    """A request that can be read. ticket: the engine's name for it. inputs: the processor's tensors
-    of this prompt alone. content: a name for its images, see `content_of`.
-
-    tokens: prompt tokens that enter the decoder under its spec, at most; of a control request those
-    of its dense twin. patches: that enter the tower.
-
-    prefix: a name for the prompt up to its last image, as the decoder reads it, the same for the
-    same beginning only; None where it cannot be shared. behind: tokens of text behind it.
-    """
+class PreparedRequest:
+    """A request that can be prefilled."""
 
     ticket: int
+    """The engine's name for the request."""
+
     request: Request
+    """The request itself."""
+
+    resolved: ResolvedSpec
+    """The request's spec with its method."""
+
     inputs: dict[str, Tensor]
-    content: bytes
+    """The processor's tensors of this prompt, a batch of one."""
+
+    images_hash: bytes
+    """The key of its images in the encoder cache (`hash_images`); empty without images."""
+
     tokens: int
+    """Most prompt tokens that enter the decoder; of a control request, those of its dense twin."""
+
     patches: int
-    prefix: Hashable | None
-    behind: int
+    """Patches that enter the vision tower."""
+
+    prefix_key: Hashable | None
+    """The key in the prefix cache of the prompt up to its last image, as the decoder reads it; None
+    where that cannot be shared."""
+
+    suffix_tokens: int
+    """Tokens of text after that prefix."""
 
     @property
     def priority(self) -> int:
         return self.request.priority
 
     @property
-    def alone(self) -> bool:
+    def exclusive(self) -> bool:
         return self.request.control
 
     @property
-    def need(self) -> int:
-        """Tokens of its slot in the end, at most."""
+    def max_length(self) -> int:
+        """Most tokens of its slot, answer included."""
         return self.tokens + self.request.generation.max_new_tokens
 
     @property
     def kind(self) -> Hashable:
-        """Batches cannot mix prompts with and without pixels, nor policies for positions."""
-        spec = self.request.spec
-        return self.alone, bool(self.request.images), None if spec.is_dense else spec.positions
+        """A batch mixes neither prompts with and without pixels, nor policies for positions."""
+        spec = self.resolved.spec
+        return self.exclusive, bool(self.request.images), None if spec.is_dense else spec.positions
+
+    def dense_twin(self) -> PreparedRequest:
+        """The same prompt without pruning."""
+        return replace(self, resolved=RESOLVED_DENSE)
 
 
-class Asker:
-    """Turns requests into `Asked` in `threads` threads.
+class RequestPreparer:
+    """Prepares requests in `threads` threads.
 
-    context: the most tokens of prompt and answer together, unpruned. fits: whether so many tokens
-    find room in a slot, with nobody beside.
+    context: most tokens of prompt and answer together, unpruned. fits: whether so many tokens fit
+    into a slot while no other request runs.
     """
 
     def __init__(
@@ -84,74 +102,85 @@ class Asker:
         self._pruner = pruner
         self._context = context
         self._fits = fits
-        self._own = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ask")
+        self._thread_local = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
 
-    def ask(self, request: Request, ticket: int) -> Future[Asked]:
-        """Its result raises InputError or SpecError for a request that cannot be answered."""
-        return self._pool.submit(self._ask, request, ticket)
+    def prepare(self, request: Request, ticket: int) -> Future[PreparedRequest]:
+        """The future raises InputError, SpecError or MissingSignal for a request that cannot be
+        answered."""
+        return self._pool.submit(self._prepare, request, ticket)
 
     def close(self) -> None:
-        """Ends the threads; what was not begun is cancelled."""
+        """Ends the threads; requests that no thread has started are cancelled."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, request: Request, ticket: int) -> Asked:
-        # A tokenizer keeps how it pads within itself: each thread has one of its own.
-        if not hasattr(self._own, "processor"):
-            self._own.processor = copy.deepcopy(self._processor)
-        self._pruner.check(request.spec)
+    def _prepare(self, request: Request, ticket: int) -> PreparedRequest:
+        # A tokenizer holds its padding state, so each thread has a processor of its own.
+        if not hasattr(self._thread_local, "processor"):
+            self._thread_local.processor = copy.deepcopy(self._processor)
+        resolved = self._pruner.resolve(request.spec)
         inputs = dict(
-            build_inputs(self._own.processor, [request.prompt], [request.images], [request.system])
+            build_inputs(
+                self._thread_local.processor, [request.prompt], [request.images], [request.system]
+            )
         )
-        prompt = int(inputs["attention_mask"].sum())
-        check_length(prompt, request.generation, self._context)
-        shapes = [shape for _, shape in self._pruner.adapter.shapes(inputs)]
-        visual, kept, patches = _sizes(self._pruner.adapter, shapes, request)
-        content = content_of(inputs, shapes)
-        behind = _text_behind(self._pruner.adapter, inputs["input_ids"])
-        asked = Asked(
+        prompt_tokens = int(inputs["attention_mask"].sum())
+        check_length(prompt_tokens, request.generation, self._context)
+        adapter = self._pruner.adapter
+        shapes = [shape for _, shape in adapter.shapes(inputs)]
+        visual_tokens = sum(shape.tokens for shape in shapes)
+        decoder_tokens = visual_tokens
+        if not request.control:
+            decoder_tokens = _max_decoder_tokens(resolved, visual_tokens, len(shapes))
+        images_hash = hash_images(inputs, shapes)
+        suffix_tokens = _suffix_tokens(adapter, inputs["input_ids"])
+        prefix_ids_S = inputs["input_ids"][0, : prompt_tokens - suffix_tokens]
+        prepared = PreparedRequest(
             ticket=ticket,
             request=request,
+            resolved=resolved,
             inputs=inputs,
-            content=content,
-            tokens=prompt - visual + kept,
-            patches=patches,
-            prefix=_prefix(request, content, inputs["input_ids"][0, : prompt - behind]),
-            behind=behind,
+            images_hash=images_hash,
+            tokens=prompt_tokens - visual_tokens + decoder_tokens,
+            patches=_count_patches(shapes),
+            prefix_key=_prefix_key(resolved, request.prompt, images_hash, prefix_ids_S),
+            suffix_tokens=suffix_tokens,
         )
-        if not self._fits(asked.need):
+        if not self._fits(prepared.max_length):
             raise InputError(
-                f"{asked.tokens} prompt tokens and max_new_tokens "
+                f"{prepared.tokens} prompt tokens and max_new_tokens "
                 f"{request.generation.max_new_tokens} are more than one slot of the engine can "
                 "hold: keep fewer visual tokens, or raise its capacity or kv_bytes"
             )
-        return asked
+        return prepared
 
 
-def _sizes(
-    adapter: Adapter, shapes: Sequence[ImageShape], request: Request
-) -> tuple[int, int, int]:
-    """Visual tokens, those of them that enter the decoder at most, and patches."""
-    sizes = [shape.tokens for shape in shapes]
-    total = kept = sum(sizes)
-    selector = selector_for(request.spec)
-    if selector is not None and not request.control:
-        _, most = request.spec.budget.bounds(total, len(sizes))
-        _, kept = selector.decoder_entry_bounds(total, most)
-    return total, kept, sum(shape.tiles * shape.rows * shape.columns for shape in shapes)
+def _max_decoder_tokens(resolved: ResolvedSpec, visual_tokens: int, images: int) -> int:
+    """Most visual tokens of a prompt that enter the decoder."""
+    if resolved.selector is None:
+        return visual_tokens
+    _, most = resolved.spec.budget.bounds(visual_tokens, images)
+    return resolved.selector.decoder_entry_bounds(visual_tokens, most)[1]
 
 
-def _text_behind(adapter: Adapter, ids_1S: Tensor) -> int:
-    """Tokens behind the last visual one."""
+def _count_patches(shapes: Sequence[ImageShape]) -> int:
+    return sum(shape.tiles * shape.rows * shape.columns for shape in shapes)
+
+
+def _suffix_tokens(adapter: Adapter, ids_1S: Tensor) -> int:
+    """Number of tokens after the last visual one."""
     visual_S = adapter.placeholders(ids_1S)[0].nonzero()
     return ids_1S.shape[1] - 1 - int(visual_S[-1]) if len(visual_S) else ids_1S.shape[1]
 
 
-def _prefix(request: Request, content: bytes, ids_S: Tensor) -> Hashable | None:
-    """See `Asked`: everything that decides what the decoder reads of a prompt's beginning. What is
-    pruned inside the decoder is chosen by the prompt's end."""
-    selector = selector_for(request.spec)
-    if not content or (selector is not None and selector.staged):
+def _prefix_key(
+    resolved: ResolvedSpec, prompt: str, images_hash: bytes, prefix_ids_S: Tensor
+) -> Hashable | None:
+    """Everything that decides what the decoder reads of a prompt's prefix; None without images, and
+    for methods that prune inside the decoder, since the end of the prompt chooses for them."""
+    selector = resolved.selector
+    if not images_hash or (selector is not None and selector.staged):
         return None
     by_text = selector is not None and selector.relevance_source != "none"
-    return content, ids_S.numpy().tobytes(), request.spec, request.prompt if by_text else None
+    ids = prefix_ids_S.numpy().tobytes()
+    return images_hash, ids, resolved.spec, prompt if by_text else None

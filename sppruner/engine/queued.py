@@ -1,4 +1,4 @@
-"""An engine that answers whole batches, for callers that submit, step and poll."""
+"""Base of engines that answer whole batches, for callers that submit, step and poll."""
 
 from __future__ import annotations
 
@@ -8,82 +8,85 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count, islice
 
-from sppruner.engine.interface import Request, Result, SamplingParams, Update, failed
-from sppruner.engine.isolation import isolated
+from sppruner.engine.interface import Request, Result, SamplingParams, Update, error_result
+from sppruner.engine.isolation import run_isolating_failures
 from sppruner.errors import EngineError
 
 
 class QueuedEngine(ABC):
-    """Requests wait by kind; each step answers the oldest kind of the most urgent priority.
+    """Requests wait in one queue per kind; each step answers a batch of the most urgent priority,
+    from the queue whose first request is oldest.
 
-    Requests are answered together only if they share priority, control flag and generation
-    settings: batch seconds must not hold somebody's urgent request, control rows are timed against
-    each other, and a batch ends with its longest answer.
+    Only requests of the same priority, control flag and generation settings share a batch: an
+    urgent request must not wait for the seconds of others, control requests are timed against each
+    other, and a batch ends with its longest answer.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.kv_token_capacity: int | None = None
         self.busy_seconds = 0.0
-        self._kinds: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
+        self._queues: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
 
     @abstractmethod
     def answer_batch(self, requests: list[Request]) -> list[Result]:
-        """Answers a batch, in order. If it raises, its halves are tried: what a single request
-        raises is that request's failure."""
+        """Answers a batch, in order. Where it raises, each half of the batch is tried again; what a
+        single request raises becomes that request's error."""
 
     @property
     def in_flight(self) -> int:
-        return sum(map(len, self._kinds.values()))
+        return sum(map(len, self._queues.values()))
 
     def submit(self, request: Request) -> int:
         ticket = next(self._tickets)
         kind = request.priority, request.control, request.generation
-        self._kinds.setdefault(kind, deque()).append((ticket, request))
+        self._queues.setdefault(kind, deque()).append((ticket, request))
         return ticket
 
     def cancel(self, ticket: int) -> bool:
-        for kind, waiting in list(self._kinds.items()):
+        for kind, waiting in list(self._queues.items()):
             left = deque(entry for entry in waiting if entry[0] != ticket)
             if len(left) < len(waiting):
-                self._keep(kind, left)
+                self._replace_queue(kind, left)
                 return True
         return False
 
     def step(self) -> bool:
-        if self._kinds:
-            kind = min(self._kinds, key=lambda k: (k[0], self._kinds[k][0][0]))
-            waiting = self._kinds[kind]
+        if self._queues:
+            kind = min(self._queues, key=lambda k: (k[0], self._queues[k][0][0]))
+            waiting = self._queues[kind]
             batch = list(islice(waiting, self.slots))
-            self._keep(kind, deque(islice(waiting, self.slots, None)))
+            self._replace_queue(kind, deque(islice(waiting, self.slots, None)))
             started = time.perf_counter()
-            results = isolated(self._checked, [request for _, request in batch], failed)
+            results = run_isolating_failures(
+                self._answer_checked, [request for _, request in batch], error_result
+            )
             self.busy_seconds += time.perf_counter() - started
             self._updates += [
                 Update(ticket=ticket, text=(request.stream and result.text) or "", result=result)
                 for (ticket, request), result in zip(batch, results, strict=True)
             ]
-        return bool(self._kinds)
+        return bool(self._queues)
 
     def poll(self) -> list[Update]:
         updates, self._updates = self._updates, []
         return updates
 
-    def close(self) -> None:  # noqa: B027 - a batch leaves nothing behind
+    def close(self) -> None:  # noqa: B027 - a batch engine has no threads
         """Nothing to end."""
 
-    def _checked(self, requests: Sequence[Request]) -> list[Result]:
+    def _answer_checked(self, requests: Sequence[Request]) -> list[Result]:
         results = self.answer_batch(list(requests))
         if [result.id for result in results] != [request.id for request in requests]:
             raise EngineError(f"{len(results)} results for {len(requests)} requests")
         return results
 
-    def _keep(
+    def _replace_queue(
         self, kind: tuple[int, bool, SamplingParams], waiting: deque[tuple[int, Request]]
     ) -> None:
         if waiting:
-            self._kinds[kind] = waiting
+            self._queues[kind] = waiting
         else:
-            self._kinds.pop(kind, None)
+            self._queues.pop(kind, None)

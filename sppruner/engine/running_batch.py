@@ -1,4 +1,8 @@
-"""The requests that are being answered: read into slots together, then a token each per step."""
+"""The running batch: requests are prefilled into slots together, then each step decodes one more
+token of every request.
+
+Shapes: N running requests, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,43 +19,57 @@ from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.decode import DecodeStep
 from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.prefill import Prefilled, prefill
-from sppruner.engine.preparation import Asked
-from sppruner.engine.sampler import Choice, Sampler
+from sppruner.engine.preparation import PreparedRequest
+from sppruner.engine.sampler import Sampler, SamplingState
 from sppruner.pruner import Pruner
 from sppruner.types import PruneReport
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Row:
-    """One request on its way. seconds: its share of the steps it took part in, each step's wall
-    seconds divided by its rows. positions: of the token that was chosen last."""
+class RunningRequest:
+    """A request that has been prefilled and has not ended."""
 
-    asked: Asked
+    prepared: PreparedRequest
+    """The request as it was prefilled."""
+
     report: PruneReport
-    choice: Choice
+    """What was pruned of its prompt."""
+
+    sampling: SamplingState
+    """What its next token depends on besides its logits."""
+
     positions: list[int]
-    transcript: Detokenizer | None
+    """Position ids of the token that was sampled last, one per row of position ids."""
+
+    detokenizer: Detokenizer | None
+    """Set where its text is needed before its end: to stream it, or to find stop strings."""
+
     tokens: list[int] = field(default_factory=list)
+    """The tokens of its answer so far."""
+
     seconds: float = 0.0
-    unsaid: str = ""
+    """Its share of the steps it took part in: each step's wall seconds divided by its requests."""
+
+    pending_text: str = ""
+    """Text that no update has carried yet."""
 
     @property
-    def need(self) -> list[int]:
-        """Tokens of its slot at each layer in the end, at most."""
-        new = self.asked.request.generation.max_new_tokens
+    def max_lengths(self) -> list[int]:
+        """Most tokens of its slot at each layer, answer included."""
+        new = self.prepared.request.generation.max_new_tokens
         return [tokens + new for tokens in self.report.layer_tokens]
 
     @property
     def stopped(self) -> bool:
-        """Whether it said a stop string."""
-        return self.transcript is not None and self.transcript.stopped
+        """Whether its answer contains a stop string."""
+        return self.detokenizer is not None and self.detokenizer.stopped
 
 
 class RunningBatch:
-    """At most `slots` rows; row i holds slot i of the cache.
+    """At most `slots` running requests; request i holds slot i of the KV cache.
 
-    ends: ids that end an answer. encodings, prefixes: of earlier prompts. Control requests, which
-    are read twice to be timed, neither look there nor leave anything.
+    eos_ids: ids that end an answer. capacity, kv_bytes: see `KVSlots` (its `limit`). compiled: see
+    `DecodeStep`. Control requests, which are prefilled twice to be timed, bypass both caches.
     """
 
     def __init__(
@@ -59,17 +77,17 @@ class RunningBatch:
         pruner: Pruner,
         tokenizer: Any,
         *,
-        ends: Collection[int],
+        eos_ids: Collection[int],
         slots: int,
-        encodings: EncoderCache,
-        prefixes: PrefixCache,
+        encoder_cache: EncoderCache,
+        prefix_cache: PrefixCache,
         capacity: int | None = None,
         kv_bytes: int | None = None,
         compiled: bool = False,
     ) -> None:
         text = pruner.model.config.get_text_config()
         heads = text.num_attention_heads
-        self.rows: list[Row] = []
+        self.requests: list[RunningRequest] = []
         self.cache = KVSlots(
             layers=text.num_hidden_layers,
             slots=slots,
@@ -82,112 +100,123 @@ class RunningBatch:
         )
         self._pruner = pruner
         self._tokenizer = tokenizer
-        self._encodings = encodings
-        self._prefixes = prefixes
-        self._ends = frozenset(ends)
+        self._encoder_cache = encoder_cache
+        self._prefix_cache = prefix_cache
+        self._eos_ids = frozenset(eos_ids)
         self._device = pruner.model.device
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
-        # A captured step has one shape: slots that nobody holds run along.
-        self._shape = slots if compiled else None
-        self._chooser = Sampler(
+        # A compiled step has one shape, so free slots are decoded too.
+        self._padded_slots = slots if compiled else None
+        self._sampler = Sampler(
             pruner.model.generation_config, pruner.adapter.placeholder_ids, pruner.model.device
         )
 
     @property
-    def free(self) -> int:
-        return self.cache.slots - len(self.rows)
+    def free_slots(self) -> int:
+        return self.cache.slots - len(self.requests)
 
-    def fits(self, group: Sequence[Asked]) -> bool:
-        """Whether the cache has room for a group beside those that run, to their last token."""
-        needs = [max(row.need) for row in self.rows] + [asked.need for asked in group]
-        return self.cache.fits(len(needs), max(needs))
+    def fits(self, group: Sequence[PreparedRequest]) -> bool:
+        """Whether the KV cache has memory for a group beside the running requests, up to the last
+        token of each."""
+        lengths = [max(running.max_lengths) for running in self.requests]
+        lengths += [prepared.max_length for prepared in group]
+        return self.cache.fits(len(lengths), max(lengths))
 
     @torch.inference_mode()
-    def read(self, group: Sequence[Asked]) -> list[Row]:
-        """Reads prompts and says the first token of each; returns those that are finished by it.
+    def prefill(self, group: Sequence[PreparedRequest]) -> list[RunningRequest]:
+        """Prefills a group and samples the first token of each; returns the requests that end with
+        it.
 
-        Raises what a prompt of them provokes, and then none has been taken.
+        Raises what any of the prompts provokes; then none of the group holds a slot.
         """
         started = time.perf_counter()
-        anew = group[0].alone or self._encodings.limit == 0
-        known = () if anew else (self._encodings, self._prefixes)
-        prompts = prefill(self._pruner, group, *known)
-        rows = [self._row(asked, prompt) for asked, prompt in zip(group, prompts, strict=True)]
-        finished = self._say(torch.stack([prompt.logits_V for prompt in prompts]), rows)
-        stay = [
-            (row, prompt) for row, prompt in zip(rows, prompts, strict=True) if row not in finished
+        bypass_caches = group[0].exclusive or self._encoder_cache.limit == 0
+        caches = () if bypass_caches else (self._encoder_cache, self._prefix_cache)
+        prompts = prefill(self._pruner, group, *caches)
+        joining = [self._start(*pair) for pair in zip(group, prompts, strict=True)]
+        finished = self._append_tokens(torch.stack([p.logits_V for p in prompts]), joining)
+        staying = [
+            (running, prompt)
+            for running, prompt in zip(joining, prompts, strict=True)
+            if running not in finished
         ]
-        if stay:
-            # What memory is missing is missing here, while none of them has a slot.
-            needs = [row.need for row in (*self.rows, *(row for row, _ in stay))]
-            self.cache.prepare(len(needs), [max(layer) for layer in zip(*needs, strict=True)])
-        for row, prompt in stay:
-            self.cache.write(len(self.rows), prompt.keys, prompt.values)
-            self.rows.append(row)
-        _share(rows, started)
+        if staying:
+            # The only allocation, so memory runs out here, while none of the group holds a slot.
+            lengths = [r.max_lengths for r in (*self.requests, *(r for r, _ in staying))]
+            longest = [max(layer) for layer in zip(*lengths, strict=True)]
+            self.cache.reserve(len(lengths), longest)
+        for running, prompt in staying:
+            self.cache.write(len(self.requests), prompt.keys, prompt.values)
+            self.requests.append(running)
+        _share_seconds(joining, started)
         return finished
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
-        """One more token for every row; returns those that are finished by it, and lets them go."""
+    def step(self) -> list[RunningRequest]:
+        """Decodes one more token of every request; removes and returns those that end with it."""
         started = time.perf_counter()
-        rows = list(self.rows)
-        idle = 0 if self._shape is None else self._shape - len(rows)
-        tokens = [row.tokens[-1] for row in rows] + [0] * idle
-        positions = [row.positions for row in rows] + [[0] * len(rows[0].positions)] * idle
+        requests = list(self.requests)
+        padding = 0 if self._padded_slots is None else self._padded_slots - len(requests)
+        tokens = [running.tokens[-1] for running in requests] + [0] * padding
+        no_positions = [0] * len(requests[0].positions)
+        positions = [running.positions for running in requests] + [no_positions] * padding
         logits_NV = self._decode(
             torch.tensor(tokens, device=self._device),
             torch.tensor(positions, device=self._device).T.contiguous(),
             self.cache,
-        )[: len(rows)]
-        self.cache.end(len(rows))
-        for row in rows:
-            row.positions = [position + 1 for position in row.positions]
-        finished = self._say(logits_NV, rows)
-        _share(rows, started)
-        for row in finished:
-            self.drop(row)
+        )[: len(requests)]
+        self.cache.end_step(len(requests))
+        for running in requests:
+            running.positions = [position + 1 for position in running.positions]
+        finished = self._append_tokens(logits_NV, requests)
+        _share_seconds(requests, started)
+        for running in finished:
+            self.remove(running)
         return finished
 
     @torch.inference_mode()
-    def drop(self, row: Row) -> None:
-        """Lets a row go; the last one takes its slot."""
-        slot, last = self.rows.index(row), len(self.rows) - 1
+    def remove(self, running: RunningRequest) -> None:
+        """Frees a request's slot; the last request moves into it."""
+        slot, last = self.requests.index(running), len(self.requests) - 1
         if slot != last:
             self.cache.move(last, slot)
-            self.rows[slot] = self.rows[last]
-        self.rows.pop()
+            self.requests[slot] = self.requests[last]
+        self.requests.pop()
         self.cache.release(last)
 
-    def _row(self, asked: Asked, prompt: Prefilled) -> Row:
-        request = asked.request
-        spoken = request.stream or request.generation.stop
-        return Row(
-            asked=asked,
+    def _start(self, prepared: PreparedRequest, prompt: Prefilled) -> RunningRequest:
+        request = prepared.request
+        needs_text = request.stream or request.generation.stop
+        return RunningRequest(
+            prepared=prepared,
             report=prompt.report,
-            choice=Choice(request.generation, prompt.ids),
+            sampling=SamplingState(request.generation, prompt.ids),
             positions=prompt.positions,
-            transcript=Detokenizer(self._tokenizer, request.generation.stop) if spoken else None,
+            detokenizer=(
+                Detokenizer(self._tokenizer, request.generation.stop) if needs_text else None
+            ),
         )
 
-    def _say(self, logits_NV: torch.Tensor, rows: Sequence[Row]) -> list[Row]:
-        """Each row's next token; the rows that it ends."""
-        tokens = self._chooser.choose(logits_NV, [row.choice for row in rows])
+    def _append_tokens(
+        self, logits_NV: torch.Tensor, requests: Sequence[RunningRequest]
+    ) -> list[RunningRequest]:
+        """Samples each request's next token; returns the requests that end with it."""
+        tokens = self._sampler.sample(logits_NV, [running.sampling for running in requests])
         finished = []
-        for row, token in zip(rows, tokens, strict=True):
-            row.tokens.append(token)
-            ended = token in self._ends
-            if row.transcript is not None and not ended:
-                row.unsaid += row.transcript.add(token)
-            full = len(row.tokens) == row.asked.request.generation.max_new_tokens
-            if ended or full or row.stopped:
-                finished.append(row)
-                if row.transcript is not None:
-                    row.unsaid += row.transcript.finish()
+        for running, token in zip(requests, tokens, strict=True):
+            running.tokens.append(token)
+            ended = token in self._eos_ids
+            if running.detokenizer is not None and not ended:
+                running.pending_text += running.detokenizer.add(token)
+            full = len(running.tokens) == running.prepared.request.generation.max_new_tokens
+            if ended or full or running.stopped:
+                finished.append(running)
+                if running.detokenizer is not None:
+                    running.pending_text += running.detokenizer.finish()
         return finished
 
 
-def _share(rows: Sequence[Row], started: float) -> None:
-    seconds = (time.perf_counter() - started) / len(rows)
-    for row in rows:
-        row.seconds += seconds
+def _share_seconds(requests: Sequence[RunningRequest], started: float) -> None:
+    seconds = (time.perf_counter() - started) / len(requests)
+    for running in requests:
+        running.seconds += seconds

@@ -1,5 +1,7 @@
-"""Which token comes next: the processors that `generate` would build, one request at a time where
-they differ. Shapes: N requests, V vocabulary."""
+"""The sampler: the logits processors that `generate` would build, per request where they differ.
+
+Shapes: N requests, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from transformers import (
 from sppruner.engine.interface import SamplingParams
 from sppruner.errors import UnsupportedModel
 
-# What a model's generation config may ask of logits and is not done here, with what means nothing.
-_NOT_DONE: Final[dict[str, tuple[object, ...]]] = {
+# Settings of a generation config that change logits and are not implemented here, with the values
+# that have no effect.
+_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "encoder_repetition_penalty": (None, 1.0),
@@ -37,75 +40,81 @@ _NOT_DONE: Final[dict[str, tuple[object, ...]]] = {
 
 
 @dataclass(slots=True, eq=False)
-class Choice:
-    """What the next token of one request depends on besides its logits.
+class SamplingState:
+    """What the next token of one request depends on besides its logits."""
 
-    ids: prompt and answer so far. generator: of a sampled request alone, so that its draws are the
-    same in any company.
-    """
+    params: SamplingParams
+    """The request's generation settings."""
 
-    generation: SamplingParams
     ids: list[int]
+    """Token ids of the prompt and of the answer so far."""
+
     generator: torch.Generator | None = field(init=False, default=None)
+    """The request's own, so that its draws are the same in any company; None if greedy."""
+
     warpers: LogitsProcessorList = field(init=False)
+    """Temperature and top-p of a sampled request."""
 
     def __post_init__(self) -> None:
         self.warpers = LogitsProcessorList()
-        asked = self.generation
-        if asked.temperature > 0:
-            self.generator = torch.Generator().manual_seed(asked.seed)
-            if asked.temperature != 1:
-                self.warpers.append(TemperatureLogitsWarper(asked.temperature))
-            if asked.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(asked.top_p))
+        params = self.params
+        if params.temperature > 0:
+            self.generator = torch.Generator().manual_seed(params.seed)
+            if params.temperature != 1:
+                self.warpers.append(TemperatureLogitsWarper(params.temperature))
+            if params.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(params.top_p))
 
 
 class Sampler:
     """Chooses tokens as a model's own `generate` does with the same settings.
 
-    never: ids that are never chosen. device: of the logits. Raises UnsupportedModel for a
-    generation config that asks for something else, so that no answer silently differs.
+    suppressed: ids that are never chosen. device: of the logits. Raises UnsupportedModel for a
+    generation config with a setting that is not implemented, so that no answer silently differs.
     """
 
     def __init__(
-        self, generation_config: Any, never: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        generation_config: Any,
+        suppressed: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> None:
-        for name, neutral in _NOT_DONE.items():
-            asked = getattr(generation_config, name, None)
-            if asked not in neutral:
+        for name, neutral in _UNSUPPORTED.items():
+            value = getattr(generation_config, name, None)
+            if value not in neutral:
                 raise UnsupportedModel(
-                    f"the model's generation config sets {name}={asked!r}, which only `generate` "
+                    f"the model's generation config sets {name}={value!r}, which only `generate` "
                     "can do: remove it, or answer with a BatchEngine"
                 )
-        suppressed = generation_config.suppress_tokens or ()
-        self._never = torch.tensor(sorted({*never, *suppressed}), dtype=torch.int64, device=device)
+        ids = sorted({*suppressed, *(generation_config.suppress_tokens or ())})
+        self._suppressed = torch.tensor(ids, dtype=torch.int64, device=device)
         penalty = generation_config.repetition_penalty
         self._penalty = (
             None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
         )
 
-    def choose(self, logits_NV: Tensor, choices: Sequence[Choice]) -> list[int]:
-        """The next token of each request; its `ids` grow by it."""
+    def sample(self, logits_NV: Tensor, states: Sequence[SamplingState]) -> list[int]:
+        """The next token of each request, which is also appended to its state's `ids`."""
         scores_NV = logits_NV.float()
         if self._penalty is not None:
             scores_NV = torch.cat(
                 [
-                    self._penalty(torch.tensor([c.ids], device=row.device), row[None])
-                    for c, row in zip(choices, scores_NV, strict=True)
+                    self._penalty(torch.tensor([state.ids], device=scores_V.device), scores_V[None])
+                    for state, scores_V in zip(states, scores_NV, strict=True)
                 ]
             )
-        scores_NV = scores_NV.index_fill(1, self._never, float("-inf"))
+        scores_NV = scores_NV.index_fill(1, self._suppressed, float("-inf"))
         tokens = scores_NV.argmax(dim=1).tolist()
-        for i, choice in enumerate(choices):
-            if choice.generator is not None:
-                tokens[i] = _drawn(scores_NV[i : i + 1], choice)
-            choice.ids.append(tokens[i])
+        for i, state in enumerate(states):
+            if state.generator is not None:
+                tokens[i] = _draw(scores_NV[i : i + 1], state)
+            state.ids.append(tokens[i])
         return tokens
 
 
-def _drawn(scores_1V: Tensor, choice: Choice) -> int:
-    ids = torch.empty(1, 0, dtype=torch.int64)  # warpers look at the scores alone
-    warped = choice.warpers(ids, scores_1V)
-    # On the CPU: the same seed draws the same tokens whatever the model runs on.
-    shares = torch.softmax(warped, dim=-1).cpu()
-    return int(torch.multinomial(shares, 1, generator=choice.generator))
+def _draw(scores_1V: Tensor, state: SamplingState) -> int:
+    no_ids = torch.empty(1, 0, dtype=torch.int64)  # warpers read the scores only
+    warped_1V = state.warpers(no_ids, scores_1V)
+    # On the CPU, the same seed draws the same tokens whatever device the model runs on.
+    probabilities_1V = torch.softmax(warped_1V, dim=-1).cpu()
+    return int(torch.multinomial(probabilities_1V, 1, generator=state.generator))

@@ -1,7 +1,7 @@
-"""Who is read next: waiting requests in order of priority and arrival, taken in groups.
+"""The prefill scheduler: waiting requests in order of priority and arrival, taken in groups.
 
-A group is read in one forward, so it is bounded by tokens and by pixels, and its members must fit
-together: with or without images, under one policy for positions, control requests by themselves.
+A group is prefilled in one forward, so its tokens and pixels are bounded and its members are of one
+kind: with or without images, under one policy for positions, control requests by themselves.
 """
 
 from __future__ import annotations
@@ -15,81 +15,92 @@ from sppruner.errors import SpecError
 
 
 class Schedulable(Protocol):
-    """What the schedule must know of a request.
-
-    kind: requests of different kinds are never read together. alone: runs with its like only, when
-    nothing else runs. tokens: prompt tokens that the decoder will read. patches: that the vision
-    tower will.
-    """
+    """What the scheduler reads of a request."""
 
     @property
-    def kind(self) -> Hashable: ...
+    def kind(self) -> Hashable:
+        """Requests of different kinds never share a group."""
+        ...
+
     @property
-    def alone(self) -> bool: ...
+    def exclusive(self) -> bool:
+        """Whether it runs only with requests of its kind, while nothing else runs."""
+        ...
+
     @property
-    def priority(self) -> int: ...
+    def priority(self) -> int:
+        """Smaller priorities are taken first."""
+        ...
+
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """Prompt tokens that enter the decoder."""
+        ...
+
     @property
-    def patches(self) -> int: ...
+    def patches(self) -> int:
+        """Patches that enter the vision tower."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillLimits:
-    """Of one group. tokens: rows times the longest prompt, as it is padded. patches: of all its
-    images. A single request may exceed both."""
+    """Bounds of one group; a single request may exceed both."""
 
     tokens: int = 8192
+    """Most tokens of the padded batch: requests times the longest prompt; at least 1."""
+
     patches: int = 65_536
+    """Most patches of all images together; at least 1."""
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.patches) < 1:
             raise SpecError(f"prefill limits {self.tokens} and {self.patches}: give at least 1")
 
 
-_W = TypeVar("_W", bound=Schedulable)
+_S = TypeVar("_S", bound=Schedulable)
 
 
-class Scheduler(Generic[_W]):
-    """The waiting line. Smaller priorities go first; within one, first come, first served."""
+class Scheduler(Generic[_S]):
+    """The queue of waiting requests: smaller priorities first, FIFO within one priority."""
 
     def __init__(self, limits: PrefillLimits) -> None:
         self._limits = limits
-        self._lines: dict[int, deque[_W]] = {}
+        self._queues: dict[int, deque[_S]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self._queues.values()))
 
-    def __iter__(self) -> Iterator[_W]:
-        """In the order in which they would be taken if all fitted together."""
-        for priority in sorted(self._lines):
-            yield from self._lines[priority]
+    def __iter__(self) -> Iterator[_S]:
+        """In the order in which `take` would admit them if all fitted together."""
+        for priority in sorted(self._queues):
+            yield from self._queues[priority]
 
-    def add(self, request: _W) -> None:
-        self._lines.setdefault(request.priority, deque()).append(request)
+    def add(self, request: _S) -> None:
+        self._queues.setdefault(request.priority, deque()).append(request)
 
-    def remove(self, request: _W) -> None:
-        self._lines[request.priority].remove(request)
+    def remove(self, request: _S) -> None:
+        self._queues[request.priority].remove(request)
 
-    def first(self) -> _W | None:
+    def first(self) -> _S | None:
         return next(iter(self), None)
 
-    def take(self, rows: int, fits: Callable[[list[_W]], bool] = bool) -> list[_W]:
-        """The first request and those that can be read with it, `rows` at most; nobody where it
-        does not fit.
+    def take(self, slots: int, fits: Callable[[list[_S]], bool] = bool) -> list[_S]:
+        """Removes and returns the first request and those that can be prefilled with it, at most
+        `slots`; none if the first does not fit.
 
-        fits: whether a group may run, as far as it depends on who else does. Requests of another
-        kind keep their place: the first of them leads the next group. One that does not fit holds
-        up those behind it, or it would wait for ever.
+        fits: whether a group may run beside the requests that are running. A request of another
+        kind keeps its place: the first of them leads the next group. A request that does not fit
+        blocks those after it, or it would starve.
         """
-        group: list[_W] = []
+        group: list[_S] = []
         for request in list(self):
-            if len(group) == rows:
+            if len(group) == slots:
                 break
             if group and request.kind != group[0].kind:
                 continue
-            # Those that run by themselves are timed together, however many forwards they take.
-            together = not group or request.alone or self._within([*group, request])
+            # Exclusive requests are timed together, however many forwards their prefill takes.
+            together = not group or request.exclusive or self._within([*group, request])
             if not together or not fits([*group, request]):
                 break
             group.append(request)
@@ -97,9 +108,9 @@ class Scheduler(Generic[_W]):
             self.remove(request)
         return group
 
-    def parts(self, group: Sequence[_W]) -> Iterator[list[_W]]:
-        """A group in as many as the limits ask for, in its order."""
-        part: list[_W] = []
+    def split(self, group: Sequence[_S]) -> Iterator[list[_S]]:
+        """A group in as few parts as the limits allow, in its order."""
+        part: list[_S] = []
         for request in group:
             if part and not self._within([*part, request]):
                 yield part
@@ -108,7 +119,7 @@ class Scheduler(Generic[_W]):
         if part:
             yield part
 
-    def _within(self, group: Sequence[_W]) -> bool:
+    def _within(self, group: Sequence[_S]) -> bool:
         padded = len(group) * max(request.tokens for request in group)
         patches = sum(request.patches for request in group)
         return padded <= self._limits.tokens and patches <= self._limits.patches

@@ -1,4 +1,4 @@
-"""The reference engine: static batches through `generate`, each row under its own spec."""
+"""The reference engine: static batches through `generate`, each request under its own spec."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sppruner.engine.base import ModelEngine, both_ways, check_length
-from sppruner.engine.interface import Request, Result, SamplingParams, failed
-from sppruner.engine.isolation import isolated
+from sppruner.engine.base import ModelEngine, check_length, run_control_pairs
+from sppruner.engine.interface import Request, Result, SamplingParams, error_result
+from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_inputs
@@ -21,9 +21,10 @@ from sppruner.spec import DENSE
 class BatchEngine(QueuedEngine, ModelEngine):
     """Answers requests a batch at a time. Settings: see `ModelEngine`.
 
-    Greedy requests with the same generation settings share a batch whatever their specs are;
-    sampled ones run alone, so that a seed gives the same text in any company. Control requests
-    form batches of their own and run twice, pruned and dense, in alternating order.
+    Greedy requests with the same generation settings share a batch whatever their specs are. A
+    sampled request has a batch of its own, so that a seed gives the same text in any company.
+    Control requests form batches of their own and run twice, pruned and dense, in alternating
+    order.
     """
 
     def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
@@ -34,24 +35,24 @@ class BatchEngine(QueuedEngine, ModelEngine):
         results: dict[int, Result] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
-            alone = i if request.generation.temperature > 0 else -1
+            exclusive = i if request.generation.temperature > 0 else -1
             policy = None if request.spec.is_dense else request.spec.positions
-            key = (request.generation, request.control, bool(request.images), policy, alone)
+            key = (request.generation, request.control, bool(request.images), policy, exclusive)
             groups.setdefault(key, []).append(i)
         for members in groups.values():
             for start in range(0, len(members), self.slots):
                 chunk = members[start : start + self.slots]
                 batch = [requests[i] for i in chunk]
-                answer = self._control if batch[0].control else self._answer
+                answer = self._answer_controls if batch[0].control else self._answer
                 results.update(zip(chunk, answer(batch), strict=True))
         return [results[i] for i in range(len(requests))]
 
-    def _control(self, batch: list[Request]) -> list[Result]:
+    def _answer_controls(self, batch: list[Request]) -> list[Result]:
         dense = [replace(request, spec=DENSE) for request in batch]
-        return both_ways(batch, dense, self._answer, key=batch[0].id)
+        return run_control_pairs(batch, dense, self._answer, key=batch[0].id)
 
     def _answer(self, batch: list[Request]) -> list[Result]:
-        return isolated(self._generate, batch, failed)
+        return run_isolating_failures(self._generate, batch, error_result)
 
     def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()
@@ -69,7 +70,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
         prompts = [request.prompt for request in batch]
         generate_kwargs = self._generate_kwargs(generation)
         if batch[0].control:
-            # Both sides of a control encode alike: what a tower skips is not pruning's saving.
+            # Both sides of a control encode alike: what a tower skips is not a saving of pruning.
             prepared = self._pruner.prepare(inputs, specs, prompts)
             generated = self._pruner.run(prepared, **generate_kwargs)
         else:
@@ -77,20 +78,22 @@ class BatchEngine(QueuedEngine, ModelEngine):
         rows = generated.tokens_BT.tolist()
         seconds = (time.perf_counter() - started) / len(batch)
         return [
-            self._result(request, report, tokens, seconds, text=self._cut(tokens, generation))
+            self._result(
+                request, report, tokens, seconds, text=self._cut_at_stop(tokens, generation)
+            )
             for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
         ]
 
-    def _cut(self, tokens: list[int], generation: SamplingParams) -> str | None:
-        """The text in front of a stop string, or None where none was said."""
+    def _cut_at_stop(self, tokens: list[int], generation: SamplingParams) -> str | None:
+        """The text in front of the first stop string; None where the answer has none."""
         if not generation.stop:
             return None
-        said = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        found = [at for stop in generation.stop if (at := said.find(stop)) >= 0]
-        return said[: min(found)] if found else None
+        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        found = [at for stop in generation.stop if (at := text.find(stop)) >= 0]
+        return text[: min(found)] if found else None
 
     def _generate_kwargs(self, generation: SamplingParams) -> dict[str, Any]:
-        # A generated placeholder would be read as a visual token later: never emit one.
+        # A generated placeholder would be read as a visual token later, so none is ever generated.
         common: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,
             "suppress_tokens": self._pruner.adapter.placeholder_ids,

@@ -1,27 +1,32 @@
-"""Evaluation: methods against dense on the same questions, with intervals and fidelity."""
+"""Evaluation: pruning methods and dense on the same questions, with intervals and fidelity."""
 
-from sppruner.evaluation.compare import Cannot, Comparison, answers_due, compare
+from sppruner.evaluation.compare import Comparison, UnsupportedSpec, compare, count_answers
 from sppruner.evaluation.dataset import Dataset, Item
 from sppruner.evaluation.drawn_scenes import CAPTION, drawn_scenes
 from sppruner.evaluation.formats import FORMATS, read_dataset
-from sppruner.evaluation.records import ahead_of, cannot, label, rows
-from sppruner.evaluation.score import Score, Share
+from sppruner.evaluation.records import (
+    method_label,
+    paired_differences,
+    result_records,
+    unsupported_records,
+)
+from sppruner.evaluation.score import Estimate, SpecScore
 
 __all__ = [
     "CAPTION",
     "FORMATS",
-    "Cannot",
     "Comparison",
     "Dataset",
+    "Estimate",
     "Item",
-    "Score",
-    "Share",
-    "ahead_of",
-    "answers_due",
-    "cannot",
+    "SpecScore",
+    "UnsupportedSpec",
     "compare",
+    "count_answers",
     "drawn_scenes",
-    "label",
+    "method_label",
+    "paired_differences",
     "read_dataset",
-    "rows",
+    "result_records",
+    "unsupported_records",
 ]

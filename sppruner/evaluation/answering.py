@@ -1,7 +1,10 @@
-"""Asking one model the same questions under many specs.
+"""Answers of one model to the same questions under many specs, with their fidelity to dense.
 
 A batch of questions is processed once and encoded once per set of signals, however many methods
-and budgets are asked of it: on small models the encoder is most of the work.
+and budgets are evaluated on it: on small models the encoder takes most of the time.
+
+Shapes: B batch rows, V vocabulary, T new tokens, N visual tokens of one image's run, P tokens of
+one plane.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from transformers import LogitsProcessorList
 
 from sppruner.adapters import Encoded
 from sppruner.evaluation.dataset import Item
-from sppruner.evaluation.logprobs import AnswerReader, divergence_B, up_to_end
+from sppruner.evaluation.logprobs import LogprobRecorder, kl_divergence_B, trim_after_eos
 from sppruner.models.loading import LoadedModel
-from sppruner.pictures.geometry import covered, plane_boxes, seen
+from sppruner.pictures.geometry import covered_tokens, plane_boxes, visible_crop
 from sppruner.prompts import build_inputs
 from sppruner.pruner import Generated, Prepared, Pruner
 from sppruner.relevance import ClipText
@@ -29,49 +32,59 @@ from sppruner.types import PruneReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Dense:
-    """The full model's answers to a batch, which pruned ones are held against. first_BV:
-    log-probabilities of the first token."""
+class DenseAnswers:
+    """The dense model's answers to a batch: the reference for every pruned answer."""
 
     texts: list[str]
+    """One answer per item, without special tokens."""
     tokens: list[list[int]]
+    """The ids of each answer, its end token included."""
     first_BV: Tensor
+    """Log-probabilities of the first token of each answer."""
     logprobs: list[float]
+    """Mean log-probability per token of each answer, in nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer and how faithful it is.
-
-    kept, total: visual tokens as the budget counts them. kept_layers: mean share of them over the
-    decoder's layers. agrees: the dense answer, token by token. first_kl: KL of the first token to
-    dense, in nats. dense_logprob: mean log-probability per token of the dense answer under this
-    spec. found: (all subjects keep a token, share of their tokens kept), where subjects are known.
-    """
+    """One answer under one spec and how close it is to dense."""
 
     text: str
+    """The answer, without special tokens."""
     kept: int
+    """Visual tokens kept, as the budget counts them."""
     total: int
+    """Visual tokens of the prompt before pruning."""
     kept_layers: float
+    """Mean share of the visual tokens over the decoder's layers."""
     agrees: bool
+    """Whether the answer equals the dense one token by token."""
     first_kl: float
+    """KL divergence of the first token from dense, in nats."""
     dense_logprob: float
-    found: tuple[float, float] | None = None
+    """Mean log-probability per token of the dense answer under this spec, in nats."""
+    subject_recall: tuple[float, float] | None = None
+    """(1.0 if every subject keeps a token else 0.0, mean share of the subjects' tokens kept); None
+    if the item has no subjects."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Batch:
-    """Items with the processor's tensors for them; sizes: each image as the encoder sees it;
-    encoded: the images once encoded, by the signals that were read on the way."""
+class EvaluationBatch:
+    """Items with the processor's tensors for them."""
 
     items: Sequence[Item]
+    """One item per batch row, each with one image."""
     inputs: Mapping[str, Tensor]
+    """The processor's tensors, on the model's device."""
     sizes: Sequence[tuple[int, int]]
+    """(width, height) in pixels of the part of each image that the encoder sees."""
     encoded: dict[frozenset[str], Encoded] = field(default_factory=dict)
+    """The encoded images by the set of signals read during encoding; filled on first use."""
 
 
-class Asker:
-    """Asks one loaded model, greedily. clip_text: needed by methods with "clip" relevance."""
+class SpecEvaluator:
+    """Evaluates specs on one loaded model, greedily. clip_text: needed by specs with "clip"
+    relevance."""
 
     def __init__(
         self, loaded: LoadedModel, *, max_new_tokens: int, clip_text: ClipText | None = None
@@ -80,33 +93,33 @@ class Asker:
         tokenizer = loaded.processor.tokenizer
         self._pruner = Pruner(loaded.model, tokenizer=tokenizer, clip_text=clip_text)
         self._max_new_tokens = max_new_tokens
-        ends = loaded.model.generation_config.eos_token_id
-        self._ends = frozenset(ends if isinstance(ends, list) else [ends])
+        eos_ids = loaded.model.generation_config.eos_token_id
+        self._eos_ids = frozenset(eos_ids if isinstance(eos_ids, list) else [eos_ids])
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpprunerError for a spec this model cannot run."""
         self._pruner.check(spec)
 
-    def batch(self, items: Sequence[Item]) -> Batch:
-        """The processor's tensors for the items, one image each. Raises InputError for words that
-        would read as one more image."""
+    def build_batch(self, items: Sequence[Item]) -> EvaluationBatch:
+        """The processor's tensors for the items, one image each. Raises InputError for a prompt
+        that contains an image or video placeholder."""
         images = [item.image() for item in items]
         inputs = build_inputs(self._processor, [item.prompt for item in items], images)
         inputs = inputs.to(self._model.device)
-        sizes = [seen(image, self._processor.image_processor).size for image in images]
-        return Batch(items=items, inputs=inputs, sizes=sizes)
+        sizes = [visible_crop(image, self._processor.image_processor).size for image in images]
+        return EvaluationBatch(items=items, inputs=inputs, sizes=sizes)
 
-    def dense(self, batch: Batch) -> tuple[Dense, list[Answer]]:
-        """The full model's answers, twice: as what others are held against, and as answers."""
-        reader = AnswerReader()
+    def answer_dense(self, batch: EvaluationBatch) -> tuple[DenseAnswers, list[Answer]]:
+        """The dense model's answers: as the reference for `answer_pruned`, and as `Answer`s."""
+        recorder = LogprobRecorder()
         generated = self._pruner.generate(
-            batch.inputs, DENSE, **self._settings(reader, self._max_new_tokens)
+            batch.inputs, DENSE, **self._generate_kwargs(recorder, self._max_new_tokens)
         )
-        tokens, reports = self._rows(generated), generated.reports
-        logprobs = reader.mean_logprobs([len(row) for row in tokens])
-        assert reader.first_BV is not None
-        dense = Dense(
-            texts=self._decode(tokens), tokens=tokens, first_BV=reader.first_BV, logprobs=logprobs
+        tokens, reports = self._answer_tokens(generated), generated.reports
+        logprobs = recorder.mean_logprobs([len(row) for row in tokens])
+        assert recorder.first_BV is not None
+        dense = DenseAnswers(
+            texts=self._decode(tokens), tokens=tokens, first_BV=recorder.first_BV, logprobs=logprobs
         )
         answers = [
             Answer(
@@ -117,7 +130,7 @@ class Asker:
                 agrees=True,
                 first_kl=0.0,
                 dense_logprob=logprob,
-                found=(1.0, 1.0) if item.subjects else None,
+                subject_recall=(1.0, 1.0) if item.subjects else None,
             )
             for item, text, report, logprob in zip(
                 batch.items, dense.texts, reports, logprobs, strict=True
@@ -125,20 +138,24 @@ class Asker:
         ]
         return dense, answers
 
-    def pruned(self, batch: Batch, spec: PruneSpec, dense: Dense) -> list[Answer]:
-        """Answers under a spec. Raises SpprunerError where the model cannot run it."""
-        reader = AnswerReader(dense.tokens)
+    def answer_pruned(
+        self, batch: EvaluationBatch, spec: PruneSpec, dense: DenseAnswers
+    ) -> list[Answer]:
+        """Answers under a spec. Raises SpprunerError if the model cannot run it."""
+        recorder = LogprobRecorder(dense.tokens)
         prepared = self._prepare(batch, spec)
-        generated = self._pruner.run(prepared, **self._settings(reader, self._max_new_tokens))
-        tokens, reports = self._rows(generated), generated.reports
-        found = _found(batch, prepared)
-        agrees = [row == due for row, due in zip(tokens, dense.tokens, strict=True)]
+        kwargs = self._generate_kwargs(recorder, self._max_new_tokens)
+        generated = self._pruner.run(prepared, **kwargs)
+        tokens, reports = self._answer_tokens(generated), generated.reports
+        recalls = _subject_recalls(batch, prepared)
+        agrees = [row == reference for row, reference in zip(tokens, dense.tokens, strict=True)]
         lengths = [len(row) for row in dense.tokens]
-        assert reader.first_BV is not None
-        kl_B = divergence_B(dense.first_BV, reader.first_BV)
+        assert recorder.first_BV is not None
+        kl_B = kl_divergence_B(dense.first_BV, recorder.first_BV)
         if not all(agrees):
-            reader = AnswerReader(dense.tokens, force=True)
-            self._pruner.run(self._prepare(batch, spec), **self._settings(reader, max(lengths)))
+            recorder = LogprobRecorder(dense.tokens, force=True)
+            kwargs = self._generate_kwargs(recorder, max(lengths))
+            self._pruner.run(self._prepare(batch, spec), **kwargs)
         return [
             Answer(
                 text=text,
@@ -148,20 +165,20 @@ class Asker:
                 agrees=agree,
                 first_kl=kl,
                 dense_logprob=logprob,
-                found=share,
+                subject_recall=recall,
             )
-            for text, report, agree, kl, logprob, share in zip(
+            for text, report, agree, kl, logprob, recall in zip(
                 self._decode(tokens),
                 reports,
                 agrees,
                 kl_B.tolist(),
-                reader.mean_logprobs(lengths),
-                found,
+                recorder.mean_logprobs(lengths),
+                recalls,
                 strict=True,
             )
         ]
 
-    def _prepare(self, batch: Batch, spec: PruneSpec) -> Prepared:
+    def _prepare(self, batch: EvaluationBatch, spec: PruneSpec) -> Prepared:
         signals = self._pruner.signals([spec])
         if signals not in batch.encoded:
             with torch.no_grad():
@@ -169,38 +186,40 @@ class Asker:
         prompts = [item.prompt for item in batch.items]
         return self._pruner.prepare(batch.inputs, spec, prompts, encoded=batch.encoded[signals])
 
-    def _settings(self, reader: AnswerReader, length: int) -> dict[str, Any]:
+    def _generate_kwargs(self, recorder: LogprobRecorder, max_new_tokens: int) -> dict[str, Any]:
         return {
-            "max_new_tokens": length,
+            "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "suppress_tokens": self._pruner.adapter.placeholder_ids,
-            "logits_processor": LogitsProcessorList([reader]),
+            "logits_processor": LogitsProcessorList([recorder]),
         }
 
-    def _rows(self, generated: Generated) -> list[list[int]]:
-        return [up_to_end(row, self._ends) for row in generated.tokens_BT.tolist()]
+    def _answer_tokens(self, generated: Generated) -> list[list[int]]:
+        return [trim_after_eos(row, self._eos_ids) for row in generated.tokens_BT.tolist()]
 
     def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         decode = self._processor.tokenizer.decode
         return [decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 
-def _found(batch: Batch, prepared: Prepared) -> list[tuple[float, float] | None]:
-    """What is left of each item's subjects among the tokens that enter the decoder."""
-    found: list[tuple[float, float] | None] = [None] * len(batch.items)
-    for image, stays in zip(prepared.images, prepared.kept, strict=True):
+def _subject_recalls(
+    batch: EvaluationBatch, prepared: Prepared
+) -> list[tuple[float, float] | None]:
+    """`Answer.subject_recall` of each item, on the tokens that enter the decoder."""
+    recalls: list[tuple[float, float] | None] = [None] * len(batch.items)
+    for image, kept in zip(prepared.images, prepared.kept, strict=True):
         subjects = batch.items[image.row].subjects
         if not subjects:
             continue
-        stays_N = kept_mask(image, stays).cpu()
-        kept_PN = [stays_N[place.cpu()].numpy() for place in image.places]
+        kept_N = kept_mask(image, kept).cpu()
+        kept_P = np.concatenate([kept_N[place_P.cpu()].numpy() for place_P in image.places])
         boxes = plane_boxes(image.planes, batch.sizes[image.row])
         shares = []
         for subject in subjects:
-            mask_N = np.concatenate(covered(subject, image.planes, boxes))
-            shares.append(float(np.concatenate(kept_PN)[mask_N].mean()))
-        found[image.row] = float(all(shares)), float(np.mean(shares))
-    return found
+            subject_P = np.concatenate(covered_tokens(subject, image.planes, boxes))
+            shares.append(float(kept_P[subject_P].mean()))
+        recalls[image.row] = float(all(shares)), float(np.mean(shares))
+    return recalls
 
 
 def _kept_layers(report: PruneReport) -> float:

@@ -1,7 +1,7 @@
 """CIDEr-D and BLEU-4 of captions.
 
-Captions are lower-cased and split into words; the reference implementation runs the Penn Treebank
-tokeniser, a Java program, which also splits clitics ("man's"), so figures differ from it slightly.
+Captions are lower-cased and split into words. The reference implementation runs the Penn Treebank
+tokeniser, a Java program, which also splits clitics ("man's"): its figures differ slightly.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-Gram: TypeAlias = tuple[str, ...]
+NGram: TypeAlias = tuple[str, ...]
 
-_LONGEST = 4
+_MAX_N = 4
 _SIGMA = 6.0
 _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 
 
-def words(caption: str) -> list[str]:
+def split_words(caption: str) -> list[str]:
     return _WORD.findall(caption.lower())
 
 
-def _grams(caption: Sequence[str], n: int) -> Counter[Gram]:
+def _ngrams(caption: Sequence[str], n: int) -> Counter[NGram]:
     return Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1))
 
 
@@ -32,64 +32,68 @@ class CiderD:
     the reference's counts, times a penalty on the difference in length; n from 1 to 4, mean over
     references, times 10.
 
-    An n-gram's document frequency is the number of images with a reference that holds it, so a
-    score belongs to the set of images it was made with. With one image every idf is 0.
+    An n-gram's document frequency is the number of images with a reference that contains it, so a
+    score is valid only for its own set of images. With one image every idf is 0.
     """
 
     def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
-        """references: the captions of each image, by any name of the image."""
+        """references: the captions of each image, by the image's id."""
         self._images = len(references)
-        self._holding: Counter[Gram] = Counter()
+        self._document_frequency: Counter[NGram] = Counter()
         for captions in references.values():
-            split = [words(caption) for caption in captions]
-            self._holding.update(
-                {gram for c in split for n in range(1, _LONGEST + 1) for gram in _grams(c, n)}
+            split = [split_words(caption) for caption in captions]
+            self._document_frequency.update(
+                {ngram for c in split for n in range(1, _MAX_N + 1) for ngram in _ngrams(c, n)}
             )
 
     def score(self, caption: str, references: Sequence[str]) -> float:
-        """0 to 10; reports often print it times 100."""
-        said = words(caption)
-        mine = [self._weights(said, n) for n in range(1, _LONGEST + 1)]
+        """The score of a caption, 0 to 10; reports often print it times 100."""
+        candidate = split_words(caption)
+        weights = [self._weights(candidate, n) for n in range(1, _MAX_N + 1)]
         total = 0.0
         for reference in references:
-            held = words(reference)
-            penalty = math.exp(-((len(said) - len(held)) ** 2) / (2 * _SIGMA**2))
-            theirs = (self._weights(held, n) for n in range(1, _LONGEST + 1))
-            total += penalty * sum(map(_clipped_cosine, mine, theirs)) / _LONGEST
+            words = split_words(reference)
+            penalty = math.exp(-((len(candidate) - len(words)) ** 2) / (2 * _SIGMA**2))
+            reference_weights = (self._weights(words, n) for n in range(1, _MAX_N + 1))
+            total += penalty * sum(map(_clipped_cosine, weights, reference_weights)) / _MAX_N
         return 10 * total / len(references)
 
-    def _weights(self, caption: Sequence[str], n: int) -> dict[Gram, float]:
+    def _weights(self, caption: Sequence[str], n: int) -> dict[NGram, float]:
         log_images = math.log(max(1, self._images))
         return {
-            gram: count * (log_images - math.log(max(1, self._holding[gram])))
-            for gram, count in _grams(caption, n).items()
+            gram: count * (log_images - math.log(max(1, self._document_frequency[gram])))
+            for gram, count in _ngrams(caption, n).items()
         }
 
 
-def _clipped_cosine(said: Mapping[Gram, float], held: Mapping[Gram, float]) -> float:
-    norms = math.hypot(*said.values()) * math.hypot(*held.values())
+def _clipped_cosine(candidate: Mapping[NGram, float], reference: Mapping[NGram, float]) -> float:
+    norms = math.hypot(*candidate.values()) * math.hypot(*reference.values())
     if norms == 0:
         return 0.0
-    return sum(min(w, held[g]) * held[g] for g, w in said.items() if g in held) / norms
+    shared = ((weight, reference[g]) for g, weight in candidate.items() if g in reference)
+    return sum(min(weight, limit) * limit for weight, limit in shared) / norms
 
 
 def bleu4(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4 (Papineni et al., ACL 2002): clipped n-gram precisions over the whole corpus,
     geometric mean, brevity penalty against the closest reference lengths. 0 to 1, unsmoothed."""
-    matched, made = [0] * _LONGEST, [0] * _LONGEST
-    length = closest = 0
-    for caption, theirs in zip(captions, references, strict=True):
-        said, held = words(caption), [words(reference) for reference in theirs]
-        length += len(said)
-        closest += min(map(len, held), key=lambda size: (abs(size - len(said)), size))
-        for n in range(1, _LONGEST + 1):
-            most: Counter[Gram] = Counter()
-            for reference in held:
-                most |= _grams(reference, n)
-            mine = _grams(said, n)
-            matched[n - 1] += (mine & most).total()
-            made[n - 1] += mine.total()
-    if not all(matched):
+    matches, totals = [0] * _MAX_N, [0] * _MAX_N
+    length = reference_length = 0
+    for caption, caption_references in zip(captions, references, strict=True):
+        candidate = split_words(caption)
+        split = [split_words(reference) for reference in caption_references]
+        length += len(candidate)
+        reference_length += min(
+            map(len, split), key=lambda size: (abs(size - len(candidate)), size)
+        )
+        for n in range(1, _MAX_N + 1):
+            limits: Counter[NGram] = Counter()
+            for reference in split:
+                limits |= _ngrams(reference, n)
+            ngrams = _ngrams(candidate, n)
+            matches[n - 1] += (ngrams & limits).total()
+            totals[n - 1] += ngrams.total()
+    if not all(matches):
         return 0.0
-    precision = sum(math.log(m / t) for m, t in zip(matched, made, strict=True)) / _LONGEST
-    return math.exp(min(0.0, 1 - closest / length) + precision)
+    precision = sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / _MAX_N
+    return math.exp(min(0.0, 1 - reference_length / length) + precision)

@@ -1,4 +1,4 @@
-"""Every spec on the same items, with dense beside them."""
+"""Evaluates dense and every spec on the same items."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sppruner.errors import SpprunerError
-from sppruner.evaluation.answering import Answer, Asker
+from sppruner.evaluation.answering import Answer, SpecEvaluator
 from sppruner.evaluation.dataset import Dataset
-from sppruner.evaluation.score import Score
+from sppruner.evaluation.score import SpecScore
 from sppruner.models.loading import LoadedModel
 from sppruner.relevance import ClipText
 from sppruner.spec import DENSE, PruneSpec
 
 RANDOM_SEEDS = (0, 1, 2)
-_ROWS = 64
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cannot:
-    """A spec that a model cannot run, and why."""
+class UnsupportedSpec:
+    """A spec that a model cannot run."""
 
     spec: PruneSpec
+    """The spec."""
     reason: str
+    """The message of the error that it raised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """dense and scores are on the same items; scores in the order of the specs asked for."""
+    """The scores of dense and of every spec on the same items."""
 
-    dense: Score
-    scores: list[Score]
-    cannot: list[Cannot]
+    dense: SpecScore
+    """The full model."""
+    scores: list[SpecScore]
+    """One per supported spec, in the order of the specs passed to `compare`."""
+    unsupported: list[UnsupportedSpec]
+    """Specs that the model cannot run; they have no score."""
 
 
 def compare(
@@ -41,77 +46,79 @@ def compare(
     *,
     clip_text: ClipText | None = None,
     seeds: Sequence[int] = RANDOM_SEEDS,
-    batch_rows: int = _ROWS,
+    batch_size: int = _BATCH_SIZE,
     advance: Callable[[int], None] = lambda questions: None,
 ) -> Comparison:
-    """Asks every item densely and under every spec; "random" once per seed unless the spec names
-    one. A spec that the model cannot run is set down with its reason and the others go on.
+    """Answers every item densely and under every spec; "random" once per seed unless the spec sets
+    its own. A spec that the model cannot run is recorded with its reason; the others continue.
 
-    advance: called with the number of answers given since the last call, dense included.
+    advance: called with the number of answers since the last call, dense included.
     """
-    asker = Asker(loaded, max_new_tokens=dataset.max_new_tokens, clip_text=clip_text)
-    variants = {spec: _variants(spec, seeds) for spec in specs}
-    cannot: dict[PruneSpec, str] = {}
+    evaluator = SpecEvaluator(loaded, max_new_tokens=dataset.max_new_tokens, clip_text=clip_text)
+    variants = {spec: _seeded(spec, seeds) for spec in specs}
+    unsupported: dict[PruneSpec, str] = {}
     for spec in variants:
         try:
-            asker.check(spec)
+            evaluator.check(spec)
         except SpprunerError as error:
-            cannot[spec] = str(error)
+            unsupported[spec] = str(error)
     dense_answers: dict[int, Answer] = {}
     answers: dict[PruneSpec, list[dict[int, Answer]]] = {
-        spec: [{} for _ in tried] for spec, tried in variants.items()
+        spec: [{} for _ in seeded] for spec, seeded in variants.items()
     }
-    for chunk in _chunks(dataset, batch_rows):
-        batch = asker.batch([dataset.items[i] for i in chunk])
-        dense, given = asker.dense(batch)
-        dense_answers.update(zip(chunk, given, strict=True))
-        advance(len(chunk))
-        for spec, tried in variants.items():
-            for variant, into in zip(tried, answers[spec], strict=True):
-                if spec not in cannot:
+    for numbers in _batches(dataset, batch_size):
+        batch = evaluator.build_batch([dataset.items[i] for i in numbers])
+        dense, batch_answers = evaluator.answer_dense(batch)
+        dense_answers.update(zip(numbers, batch_answers, strict=True))
+        advance(len(numbers))
+        for spec, seeded in variants.items():
+            for variant, collected in zip(seeded, answers[spec], strict=True):
+                if spec not in unsupported:
                     try:
-                        given = asker.pruned(batch, variant, dense)
+                        batch_answers = evaluator.answer_pruned(batch, variant, dense)
                     except SpprunerError as error:
-                        cannot[spec] = str(error)
+                        unsupported[spec] = str(error)
                     else:
-                        into.update(zip(chunk, given, strict=True))
-                advance(len(chunk))
+                        collected.update(zip(numbers, batch_answers, strict=True))
+                advance(len(numbers))
     ordered = range(len(dataset.items))
     return Comparison(
-        dense=Score(spec=DENSE, dataset=dataset, repeats=[[dense_answers[i] for i in ordered]]),
+        dense=SpecScore(spec=DENSE, dataset=dataset, repeats=[[dense_answers[i] for i in ordered]]),
         scores=[
-            Score(
+            SpecScore(
                 spec=spec,
                 dataset=dataset,
                 repeats=[[repeat[i] for i in ordered] for repeat in answers[spec]],
             )
             for spec in variants
-            if spec not in cannot
+            if spec not in unsupported
         ],
-        cannot=[Cannot(spec=spec, reason=reason) for spec, reason in cannot.items()],
+        unsupported=[
+            UnsupportedSpec(spec=spec, reason=reason) for spec, reason in unsupported.items()
+        ],
     )
 
 
-def answers_due(
+def count_answers(
     dataset: Dataset, specs: Sequence[PruneSpec], seeds: Sequence[int] = RANDOM_SEEDS
 ) -> int:
-    """How many answers `compare` will report to `advance`."""
-    return len(dataset.items) * (1 + sum(len(_variants(spec, seeds)) for spec in set(specs)))
+    """The total number of answers that `compare` reports to `advance`."""
+    return len(dataset.items) * (1 + sum(len(_seeded(spec, seeds)) for spec in set(specs)))
 
 
-def _variants(spec: PruneSpec, seeds: Sequence[int]) -> list[PruneSpec]:
+def _seeded(spec: PruneSpec, seeds: Sequence[int]) -> list[PruneSpec]:
     if spec.method != "random" or "seed" in spec.options:
         return [spec]
     return [replace(spec, options={**spec.options, "seed": seed}) for seed in seeds]
 
 
-def _chunks(dataset: Dataset, rows: int) -> list[list[int]]:
-    """Item numbers batch by batch. Captions are long and answers short: batched apart, no answer
-    waits for a caption. Prompts of one image stay together, in the items' order."""
-    order = sorted(range(len(dataset.items)), key=lambda i: dataset.items[i].apart)
-    asked = dataset.questions
+def _batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
+    """Item numbers of each batch. Captions are long and answers short: in batches of their own, no
+    answer waits for a caption. Questions about one image stay together, in the items' order."""
+    order = sorted(range(len(dataset.items)), key=lambda i: dataset.items[i].separate)
+    questions = dataset.question_count
     return [
-        order[start : min(start + rows, stop)]
-        for first, stop in ((0, asked), (asked, len(order)))
-        for start in range(first, stop, rows)
+        order[start : min(start + batch_size, stop)]
+        for first, stop in ((0, questions), (questions, len(order)))
+        for start in range(first, stop, batch_size)
     ]

@@ -1,4 +1,4 @@
-"""What is asked: questions about images, in a form every dataset comes down to."""
+"""Questions about images, in the one form that every dataset is converted to."""
 
 from __future__ import annotations
 
@@ -12,45 +12,52 @@ from PIL import Image
 from sppruner.evaluation.metrics import Metric
 
 Outline: TypeAlias = tuple[tuple[float, float], ...]
-"""Corners (x, y) of something in an image, as fractions of its sides."""
+"""Corners (x, y) of an object in an image, as fractions of the image's sides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Item:
-    """One question. group: what intervals resample, a scene or an image with all its questions.
-
-    answers: the right answer, or what each annotator said. image: decodes the image when it is
-    needed; a benchmark's images do not fit in memory. subjects: outlines of what the question asks
-    about, where that is known. apart: reported by its kind only, not part of the accuracy.
-    """
+    """One question about one image."""
 
     id: str
+    """Unique within the dataset."""
     group: str
+    """The unit that intervals resample: one scene or image with all its questions."""
     kind: str
+    """The question type, by which accuracy is also reported."""
     prompt: str
+    """The text for the model, the benchmark's instruction included."""
     answers: tuple[str, ...]
+    """The right answer, or the answer of each annotator."""
     image: Callable[[], Image.Image]
+    """Decodes the image on demand: a benchmark's images do not fit in memory."""
     subjects: tuple[Outline, ...] = ()
-    apart: bool = False
+    """Outlines of the objects that the answer depends on; empty if unknown."""
+    separate: bool = False
+    """Reported by kind only and excluded from the accuracy, as captions among questions are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dataset:
-    """Items that are scored alike. max_new_tokens: how long an answer may get."""
+    """Items that share a metric."""
 
     name: str
+    """As reported."""
     items: Sequence[Item]
+    """All questions, in the order of their source."""
     metric: Metric
+    """Scores one answer, and the whole set."""
     max_new_tokens: int = 16
+    """The longest answer that is generated, in tokens."""
 
     @property
-    def questions(self) -> int:
-        """Items that are part of the accuracy."""
-        return sum(not item.apart for item in self.items)
+    def question_count(self) -> int:
+        """The number of items that are part of the accuracy."""
+        return sum(not item.separate for item in self.items)
 
-    def majority(self) -> dict[str, float]:
-        """Per kind, what always giving its most frequent answer would score; empty for metrics
-        that compare with several answers."""
+    def majority_baseline(self) -> dict[str, float]:
+        """Per kind, the accuracy of always giving its most frequent answer; empty for metrics that
+        compare with several answers."""
         if not self.metric.single_answer:
             return {}
         answers: dict[str, Counter[str]] = {}

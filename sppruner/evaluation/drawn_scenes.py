@@ -1,7 +1,7 @@
-"""Held-out drawn scenes as a dataset: exact answers, and outlines of what is asked about.
+"""Held-out drawn scenes as a dataset: exact answers, and outlines of the objects in question.
 
-Scenes are numbered by seed. Those that methods' constants are chosen on and those that are
-reported are disjoint, and neither was trained on.
+Scenes are numbered by seed. The two splits, "tuning" for choosing methods' constants and "report"
+for published figures, are disjoint from each other and from the training scenes.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ Split: TypeAlias = Literal["report", "tuning"]
 
 CAPTION = "caption"
 SPLIT_SCENES = 1_000_000
-"""Scenes in each split: reporting from HELD_OUT_SEED on, tuning so many further on."""
+"""Scenes in each split: "report" starts at HELD_OUT_SEED, "tuning" this many seeds later."""
 JPEG_QUALITY = 92
-"""Of held-out scenes, wherever they are encoded."""
+"""JPEG quality of held-out scenes, wherever they are encoded."""
 
 
 def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -> Dataset:
-    """At least `count` questions, whole scenes only, plus a caption, reported apart, for every
-    scene with few enough objects to have been taught one.
+    """At least `count` questions about whole scenes, plus one caption, reported separately, for
+    every scene with at most CAPTION_OBJECTS objects: captions of more were not trained.
 
-    first_scene: offset into the split. Raises SpecError where the split ends.
+    first_scene: offset into the split. Raises SpecError at the end of the split.
     """
-    asked, number = 0, first_scene
-    while asked < count:
-        asked += len(questions(sample_scene(_seed(number, split))))
+    total, number = 0, first_scene
+    while total < count:
+        total += len(questions(sample_scene(_seed(number, split))))
         number += 1
     return scene_questions(range(first_scene, number), split=split)
 
 
 def scene_questions(scenes: Sequence[int], *, split: Split = "report") -> Dataset:
-    """All questions about the scenes of these numbers, and their captions as `drawn_scenes` says.
+    """All questions about the scenes of these numbers, and their captions as in `drawn_scenes`.
 
     Raises SpecError for a number outside the split.
     """
     items: list[Item] = []
     for number in scenes:
         scene = sample_scene(_seed(number, split))
-        about = questions(scene)
-        items += [_item(scene, i, question) for i, question in enumerate(about)]
+        scene_items = [_item(scene, i, question) for i, question in enumerate(questions(scene))]
         if len(scene.objects) <= CAPTION_OBJECTS:
-            told = Question(CAPTION, CAPTION_PROMPT, caption(scene))
-            items.append(_item(scene, len(about), told))
+            captioning = Question(CAPTION, CAPTION_PROMPT, caption(scene))
+            scene_items.append(_item(scene, len(scene_items), captioning))
+        items += scene_items
     return Dataset(
         name=f"drawn scenes ({split})", items=items, metric=ExactMatch(), max_new_tokens=48
     )
@@ -79,29 +79,29 @@ def _item(scene: Scene, index: int, question: Question) -> Item:
         kind=question.kind,
         prompt=question.text,
         answers=(question.answer,),
-        image=functools.partial(_decoded, scene.seed),
-        subjects=subjects(scene, question),
-        apart=question.kind == CAPTION,
+        image=functools.partial(_decode_scene, scene.seed),
+        subjects=subject_outlines(scene, question),
+        separate=question.kind == CAPTION,
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _decoded(seed: int) -> Image.Image:
-    """What a user's JPEG of the scene would decode to."""
+def _decode_scene(seed: int) -> Image.Image:
+    """The scene as a user's JPEG of it decodes."""
     buffer = io.BytesIO()
     render(sample_scene(seed)).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return Image.open(buffer).convert("RGB")
 
 
-def subjects(scene: Scene, question: Question) -> tuple[Outline, ...]:
-    """Outlines of the objects and signs that decide the answer. Empty where it is the ground that
-    does, or something that is not there."""
-    things = {item.name: tuple(outline(item)) for item in scene.objects}
-    things |= {f"{sign.color} sign": _card(sign) for sign in scene.signs}
-    return tuple(things[name] for name in question.about if name in things)
+def subject_outlines(scene: Scene, question: Question) -> tuple[Outline, ...]:
+    """Outlines of the objects and signs that decide the answer. Empty if the answer depends on the
+    ground only, or on something that is not in the scene."""
+    outlines = {item.name: tuple(outline(item)) for item in scene.objects}
+    outlines |= {f"{sign.color} sign": _sign_outline(sign) for sign in scene.signs}
+    return tuple(outlines[name] for name in question.about if name in outlines)
 
 
-def _card(sign: Sign) -> Outline:
+def _sign_outline(sign: Sign) -> Outline:
     left, right = sign.x - sign.side / 2, sign.x + sign.side / 2
     top, bottom = sign.y - sign.side / 2, sign.y + sign.side / 2
     return ((left, top), (right, top), (right, bottom), (left, bottom))

@@ -1,6 +1,7 @@
-"""Benchmark files on the user's disk as datasets: VQAv2, GQA, POPE, TextVQA, LLaVA and COCO.
+"""Benchmark files on disk as datasets: VQAv2, GQA, POPE, TextVQA, LLaVA and COCO captions.
 
-A format says where its questions, answers and images stand; files are the benchmarks' own.
+Each format defines where its questions, answers and image names are. The files are the benchmarks'
+own, unchanged.
 """
 
 from __future__ import annotations
@@ -25,136 +26,146 @@ Decode: TypeAlias = Callable[[Path], Image.Image]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One question of a file. image: its file's name within the folder of images."""
+class BenchmarkEntry:
+    """One question of a benchmark file."""
 
     id: str
+    """The benchmark's own question id."""
     image: str
+    """The image's file name within the folder of images."""
     question: str
+    """The question, without an instruction."""
     answers: tuple[str, ...]
+    """The right answer, or the answer of each annotator."""
     kind: str
+    """The benchmark's question type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """read: entries of a parsed file, given the parsed annotations where `annotated`. marks: what
-    to find in a file of this format. instruction: what follows each question."""
+class BenchmarkFormat:
+    """How one benchmark's file is read and scored."""
 
-    marks: str
-    read: Callable[[Any, Any], Iterator[Entry]]
+    description: str
+    """What a file of this format contains; part of the error message for any other file."""
+    read: Callable[[Any, Any], Iterator[BenchmarkEntry]]
+    """Yields the entries of a parsed file, given the parsed annotations (None without a file)."""
     metric: Callable[[Sequence[Item]], Metric]
+    """Builds the metric for the items."""
     instruction: str = ""
+    """Appended to each question on a line of its own; empty for none."""
     max_new_tokens: int = 16
-    annotated: bool = False
+    """The longest answer that is generated, in tokens."""
+    needs_annotations: bool = False
+    """Whether the answers are in a separate file."""
 
 
-def _vqav2(document: Any, annotations: Any) -> Iterator[Entry]:
-    given = {entry["question_id"]: entry for entry in annotations["annotations"]}
+def _vqav2(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    by_id = {entry["question_id"]: entry for entry in annotations["annotations"]}
     subset = document["data_subtype"]
-    for asked in document["questions"]:
-        annotation = given[asked["question_id"]]
-        yield Entry(
-            id=str(asked["question_id"]),
-            image=f"COCO_{subset}_{asked['image_id']:012d}.jpg",
-            question=asked["question"],
+    for question in document["questions"]:
+        annotation = by_id[question["question_id"]]
+        yield BenchmarkEntry(
+            id=str(question["question_id"]),
+            image=f"COCO_{subset}_{question['image_id']:012d}.jpg",
+            question=question["question"],
             answers=tuple(answer["answer"] for answer in annotation["answers"]),
             kind=annotation["answer_type"],
         )
 
 
-def _gqa(document: Any, annotations: Any) -> Iterator[Entry]:
-    for name, asked in document.items():
-        yield Entry(
+def _gqa(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    for name, question in document.items():
+        yield BenchmarkEntry(
             id=name,
-            image=f"{asked['imageId']}.jpg",
-            question=asked["question"],
-            answers=(asked["answer"],),
-            kind=asked.get("types", {}).get("structural", "question"),
+            image=f"{question['imageId']}.jpg",
+            question=question["question"],
+            answers=(question["answer"],),
+            kind=question.get("types", {}).get("structural", "question"),
         )
 
 
-def _pope(document: Any, annotations: Any) -> Iterator[Entry]:
-    for asked in document:
-        yield Entry(
-            id=str(asked["question_id"]),
-            image=asked["image"],
-            question=asked["text"],
-            answers=(asked["label"].lower(),),
-            kind=asked.get("category", "existence"),
+def _pope(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    for question in document:
+        yield BenchmarkEntry(
+            id=str(question["question_id"]),
+            image=question["image"],
+            question=question["text"],
+            answers=(question["label"].lower(),),
+            kind=question.get("category", "existence"),
         )
 
 
-def _textvqa(document: Any, annotations: Any) -> Iterator[Entry]:
-    for asked in document["data"]:
-        yield Entry(
-            id=str(asked["question_id"]),
-            image=f"{asked['image_id']}.jpg",
-            question=asked["question"],
-            answers=tuple(asked["answers"]),
+def _textvqa(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    for question in document["data"]:
+        yield BenchmarkEntry(
+            id=str(question["question_id"]),
+            image=f"{question['image_id']}.jpg",
+            question=question["question"],
+            answers=tuple(question["answers"]),
             kind="text",
         )
 
 
-def _llava(document: Any, annotations: Any) -> Iterator[Entry]:
-    for asked in document:
-        human, reply = asked["conversations"][:2]
-        yield Entry(
-            id=str(asked["id"]),
-            image=asked["image"],
+def _llava(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    for question in document:
+        human, reply = question["conversations"][:2]
+        yield BenchmarkEntry(
+            id=str(question["id"]),
+            image=question["image"],
             question=human["value"].replace("<image>", "").strip(),
             answers=(reply["value"],),
             kind="question",
         )
 
 
-def _coco_captions(document: Any, annotations: Any) -> Iterator[Entry]:
-    written: dict[Any, list[str]] = {}
+def _coco_captions(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+    captions: dict[Any, list[str]] = {}
     for entry in document["annotations"]:
-        written.setdefault(entry["image_id"], []).append(entry["caption"])
+        captions.setdefault(entry["image_id"], []).append(entry["caption"])
     for image in document["images"]:
-        if image["id"] in written:
-            yield Entry(
+        if image["id"] in captions:
+            yield BenchmarkEntry(
                 id=str(image["id"]),
                 image=image["file_name"],
                 question=_CAPTION_PROMPT,
-                answers=tuple(written[image["id"]]),
+                answers=tuple(captions[image["id"]]),
                 kind="caption",
             )
 
 
-FORMATS: Mapping[str, Format] = {
-    "vqav2": Format(
-        marks="an object with 'questions' and 'data_subtype'",
+FORMATS: Mapping[str, BenchmarkFormat] = {
+    "vqav2": BenchmarkFormat(
+        description="an object with 'questions' and 'data_subtype'",
         read=_vqav2,
         metric=lambda items: SoftAccuracy(),
         instruction=SHORT_ANSWER,
-        annotated=True,
+        needs_annotations=True,
     ),
-    "gqa": Format(
-        marks="an object of questions by id, each with 'imageId'",
+    "gqa": BenchmarkFormat(
+        description="an object of questions by id, each with 'imageId'",
         read=_gqa,
         metric=lambda items: ExactMatch(),
         instruction=SHORT_ANSWER,
     ),
-    "pope": Format(
-        marks="lines of objects with 'text' and 'label'",
+    "pope": BenchmarkFormat(
+        description="lines of objects with 'text' and 'label'",
         read=_pope,
         metric=lambda items: YesNo(),
         instruction=SHORT_ANSWER,
     ),
-    "textvqa": Format(
-        marks="an object with 'data', each entry with 'image_id' and 'answers'",
+    "textvqa": BenchmarkFormat(
+        description="an object with 'data', each entry with 'image_id' and 'answers'",
         read=_textvqa,
         metric=lambda items: SoftAccuracy(),
         instruction=SHORT_ANSWER,
     ),
-    "llava": Format(
-        marks="a list of objects with 'conversations'",
+    "llava": BenchmarkFormat(
+        description="a list of objects with 'conversations'",
         read=_llava,
         metric=lambda items: ExactMatch(),
     ),
-    "coco-captions": Format(
-        marks="an object with 'images' and 'annotations', each with a 'caption'",
+    "coco-captions": BenchmarkFormat(
+        description="an object with 'images' and 'annotations', each with a 'caption'",
         read=_coco_captions,
         metric=lambda items: Captioning({item.id: item.answers for item in items}),
         max_new_tokens=64,
@@ -162,8 +173,8 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def detect(document: Any) -> str | None:
-    """The format of a parsed file, or None where its keys do not tell."""
+def detect_format(document: Any) -> str | None:
+    """The format of a parsed file, or None if its keys fit none."""
     if isinstance(document, list) and document and isinstance(document[0], dict):
         if "conversations" in document[0]:
             return "llava"
@@ -192,41 +203,43 @@ def read_dataset(
 ) -> Dataset:
     """The first `limit` questions of a benchmark's file, in its order.
 
-    decode: from a file to an image. instruction: what follows each question; None is the format's
-    own. Raises EvaluationError, which names the file and the next step, for a file that is missing
-    or not of its format, and for missing images.
+    decode: reads an image file. instruction: appended to each question; None for the format's own.
+    Raises EvaluationError, which names the file and the next step, for a file that is missing or
+    not of its format, and for missing images.
     """
     document = _parsed(file)
-    name = format or detect(document)
+    name = format or detect_format(document)
     if name is None:
-        raise EvaluationError(f"{file}: cannot tell its format; give --format {'|'.join(FORMATS)}")
+        raise EvaluationError(f"{file}: unknown format; give --format {'|'.join(FORMATS)}")
     if name not in FORMATS:
-        raise EvaluationError(f"no format {name!r}; there are {', '.join(FORMATS)}")
-    of = FORMATS[name]
-    if of.annotated and annotations is None:
-        raise EvaluationError(f"{file}: the answers of {name} are a file apart; give --annotations")
+        raise EvaluationError(f"no format {name!r}; known: {', '.join(FORMATS)}")
+    chosen = FORMATS[name]
+    if chosen.needs_annotations and annotations is None:
+        raise EvaluationError(
+            f"{file}: {name} keeps its answers in a second file; give --annotations"
+        )
     answers = None if annotations is None else _parsed(annotations)
     try:
-        entries = list(of.read(document, answers))[:limit]
+        entries = list(chosen.read(document, answers))[:limit]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise EvaluationError(
-            f"{file}: not {name}, which is {of.marks} ({type(error).__name__}: {error}); "
+            f"{file}: not {name}, which is {chosen.description} ({type(error).__name__}: {error}); "
             "give the right --format"
         ) from error
     if not entries:
-        raise EvaluationError(f"{file}: holds no question")
+        raise EvaluationError(f"{file}: contains no question")
     _check_images(entries, images)
-    after = of.instruction if instruction is None else instruction
-    items = [_item(entry, images, decode, after) for entry in entries]
+    suffix = chosen.instruction if instruction is None else instruction
+    items = [_item(entry, images, decode, suffix) for entry in entries]
     return Dataset(
         name=f"{name} ({file.name})",
         items=items,
-        metric=of.metric(items),
-        max_new_tokens=of.max_new_tokens,
+        metric=chosen.metric(items),
+        max_new_tokens=chosen.max_new_tokens,
     )
 
 
-def _item(entry: Entry, images: Path, decode: Decode, instruction: str) -> Item:
+def _item(entry: BenchmarkEntry, images: Path, decode: Decode, instruction: str) -> Item:
     return Item(
         id=entry.id,
         group=entry.image,
@@ -238,12 +251,12 @@ def _item(entry: Entry, images: Path, decode: Decode, instruction: str) -> Item:
 
 
 def _parsed(file: Path) -> Any:
-    """A JSON document, or a list of the lines of a JSONL one."""
+    """A JSON document, or the list of a JSONL file's lines."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
-            f"{file}: cannot be read ({error}); give the path of a JSON"
+            f"{file}: cannot be read ({error}); give the path of a JSON file"
         ) from error
     try:
         return json.loads(text)
@@ -256,13 +269,13 @@ def _parsed(file: Path) -> Any:
             ) from whole
 
 
-def _check_images(entries: Sequence[Entry], images: Path) -> None:
+def _check_images(entries: Sequence[BenchmarkEntry], images: Path) -> None:
     if not images.is_dir():
         raise EvaluationError(f"{images}: not a folder; give the folder of images with --images")
-    named = dict.fromkeys(entry.image for entry in entries)
-    missing = [name for name in named if not (images / name).is_file()]
+    names = dict.fromkeys(entry.image for entry in entries)
+    missing = [name for name in names if not (images / name).is_file()]
     if missing:
         raise EvaluationError(
-            f"{images / missing[0]}: no such image, nor {len(missing) - 1} others of {len(named)}; "
-            "give the folder that holds them with --images"
+            f"{images / missing[0]}: {len(missing)} of {len(names)} images are missing, this one "
+            "first; give the folder that contains them with --images"
         )

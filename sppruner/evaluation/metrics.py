@@ -1,22 +1,25 @@
-"""How a dataset's answers are scored: one number per item, and figures that need the whole set."""
+"""Metrics of a dataset: one number per item, and figures that need the whole set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sppruner.evaluation.answers import plain, soft_accuracy, yes_or_no
+from sppruner.evaluation.answers import parse_yes_no
 from sppruner.evaluation.captions import CiderD, bleu4
+from sppruner.vqa import score as vqa_score
 
 
 class Metric(Protocol):
-    """name: as reported. single_answer: whether an item has one right answer."""
+    """Scores answers against an item's reference answers."""
 
     name: str
+    """As reported."""
     single_answer: bool
+    """Whether an item has exactly one right answer."""
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        """What a text is worth, given the item's answers."""
+        """The score of one answer, given the item's reference answers."""
         ...
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -25,55 +28,56 @@ class Metric(Protocol):
 
 
 class ExactMatch:
-    """1 for the right answer but for case, spaces and a full stop."""
+    """1 if the answer equals the reference after light normalisation (`sppruner.vqa`), else 0."""
 
     name = "exact match"
     single_answer = True
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return float(plain(text) == plain(answers[0]))
+        return vqa_score(text, answers[:1])
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}
 
 
 class SoftAccuracy:
-    """VQAv2's agreement with ten annotators; see `answers.soft_accuracy`."""
+    """VQAv2's agreement with ten annotators; see `sppruner.vqa`."""
 
     name = "VQA soft accuracy"
     single_answer = False
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return soft_accuracy(text, answers)
+        return vqa_score(text, answers)
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}
 
 
 class YesNo:
-    """POPE (Li et al., EMNLP 2023, arXiv 2305.10355): accuracy, and F1 of "yes" with the share of
-    "yes" that tells a model's bias."""
+    """POPE (Li et al., EMNLP 2023, arXiv 2305.10355): accuracy; F1 of "yes"; and the share of "yes"
+    answers, which shows a model's bias."""
 
     name = "accuracy"
     single_answer = True
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        return float(yes_or_no(text) == answers[0])
+        return float(parse_yes_no(text) == answers[0])
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-        said = [yes_or_no(text) == "yes" for text in texts]
+        predicted = [parse_yes_no(text) == "yes" for text in texts]
         true = [answer[0] == "yes" for answer in answers]
-        both = sum(s and t for s, t in zip(said, true, strict=True))
+        hits = sum(p and t for p, t in zip(predicted, true, strict=True))
         return {
-            "f1": 2 * both / max(1, sum(said) + sum(true)),
-            "precision": both / max(1, sum(said)),
-            "recall": both / max(1, sum(true)),
-            "yes_ratio": sum(said) / len(said),
+            "f1": 2 * hits / max(1, sum(predicted) + sum(true)),
+            "precision": hits / max(1, sum(predicted)),
+            "recall": hits / max(1, sum(true)),
+            "yes_ratio": sum(predicted) / len(predicted),
         }
 
 
 class Captioning:
-    """CIDEr-D per caption, BLEU-4 over all. references: captions by image, for the idf."""
+    """CIDEr-D per caption, BLEU-4 over all captions. references: the captions of each image, from
+    which the idf is computed."""
 
     name = "CIDEr-D"
     single_answer = False

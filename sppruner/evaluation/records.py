@@ -1,4 +1,4 @@
-"""A comparison as plain values: rows of the table, and methods against each other."""
+"""A comparison as plain values: one record per score, differences between methods, failures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sppruner.evaluation.compare import Comparison
-from sppruner.evaluation.score import Score
+from sppruner.evaluation.score import SpecScore
 
 
-def label(method: str, options: Mapping[str, object]) -> str:
-    """A method with its options as `--methods` takes them: sppruner:kappa=0."""
+def method_label(method: str, options: Mapping[str, object]) -> str:
+    """A method with its options in the syntax of `--methods`: sppruner:kappa=0."""
     pairs = (
         f":{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in options.items()
@@ -19,19 +19,20 @@ def label(method: str, options: Mapping[str, object]) -> str:
     return method + "".join(pairs)
 
 
-def row(model: str, score: Score, dense: Score) -> dict[str, Any]:
+def result_record(model: str, score: SpecScore, dense: SpecScore) -> dict[str, Any]:
     """One row of the table and of `evaluate.py --json`.
 
-    Shares and accuracies are fractions. retained: the budget asked for; kept_share: tokens kept as
+    Shares and accuracies are fractions. retained: the requested budget; kept_share: tokens kept as
     the budget counts them; kept_layers: their mean share over the decoder's layers. agreement:
-    share of answers equal to dense token by token. first_token_kl, dense_logprob: see `Answer`;
-    dense_logprob_dense is what dense itself gives its answers. planted_recall: how often all that
-    a question asks about kept a token, and what share of its tokens stayed; None without outlines.
+    share of answers equal to dense token by token. first_token_kl, dense_logprob: means of
+    `Answer.first_kl` and `Answer.dense_logprob`; dense_logprob_dense: the latter of dense itself.
+    planted_recall: means of `Answer.subject_recall` ("any": share of questions whose subjects all
+    keep a token; "share": share of the subjects' tokens kept); None without outlines.
     """
     accuracy, relative = score.interval(), score.relative_to(dense)
     worst = score.worst_type(dense)
-    found = score.mean(lambda a: None if a.found is None else a.found[0])
-    shares = score.mean(lambda a: None if a.found is None else a.found[1])
+    found = score.mean(lambda a: None if a.subject_recall is None else a.subject_recall[0])
+    shares = score.mean(lambda a: None if a.subject_recall is None else a.subject_recall[1])
     ratio = score.spec.budget.ratio
     return {
         "model": model,
@@ -59,42 +60,42 @@ def row(model: str, score: Score, dense: Score) -> dict[str, Any]:
     }
 
 
-def rows(model: str, comparison: Comparison) -> list[dict[str, Any]]:
-    """Dense first, then every score in its order."""
+def result_records(model: str, comparison: Comparison) -> list[dict[str, Any]]:
+    """One record per score: dense first, then the specs in their order."""
     dense = comparison.dense
-    return [row(model, score, dense) for score in [dense, *comparison.scores]]
+    return [result_record(model, score, dense) for score in [dense, *comparison.scores]]
 
 
-def ahead_of(model: str, scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Every two methods at one budget: how much more accurate the first is, with its paired 95 %
-    interval. One that holds 0 shows no difference."""
+def paired_differences(model: str, scores: Sequence[SpecScore]) -> list[dict[str, Any]]:
+    """For every ordered pair of methods at one budget: the accuracy of the first minus that of the
+    second, with its paired 95 % interval. An interval that contains 0 shows no difference."""
     pairs = []
     for first, second in itertools.permutations(scores, 2):
         if first.spec.budget != second.spec.budget:
             continue
-        lead = first.ahead_of(second)
+        difference = first.difference_to(second)
         pairs.append(
             {
                 "model": model,
                 "retained": first.spec.budget.ratio,
-                "method": label(first.spec.method, first.spec.options),
-                "other": label(second.spec.method, second.spec.options),
-                "difference": lead.value,
-                "low": lead.low,
-                "high": lead.high,
+                "method": method_label(first.spec.method, first.spec.options),
+                "other": method_label(second.spec.method, second.spec.options),
+                "difference": difference.value,
+                "low": difference.low,
+                "high": difference.high,
             }
         )
     return pairs
 
 
-def cannot(model: str, comparison: Comparison) -> list[dict[str, Any]]:
-    """The specs this model could not run, with the reason."""
+def unsupported_records(model: str, comparison: Comparison) -> list[dict[str, Any]]:
+    """The specs that the model cannot run, with the reason."""
     return [
         {
             "model": model,
-            "method": label(failed.spec.method, failed.spec.options),
+            "method": method_label(failed.spec.method, failed.spec.options),
             "retained": failed.spec.budget.ratio,
             "reason": failed.reason,
         }
-        for failed in comparison.cannot
+        for failed in comparison.unsupported
     ]

@@ -1,4 +1,4 @@
-"""Rows as a Markdown table for people and as CSV for programs."""
+"""Result records as a Markdown table for people and as CSV for programs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sppruner.evaluation.records import label
+from sppruner.evaluation.records import method_label
 
-Row: TypeAlias = Mapping[str, Any]
+Record: TypeAlias = Mapping[str, Any]
 
 
-def written(row: Row) -> str:
-    """The method of a row with its options."""
-    return label(row["method"], row["options"])
+def method_of(record: Record) -> str:
+    """The method of a record with its options, such as sppruner:kappa=0."""
+    return method_label(record["method"], record["options"])
 
 
 def percent(value: float | None) -> str:
-    """A fraction as per cent with one decimal; a dash where there is none."""
+    """A fraction as per cent with one decimal; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
@@ -26,59 +26,67 @@ def _interval(low: float | None, high: float | None) -> str:
     return f"{percent(low)} – {percent(high)}"
 
 
-def _beside_dense(cell: Callable[[Row], str]) -> Callable[[Row], str]:
-    """Empty for dense itself, which would be held against itself."""
-    return lambda row: "" if row["method"] == "none" else cell(row)
+def _except_dense(cell: Callable[[Record], str]) -> Callable[[Record], str]:
+    """The cell, empty for dense: comparing it with itself says nothing."""
+    return lambda record: "" if record["method"] == "none" else cell(record)
 
 
-def _worst(row: Row) -> str:
-    worst = row["worst_type"]
+def _worst(record: Record) -> str:
+    worst = record["worst_type"]
     return "" if worst is None else f"{worst['kind']} {percent(worst['relative'])}"
 
 
-def _recall(row: Row) -> str:
-    return "" if row["planted_recall"] is None else percent(row["planted_recall"]["any"])
+def _recall(record: Record) -> str:
+    return "" if record["planted_recall"] is None else percent(record["planted_recall"]["any"])
 
 
-# Column names (a metric's name is filled in) and the text of each for a row.
-COLUMNS: Mapping[str, Callable[[Row], str]] = {
-    "model": lambda row: str(row["model"]),
-    "method": written,
-    "kept %": lambda row: percent(row["kept_share"]),
-    "n": lambda row: str(row["n"]),
-    "{metric} %": lambda row: percent(row["accuracy"]),
-    "interval": lambda row: _interval(row["low"], row["high"]),
-    "% of dense": lambda row: percent(row["relative_to_dense"]),
-    "its interval": _beside_dense(lambda row: _interval(row["relative_low"], row["relative_high"])),
-    "worst kind, % of dense": _beside_dense(_worst),
-    "over layers %": lambda row: percent(row["kept_layers"]),
-    "same answer %": _beside_dense(lambda row: percent(row["agreement"])),
-    "first-token KL": _beside_dense(lambda row: f"{row['first_token_kl']:.3f}"),
-    "log-prob of dense answer": lambda row: f"{row['dense_logprob']:.3f}",
+COLUMNS: Mapping[str, Callable[[Record], str]] = {
+    "model": lambda record: str(record["model"]),
+    "method": method_of,
+    "kept %": lambda record: percent(record["kept_share"]),
+    "n": lambda record: str(record["n"]),
+    "{metric} %": lambda record: percent(record["accuracy"]),
+    "interval": lambda record: _interval(record["low"], record["high"]),
+    "% of dense": lambda record: percent(record["relative_to_dense"]),
+    "its interval": _except_dense(
+        lambda record: _interval(record["relative_low"], record["relative_high"])
+    ),
+    "worst kind, % of dense": _except_dense(_worst),
+    "over layers %": lambda record: percent(record["kept_layers"]),
+    "same answer %": _except_dense(lambda record: percent(record["agreement"])),
+    "first-token KL": _except_dense(lambda record: f"{record['first_token_kl']:.3f}"),
+    "log-prob of dense answer": lambda record: f"{record['dense_logprob']:.3f}",
     "subject found %": _recall,
 }
+"""Column names, in which {metric} is replaced by the metric's name, and each cell's text."""
 ACCURACY = tuple(COLUMNS)[1:9]
+"""The columns of the accuracy table."""
 FIDELITY = (*ACCURACY[:2], *tuple(COLUMNS)[9:])
+"""The columns of the table that compares answers with dense."""
 
 
-def markdown(rows: Sequence[Row], cannot: Sequence[Row]) -> str:
-    """A GitHub table of the rows, and a line for each spec that could not be run."""
-    head = [name.format(metric=rows[0]["metric"]) for name in COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in rows]
-    if cannot:
+def markdown(records: Sequence[Record], unsupported: Sequence[Record]) -> str:
+    """A GitHub table of the records, and one line for each unsupported spec."""
+    header = [name.format(metric=records[0]["metric"]) for name in COLUMNS]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += [
+        "| " + " | ".join(cell(record) for cell in COLUMNS.values()) + " |" for record in records
+    ]
+    if unsupported:
         lines.append("")
     lines += [
-        f"- {c['model']}, {c['method']} at {percent(c['retained'])} %: cannot: {c['reason']}"
-        for c in cannot
+        f"- {spec['model']}, {spec['method']} at {percent(spec['retained'])} %: "
+        f"cannot: {spec['reason']}"
+        for spec in unsupported
     ]
     return "\n".join(lines) + "\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """One line per row; nested values get a column each, named with a dot (by_type.count)."""
-    flat = [_flat(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
+def comma_separated(records: Sequence[Record]) -> str:
+    """One line per record; each nested value is a column of its own, named with a dot
+    (by_type.count)."""
+    flat = [_flat(record) for record in records]
+    names = list(dict.fromkeys(name for record in flat for name in record))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
@@ -86,13 +94,13 @@ def comma_separated(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(record: Record) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in row.items():
+    for name, value in record.items():
         if name == "options":
-            flat["options"] = written(row).removeprefix(row["method"]).removeprefix(":")
+            flat["options"] = method_of(record).removeprefix(record["method"]).removeprefix(":")
         elif isinstance(value, Mapping):
-            flat.update({f"{name}.{inner}": held for inner, held in value.items()})
+            flat.update({f"{name}.{key}": nested for key, nested in value.items()})
         else:
             flat[name] = value
     return flat

@@ -1,1 +1,1 @@
-"""Adapters to other projects' interfaces. Each module needs the project it is named after."""
+"""Implementations of other projects' interfaces. Each module requires the project in its name."""

@@ -1,11 +1,11 @@
-"""Any supported model under any spec, as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/
-lmms-eval, 0.7), which then runs its own tasks on it:
+"""A model for lmms-eval 0.7 (https://github.com/EvolvingLMMs-Lab/lmms-eval): any supported model
+under any spec, on lmms-eval's own tasks.
 
     lmms-eval --model sppruner --tasks pope --batch_size 8 \
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=sppruner,retain=0.222,kappa=0
 
-lmms-eval finds the model by this package's entry point in its group `lmms_eval.models`. What is not
-an argument below is an option of the method.
+lmms-eval finds the model through this package's entry point in the group `lmms_eval.models`.
+Arguments other than those of `PrunedModel` are options of the method.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from sppruner.errors import EvaluationError, InputError, SpecError
 from sppruner.spec import DENSE, Budget, OptionValue, PruneSpec
 
 _PLACEHOLDERS = re.compile(r"^(\s*<image>\s*)+")
-_DEFAULT_LENGTH = 1024  # lmms-eval's own models use as many
+_DEFAULT_MAX_NEW_TOKENS = 1024  # the default of lmms-eval's own models
 
 
 def manifest() -> ModelManifest:
-    """How lmms-eval learns of the model; called through the entry point."""
+    """The registration of the model; lmms-eval calls it through the entry point."""
     return ModelManifest(
         model_id="sppruner", simple_class_path=f"{__name__}.{PrunedModel.__name__}"
     )
 
 
 class PrunedModel(lmms):
-    """A model of lmms-eval that generates with pruned visual tokens.
+    """An lmms-eval model that generates with pruned visual tokens.
 
-    method: a pruning method or "none". retain: share of visual tokens kept. Raises SpprunerError
-    for a model or spec that cannot be run, before any task starts.
+    method: a pruning method, or "none" for dense. retain: share of visual tokens kept, in (0, 1].
+    batch_size: requests per batch; max_batch_size applies if it is not a number ("auto"). Raises
+    SpprunerError for an unsupported model or spec, before any task starts.
     """
 
     is_simple = True
@@ -59,26 +60,28 @@ class PrunedModel(lmms):
     ) -> None:
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise EvaluationError("sppruner in lmms-eval runs in one process: leave torchrun out")
-        rows = int(batch_size) if str(batch_size).isdigit() else (max_batch_size or 1)
+            raise EvaluationError(
+                "sppruner in lmms-eval runs in one process: start it without torchrun"
+            )
+        slots = int(batch_size) if str(batch_size).isdigit() else (max_batch_size or 1)
         self.spec = (
             DENSE
             if method == "none"
             else PruneSpec(method=method, budget=Budget(ratio=float(retain)), options=options)
         )
         self.engine = BatchEngine(
-            pretrained, revision=revision, device=device, dtype=dtype, slots=rows
+            pretrained, revision=revision, device=device, dtype=dtype, slots=slots
         )
         self.engine.check(self.spec)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers in the order of the requests. Raises InputError for one that cannot be answered:
-        an evaluation has no error rows."""
-        asked = [self._request(i, request.args) for i, request in enumerate(requests)]
+        """Answers in the order of the requests. Raises InputError for a request that cannot be
+        answered: lmms-eval has no error rows."""
+        engine_requests = [self._request(i, request.args) for i, request in enumerate(requests)]
         answers = []
-        for request, result in zip(requests, self.engine.run(asked), strict=True):
+        for request, result in zip(requests, self.engine.run(engine_requests), strict=True):
             context, settings = request.args[:2]
-            text = _until(_text(context, result), settings.get("until"))
+            text = _cut_at_stop(_checked_text(context, result), settings.get("until"))
             self.cache_hook.add_partial("generate_until", (context, settings), text)
             counts = TokenCounts(
                 input_tokens=result.prompt_tokens, output_tokens=result.completion_tokens
@@ -91,44 +94,48 @@ class PrunedModel(lmms):
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         for image in images:
             if not isinstance(image, Image.Image):
-                raise InputError(f"task {task}: {type(image).__name__} is no image; choose another")
+                raise InputError(
+                    f"task {task}: {type(image).__name__} is not an image; choose another task"
+                )
         return Request(
             id=str(number),
-            # The engine puts a prompt's images in front of its words.
+            # The engine places a prompt's images before its text.
             prompt=_PLACEHOLDERS.sub("", context),
             images=tuple(image.convert("RGB") for image in images),
             spec=self.spec,
-            generation=_generation(settings),
+            generation=_sampling_params(settings),
         )
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise EvaluationError("sppruner in lmms-eval answers generation tasks only")
+        raise EvaluationError("sppruner in lmms-eval supports generation tasks only")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise EvaluationError("sppruner in lmms-eval answers one round only")
+        raise EvaluationError("sppruner in lmms-eval supports single-round tasks only")
 
 
-def _generation(settings: Mapping[str, Any]) -> SamplingParams:
+def _sampling_params(settings: Mapping[str, Any]) -> SamplingParams:
     if (settings.get("num_beams") or 1) > 1:
-        raise SpecError(f"num_beams {settings['num_beams']}: only greedy and sampled answers")
+        raise SpecError(
+            f"num_beams {settings['num_beams']}: only greedy decoding and sampling are supported"
+        )
     temperature = settings.get("temperature") or 0.0
     if settings.get("do_sample") is False:
         temperature = 0.0
     return SamplingParams(
-        max_new_tokens=settings.get("max_new_tokens") or _DEFAULT_LENGTH,
+        max_new_tokens=settings.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
         temperature=float(temperature),
         top_p=float(settings.get("top_p") or 1.0) if temperature else 1.0,
     )
 
 
-def _text(context: str, result: Result) -> str:
+def _checked_text(context: str, result: Result) -> str:
     if result.text is None:
         raise InputError(f"{context!r}: {result.error_code}: {result.error_message}")
     return result.text
 
 
-def _until(text: str, ends: str | Sequence[str] | None) -> str:
-    """The text in front of the first of `ends`."""
-    for end in [ends] if isinstance(ends, str) else ends or []:
-        text = text.split(end)[0] if end else text
+def _cut_at_stop(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text before the first stop string."""
+    for stop in [stops] if isinstance(stops, str) else stops or []:
+        text = text.split(stop)[0] if stop else text
     return text

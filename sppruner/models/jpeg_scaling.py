@@ -1,8 +1,9 @@
-"""By how much a JPEG may be decoded smaller, as the model's processor shrinks it anyway.
+"""JPEG scaling: the factor by which a JPEG may be decoded smaller, since the model's processor
+shrinks it anyway.
 
 libjpeg decodes at 1/2, 1/4 or 1/8 for a fraction of the work, and leaves the processor a fraction
-of the pixels to shrink. Grids, tiles and so the number of visual tokens stay what they were: they
-follow from an image's proportions and, where it is larger than they ask for, from nothing else.
+of the pixels to shrink. Grids, tiles and so the number of visual tokens do not change: for an image
+larger than the model's input they depend on its proportions only.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from sppruner.engine.interface import Reduction
+from sppruner.engine.interface import JpegScale
 
 _Size: TypeAlias = tuple[int, int]
 """(rows, columns)"""
 
-# Along both sides, a reduced image is at least so many times what it is then shrunk to. With 2,
-# what a model is given of a photograph-like image changes by less than 0.5 of 255 on average, about
-# what JPEG takes away at quality 90, and by 21 at most; of a page of tiny letters by 2.4 and 26.
+# A scaled image has at least so many times the rows and columns that the processor then shrinks it
+# to. With 2, the pixel values of a photograph-like image change by less than 0.5 of 255 on average,
+# about the loss of JPEG at quality 90, and by 21 at most; of a page of tiny letters by 2.4 and 26.
 # With 1, Qwen's grids could change too.
 MARGIN: Final = 2
 _FACTORS: Final = (8, 4, 2)
 
 
-def jpeg_scale_of(processor: Any) -> Reduction:
-    """The reductions for a model with this processor; always 1 where its images are prepared in
-    another way than those below.
+def jpeg_scale_of(processor: Any) -> JpegScale:
+    """The scale for a model with this processor; always 1 for image processors not listed below.
 
-    LLaVA-OneVision, InternVL, Idefics3 and SmolVLM are left out: of a photograph of 12 megapixels
-    they make tiles of more pixels than any reduction within the margin would leave.
+    LLaVA-OneVision, InternVL, Idefics3 and SmolVLM are not listed: they cut a photograph of 12
+    megapixels into tiles of more pixels than any scale within the margin would leave.
     """
     images = processor.image_processor
     kind = type(images).__name__.removesuffix("Pil")
@@ -42,25 +42,25 @@ def jpeg_scale_of(processor: Any) -> Reduction:
         return lambda width, height: 1
     sizes_of = _SIZES[kind]
 
-    def reduction(width: int, height: int) -> int:
+    def scale(width: int, height: int) -> int:
         sizes = sizes_of(images, (height, width))
         if not sizes:
             return 1
         rows, columns = (MARGIN * max(sides) for sides in zip(*sizes, strict=True))
         for factor in _FACTORS:
-            # Where a side is not divided evenly, its last pixels stand for less than the others and
-            # stretch the whole: up to five times the difference. Where both are, proportions stay
-            # the same to the last bit.
+            # A side that is not divided evenly ends in pixels that stand for less than the others,
+            # which stretches the image: up to five times the difference. Where both are divided
+            # evenly, proportions stay bit-equal.
             even = width % factor == height % factor == 0
             if even and height // factor >= rows and width // factor >= columns:
                 return factor
         return 1
 
-    return reduction
+    return scale
 
 
 def _clip(images: Any, size: _Size) -> Sequence[_Size]:
-    """One size, from which the centre may be cut."""
+    """One size, of which the processor may crop the centre."""
     match dict(images.size):
         case {"shortest_edge": edge, **others} if not others:
             return [
@@ -77,7 +77,7 @@ def _clip(images: Any, size: _Size) -> Sequence[_Size]:
 
 
 def _llava_next(images: Any, size: _Size) -> Sequence[_Size]:
-    """As large as fits on a canvas of tiles, and as one tile."""
+    """The largest size that fits a canvas of tiles, and one tile."""
     tile = dict(images.size).get("shortest_edge")
     if tile is None:
         return []
@@ -86,7 +86,7 @@ def _llava_next(images: Any, size: _Size) -> Sequence[_Size]:
 
 
 def _qwen(images: Any, size: _Size) -> Sequence[_Size]:
-    """One size, in whole tokens."""
+    """One size, a whole number of tokens along each side."""
     try:
         return [
             smart_resize(
@@ -96,16 +96,16 @@ def _qwen(images: Any, size: _Size) -> Sequence[_Size]:
                 max_pixels=images.size["longest_edge"],
             )
         ]
-    except ValueError:  # All but a line of pixels: the processor will refuse it.
+    except ValueError:  # Too narrow: the processor refuses the image.
         return []
 
 
 def _blank(size: _Size) -> np.ndarray:
-    """An image for functions that look at its shape alone; it takes one byte."""
+    """An image for functions that read only its shape; it takes one byte."""
     return np.broadcast_to(np.uint8(0), (3, *size))
 
 
-# To which sizes a processor shrinks the whole of an image.
+# The sizes that each image processor shrinks a whole image to.
 _SIZES: Final[dict[str, Callable[[Any, _Size], Sequence[_Size]]]] = {
     "CLIPImageProcessor": _clip,
     "LlavaNextImageProcessor": _llava_next,

@@ -1,6 +1,6 @@
-"""Finding and loading a model: a name, a revision that pins its content, weights, processor.
+"""Finds and loads a model: a name, a revision that pins its content, weights, processor.
 
-safetensors only and no remote code: loading a model never runs anything it brought along.
+safetensors only and no remote code: loading a model never runs code that comes with it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,45 @@ from sppruner.errors import UnsupportedModel
 from sppruner.models.processors import processor_of
 from sppruner.tiny import TINY_MODELS
 
-# Of the models in this repository, trained on drawn scenes, the one that jobs use without --model.
+# The model that jobs use without --model, one of those in this repository, trained on drawn scenes.
 EMBEDDED = "tiny-llava"
 
-# Weight files above this size are identified by their ends: hashing 15 GB takes a minute.
+# Larger weight files are hashed at their two ends only: hashing 15 GB takes a minute.
 _WHOLE_FILE_BYTES = 64 * 2**20
 _END_BYTES = 2**20
-# Beside the weights but not part of what the model does: how `jobs.training` trained it.
+# How `jobs.training` trained the model; no part of what the model does.
 _HISTORY_FILE = Path("training.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """name: as asked for. path: the folder that holds it. revision: what pins its content."""
+    """Which model it is, pinned by content."""
 
     name: str
+    """The name or folder that was given."""
+
     path: str
+    """The folder that holds the model."""
+
     revision: str
+    """Pins the content: the commit of a Hub model, a content hash of a local folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadedModel:
+    """A model with its weights and processor."""
+
     identity: ModelIdentity
+    """Which model it is."""
+
     model: Any
+    """The `transformers` model, in evaluation mode on its device."""
+
     processor: Any
+    """Its processor, which pads on the left."""
+
     image_backend: str
+    """"pil" or "torchvision", see `image_backend`."""
 
 
 def _content_hash(folder: Path) -> str:
@@ -69,10 +83,10 @@ def _content_hash(folder: Path) -> str:
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
-    """Pins a model: an embedded one, a local folder (by content) or a Hub name (by commit).
+    """Pins an embedded model, a local folder (by content) or a Hub model (by commit).
 
     Downloads a Hub model if it is not cached (HF_HOME and HF_HUB_OFFLINE are honoured). Raises
-    UnsupportedModel if there is no such model or it has no safetensors.
+    UnsupportedModel for a model that does not exist or has no safetensors.
     """
     folder = TINY_MODELS.get(name, Path(name))
     if folder.is_dir():
@@ -95,22 +109,23 @@ def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UnsupportedModel(
             f"no model {name!r}: not one of {', '.join(TINY_MODELS)}, not a local folder, and not "
-            f"to be had from the Hub ({type(error).__name__}). Give a folder, or check HF_HOME and "
+            f"available from the Hub ({type(error).__name__}). Give a folder, or check HF_HOME and "
             "HF_HUB_OFFLINE"
         ) from error
     if not list(Path(path).glob("*.safetensors")):
         raise UnsupportedModel(f"{name!r} has no *.safetensors: other formats are not loaded")
-    # A snapshot's folder is named by its commit.
+    # A snapshot's folder is named after its commit.
     return ModelIdentity(name=name, path=path, revision=Path(path).name)
 
 
 def image_backend(processor: Any) -> str:
-    """ "pil" or "torchvision": their pixels differ slightly, so a run records which it used."""
+    """The processor's image backend, "pil" or "torchvision": their pixels differ slightly, so a run
+    records which one it used."""
     return "pil" if type(processor.image_processor).__name__.endswith("Pil") else "torchvision"
 
 
 def load_processor(identity: ModelIdentity) -> Any:
-    """The model's processor, set to pad on the left as generation needs."""
+    """The model's processor, set to pad on the left, as `generate` requires."""
     processor = processor_of(load_config(identity), identity.path)
     processor.tokenizer.padding_side = "left"
     return processor
@@ -121,7 +136,7 @@ def load_config(identity: ModelIdentity) -> Any:
 
 
 def dtype_on(device: str, dtype: str) -> str:
-    """What a model on a device is computed in: auto is bfloat16 on a GPU and float32 on a CPU."""
+    """The dtype of a model on a device: auto is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return "bfloat16" if device.startswith("cuda") else "float32"
     return dtype
@@ -134,13 +149,15 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
 ) -> LoadedModel:
-    """Loads weights and processor. Device "auto" is the GPU if there is one; dtype: see `dtype_on`.
-    Raises UnsupportedModel."""
+    """Loads weights and processor.
+
+    device: "auto" is the GPU if there is one. dtype: see `dtype_on`. Raises UnsupportedModel.
+    """
     identity = resolve_model(name, revision)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # a bar redraws itself into a job's log
+        transformers.logging.disable_progress_bar()  # a job's log would hold every redraw of it
     model = AutoModelForImageTextToText.from_pretrained(
         identity.path, dtype=dtype_on(device, dtype), use_safetensors=True, trust_remote_code=False
     )

@@ -1,5 +1,5 @@
-"""Processors for images alone: half of the families' processors insist on a video processor, and
-transformers has those for torchvision only."""
+"""Processors for images only: half of the families' processors require a video processor, and
+`transformers` has those for torchvision only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VIDEO = "video_processor"
 
 
 class _NoVideos:
-    """Stands where processors look up their video settings."""
+    """Stands in for the video processor where a processor reads its settings."""
 
     num_frames = fps = None
 
@@ -25,8 +25,8 @@ class _NoVideos:
 
 
 class _ImagesOnly(ProcessorMixin):
-    """Mixed into a family's processor class: its tokenizer and image processor are loaded as they
-    would be, its video processor is not."""
+    """Mixin of a family's processor class: loads its tokenizer and image processor as usual, and no
+    video processor."""
 
     video_processor = _NoVideos()
 
@@ -36,13 +36,13 @@ class _ImagesOnly(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # Some families' constructors require the argument, whatever its value.
+        # Some families' constructors require the argument; any value will do.
         return super().from_args_and_dict(args, processor_dict | {_VIDEO: None}, **kwargs)
 
 
 def processor_of(config: Any, path: str) -> Any:
-    """The processor in folder `path` of a model with this config; with torchvision the library's
-    own, else the same class without its video processor."""
+    """The processor in folder `path` of a model with this config: the family's own class with
+    torchvision, else that class without its video processor."""
     family = PROCESSOR_MAPPING.get(type(config), None)
     if is_torchvision_available() or family is None or _VIDEO not in family.get_attributes():
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)

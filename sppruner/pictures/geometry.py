@@ -1,4 +1,7 @@
-"""Where visual tokens lie in the image: planes as boxes, and the tokens an outline covers."""
+"""Positions of visual tokens in the image: the box of each plane, and the tokens of an outline.
+
+Shapes: N visual tokens of one plane.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ Box: TypeAlias = tuple[float, float, float, float]
 """(left, top, right, bottom) as fractions of the image's sides."""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+"""The box of a plane that shows the whole image."""
+
 _RASTER = 384
-# A token whose patch an outline covers less than this is at its edge, not of it.
+# Below this share of its patch, a token is at the outline's edge and not covered by it.
 _COVERED = 0.25
 
 
 def plane_boxes(planes: Sequence[VisualTokens], size: tuple[int, int]) -> list[Box]:
     """The box of each plane of one image of `size` (width, height).
 
-    One plane or two are views of the whole image (LLaVA; LLaVA-NeXT's low and high resolution).
-    More are tiles in raster order and, last, a view of the whole (InternVL, SmolVLM); the families
-    choose the grid of tiles whose shape is closest to the image's, and so does this.
+    One or two planes are views of the whole image (LLaVA; LLaVA-NeXT's low and high resolution).
+    More are tiles in raster order followed by a view of the whole image (InternVL, SmolVLM). The
+    grid of tiles is the one whose aspect ratio is closest to the image's, as in those families'
+    processors.
     """
     if len(planes) <= 2:
         return [WHOLE] * len(planes)
@@ -42,38 +48,38 @@ def _tile_grid(tiles: int, aspect: float) -> tuple[int, int]:
     return min(pairs, key=lambda pair: abs(pair[1] / pair[0] - aspect))
 
 
-def seen(image: Image.Image, image_processor: object) -> Image.Image:
-    """The part of an image that the encoder sees: LLaVA-1.5's processor cuts out the centre.
+def visible_crop(image: Image.Image, image_processor: object) -> Image.Image:
+    """The part of an image that the encoder sees: LLaVA-1.5's processor crops the centre square.
 
-    LLaVA-NeXT's has the same setting, but cuts tiles, which are square before.
+    LLaVA-NeXT's processor has the same setting, but crops tiles that are square already.
     """
-    cuts = getattr(image_processor, "do_center_crop", False)
-    if not cuts or hasattr(image_processor, "image_grid_pinpoints"):
+    crops = getattr(image_processor, "do_center_crop", False)
+    if not crops or hasattr(image_processor, "image_grid_pinpoints"):
         return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def covered(
+def covered_tokens(
     outline: Sequence[tuple[float, float]],
     planes: Sequence[VisualTokens],
     boxes: Sequence[Box],
 ) -> list[np.ndarray]:
     """For each plane, whether an outline of (x, y) fractions covers each token: [N] bool.
 
-    A token counts from a quarter of its patch on; the best-covered one of a plane always does, so
-    nothing is too small to be found.
+    A token is covered if the outline covers at least a quarter of its patch. The token of largest
+    share counts always, so that an outline smaller than a patch covers one token.
     """
     raster = Image.new("L", (_RASTER, _RASTER))
     corners = [(x * _RASTER, y * _RASTER) for x, y in outline]
     ImageDraw.Draw(raster).polygon(corners, fill=1)
-    shares_of = raster.convert("F")
+    filled = raster.convert("F")
     masks = []
     for plane, box in zip(planes, boxes, strict=True):
         rows, columns = plane.grid
         left, top, right, bottom = (side * _RASTER for side in box)
-        patches = shares_of.resize(
+        patches = filled.resize(
             (columns, rows), Image.Resampling.BOX, box=(left, top, right, bottom)
         )
         shares = np.asarray(patches)

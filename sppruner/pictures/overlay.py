@@ -1,8 +1,11 @@
-"""A picture of what a method keeps: focus, context, merged and dropped visual tokens.
+"""Picture of a selection: focus, context, merged and dropped visual tokens of one image.
 
-Dropped patches fade into the paper; kept ones stay as they are, with a line around each connected
+Dropped patches are faded and grey; kept patches are unchanged, with a line around each connected
 region of one kind. Every view of the image that the language model reads is drawn: tiles together
 in one panel, low-resolution views in panels beside it.
+
+Shapes: R rows and C columns of a plane's grid, N visual tokens, K kept tokens, P tokens of one
+plane, D width of the language model, V width of the vision encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from sppruner.errors import InputError
-from sppruner.pictures.geometry import WHOLE, Box, plane_boxes, seen
+from sppruner.pictures.geometry import WHOLE, Box, plane_boxes
 from sppruner.prompts import build_inputs
 from sppruner.pruner import Prepared, Pruner
 from sppruner.spec import PruneSpec
@@ -25,19 +28,19 @@ from sppruner.types import Selection, VisualTokens
 Colour: TypeAlias = tuple[int, int, int]
 
 DROPPED, KEPT, FOCUS, CONTEXT = range(4)
-# Okabe and Ito's vermilion, sky blue and green: told apart by most readers, on dark patches too.
+# Okabe and Ito's vermilion, sky blue and green: distinct for most readers, on dark patches too.
 _LINES: dict[int, Colour] = {KEPT: (86, 180, 233), FOCUS: (213, 94, 0), CONTEXT: (86, 180, 233)}
 _MERGED: Colour = (0, 158, 115)
 _NAMES = {FOCUS: "focus", CONTEXT: "context", KEPT: "kept"}
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
-_FADED = 0.68  # of the way from a dropped patch to the paper
+_FADED = 0.68  # share of the background colour blended into a dropped patch
 _GAP = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Cells:
     """The tokens of one plane on its grid. kind_RC: DROPPED, KEPT, FOCUS or CONTEXT, -1 where the
-    plane has no token. merged_RC: kept with features that were replaced."""
+    plane has no token. merged_RC: kept tokens with replaced features."""
 
     kind_RC: np.ndarray
     merged_RC: np.ndarray
@@ -52,8 +55,8 @@ def overlay(
 ) -> Image.Image:
     """Draws the selections of one image (`Prepared.selections`), planes in order.
 
-    image: as the encoder sees it; see `geometry.seen`. side: pixels of a panel's longer side. key:
-    whether to explain the colours below. Raises InputError without selections.
+    image: as the encoder sees it (`geometry.visible_crop`). side: pixels of a panel's longer side.
+    key: whether to add a legend below. Raises InputError without selections.
     """
     if not selections:
         raise InputError("nothing to draw: the prompt has no image, or its spec is dense")
@@ -64,7 +67,7 @@ def overlay(
     boxes = plane_boxes([plane for plane, _ in selections], image.size)
     panels = [_panel(whole, members) for members in _panels(cells, boxes)]
     width = sum(p.width for p in panels) + _GAP * (len(panels) - 1)
-    strip = legend(counts_of(selections), width) if key else None
+    strip = legend(count_kinds(selections), width) if key else None
     height = size[1] + (0 if strip is None else strip.height)
     picture = Image.new("RGB", (width, height), _PAPER)
     left = 0
@@ -76,67 +79,48 @@ def overlay(
     return picture
 
 
-def overlay_of(
-    pruner: Pruner,
-    processor: Any,
-    image: Image.Image,
-    prompt: str,
-    spec: PruneSpec,
-    *,
-    side: int = 480,
-    key: bool = True,
-) -> Image.Image:
-    """What `spec` keeps of an image for a prompt. Raises SpprunerError."""
-    selections = selections_of(pruner, processor, image, prompt, spec)
-    view = seen(image, processor.image_processor)
-    return overlay(view, selections, side=side, key=key)
-
-
-def prepared_of(
+def prepare_image(
     pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
 ) -> Prepared:
-    """The image encoded and its tokens selected for a prompt. Raises SpprunerError."""
+    """One image encoded and its tokens selected for a prompt. Raises SpprunerError.
+
+    Its `selections` are (tokens, selection) of each plane. Tokens that a method drops inside the
+    decoder still enter it, and count as kept.
+    """
     inputs = build_inputs(processor, [prompt], [image]).to(pruner.model.device)
     return pruner.prepare(inputs, spec, [prompt])
 
 
-def selections_of(
-    pruner: Pruner, processor: Any, image: Image.Image, prompt: str, spec: PruneSpec
-) -> list[tuple[VisualTokens, Selection]]:
-    """(tokens, selection) of each plane of the image. Tokens that a method drops inside the
-    decoder are still there when they enter it, and count as kept. Raises SpprunerError."""
-    return prepared_of(pruner, processor, image, prompt, spec).selections
-
-
-def selections_as_told(
+def selections_from_report(
     prepared: Prepared, kept_tokens: bytes
 ) -> list[tuple[VisualTokens, Selection]]:
-    """(tokens, selection) of each plane of one prompt, as a `PruneReport.kept_tokens` tells them
-    instead of its own choice; which were focus, and what was merged, that does not tell.
+    """(tokens, selection) of each plane of one prompt, from a `PruneReport.kept_tokens` instead of
+    the pruner's own selection. The mask holds neither which tokens are focus nor which are merged.
 
-    Raises InputError where it speaks of another number of tokens.
+    Raises InputError if the mask is for another number of tokens.
     """
     count = sum(image.count for image in prepared.images)
     if len(kept_tokens) != -(-count // 8):
         raise InputError(
-            f"{len(kept_tokens)} bytes of kept tokens do not go with {count} visual tokens: give "
+            f"{len(kept_tokens)} bytes of kept tokens do not match {count} visual tokens: give "
             "those of the same image and model"
         )
     bits_N = np.unpackbits(np.frombuffer(kept_tokens, np.uint8), count=count, bitorder="little")
     per_image = torch.split(torch.from_numpy(bits_N), [image.count for image in prepared.images])
     return [
-        (plane, Selection(index_K=told_N[place_P.cpu()].nonzero().flatten()))
-        for image, told_N in zip(prepared.images, per_image, strict=True)
+        (plane, Selection(index_K=kept_N[place_P.cpu()].nonzero().flatten()))
+        for image, kept_N in zip(prepared.images, per_image, strict=True)
         for plane, place_P in zip(image.planes, image.places, strict=True)
     ]
 
 
-def counts_of(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:
-    """Tokens of each kind, by its name in the legend; merged ones count there too."""
-    every = [_cells(plane, choice) for plane, choice in selections]
-    counts = {name: sum(int((c.kind_RC == k).sum()) for c in every) for k, name in _NAMES.items()}
-    counts["merged"] = sum(int(c.merged_RC.sum()) for c in every)
-    counts["dropped"] = sum(int((c.kind_RC == DROPPED).sum()) for c in every)
+def count_kinds(selections: Sequence[tuple[VisualTokens, Selection]]) -> dict[str, int]:
+    """The number of tokens of each kind by its name in the legend, kinds without a token left out.
+    A merged token counts as merged and as its own kind."""
+    planes = [_cells(plane, choice) for plane, choice in selections]
+    counts = {name: sum(int((c.kind_RC == k).sum()) for c in planes) for k, name in _NAMES.items()}
+    counts["merged"] = sum(int(c.merged_RC.sum()) for c in planes)
+    counts["dropped"] = sum(int((c.kind_RC == DROPPED).sum()) for c in planes)
     return {name: count for name, count in counts.items() if count}
 
 
@@ -155,7 +139,7 @@ def _cells(plane: VisualTokens, choice: Selection) -> _Cells:
 
 
 def _replaced_K(plane: VisualTokens, choice: Selection) -> torch.Tensor:
-    """Which kept tokens carry other features than the encoder gave them."""
+    """[K] bool: kept tokens whose features differ from the encoder's."""
     for new, old in (
         (choice.replace_KD, plane.features_ND),
         (choice.replace_KV, plane.hidden_NV),
@@ -166,7 +150,7 @@ def _replaced_K(plane: VisualTokens, choice: Selection) -> torch.Tensor:
 
 
 def _panels(cells: Sequence[_Cells], boxes: Sequence[Box]) -> list[list[tuple[_Cells, Box]]]:
-    """Tiles share a panel; a view of the whole image has one of its own."""
+    """Tiles share one panel; each view of the whole image has its own."""
     tiles = [pair for pair in zip(cells, boxes, strict=True) if pair[1] != WHOLE]
     wholes = [[pair] for pair in zip(cells, boxes, strict=True) if pair[1] == WHOLE]
     return ([tiles] if tiles else []) + wholes
@@ -214,19 +198,19 @@ def _outline(
     patch: tuple[int, int, int, int],
     line: int,
 ) -> None:
-    """A line along each side of a patch that borders on another kind, inside the patch."""
+    """A line inside the patch along each side that borders on another kind."""
     framed = np.pad(kind_RC, 1, constant_values=-1)
     above, below = framed[row, column + 1], framed[row + 2, column + 1]
     before, after = framed[row + 1, column], framed[row + 1, column + 2]
     kind = int(kind_RC[row, column])
     left, top, right, bottom = patch
-    for beside, side in (
+    for neighbour, side in (
         (above, (left, top, right - 1, top + line - 1)),
         (below, (left, bottom - line, right - 1, bottom - 1)),
         (before, (left, top, left + line - 1, bottom - 1)),
         (after, (right - line, top, right - 1, bottom - 1)),
     ):
-        if beside != kind:
+        if neighbour != kind:
             draw.rectangle(side, fill=_LINES[kind])
 
 
@@ -236,8 +220,8 @@ def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:
 
 
 def legend(counts: Mapping[str, int | None], width: int) -> Image.Image:
-    """A strip that names the colours of these kinds, with their numbers of tokens where given;
-    wraps as needed."""
+    """A strip with the colour and name of each kind, and its number of tokens unless None; wraps at
+    `width` pixels."""
     font = ImageFont.load_default(size=13)
     swatch, height = 13, 24
     entries = [(name, name if n is None else f"{name} {n}") for name, n in counts.items()]

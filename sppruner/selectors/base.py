@@ -9,21 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sppruner.capabilities import Capabilities
 from sppruner.errors import SpecError
-from sppruner.relevance import Pool, Source
 from sppruner.selectors.similarity import encoder_states
 from sppruner.signals import ATTENTION, CLS_ATTENTION, RECEIVED_ATTENTION
 from sppruner.spec import Budget
 from sppruner.stages import TokenSchedule
-from sppruner.types import Selection, VisualTokens
-
-if TYPE_CHECKING:
-    from sppruner.adapters.base import Capabilities
+from sppruner.types import RelevancePool, RelevanceSource, Selection, VisualTokens
 
 # Pairs of tokens that go through a method at once, over all its images: many methods hold a
 # matrix of them, and at 4 bytes each this one takes 256 MiB.
@@ -48,11 +45,11 @@ class Selector(ABC):
         return frozenset()
 
     @property
-    def relevance_source(self) -> Source:
+    def relevance_source(self) -> RelevanceSource:
         return "none"
 
     @property
-    def relevance_join(self) -> Pool:
+    def relevance_join(self) -> RelevancePool:
         return "mean"
 
     def check(self, budget: Budget, can: Capabilities) -> None:

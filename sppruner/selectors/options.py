@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
-from sppruner.relevance import Pool, Source
 from sppruner.selectors.base import SALIENCY, Selector
-from sppruner.types import VisualTokens
+from sppruner.types import RelevancePool, RelevanceSource, VisualTokens
 
 
 def one_of(selector: Selector, option: str, allowed: Iterable[str]) -> None:
@@ -65,12 +64,12 @@ class RelevanceOptions(Selector):
         one_of(self, "relevance_pool", ("mean", "max", "top3"))
 
     @property
-    def relevance_source(self) -> Source:
-        return cast(Source, self.relevance)
+    def relevance_source(self) -> RelevanceSource:
+        return cast(RelevanceSource, self.relevance)
 
     @property
-    def relevance_join(self) -> Pool:
-        return cast(Pool, self.relevance_pool)
+    def relevance_join(self) -> RelevancePool:
+        return cast(RelevancePool, self.relevance_pool)
 
 
 def relevance_IN(images: Sequence[VisualTokens]) -> Tensor:

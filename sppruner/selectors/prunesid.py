@@ -37,11 +37,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sppruner.capabilities import Capabilities
 from sppruner.errors import SpecError
 from sppruner.selectors.base import from_mask, saliency_IN
 from sppruner.selectors.options import SaliencyOption, one_of
@@ -54,9 +55,6 @@ from sppruner.selectors.similarity import (
 )
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
-
-if TYPE_CHECKING:
-    from sppruner.adapters.base import Capabilities
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,12 +42,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sppruner.capabilities import Capabilities
 from sppruner.errors import SpecError
 from sppruner.selectors.base import from_mask, min_max_IN, saliency_IN
 from sppruner.selectors.options import RelevanceOptions, SaliencyOption, relevance_IN, within
@@ -64,9 +65,6 @@ from sppruner.selectors.staged import check_stages
 from sppruner.spec import Budget
 from sppruner.stages import TokenSchedule
 from sppruner.types import Selection, VisualTokens
-
-if TYPE_CHECKING:
-    from sppruner.adapters.base import Capabilities
 
 # Each pair of neighbours once: right, down, and both diagonals down.
 _BESIDE = ((0, 1), (1, 0), (1, 1), (1, -1))

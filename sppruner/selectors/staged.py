@@ -5,17 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from sppruner.capabilities import Capabilities
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.selectors.base import Selector
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
-
-if TYPE_CHECKING:
-    from sppruner.adapters.base import Capabilities
 
 COUNTS = ("final", "average")
 

@@ -1,7 +1,7 @@
 """Pruning inside the decoder: which layer drops how many tokens, and the driver that does it."""
 
 from sppruner.stages.cache import staged_static_cache
-from sppruner.stages.driver import StageDriver, first_prunable_layer
+from sppruner.stages.driver import StageDriver
 from sppruner.stages.plan import StagePlan, TokenSchedule
 from sppruner.stages.probe import LastQueryProbe
 
@@ -10,6 +10,5 @@ __all__ = [
     "StageDriver",
     "StagePlan",
     "TokenSchedule",
-    "first_prunable_layer",
     "staged_static_cache",
 ]

@@ -11,38 +11,20 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import create_causal_mask
 
+from sppruner.adapters import Adapter
 from sppruner.compact import keep_to_index
+from sppruner.decoder import first_prunable_layer
 from sppruner.errors import InputError, PruningHadNoEffect, UnsupportedModel
 from sppruner.signals import probing
 from sppruner.stages.plan import StagePlan, most_attended
 from sppruner.stages.probe import LastQueryProbe
-
-if TYPE_CHECKING:
-    from sppruner.adapters import Adapter
-
-
-def first_prunable_layer(text: Any) -> int | None:
-    """The first layer of a decoder in front of which tokens may be pruned, or None.
-
-    text: the decoder's config. In front of layer 0 there is no attention to go by. Windows and
-    chunks of attention count the tokens in the cache, so dropped ones would widen them, and
-    bidirectional attention has no row that sees everything last: such decoders cannot be pruned
-    inside.
-    """
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return None
-    limits = ("sliding_window", "attention_chunk_size", "use_bidirectional_attention")
-    if any(getattr(text, limit, None) for limit in limits):
-        return None
-    return 1
 
 
 class StageDriver:

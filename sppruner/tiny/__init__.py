@@ -1,7 +1,7 @@
 """The embedded models: small enough to ship in the repository, trained on drawn scenes.
 
-Procedural scenes, exact questions about them, the model builders, and the recipe that trained the
-weights. Importing this package is cheap; torch is only imported by its modules.
+The package contains procedural scenes, exact questions about them, the model builders and the
+weights; `jobs.training` trains them. Importing the package is cheap: only its modules import torch.
 """
 
 from __future__ import annotations
@@ -16,4 +16,4 @@ _WEIGHTS: Final = Path(__file__).parent / "weights"
 TINY_MODELS: Final = {
     folder.name: folder for folder in sorted(_WEIGHTS.iterdir()) if folder.is_dir()
 }
-"""Folders of the shipped checkpoints by name, loadable with `from_pretrained`."""
+"""Folders of the shipped checkpoints by name; `from_pretrained` loads them."""

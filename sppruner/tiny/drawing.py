@@ -1,4 +1,4 @@
-"""Draws a scene: grounds, then distractors, then objects and signs, antialiased."""
+"""Renders a scene: grounds, then distractors, then objects and signs, antialiased."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _RGB: Final[dict[str, tuple[int, int, int]]] = {
     "navy": (38, 46, 92),
     "teal": (30, 122, 122),
 }
-_CARD: Final = (255, 244, 214)  # cream: no object has this colour
+_CARD: Final = (255, 244, 214)  # cream, which no object has
 _GLYPH: Final = 19 / 96
 _FRAME: Final = 2 / 96
 _SUPERSAMPLE: Final = 2
 
 
 def render(scene: Scene, pixels: int = 192) -> Image.Image:
-    """Draw the scene as a square RGB image with `pixels` per side."""
+    """The scene as a square RGB image with `pixels` per side."""
     side = pixels * _SUPERSAMPLE
     rng = random.Random(f"render:{scene.seed}")
     image = _background(scene, side, rng)
@@ -74,7 +74,7 @@ def _background(scene: Scene, side: int, rng: random.Random) -> Image.Image:
 
 
 def _texture(ground: Ground, side: int, rng: random.Random) -> Image.Image:
-    """Two shades of the ground's colour in its pattern, under a gradient of light."""
+    """Two shades of the ground's colour in its pattern, under a brightness gradient."""
     base = _jitter(_RGB[ground.color], rng, 6)
     step = rng.randint(24, 38) * rng.choice((-1, 1))
     other = tuple(max(0, min(255, channel + step)) for channel in base)
@@ -107,7 +107,7 @@ def _texture(ground: Ground, side: int, rng: random.Random) -> Image.Image:
 
 
 def _lit(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The image blended up to a tenth with black at one end and with white at the other."""
+    """The image blended with up to 10 % black at one end and 10 % white at the other."""
     ends = [(0, 0, 0), (255, 255, 255)]
     rng.shuffle(ends)
     ramp = np.linspace(25, 0, 16), np.linspace(0, 25, 16)

@@ -1,4 +1,4 @@
-"""What a scene consists of. Every coordinate is a fraction of the image side, y downwards."""
+"""The parts of a scene. Coordinates and lengths are fractions of the image side; y points down."""
 
 from __future__ import annotations
 
@@ -44,92 +44,116 @@ SIGN_SIDE: Final = 22 / 96
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneObject:
-    """One shape. `x`, `y` is its centre."""
+    """One coloured shape."""
 
     color: str
+    """One of COLORS."""
     shape: str
+    """One of SHAPES."""
     size: str
+    """One of SIZES."""
     x: float
+    """Centre, from the left."""
     y: float
+    """Centre, from the top."""
     radius: float
-    rotation: float  # radians
+    """Distance of the outermost corner from the centre."""
+    rotation: float
+    """Clockwise, in radians."""
 
     @property
     def name(self) -> str:
-        """The phrase that names it uniquely within its scene, e.g. `red circle`."""
+        """Its name, unique within the scene, such as `red circle`."""
         return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """A square cream card with one digit and a frame of `color`, centred on (`x`, `y`)."""
+    """A square cream card with one digit and a coloured frame."""
 
     digit: str
+    """One of 0 to 9."""
     color: str
+    """Colour of the frame, one of SIGN_COLORS."""
     x: float
+    """Centre, from the left."""
     y: float
+    """Centre, from the top."""
     side: float = SIGN_SIDE
+    """Length of a side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A distractor no question asks about: it has an object's colour but no shape with a name."""
+    """A distractor: it has an object's colour but none of SHAPES, and no question is about it."""
 
     kind: str
+    """One of MARKS."""
     color: str
+    """One of COLORS."""
     x: float
+    """Centre, from the left."""
     y: float
-    reach: float  # half its extent
+    """Centre, from the top."""
+    reach: float
+    """Half its extent."""
     angle: float
+    """Direction of a stroke, start of an arc, in radians."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """The background of the whole image or of one side of it."""
+    """The background of the whole image, or of one side of a split."""
 
     color: str
+    """One of BACKGROUNDS."""
     texture: str
+    """One of TEXTURES."""
 
     @property
     def name(self) -> str:
-        """Texture, then colour: `striped tan`."""
+        """Texture and colour, such as `striped tan`."""
         return f"{self.texture} {self.color}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A straight line between two grounds: x = `at` if upright, else y = `at`."""
+    """A straight line between two grounds."""
 
     upright: bool
+    """Whether the line is vertical."""
     at: float
+    """The line is x = `at` if upright, else y = `at`."""
 
     def distance(self, x: float, y: float) -> float:
-        """Signed distance of a point from the line, negative on the first ground."""
+        """Signed distance of a point from the line, negative on the first ground's side."""
         return (x if self.upright else y) - self.at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Everything visible in one image.
-
-    (Colour, shape) pairs are unique within a scene, and so are the signs' colours. `grounds` has
-    one entry, or two with a `split`: left before right, top before bottom.
-    """
+    """Everything visible in one image."""
 
     seed: int
+    """The seed that the scene is a function of."""
     grounds: tuple[Ground, ...]
+    """One, or two with a split: left before right, top before bottom."""
     split: Split | None
+    """The line between two grounds; None for one ground."""
     objects: tuple[SceneObject, ...]
+    """Their (colour, shape) pairs are unique."""
     signs: tuple[Sign, ...]
+    """Their frame colours are unique."""
     marks: tuple[Mark, ...]
+    """Distractors."""
 
     def ground_at(self, x: float, y: float) -> int:
-        """Index of the ground that lies at a point."""
+        """Index of the ground at a point."""
         return 0 if self.split is None or self.split.distance(x, y) < 0 else 1
 
 
 def outline(item: SceneObject) -> Points:
-    """Corner points of the object (a circle becomes a 40-gon)."""
+    """Corner points of the object; a circle is a 40-gon."""
     corners: list[tuple[float, float]]  # (angle, radius factor), angle 0 pointing up
     if item.shape == "circle":
         corners = [(i * math.tau / 40, 1.0) for i in range(40)]

@@ -1,8 +1,8 @@
-"""Builds the embedded model's pieces: tokenizer, chat template, processor and configuration.
+"""Builds the embedded LLaVA: tokenizer, chat template, processor, configuration and model.
 
 A CLIP vision tower and a Llama language model in `LlavaForConditionalGeneration`, about 2 M
-parameters, loadable by `from_pretrained` like any LLaVA checkpoint. The vocabulary is written by
-hand, so building it needs no data; any ASCII text tokenizes without an unknown token.
+parameters, loadable by `from_pretrained` like any LLaVA checkpoint. The vocabulary is hand-written,
+so building it needs no data; any ASCII text tokenizes without an unknown token.
 
 `python -m sppruner.tiny.model DIR` writes a loadable folder with random weights.
 """
@@ -66,7 +66,7 @@ WORDS: Final = (
     *ROWS,
     *COLUMNS,
 )
-"""The words that can be true of an image patch; each owns a direction of the token space."""
+"""The words that can describe an image patch; each has its own direction of the token space."""
 
 _OTHER_WORDS: Final = (
     *PLURALS,
@@ -76,7 +76,7 @@ _OTHER_WORDS: Final = (
     *"of and in picture an do you see which it this that has nearest behind".split(),
 )
 
-# Image first, as in training; a system message and text-only turns are tolerated.
+# Image first, as in training; a system message and text-only turns are accepted.
 CHAT_TEMPLATE: Final = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -106,7 +106,7 @@ CHAT_TEMPLATE: Final = """\
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer over the hand-written vocabulary."""
+    """A lower-casing WordPiece tokenizer with the hand-written vocabulary."""
     letters = string.ascii_lowercase + string.digits
     entries = [
         *SPECIAL_TOKENS,
@@ -135,7 +135,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaProcessor:
-    """Processor that turns one `<image>` into exactly `VISUAL_TOKENS` ids; needs no torchvision."""
+    """A processor without torchvision that expands one `<image>` to exactly `VISUAL_TOKENS` ids."""
     side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     images = CLIPImageProcessorPil(
         size=side,
@@ -188,7 +188,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=VISUAL_TOKENS,
-        # The last layer: its class token is the one the recipe trains to look at the objects.
+        # The last layer, whose class token the training recipe trains to attend to the objects.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -197,7 +197,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """The model in float32 with the library's default random weights."""
+    """The model in float32 with transformers' default random weights."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -215,10 +215,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write a `from_pretrained` folder with bfloat16 weights; the model becomes bfloat16."""
+    """Writes a `from_pretrained` folder with bfloat16 weights; converts the model to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
-    # The library writes it for its owner alone; services read it under other accounts.
+    # transformers makes the file readable by its owner only; services use other accounts.
     (folder / "model.safetensors").chmod(0o644)
     processor.save_pretrained(folder)
 

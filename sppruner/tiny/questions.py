@@ -1,8 +1,8 @@
 """Exact questions and answers about a scene, and its caption.
 
-Every answer follows from the scene alone, so exact match is a fair score. Questions whose answer
-would be a close call (near a third of the image, diagonal relations, two neighbours almost equally
-near) are not asked. No question is about a distractor.
+Every answer follows from the scene alone, so exact match is a fair score. Ambiguous questions (near
+a third of the image, diagonal relations, two neighbours at almost equal distance) are left out. No
+question is about a distractor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KINDS: Final = (
     "behind",
 )
 CONTEXT_KINDS: Final = ("nearest", "behind")
-"""Kinds answered by what surrounds the thing they name."""
+"""Kinds whose answer is in the surroundings of the named object."""
 
 CAPTION_PROMPT: Final = "describe the image."
 CAPTION_OBJECTS: Final = 3
@@ -65,19 +65,22 @@ _BEHIND_MARGIN: Final = 8 / 96
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a `kind` in `KINDS` with its only right answer, both lower case."""
+    """One question with its only right answer."""
 
     kind: str
+    """One of `KINDS`, or a caller's own kind."""
     text: str
+    """The question, in lower case."""
     answer: str
+    """The answer, in lower case."""
     about: tuple[str, ...] = ()
-    """Names of the objects that the answer rests on; signs as `red sign`, grounds by name."""
+    """Names of the objects that the answer depends on; signs as `red sign`, grounds by name."""
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Around twelve questions about the scene, the same ones for the same seed."""
+    """About twelve questions on the scene, the same for the same seed."""
     rng = random.Random(f"questions:{scene.seed}")
-    asked = [
+    about_scene = [
         *_size(scene, rng),
         *_existence(scene, rng),
         *_attributes(scene, rng),
@@ -90,8 +93,8 @@ def questions(scene: Scene) -> list[Question]:
     ]
     if scene.split is None:
         ground = scene.grounds[0].name
-        asked.insert(0, Question("background", "what is the background?", ground, (ground,)))
-    return asked
+        about_scene.insert(0, Question("background", "what is the background?", ground, (ground,)))
+    return about_scene
 
 
 def caption(scene: Scene) -> str:
@@ -104,10 +107,10 @@ def caption(scene: Scene) -> str:
     return f"{listed} on a {grounds} background{ending}"
 
 
-def majority_baseline(asked: Iterable[Question]) -> dict[str, float]:
+def majority_baseline(scene_questions: Iterable[Question]) -> dict[str, float]:
     """Per kind, the accuracy of always giving that kind's most frequent answer."""
     answers: dict[str, Counter[str]] = {}
-    for question in asked:
+    for question in scene_questions:
         answers.setdefault(question.kind, Counter())[question.answer] += 1
     return {
         kind: max(counter.values()) / sum(counter.values()) for kind, counter in answers.items()
@@ -122,7 +125,7 @@ def position_answer(x: float, y: float) -> str | None:
 
 
 def relation_answer(item: SceneObject, other: SceneObject) -> str | None:
-    """Where `item` lies as seen from `other`; None unless one axis dominates clearly."""
+    """The direction from `other` to `item`; None unless one axis clearly dominates."""
     dx, dy = item.x - other.x, item.y - other.y
     if abs(dx) > _RELATION_MARGIN * abs(dy):
         return "left" if dx < 0 else "right"
@@ -132,7 +135,7 @@ def relation_answer(item: SceneObject, other: SceneObject) -> str | None:
 
 
 def nearest_answer(scene: Scene, item: SceneObject) -> SceneObject | None:
-    """The object whose centre is nearest; None unless every other is 1.4 times as far."""
+    """The object with the nearest centre; None unless every other is at least 1.4 times as far."""
     others = [other for other in scene.objects if other is not item]
     others.sort(key=lambda other: math.hypot(other.x - item.x, other.y - item.y))
     first, second = (math.hypot(o.x - item.x, o.y - item.y) for o in others[:2])
@@ -140,7 +143,7 @@ def nearest_answer(scene: Scene, item: SceneObject) -> SceneObject | None:
 
 
 def behind_answer(scene: Scene, item: SceneObject) -> str | None:
-    """The ground around an object of a two-ground scene; None near the line between them."""
+    """The ground behind an object of a two-ground scene; None near the line between the grounds."""
     if scene.split is None:
         return None
     if abs(scene.split.distance(item.x, item.y)) < item.radius + _BEHIND_MARGIN:
@@ -160,7 +163,7 @@ def _size(scene: Scene, rng: random.Random) -> list[Question]:
 def _existence(scene: Scene, rng: random.Random) -> list[Question]:
     present = {(item.color, item.shape) for item in scene.objects}
     absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
-    # Hard negatives share the colour or the shape with something in the scene.
+    # Hard negatives share the colour or the shape with an object of the scene.
     colors, shapes = {c for c, _ in present}, {s for _, s in present}
     near = [(c, s) for c, s in absent if c in colors or s in shapes]
     item = rng.choice(scene.objects)
@@ -173,25 +176,25 @@ def _existence(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _attributes(scene: Scene, rng: random.Random) -> list[Question]:
-    """Shape by colour and colour by shape, only where that names one object."""
+    """Shape by colour and colour by shape, only if the name is unique."""
     colors = Counter(item.color for item in scene.objects)
     shapes = Counter(item.shape for item in scene.objects)
     by_color = [item for item in scene.objects if colors[item.color] == 1]
     by_shape = [item for item in scene.objects if shapes[item.shape] == 1]
-    asked = []
+    found = []
     for item in rng.sample(by_color, min(1, len(by_color))):
         text = f"what shape is the {item.color} object?"
-        asked.append(Question("shape", text, item.shape, (item.name,)))
+        found.append(Question("shape", text, item.shape, (item.name,)))
     for item in rng.sample(by_shape, min(1, len(by_shape))):
         word = "colour" if rng.random() < 0.25 else "color"
         text = f"what {word} is the {item.shape}?"
-        asked.append(Question("colour", text, item.color, (item.name,)))
-    return asked
+        found.append(Question("colour", text, item.color, (item.name,)))
+    return found
 
 
 def _counts(scene: Scene, rng: random.Random) -> list[Question]:
-    """One by shape, one by colour, at most four of a kind and rarely none."""
-    asked = []
+    """One by shape and one by colour; counts up to four, rarely zero."""
+    found = []
     for words, attribute in ((SHAPES, "shape"), (COLORS, "color")):
         named: dict[str, list[SceneObject]] = {word: [] for word in words}
         for item in scene.objects:
@@ -208,12 +211,12 @@ def _counts(scene: Scene, rng: random.Random) -> list[Question]:
         noun = f"{word} objects" if attribute == "color" else plural(word)
         about = tuple(item.name for item in named[word])
         number = NUMBERS[len(about)]
-        asked.append(Question("count", f"how many {noun} are there?", number, about))
-    return asked
+        found.append(Question("count", f"how many {noun} are there?", number, about))
+    return found
 
 
 def plural(shape: str) -> str:
-    """`crosses` and the like."""
+    """The plural of a shape, such as `crosses`."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
@@ -246,13 +249,13 @@ def _text(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _nearest(scene: Scene, rng: random.Random) -> list[Question]:
-    asked = []
+    found = []
     for item in _shuffled(scene, rng):
         near = nearest_answer(scene, item)
         if near is not None:
             text = f"what is nearest to the {item.name}?"
-            asked.append(Question("nearest", text, near.name, (item.name, near.name)))
-    return asked[:2]
+            found.append(Question("nearest", text, near.name, (item.name, near.name)))
+    return found[:2]
 
 
 def _behind(scene: Scene, rng: random.Random) -> list[Question]:

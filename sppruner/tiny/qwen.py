@@ -1,9 +1,9 @@
-"""Builds the second embedded model, of the Qwen2.5-VL architecture, on the same vocabulary.
+"""Builds the embedded Qwen2.5-VL, on the vocabulary of the embedded LLaVA.
 
 A vision tower with window attention, merged patches and rotary positions only, any image size, no
 class token; a language model with M-RoPE. Patches of 4 px are merged 2 x 2, so that a square image
-becomes 12 x 12 visual tokens as in the LLaVA model. Larger images are shrunk to about the same
-number of tokens in their own aspect ratio.
+becomes 12 x 12 visual tokens as in the LLaVA. Larger images are resized to about the same number of
+tokens, with their aspect ratio preserved.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 def build_qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """The LLaVA model's tokenizer with Qwen's four vision tokens appended: all other ids agree."""
+    """The LLaVA's tokenizer with Qwen's four vision tokens appended; all other ids are equal."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([VISION_START, VISION_END, IMAGE_PAD, _VIDEO_PAD], special_tokens=True)
     image = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
@@ -52,7 +52,7 @@ def build_qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_qwen_images() -> Qwen2VLImageProcessorPil:
-    """Image processor that needs no torchvision; at most 144 visual tokens per image."""
+    """An image processor without torchvision; at most 144 visual tokens per image."""
     return Qwen2VLImageProcessorPil(
         size={"shortest_edge": (IMAGE_SIDE // 2) ** 2, "longest_edge": IMAGE_SIDE**2},
         patch_size=PATCH_SIDE // MERGE,
@@ -90,8 +90,8 @@ def build_qwen_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
-        # Half of a head's 32 channels are frequencies: time 4, height 6, width 6. Words are looked
-        # up on the slower half (`recipe.language`), which must hardly turn within one prompt.
+        # Half of a head's 32 channels are frequencies: time 4, height 6, width 6. Words are matched
+        # on the slower half (`jobs.training.language`), which must hardly rotate within a prompt.
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000.0,
@@ -116,7 +116,7 @@ def build_qwen_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 def build_qwen_model(
     tokenizer: PreTrainedTokenizerFast, seed: int = 0
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """The model in float32 with the library's default random weights."""
+    """The model in float32 with transformers' default random weights."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -136,10 +136,10 @@ def build_qwen_model(
 def save_qwen(
     model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Write a `from_pretrained` folder with bfloat16 weights; the model becomes bfloat16."""
+    """Writes a `from_pretrained` folder with bfloat16 weights; converts the model to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
-    # The library writes it for its owner alone; services read it under other accounts.
+    # transformers makes the file readable by its owner only; services use other accounts.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     build_qwen_images().save_pretrained(folder)

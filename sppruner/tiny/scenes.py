@@ -1,8 +1,8 @@
 """Procedural scenes: coloured shapes, numbered signs and distractors on busy backgrounds.
 
-A scene is a pure function of its seed and every coordinate is a fraction of the image side, so
-labels are exact at any resolution. Seeds from `HELD_OUT_SEED` on are never trained on. Scenes of
-three objects are quiet (one ground, at most one sign); they are the ones captions are asked of.
+A scene is a pure function of its seed, and every coordinate is a fraction of the image side, so
+labels are exact at any resolution. Training never uses seeds from `HELD_OUT_SEED` on. Scenes of
+three objects are simple (one ground, at most one sign); captions are about those scenes only.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ MOST_SIGNS: Final = 2
 
 _OBJECTS: Final = (3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9)
 _RADII: Final = {"small": (6.5, 7.5), "large": (10.5, 13.0)}  # in pixels of 96
-_GRID_MARGIN: Final = 1.5 / 96  # object centres stay this far from the patch grid's lines
-_MIN_DX: Final = 0.04  # so that "left to right" is never a close call in a caption
+_GRID_MARGIN: Final = 1.5 / 96  # least distance of object centres from the patch grid's lines
+_MIN_DX: Final = 0.04  # so that the order from left to right in a caption is unambiguous
 _GAP: Final = 1.5 / 96
 
 _Disc = tuple[float, float, float]  # x, y, radius
 
 
 def sample_scene(seed: int) -> Scene:
-    """Draw the scene that belongs to `seed`; the same seed gives the same scene everywhere."""
+    """The scene of a seed; the same seed gives the same scene on every machine."""
     rng = random.Random(f"scene:{seed}")
     count = rng.choice(_OBJECTS)
     while True:
@@ -72,16 +72,16 @@ def sample_scene(seed: int) -> Scene:
 
 
 def _attempt(seed: int, count: int, rng: random.Random) -> Scene | None:
-    """One draw by rejection; None when the objects found no room."""
-    quiet = count == FEWEST_OBJECTS
+    """One draw by rejection sampling; None if an object does not fit."""
+    simple = count == FEWEST_OBJECTS
     placed: list[_Disc] = []
-    signs = _signs(rng, 1 if quiet else MOST_SIGNS, placed)
+    signs = _signs(rng, 1 if simple else MOST_SIGNS, placed)
     objects: list[SceneObject] = []
     for color, shape in _names(rng, count):
         size = rng.choice(SIZES)
         low, high = _RADII[size]
         radius = rng.uniform(low, high) / 96
-        spot = _free_spot(rng, radius, placed, [item.x for item in objects] if quiet else [])
+        spot = _free_spot(rng, radius, placed, [item.x for item in objects] if simple else [])
         if spot is None:
             return None
         placed.append((*spot, radius))
@@ -98,7 +98,7 @@ def _attempt(seed: int, count: int, rng: random.Random) -> Scene | None:
             )
         )
     split = None
-    if not quiet and rng.random() < 0.6:
+    if not simple and rng.random() < 0.6:
         split = Split(upright=rng.random() < 0.5, at=rng.uniform(0.35, 0.65))
     colors = rng.sample(BACKGROUNDS, 1 if split is None else 2)
     return Scene(
@@ -112,7 +112,7 @@ def _attempt(seed: int, count: int, rng: random.Random) -> Scene | None:
 
 
 def _names(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Distinct (colour, shape) pairs; often many of one shape or one colour, to be counted."""
+    """Distinct (colour, shape) pairs, often several of one shape or colour for counting."""
     names: list[tuple[str, str]] = []
     common = rng.choice((*SHAPES, *COLORS, ""))
     pairs = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -154,7 +154,8 @@ def _free_spot(
     columns: list[float],
     edge: float | None = None,
 ) -> tuple[float, float] | None:
-    """A centre clear of all discs, of taken columns, and at least `edge` from the border."""
+    """A centre outside all discs, away from used columns and at least `edge` from the border; None
+    after 60 attempts."""
     edge = radius + 0.01 if edge is None else edge
     for _ in range(60):
         x, y = (rng.uniform(edge, 1 - edge) for _ in range(2))

@@ -47,7 +47,7 @@ class FakeEngine(QueuedEngine):
     "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
 
     seconds: how long a batch takes. journal: a file that gets one line per batch, and a * after
-    the id of each control row. reduced: the reduction of every JPEG.
+    the id of each control row. reduced: the scale of every JPEG.
     """
 
     model_revision = "fake-1"
@@ -73,7 +73,7 @@ class FakeEngine(QueuedEngine):
         self.journal = journal
         self.reduced = reduced
 
-    def reduction(self, width: int, height: int) -> int:
+    def jpeg_scale(self, width: int, height: int) -> int:
         return self.reduced
 
     def warm_up(self) -> None:

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable, RowError
 from cluster.images import decode_image
-from sppruner.engine.interface import Reduction
+from sppruner.engine.interface import JpegScale
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 
 LIMITS = MediaLimits()
@@ -204,13 +204,13 @@ def test_what_a_model_is_given_of_a_photograph_hardly_depends_on_its_reduction(
     images: BaseImageProcessor, options: dict[str, object]
 ) -> None:
     """In steps of the 255 of a pixel, with the margin all but used up."""
-    reduction = jpeg_scale_of(SimpleNamespace(image_processor=images))
+    jpeg_scale = jpeg_scale_of(SimpleNamespace(image_processor=images))
     data = encoded(photograph(640, 480), "JPEG", **{"quality": 90, **options})
-    assert decode_image(data, LIMITS, reduction).size == (320, 240)
+    assert decode_image(data, LIMITS, jpeg_scale).size == (320, 240)
 
     whole, reduced = (
         np.asarray(images(decode_image(data, LIMITS, how))["pixel_values"])
-        for how in (None, reduction)
+        for how in (None, jpeg_scale)
     )
     steps = np.abs(whole - reduced) * 255 * max(images.image_std)
     assert 0 < steps.mean() < 0.6
@@ -256,11 +256,11 @@ def test_a_reduction_is_asked_for_the_upright_image_and_leaves_it_upright(orient
     data = encoded(source, "JPEG", exif=exif)
     asked = []
 
-    def reduction(width: int, height: int) -> int:
+    def jpeg_scale(width: int, height: int) -> int:
         asked.append((width, height))
         return 4
 
-    whole, reduced = decode_image(data, LIMITS), decode_image(data, LIMITS, reduction)
+    whole, reduced = decode_image(data, LIMITS), decode_image(data, LIMITS, jpeg_scale)
     assert asked == [whole.size]
     assert reduced.size == (whole.width // 4, whole.height // 4)
     assert np.abs(np.asarray(reduced).astype(int) - np.asarray(whole.reduce(4))).mean() < 3
@@ -287,9 +287,9 @@ def test_damage_to_a_jpeg_gives_the_same_verdict_whatever_the_reduction(
     assert verdict(bytes(damaged), None) == verdict(bytes(damaged), halved)
 
 
-def verdict(data: bytes, reduction: Reduction | None) -> str | None:
+def verdict(data: bytes, jpeg_scale: JpegScale | None) -> str | None:
     try:
-        decode_image(data, LIMITS, reduction)
+        decode_image(data, LIMITS, jpeg_scale)
     except RowError as error:
         return error.code
     return None

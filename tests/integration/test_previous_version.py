@@ -79,4 +79,3 @@ def test_an_output_of_an_earlier_version_is_resumed(
         assert summary[same] == finished[same]
     assert summary["modelled"] == finished["modelled"]
     assert summary["accuracy"] == finished["accuracy"]
-

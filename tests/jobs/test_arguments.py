@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jobs.arguments import parse_methods, parse_shares, specs_of
 from sppruner.errors import SpecError
-from sppruner.evaluation import label
+from sppruner.evaluation import method_label
 from sppruner.spec import parse_value
 
 
@@ -40,7 +40,7 @@ def test_a_bad_method_or_option_is_named(text: str, told: str) -> None:
 
 @given(st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
 def test_values_are_read_as_labels_write_them(value: bool | int | float) -> None:
-    (written,) = label("m", {"o": value}).split("=")[1:]
+    (written,) = method_label("m", {"o": value}).split("=")[1:]
     read = parse_value(written)
     assert read == value
     assert type(read) is type(value)

@@ -61,7 +61,8 @@ def test_every_output_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert document["dataset"] == "drawn scenes (tuning)"
     assert (tmp_path / "e.md").read_text().count("cannot: ") == 2
     assert (tmp_path / "e.csv").read_text().count("\n") == 6
-    assert Image.open(tmp_path / "e.png").width > 500
+    with Image.open(tmp_path / "e.png") as plot:
+        assert plot.width > 500
     assert {path.name for path in (tmp_path / "shown").iterdir()} == {
         "tiny-llava-0.25.png",
         "tiny-llava-0.1.png",

@@ -32,7 +32,8 @@ from sppruner.engine import SamplingParams
 from sppruner.evaluation import drawn_scenes
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import EMBEDDED, load_model, resolve_model
-from sppruner.pictures.overlay import overlay_of
+from sppruner.pictures.geometry import visible_crop
+from sppruner.pictures.overlay import overlay, prepare_image
 from sppruner.spec import DENSE
 from tests.cluster.corpora import config, put_parquet
 
@@ -152,7 +153,10 @@ def test_each_labelled_row_is_drawn_as_the_model_saw_it(output: Path, tmp_path: 
     limits = config("in", "out").media
     for name, row in zip(names, (0, 2, 3), strict=True):
         image = decode_image(scenes()[row], limits, jpeg_scale_of(loaded.processor))
-        due = overlay_of(pruner, loaded.processor, image, f"look: {QUESTIONS[row]}", SPEC)
+        prompt = f"look: {QUESTIONS[row]}"
+        prepared = prepare_image(pruner, loaded.processor, image, prompt, SPEC)
+        view = visible_crop(image, loaded.processor.image_processor)
+        due = overlay(view, prepared.selections)
         assert np.array_equal(np.asarray(seen[name]), np.asarray(due))
 
 

@@ -93,7 +93,7 @@ def test_mrope_renumbers_the_text_row_and_only_the_text_row(
             assert short.positions_RBL[plane, row][valid].equal(expected)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     ids_BS = torch.tensor([[PAD, IMAGE, 6, IMAGE, 7]])
     mask_BS = torch.tensor([[0, 1, 1, 1, 1]])
     keep_BS = torch.tensor([[False, True, True, False, True]])

@@ -1,4 +1,4 @@
-"""Pruned equals masked; keep-all equals `generate`; nothing unpruned is called pruned."""
+"""Pruned equals masked; keep-all equals `generate`; nothing unpruned passes as pruned."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_keeping_every_token_is_bit_equal_to_plain_generate(
 
 
 def masked_reference(model: Any, inputs: dict[str, Tensor], keep_BS: Tensor) -> Any:
-    """The full sequence with dropped tokens hidden by the mask, every token where it was."""
+    """The full sequence with dropped tokens hidden by the mask, all at their original positions."""
     mask_BS = inputs["attention_mask"] * keep_BS
     return model.generate(
         **(inputs | {"attention_mask": mask_BS}),
@@ -95,14 +95,14 @@ def test_mixed_specs_in_one_batch_give_each_row_its_single_row_result() -> None:
     together = Pruner(model).generate(inputs, specs, **GREEDY)
     first_image = [0, 1, 2, 4, 4]
     for row, one in enumerate(specs):
-        alone = {k: v[row : row + 1] for k, v in inputs.items() if k != "pixel_values"}
+        single = {k: v[row : row + 1] for k, v in inputs.items() if k != "pixel_values"}
         pixels = inputs["pixel_values"][first_image[row] : first_image[row + 1]]
         if len(pixels):
-            alone["pixel_values"] = pixels
-        single = Pruner(model).generate(alone, one, **GREEDY)
-        assert torch.equal(single.tokens_BT[0], together.tokens_BT[row])
-        assert single.reports[0].visual_tokens_kept == together.reports[row].visual_tokens_kept
-        assert single.reports[0].prompt_tokens == together.reports[row].prompt_tokens
+            single["pixel_values"] = pixels
+        result = Pruner(model).generate(single, one, **GREEDY)
+        assert torch.equal(result.tokens_BT[0], together.tokens_BT[row])
+        assert result.reports[0].visual_tokens_kept == together.reports[row].visual_tokens_kept
+        assert result.reports[0].prompt_tokens == together.reports[row].prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_beams_and_sampling_equal_the_masked_reference(extra: dict[str, Any]) ->
     keep_BS[inputs["input_ids"] == IMAGE] = 0
     places = (inputs["input_ids"] == IMAGE).nonzero()
     for image, selection in prepared.selections:
-        mine = places[places[:, 0] == image.row]
-        keep_BS[mine[selection.index_K, 0], mine[selection.index_K, 1]] = 1
+        own = places[places[:, 0] == image.row]
+        keep_BS[own[selection.index_K, 0], own[selection.index_K, 1]] = 1
     torch.manual_seed(7)
     reference = model.generate(
         **(inputs | {"attention_mask": inputs["attention_mask"] * keep_BS}),
@@ -148,7 +148,7 @@ def test_renumbered_positions_are_contiguous_and_kept_ones_are_a_subset() -> Non
                 assert used == sorted(set(used))
 
 
-def test_reports_count_what_the_model_is_given() -> None:
+def test_reports_count_the_models_input_tensors() -> None:
     model = build()
     inputs = batch([1, 2, 0])
     prepared = Pruner(model).prepare(inputs, spec("grid", 0.25))
@@ -160,7 +160,7 @@ def test_reports_count_what_the_model_is_given() -> None:
 
 
 class IgnoresTheSelection(LlavaAdapter):
-    """Hands every feature on, whatever was selected."""
+    """Passes every feature on, whatever was selected."""
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         return super().pack(
@@ -216,8 +216,8 @@ def test_an_image_may_lose_all_its_tokens() -> None:
     assert generated.tokens_BT.shape == (2, NEW)
 
 
-def test_the_work_of_selecting_is_counted_image_by_image() -> None:
-    """Not at all for a dense row, an image kept whole, or a method that looks at nothing."""
+def test_flops_of_selecting_are_counted_image_by_image() -> None:
+    """It is 0 for a dense row, an image kept whole, or a method that reads no features."""
     model = build()
     pruner = Pruner(model)
     inputs = batch([2, 1, 1, 1])

@@ -1,4 +1,4 @@
-"""The report's mask names the very tokens that the packed prompt holds, in the prompt's order."""
+"""The report's mask marks exactly the tokens that the packed prompt holds, in prompt order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sppruner.errors import PruningHadNoEffect
 from sppruner.spec import DENSE
 from tests.sppruner.families import FAMILIES
 
-# Text relevance needs a tokenizer. `pool` and `sppruner` put a token in place of several.
-ASKED = ["grid", "random:seed=3", "pool", "sppruner:relevance=none"]
+# Text relevance needs a tokenizer. `pool` and `sppruner` replace several tokens by one.
+METHODS = ["grid", "random:seed=3", "pool", "sppruner:relevance=none"]
 
 
 def bits(report: PruneReport) -> list[int]:
@@ -29,7 +29,7 @@ def bits(report: PruneReport) -> list[int]:
 
 
 def chosen(prepared: Prepared, row: int) -> list[int]:
-    """What the pruner chose of the images of a prompt, one image after the other."""
+    """Indices of the tokens that the pruner kept of a prompt's images, image after image."""
     indices, start = [], 0
     for image, kept in zip(prepared.images, prepared.kept, strict=True):
         if image.row == row:
@@ -41,13 +41,13 @@ def chosen(prepared: Prepared, row: int) -> list[int]:
 def packed(
     pruner: Pruner, inputs: dict[str, torch.Tensor], prepared: Prepared, row: int
 ) -> list[int]:
-    """Which of a prompt's tokens the packed one holds, by their positions alone."""
+    """Which of a prompt's visual tokens the packed prompt holds, by their position ids only."""
 
     def places(of: Any, positions_RBS: torch.Tensor) -> list[tuple[int, ...]]:
         visual_S = pruner.adapter.placeholders(of["input_ids"])[row] & (
             of["attention_mask"][row] > 0
         )
-        # With M-RoPE the first row counts text anew; the three others say where a token lies.
+        # With M-RoPE the first row renumbers text; the three others locate a token.
         rows = slice(1, None) if len(positions_RBS) > 1 else slice(None)
         return [tuple(place) for place in positions_RBS[rows, row][:, visual_S].T.tolist()]
 
@@ -59,17 +59,17 @@ def packed(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_mask_is_of_the_tokens_that_enter_the_decoder(family: str) -> None:
+def test_the_mask_marks_the_tokens_that_enter_the_decoder(family: str) -> None:
     pruner = Pruner(FAMILIES[family].build())
     staged = f"fastv:layer={pruner.adapter.capabilities.first_prunable_layer}"
     third, five = Budget(ratio=0.3), Budget(tokens=5)
-    asked = [(PruneSpec.parse(method, third), 2) for method in (*ASKED, staged)]
-    asked += [(PruneSpec.parse(method, five), 1) for method in ASKED]
+    prompts = [(PruneSpec.parse(method, third), 2) for method in (*METHODS, staged)]
+    prompts += [(PruneSpec.parse(method, five), 1) for method in METHODS]
     nothing = PruneSpec(method="grid", budget=Budget(tokens=0))
-    asked += [(nothing, 1), (nothing, 0), (DENSE, 2), (DENSE, 0)]
-    inputs = FAMILIES[family].batch([images for _, images in asked])
-    prepared = pruner.prepare(inputs, [spec for spec, _ in asked])
-    for row, ((spec, images), report) in enumerate(zip(asked, prepared.reports, strict=True)):
+    prompts += [(nothing, 1), (nothing, 0), (DENSE, 2), (DENSE, 0)]
+    inputs = FAMILIES[family].batch([images for _, images in prompts])
+    prepared = pruner.prepare(inputs, [spec for spec, _ in prompts])
+    for row, ((spec, images), report) in enumerate(zip(prompts, prepared.reports, strict=True)):
         assert bits(report) == chosen(prepared, row) == packed(pruner, inputs, prepared, row)
         whole = spec.is_dense or spec.method == "fastv"
         due = report.visual_tokens if whole else report.visual_tokens_kept
@@ -77,8 +77,8 @@ def test_the_mask_is_of_the_tokens_that_enter_the_decoder(family: str) -> None:
         assert (due > 0) == (images > 0 and spec != nothing)
 
 
-def test_a_batch_that_goes_to_the_model_as_it_is_has_every_bit_set() -> None:
-    """Neither the dense control nor a batch without images is packed anew."""
+def test_an_unchanged_batch_has_every_bit_set() -> None:
+    """Neither the dense control nor a batch without images is re-packed."""
     family = FAMILIES["llava_next"]
     pruner = Pruner(family.build())
     dense = pruner.generate(family.batch([2, 0, 1]), DENSE, max_new_tokens=1, do_sample=False)
@@ -88,7 +88,7 @@ def test_a_batch_that_goes_to_the_model_as_it_is_has_every_bit_set() -> None:
         assert bits(report) == list(range(report.visual_tokens))
 
 
-def test_tokens_dropped_inside_the_decoder_count_as_seen_by_it() -> None:
+def test_tokens_dropped_inside_the_decoder_count_as_entering_it() -> None:
     family = FAMILIES["llava"]
     spec = PruneSpec.parse("sppruner:relevance=none:mode=pre+mid", Budget(tokens=6))
     (report,) = Pruner(family.build()).prepare(family.batch([1]), spec).reports
@@ -97,10 +97,10 @@ def test_tokens_dropped_inside_the_decoder_count_as_seen_by_it() -> None:
 
 
 @pytest.mark.parametrize("off", [-1, 1])
-def test_a_mask_that_marks_other_than_the_tokens_due_is_no_proof(
+def test_a_mask_with_a_wrong_number_of_tokens_raises(
     off: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prompt itself is packed as it should be: only what the report would say is wrong."""
+    """The prompt itself is packed correctly: only the report would be wrong."""
     family = FAMILIES["llava"]
     pruner = Pruner(family.build())
     prove: Callable[..., list[PruneReport]] = sppruner.pruner.pruned_reports

@@ -1,7 +1,7 @@
-"""The OpenAI chat-completions shapes this endpoint takes and gives, and what it refuses.
+"""The OpenAI chat-completions schema of this endpoint, and what it refuses.
 
 A field that would change the answer and is not supported is refused, never ignored; fields that
-only label the request (user, metadata, …) are taken and left alone.
+only label the request (user, metadata, …) are accepted and have no effect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TextPart(_Strict):
 
 
 class ImageUrl(_Strict):
-    """`detail` is accepted and changes nothing: the pruning budget is asked for by `prune`."""
+    """`detail` is accepted and has no effect: `prune` sets the budget."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -51,18 +51,19 @@ class Message(_Strict):
 
     @property
     def text(self) -> str:
-        """The text parts, one a line: a string and a list of one part mean the same."""
+        """The text parts, one per line; a string equals a list of one part."""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
     def urls(self) -> list[str]:
+        """The image URLs in order."""
         parts = [] if isinstance(self.content, str) else self.content
         return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
-class Prune(_Strict):
+class PruneOptions(_Strict):
     """`extra_body={"prune": {"method": "sppruner", "retain": 0.222}}`; tokens instead of retain
     keeps that many tokens of each image."""
 
@@ -96,7 +97,7 @@ class PlainText(_Strict):
 
 
 class ChatRequest(_Strict):
-    """temperature defaults to 0 here (greedy), as in batch runs; OpenAI's own default is 1."""
+    """temperature defaults to 0 (greedy), as in batch runs; OpenAI's default is 1."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -108,14 +109,14 @@ class ChatRequest(_Strict):
     stop: Annotated[list[NonEmpty], Field(max_length=4)] | NonEmpty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    prune: Prune | None = None
-    # Only at the values that ask for nothing.
+    prune: PruneOptions | None = None
+    # Accepted at their neutral values alone.
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
     response_format: PlainText | None = None
-    # Labels of the request.
+    # Labels of the request, without effect.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -135,9 +136,11 @@ class ChatRequest(_Strict):
 
     @property
     def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with a usage event."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def generation(self, *, default_tokens: int, most_tokens: int) -> SamplingParams:
+        """How the answer is sampled. Raises ApiError for more than `most_tokens` tokens."""
         tokens = self.max_completion_tokens or self.max_tokens or default_tokens
         if tokens > most_tokens:
             raise ApiError(
@@ -145,7 +148,7 @@ class ChatRequest(_Strict):
                 param="max_tokens",
             )
         temperature = self.temperature or 0.0
-        # A seed matters only when sampling; greedy requests share one so that they share batches.
+        # A seed matters only for sampling; greedy requests share one so that they share batches.
         seed = 0 if temperature == 0 else self.seed
         return SamplingParams(
             max_new_tokens=tokens,
@@ -156,7 +159,7 @@ class ChatRequest(_Strict):
         )
 
     def spec(self, default: PruneSpec) -> PruneSpec:
-        """Raises ApiError where the asked pruning cannot mean anything."""
+        """The request's spec, else `default`. Raises ApiError for an invalid one."""
         try:
             return default if self.prune is None else self.prune.spec()
         except SpecError as error:
@@ -200,12 +203,12 @@ def image_bytes(url: str, limits: MediaLimits) -> bytes:
         raise ApiError(f"base64: {error}", code="invalid_image", param="messages") from error
 
 
-def usage(answer: Result) -> dict[str, int]:
-    """OpenAI's usage, and how many visual tokens there were and how many the model read."""
+def usage(result: Result) -> dict[str, int]:
+    """OpenAI's usage, with visual tokens before and after pruning."""
     return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "visual_tokens": answer.visual_tokens,
-        "visual_tokens_kept": answer.visual_tokens_kept,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "total_tokens": result.prompt_tokens + result.completion_tokens,
+        "visual_tokens": result.visual_tokens,
+        "visual_tokens_kept": result.visual_tokens_kept,
     }

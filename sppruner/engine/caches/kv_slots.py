@@ -1,8 +1,10 @@
-"""Keys and values of running requests: a slot each, with a length of its own at every layer.
+"""KV cache of running requests: one slot each, with a length of its own at every layer.
 
-`generate` pads a batch to its longest row at every layer. Here a slot holds what its request really
-has: prompts under different budgets lie side by side without padding, and where tokens are dropped
-inside the decoder the later layers are as short as the drop left them.
+`generate` pads a batch to its longest prompt at every layer. Here a slot is as long as its request:
+prompts under different budgets need no padding, and where tokens are dropped inside the decoder the
+later layers are as short as the drop left them.
+
+Shapes: L layers, S slots.
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ from torch import Tensor
 
 from sppruner.errors import EngineError
 
-# Layers grow by so many places, and attention reads multiples of them: few shapes occur.
+# Layers grow in steps of so many tokens, and attention reads multiples of it: few shapes occur.
 _GRAIN: Final = 64
 
 
 class KVSlots:
     """The KV cache of up to `slots` requests in a decoder of `layers` layers.
 
-    Running requests hold the first slots. `update` is what attention modules of `transformers` call
-    on a cache. Layers whose slots are equally long form a segment, which shares a mask; a new
-    length inside one divides it, for good.
+    Running requests hold the first slots. `update` is what the attention modules of `transformers`
+    call on a cache. Adjacent layers whose slots are equally long form a segment, which shares a
+    mask; a new length inside a segment splits it for good.
 
-    heads, width: KV heads and their width. capacity: places of every slot at every layer, allocated
-    at once and never changed, as captured graphs need it; with None slots and layers grow to what
-    `prepare` was asked for. limit: bytes that such a cache may grow to, see `fits`.
+    heads, width: KV heads and their width. capacity: tokens of every slot at every layer, allocated
+    at once and never changed, as captured graphs need it; None lets slots and layers grow to what
+    `reserve` is called for. limit: most bytes of a growing cache, see `fits`; None for no bound.
     """
 
     def __init__(
@@ -47,81 +49,84 @@ class KVSlots:
     ) -> None:
         self._fixed = None if capacity is None else _grained(capacity)
         self._limit = limit
-        self._place_bytes = 2 * heads * width * dtype.itemsize  # of a token at one layer
+        self._token_bytes = 2 * heads * width * dtype.itemsize  # keys and values at one layer
         shape = (0, heads, 0, width) if self._fixed is None else (slots, heads, self._fixed, width)
 
-        def places() -> list[Tensor]:
+        def zeros() -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
-        self.keys, self.values = places(), places()
-        # Twice: on the device for masks and writes, and here, where shapes are decided.
+        self.keys, self.values = zeros(), zeros()
+        # Lengths twice: on the device for masks and writes, on the host to decide shapes.
         self.lengths_LS = torch.zeros(layers, slots, dtype=torch.int64, device=device)
-        self._known_LS = np.zeros((layers, slots), dtype=np.int64)
+        self._host_lengths_LS = np.zeros((layers, slots), dtype=np.int64)
         self._slots_S = torch.arange(slots, device=device)
-        # The first layer of each segment. A captured step must not change with the first stage that
-        # comes along: each layer is a segment there, and masks are part of the graph.
+        # The first layer of each segment. A captured step must not change when a request prunes
+        # inside the decoder, so each layer is a segment there and masks are part of the graph.
         self._starts = [0] if capacity is None else list(range(layers))
-        self._extents = [0] * layers  # places that a step reads at each layer
-        self._rows = 0
+        self._extents = [0] * layers  # tokens of each slot that a step reads at each layer
+        self._step_slots = 0
 
     @property
     def slots(self) -> int:
-        return self._known_LS.shape[1]
+        return self._host_lengths_LS.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, used or not."""
+        """Bytes allocated, used or not."""
         return sum(layer.nbytes for layer in (*self.keys, *self.values))
 
     @property
-    def room(self) -> int | None:
-        """Tokens that all slots may hold together, at all layers; None for any number."""
+    def token_capacity(self) -> int | None:
+        """Most tokens of all slots together, at all layers; None for no bound."""
         if self._fixed is not None:
             return self.slots * self._fixed
-        return None if self._limit is None else self._limit // (len(self.keys) * self._place_bytes)
+        return None if self._limit is None else self._limit // (len(self.keys) * self._token_bytes)
 
     def lengths(self, slot: int) -> list[int]:
         """Tokens of a slot at each layer."""
-        return [int(length) for length in self._known_LS[:, slot]]
+        return [int(length) for length in self._host_lengths_LS[:, slot]]
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        """Whether so many requests may run side by side, the longest of so many tokens in the end,
-        at all layers."""
+    def fits(self, requests: int, tokens: int) -> bool:
+        """Whether so many requests may run together, whose longest ends with so many tokens at
+        every layer."""
         if self._fixed is not None:
             return tokens <= self._fixed
-        each = len(self.keys) * _grained(tokens) * self._place_bytes
-        return self._limit is None or rows * each <= self._limit
+        each = len(self.keys) * _grained(tokens) * self._token_bytes
+        return self._limit is None or requests * each <= self._limit
 
-    def prepare(self, rows: int, lengths: Sequence[int]) -> None:
-        """Takes all memory that `rows` requests need, of which the longest has so many tokens at
-        each layer in the end; nothing else does. They are requests that `fits`. Places that only
-        longer ones needed are given back where the limit asks for it."""
+    def reserve(self, requests: int, lengths: Sequence[int]) -> None:
+        """Allocates what so many requests need, whose longest ends with `lengths` tokens by layer;
+        nothing else allocates.
+
+        Requests that `fits` admits fit into the limit. Memory that only longer requests needed is
+        freed where the limit requires it.
+        """
         if self._fixed is not None:
             return
         held, needed = len(self.keys[0]), [_grained(length) for length in lengths]
-        slots = held if rows <= held else max(rows, min(self.slots, 2 * held))
-        places = [max(n, layer.shape[2]) for n, layer in zip(needed, self.keys, strict=True)]
-        if self._limit is not None and slots * sum(places) * self._place_bytes > self._limit:
-            slots = min(self.slots, self._limit // (sum(needed) * self._place_bytes))
-            places = needed
+        slots = held if requests <= held else max(requests, min(self.slots, 2 * held))
+        sizes = [max(n, layer.shape[2]) for n, layer in zip(needed, self.keys, strict=True)]
+        if self._limit is not None and slots * sum(sizes) * self._token_bytes > self._limit:
+            slots = min(self.slots, self._limit // (sum(needed) * self._token_bytes))
+            sizes = needed
         for layers in (self.keys, self.values):
-            layers[:] = [_resized(one, slots, n) for one, n in zip(layers, places, strict=True)]
+            layers[:] = [_resized(one, slots, n) for one, n in zip(layers, sizes, strict=True)]
 
     def write(self, slot: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Fills a prepared slot with a prompt: [heads, length, width] keys and values by layer.
+        """Fills a reserved slot with a prompt: [heads, length, width] keys and values by layer.
 
-        Raises EngineError where it is longer than what the slot holds.
+        Raises EngineError for a prompt that is longer than the slot.
         """
         lengths = [int(key.shape[1]) for key in keys]
         self._check(lengths)
-        self._divide(lengths)
+        self._split_segments(lengths)
         for layer, (key, value, length) in enumerate(zip(keys, values, lengths, strict=True)):
             self.keys[layer][slot, :, :length] = key
             self.values[layer][slot, :, :length] = value
         self._set(slot, lengths)
 
     def move(self, source: int, target: int) -> None:
-        """Puts a slot's content where another was."""
+        """Copies a slot's content over another's."""
         lengths = self.lengths(source)
         for layer, length in enumerate(lengths):
             for held in (self.keys[layer], self.values[layer]):
@@ -129,14 +134,14 @@ class KVSlots:
         self._set(target, lengths)
 
     def release(self, slot: int) -> None:
-        """Forgets a slot's content."""
+        """Empties a slot."""
         self._set(slot, [0] * len(self.keys))
 
-    def begin(self, rows: int) -> None:
-        """Begins a step of one more token in each of the first `rows` slots; `update` then reads
-        these. Raises EngineError where one of them is full."""
-        self._rows = rows
-        longest = (self._known_LS[:, :rows].max(axis=1) + 1).tolist()
+    def begin_step(self, slots: int) -> None:
+        """Begins a step of one more token in each of the first `slots` slots, which `update` then
+        reads. Raises EngineError if one of them is full."""
+        self._step_slots = slots
+        longest = (self._host_lengths_LS[:, :slots].max(axis=1) + 1).tolist()
         self._check(longest)
         ends = [*self._starts[1:], len(longest)]
         for start, end in zip(self._starts, ends, strict=True):
@@ -147,35 +152,35 @@ class KVSlots:
         return layer in self._starts
 
     def mask(self, layer: int) -> Tensor:
-        """[rows, 1, 1, places] bool for the segment that starts at `layer`: the tokens that are
-        there, and the one that this step writes."""
-        places = torch.arange(self._extents[layer], device=self.lengths_LS.device)
-        return (places <= self.lengths_LS[layer, : self._rows, None])[:, None, None]
+        """[slots, 1, 1, tokens] bool for the segment that starts at `layer`: the tokens that each
+        slot holds, and the one that this step writes."""
+        index = torch.arange(self._extents[layer], device=self.lengths_LS.device)
+        return (index <= self.lengths_LS[layer, : self._step_slots, None])[:, None, None]
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the step's keys and values [rows, heads, 1, width]; returns all of the layer's."""
-        rows = self._slots_S[: self._rows]
-        at = self.lengths_LS[layer_idx, : self._rows]
-        self.keys[layer_idx][rows, :, at] = key[:, :, 0]
-        self.values[layer_idx][rows, :, at] = value[:, :, 0]
+        """Writes the step's keys and values [slots, heads, 1, width]; returns all of the layer."""
+        slots = self._slots_S[: self._step_slots]
+        at = self.lengths_LS[layer_idx, : self._step_slots]
+        self.keys[layer_idx][slots, :, at] = key[:, :, 0]
+        self.values[layer_idx][slots, :, at] = value[:, :, 0]
         extent = self._extents[layer_idx]
         return (
-            self.keys[layer_idx][: self._rows, :, :extent],
-            self.values[layer_idx][: self._rows, :, :extent],
+            self.keys[layer_idx][: self._step_slots, :, :extent],
+            self.values[layer_idx][: self._step_slots, :, :extent],
         )
 
-    def end(self, rows: int) -> None:
-        """Counts the step's tokens, in the first `rows` slots."""
-        self.lengths_LS[:, :rows] += 1
-        self._known_LS[:, :rows] += 1
+    def end_step(self, slots: int) -> None:
+        """Counts the step's tokens in the first `slots` slots."""
+        self.lengths_LS[:, :slots] += 1
+        self._host_lengths_LS[:, :slots] += 1
 
     def _set(self, slot: int, lengths: Sequence[int]) -> None:
-        self._known_LS[:, slot] = lengths
+        self._host_lengths_LS[:, slot] = lengths
         self.lengths_LS[:, slot] = torch.tensor(lengths, device=self.lengths_LS.device)
 
-    def _divide(self, lengths: Sequence[int]) -> None:
+    def _split_segments(self, lengths: Sequence[int]) -> None:
         changes = {i for i, (a, b) in enumerate(pairwise(lengths), start=1) if a != b}
         self._starts = sorted({*self._starts, *changes})
 
@@ -187,15 +192,15 @@ class KVSlots:
                 )
 
 
-def _resized(states: Tensor, slots: int, places: int) -> Tensor:
-    """[slots, heads, places, width] with what was there, as far as it finds room."""
-    if states.shape[0] == slots and states.shape[2] == places:
+def _resized(states: Tensor, slots: int, tokens: int) -> Tensor:
+    """[slots, heads, tokens, width] with the content of `states`, as far as it fits."""
+    if states.shape[0] == slots and states.shape[2] == tokens:
         return states
-    resized = states.new_zeros(slots, states.shape[1], places, states.shape[3])
-    kept = states[:slots, :, :places]
+    resized = states.new_zeros(slots, states.shape[1], tokens, states.shape[3])
+    kept = states[:slots, :, :tokens]
     resized[: kept.shape[0], :, : kept.shape[2]] = kept
     return resized
 
 
-def _grained(places: int) -> int:
-    return -(-places // _GRAIN) * _GRAIN
+def _grained(tokens: int) -> int:
+    return -(-tokens // _GRAIN) * _GRAIN

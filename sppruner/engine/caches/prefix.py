@@ -1,8 +1,10 @@
-"""What the decoder read of prompts up to their last image, kept for the next question about it.
+"""Prefix cache: keys and values of prompts up to their last image, for later prompts that share
+them.
 
-A prompt with the same beginning, images and spec begins with the same keys and values: its images
-are neither encoded nor selected from, and only the text behind them is read. Methods that go by
-the question keep other tokens for another one; they share a beginning for the same question alone.
+A prompt with the same prefix, images and spec starts with the same keys and values: its images are
+neither encoded nor selected from, and only its suffix, the text after them, is read. A method that
+selects by the question keeps other tokens for another question, so its prefixes are shared for the
+same question only.
 """
 
 from __future__ import annotations
@@ -19,23 +21,29 @@ from sppruner.types import PruneReport
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefix:
-    """The beginning of a prompt.
-
-    keys, values: of each layer, [heads, length, width]. ids: its tokens as the decoder read them.
-    positions: of the token behind it, R of them. report: of the prompt it was read with, which went
-    on for `behind` tokens.
-    """
+    """The prefix of a prompt, as the decoder left it."""
 
     keys: list[Tensor]
-    values: list[Tensor]
-    ids: list[int]
-    positions: list[int]
-    report: PruneReport
-    behind: int
+    """Keys of each layer, [heads, length, width]."""
 
-    def reported(self, behind: int) -> PruneReport:
-        """The report of a prompt that goes on for so many tokens."""
-        more = behind - self.behind
+    values: list[Tensor]
+    """Values of each layer, as `keys`."""
+
+    ids: list[int]
+    """Its token ids as the decoder read them."""
+
+    positions: list[int]
+    """Position ids of the token after it, one per row of position ids."""
+
+    report: PruneReport
+    """Of the prompt that it was read with."""
+
+    suffix_tokens: int
+    """Tokens of that prompt after the prefix."""
+
+    def report_for(self, suffix_tokens: int) -> PruneReport:
+        """The report of a prompt with this prefix and a suffix of so many tokens."""
+        more = suffix_tokens - self.suffix_tokens
         return replace(
             self.report,
             prompt_tokens=self.report.prompt_tokens + more,
@@ -45,37 +53,38 @@ class Prefix:
 
     @property
     def size(self) -> int:
-        """Bytes of memory that it holds."""
+        """Bytes of its keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
 class PrefixCache:
-    """The beginnings seen last. Its tensors are shared: nobody may change them.
+    """LRU cache of prefixes. Its tensors are shared: nobody may change them.
 
-    limit: bytes that they may hold together; those that were not asked for longest go first. hits,
-    misses: prompts that found their beginning, and that did not though one can be shared. Raises
-    SpecError for a negative limit.
+    limit: most bytes of all entries together. hits, misses: prompts whose prefix was found, and
+    prompts with a shareable prefix that was not. Raises SpecError for a negative limit.
     """
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
-            raise SpecError(f"prefixes of {limit} bytes: give 0 to keep none, or more")
+            raise SpecError(f"a prefix cache of {limit} bytes: give 0 for no cache, or more")
         self.limit = limit
         self.hits = self.misses = 0
-        self._held: LRUCache[Hashable, Prefix] = LRUCache(limit, getsizeof=lambda held: held.size)
+        self._entries: LRUCache[Hashable, Prefix] = LRUCache(limit, getsizeof=lambda e: e.size)
 
     @property
     def size(self) -> int:
         """Bytes held."""
-        return int(self._held.currsize)
+        return int(self._entries.currsize)
 
-    def find(self, key: Hashable) -> Prefix | None:
-        return self._held.get(key)
+    def get(self, key: Hashable) -> Prefix | None:
+        """The prefix under a key, which becomes the most recently used one; None if there is
+        none."""
+        return self._entries.get(key)
 
-    def keep(self, key: Hashable, prefix: Prefix) -> None:
-        """In memory of its own: what it was read with may be large."""
+    def put(self, key: Hashable, prefix: Prefix) -> None:
+        """Stores a copy of its tensors: the group's cache that they are views into may be large."""
         if prefix.size <= self.limit:
-            self._held[key] = replace(
+            self._entries[key] = replace(
                 prefix,
                 keys=[states.clone() for states in prefix.keys],
                 values=[states.clone() for states in prefix.values],

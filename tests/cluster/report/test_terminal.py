@@ -11,7 +11,7 @@ from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.output.accuracy import Accuracy
 from cluster.output.summary import Attempt, Summary
-from cluster.report.terminal import quantity, render, saving
+from cluster.report.terminal import format_quantity, format_saving, render
 
 TOTAL = UnitLedger(
     rows=100,
@@ -93,7 +93,7 @@ def test_a_loss_is_printed_as_a_loss() -> None:
     assert "time lost" in told
     assert "2.00 s estimated" in told
     assert "time saved" not in told
-    assert saving(100, 125) == "-25.0 %"
+    assert format_saving(100, 125) == "-25.0 %"
 
 
 def test_without_control_rows_no_saving_of_time_is_claimed() -> None:
@@ -110,6 +110,6 @@ def test_states_follow_from_what_is_committed() -> None:
 
 
 def test_quantities_carry_their_prefix() -> None:
-    assert quantity(1_234_567, "B") == "1.23 MB"
-    assert quantity(3.8e12, "FLOP") == "3.8 TFLOP"
-    assert quantity(0, "B") == "0 B"
+    assert format_quantity(1_234_567, "B") == "1.23 MB"
+    assert format_quantity(3.8e12, "FLOP") == "3.8 TFLOP"
+    assert format_quantity(0, "B") == "0 B"

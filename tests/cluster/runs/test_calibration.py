@@ -10,10 +10,11 @@ from ray.exceptions import RayActorError
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.speedup import MeasuredRatio
+from cluster.console import open_console
 from cluster.errors import UsageError
 from cluster.output.summary import summarise
 from cluster.protocol import LabelRequest, Priority
-from cluster.report.terminal import console, render
+from cluster.report.terminal import render
 from cluster.runs.calibration import calibrate
 from jobs.make_corpus import make_corpus
 from sppruner.engine.interface import Result
@@ -125,7 +126,7 @@ def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Planned
 
 def test_the_report_says_what_was_measured_and_what_ran(planned: Planned) -> None:
     def said() -> str:
-        wide = console()
+        wide = open_console()
         with wide.capture() as captured:
             wide.print(render(summarise(planned.output.uri)))
         return captured.get()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.controller import RunProgress
 from cluster.runs import progress
-from cluster.runs.progress import ProgressDisplay, eta, line
+from cluster.runs.progress import ProgressDisplay, format_eta, progress_line
 
 
 def known(**more: Any) -> RunProgress:
@@ -35,7 +35,7 @@ def known(**more: Any) -> RunProgress:
 
 
 def test_the_line_holds_share_speed_eta_failures_and_tokens() -> None:
-    assert line(known()) == (
+    assert progress_line(known()) == (
         "250/1000 rows  25.0 %  12.5 rows/s  ETA 0:01:00  failed 3  visual tokens kept 22.2 %"
     )
 
@@ -49,8 +49,8 @@ def test_before_the_first_commit_there_is_no_eta_and_no_token_share() -> None:
         visual_tokens=0,
         visual_tokens_kept=0,
     )
-    assert line(blank) == "0/1000 rows  0.0 %  0.0 rows/s  ETA –  failed 0"
-    assert eta(3725.4) == "1:02:05"
+    assert progress_line(blank) == "0/1000 rows  0.0 %  0.0 rows/s  ETA –  failed 0"
+    assert format_eta(3725.4) == "1:02:05"
 
 
 def test_a_job_log_gets_plain_lines_and_a_last_one_at_the_end(monkeypatch: Any) -> None:

@@ -125,7 +125,7 @@ def test_both_engines_say_the_same_until_the_last_token_asked_for(
     loaded, shape = small
     requests = asked(shape, 4, DENSE, SPEC)
     expected = BatchEngine(loaded, slots=1).run(requests)
-    with closing(ContinuousEngine(loaded, slots=3, encodings_bytes=0)) as continuous:
+    with closing(ContinuousEngine(loaded, slots=3, cache_bytes=0)) as continuous:
         found = continuous.run(requests)
     for one, other in zip(expected, found, strict=True):
         assert one.error_message is None
@@ -147,7 +147,7 @@ def test_keys_and_values_that_were_measured_are_those_of_the_cost_model(
 ) -> None:
     loaded, shape = small
     requests = asked(shape, 1, spec)
-    with closing(ContinuousEngine(loaded, slots=2, encodings_bytes=0)) as continuous:
+    with closing(ContinuousEngine(loaded, slots=2, cache_bytes=0)) as continuous:
         for answering in (BatchEngine(loaded), continuous):
             with traced(loaded.model) as trace:
                 (found,) = answering.run(requests)

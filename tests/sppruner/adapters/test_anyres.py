@@ -131,7 +131,7 @@ def test_prompts_of_several_images_hold_low_resolution_views_and_one_newline_eac
         [(4, 4)],
     ]
     assert [image.shape.tiles for image in images] == [2, 1, 1]
-    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [2, 5]}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [2, 5]}
     plain = model.generate(**inputs, **settings)
     whole = PruneSpec(method="grid", budget=Budget(ratio=1.0))
     kept = Pruner(model).generate(inputs, whole, **settings)

@@ -35,10 +35,10 @@ def test_the_prompt_carries_embeddings_beside_ids_and_no_encoder_output() -> Non
 def test_beams_of_ragged_prompts_do_not_mix(kept: list[int]) -> None:
     model, inputs = build(), batch([1, 1])
     specs = [PruneSpec(method="grid", budget=Budget(tokens=k)) for k in kept]
-    settings = {"num_beams": 3, "max_new_tokens": 6, "suppress_tokens": [2, IMAGE]}
+    settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "suppress_tokens": [2, IMAGE]}
     together = Pruner(model).generate(inputs, specs, **settings).tokens_BT
     tiles = [shape.tiles for _, shape in InternVLAdapter(model).shapes(inputs)]
-    pixels = inputs["pixel_values"].split(tiles)
+    pixels = torch.split(inputs["pixel_values"], tiles)
     for row, spec in enumerate(specs):
         alone = {k: inputs[k][row : row + 1] for k in ("input_ids", "attention_mask")}
         alone["pixel_values"] = pixels[row]

@@ -67,13 +67,15 @@ def eager_saliency(model: Any, block: int, inputs: dict[str, Tensor]) -> list[tu
     )
     cos, sin = seen["position_embeddings"]
     query_PHD, key_PHD = rotated(query_PHD, cos, sin), rotated(key_PHD, cos, sin)
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     borders = [0, *grids.prod(dim=1).cumsum(0).tolist()]
     for start, stop in pairwise(borders):
         scores_HPP = torch.einsum("qhd,khd->hqk", query_PHD[start:stop], key_PHD[start:stop])
         received_P = torch.softmax(scores_HPP * attention.scaling, dim=-1).mean(dim=(0, 1))
-        units = [v.unflatten(0, (-1, MERGE**2)) for v in (received_P, key_PHD[start:stop].mean(1))]
-        found.append((units[0].mean(1), units[1].mean(1), last[start:stop]))
+        received_N = received_P.reshape(-1, MERGE**2).mean(dim=1)
+        key_PD = key_PHD[start:stop].mean(dim=1)
+        key_ND = key_PD.reshape(-1, MERGE**2, key_PD.shape[1]).mean(dim=1)
+        found.append((received_N, key_ND, last[start:stop]))
     return found
 
 
@@ -112,7 +114,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """What flash attention computes of images packed into one sequence."""
     sizes = kwargs["cu_seq_lens_q"].diff().tolist()
-    parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat(
         [
             nn.functional.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])
@@ -205,7 +207,7 @@ def test_positions_are_text_then_time_height_and_width_of_the_unpruned_prompt(fa
 def test_token_types_that_are_missing_are_read_from_the_ids(family: str) -> None:
     model, inputs = FAMILIES[family].build(), batch(MIXED)
     spec = PruneSpec(method="topk", budget=Budget(ratio=0.4))
-    settings = {"max_new_tokens": 4, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     given = Pruner(model).generate(inputs, spec, **settings)
     del inputs["mm_token_type_ids"]
     assert Pruner(model).generate(inputs, spec, **settings).tokens_BT.equal(given.tokens_BT)

@@ -57,7 +57,7 @@ def test_planes_are_full_rectangles_whose_tokens_stand_where_their_places_say(fa
             assert plane.coords_N2.equal(raster(*plane.grid, torch.device("cpu")))
             assert plane.features_ND.equal(image.run_ND[places_N])
         inside = torch.cat(image.places)
-        assert len(inside) == len(inside.unique()), "no token is in two planes"
+        assert len(inside) == len(set(inside.tolist())), "no token is in two planes"
         assert inside.max() < image.count == image.shape.tokens
 
 
@@ -170,7 +170,7 @@ def test_packed_outputs_are_fresh_and_hold_the_kept_features_image_by_image(fami
         return
     one, two = first["mm_encoder_outputs"]["image"], second["mm_encoder_outputs"]["image"]
     assert one is not two
-    assert [len(part) for part in adapter.fed(one)] == [
+    assert [len(part) for part in adapter.packed_features(one)] == [
         spec.budget.count(image.count) for image in encoded_of(family).images
     ]
 

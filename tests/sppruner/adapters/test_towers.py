@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -55,7 +55,7 @@ def whole_towers() -> Iterator[None]:
         yield
 
 
-def layers_of(model: Any) -> nn.ModuleList:
+def layers_of(model: Any) -> Sequence[Any]:
     """Of a tower that encodes tiles."""
     encoder = model.model.vision_tower.encoder
     return encoder.layer if hasattr(encoder, "layer") else encoder.layers
@@ -99,7 +99,8 @@ def test_every_family_encodes_alike_images_of_different_sizes(family: str, atten
 def test_whichever_layer_is_read_images_are_encoded_alike(
     family: str, read: int, running: int
 ) -> None:
-    model = FAMILIES[family].build(**{LAYER[family]: read})
+    options: dict[str, Any] = {LAYER[family]: read}
+    model = FAMILIES[family].build(**options)
     assert_encodes_alike(model, FAMILIES[family].batch(MIXED))
 
 
@@ -114,7 +115,8 @@ def test_images_of_one_size_are_encoded_alike(family: str, monkeypatch: pytest.M
 def test_layers_behind_the_one_that_is_read_do_not_run(
     family: str, read: int, running: int
 ) -> None:
-    model = FAMILIES[family].build(**{LAYER[family]: read})
+    options: dict[str, Any] = {LAYER[family]: read}
+    model = FAMILIES[family].build(**options)
     ran = []
     for layer in layers_of(model):
         layer.mlp.register_forward_hook(lambda mlp, *_: ran.append(mlp))
@@ -127,7 +129,7 @@ def test_a_tower_that_was_first_used_by_an_encoding_records_all_its_states_later
     family: str,
 ) -> None:
     """transformers installs what records them on a tower's first forward."""
-    options = {LAYER[family]: -3}
+    options: dict[str, Any] = {LAYER[family]: -3}
     model, fresh = (FAMILIES[family].build(**options) for _ in range(2))
     inputs = FAMILIES[family].batch([1])
     adapter_for(model).encode(inputs, frozenset())

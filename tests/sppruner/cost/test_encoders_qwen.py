@@ -1,4 +1,4 @@
-"""The cost of Qwen's towers and of whole runs equals the FLOP counter's, to the integer."""
+"""The cost of Qwen's towers and of whole generations equals the FLOP counter's exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ families = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_v
 
 
 @given(rows=st.integers(1, 13), columns=st.integers(1, 13), side=st.integers(1, 5))
-def test_windows_are_those_of_the_tower(rows: int, columns: int, side: int) -> None:
+def test_attention_pairs_equal_those_of_the_tower_s_windows(
+    rows: int, columns: int, side: int
+) -> None:
     _, borders = get_vision_window_index(
         torch.tensor([[1, 2 * rows, 2 * columns]]),
         spatial_merge_size=2,
@@ -46,7 +48,7 @@ def test_windows_are_those_of_the_tower(rows: int, columns: int, side: int) -> N
     assert windowed.vision(shape) - projections == 4 * pairs
 
 
-def counted(call: Any) -> int:
+def counted_flops(call: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -60,23 +62,25 @@ def test_tower_and_mergers_equal_the_flop_counter(family: str, grid: tuple[int, 
     shape = ImageShape(tiles=1, rows=rows, columns=columns, tokens=rows * columns // MERGE**2)
     tower, encoder = model.model.visual, cost_of(model.config).encoder
     pixels, grids = torch.randn(rows * columns, 96), torch.tensor([[1, rows, columns]])
-    total = counted(lambda: tower(pixels, grid_thw=grids))
+    total = counted_flops(lambda: tower(pixels, grid_thw=grids))
     assert total == encoder.vision(shape) + encoder.projector(shape)
     states = torch.randn(rows * columns, 32)
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", [])]
-    assert sum(counted(lambda m=m: m(states)) for m in mergers) == encoder.projector(shape)
+    assert sum(counted_flops(lambda m=m: m(states)) for m in mergers) == encoder.projector(shape)
 
 
 @families
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
-def test_a_whole_pruned_generation_costs_what_the_row_says(family: str, ratio: float) -> None:
+def test_the_row_cost_of_a_pruned_generation_equals_the_flop_counter(
+    family: str, ratio: float
+) -> None:
     model = FAMILIES[family].build("eager")
     pruner = Pruner(model)
     spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
     settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [2, IMAGE]}
-    done: list[Any] = []
-    total = counted(lambda: done.append(pruner.generate(batch([2]), spec, **settings)))
-    report = done[0].reports[0]
+    generated: list[Any] = []
+    total = counted_flops(lambda: generated.append(pruner.generate(batch([2]), spec, **settings)))
+    report = generated[0].reports[0]
     row = pruner.adapter.cost().row(
         images=report.image_shapes,
         layer_tokens=report.layer_tokens,

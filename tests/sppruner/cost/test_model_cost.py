@@ -1,4 +1,4 @@
-"""Modelled FLOPs and KV bytes equal what PyTorch counts, and the papers' figures come out."""
+"""Modelled FLOPs and KV bytes equal PyTorch's counts and the papers' figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "suppress_tokens": [2, IMAGE]}
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return build("eager")  # The counter knows no CPU kernel of fused attention and counts 0.
+    return build("eager")  # The counter counts 0 for fused attention on a CPU.
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def cost(model: Any) -> ModelCost:
     return cost_of(model.config, bytes_per_value=4)
 
 
-def counted(call: Any) -> int:
+def counted_flops(call: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -43,9 +43,9 @@ def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: ModelCost)
     hidden = torch.randn(1, TOKENS, 32)
     vision = model.model.vision_tower
     with running_up_to(vision.encoder.layers, model.config.vision_feature_layer):
-        tower = counted(lambda: vision(pixel_values=pixels))
+        tower = counted_flops(lambda: vision(pixel_values=pixels))
     assert tower == cost.encoder.vision(IMAGE_SHAPE)
-    projector = counted(lambda: model.model.multi_modal_projector(hidden))
+    projector = counted_flops(lambda: model.model.multi_modal_projector(hidden))
     assert projector == cost.encoder.projector(IMAGE_SHAPE)
 
 
@@ -53,26 +53,26 @@ def test_prefill_and_every_decode_step_equal_the_flop_counter(model: Any, cost: 
     ids = torch.randint(6, 64, (1, 23), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config.get_text_config())
     prompt = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
-    prefill = counted(lambda: model(input_ids=ids, logits_to_keep=1, **prompt))
+    prefill = counted_flops(lambda: model(input_ids=ids, logits_to_keep=1, **prompt))
     short = [23] * cost.decoder.layers
     assert prefill == cost.decoder.prefill(short)
     for step in range(1, NEW):
-        grown = {"attention_mask": torch.ones(1, 23 + step), "past_key_values": cache}
-        flops = counted(lambda grown=grown: model(input_ids=ids[:, :1], **grown))
+        extended = {"attention_mask": torch.ones(1, 23 + step), "past_key_values": cache}
+        flops = counted_flops(lambda extended=extended: model(input_ids=ids[:, :1], **extended))
         assert flops == cost.decoder.decode(short, step + 1) - cost.decoder.decode(short, step)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_a_whole_pruned_generation_costs_what_the_row_says(
+def test_the_row_cost_of_a_pruned_generation_equals_the_flop_counter(
     model: Any, cost: ModelCost, ratio: float
 ) -> None:
     inputs = batch([1])
     spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
     pruner = Pruner(model)
-    done: list[Any] = []
+    generated: list[Any] = []
     settings = GREEDY | {"return_dict_in_generate": True, "max_new_tokens": NEW}
-    total = counted(lambda: done.append(pruner.generate(inputs, spec, **settings)))
-    report, output = done[0].reports[0], done[0].output
+    total = counted_flops(lambda: generated.append(pruner.generate(inputs, spec, **settings)))
+    report, output = generated[0].reports[0], generated[0].output
     row = cost.row(
         images=report.image_shapes,
         layer_tokens=report.layer_tokens,
@@ -81,8 +81,8 @@ def test_a_whole_pruned_generation_costs_what_the_row_says(
         pruner_flops=0,
     )
     assert sum(row.flops.values()) == total
-    held = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-    assert row.kv_bytes == sum(t.numel() * t.element_size() for pair in held for t in pair)
+    cached = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    assert row.kv_bytes == sum(t.numel() * t.element_size() for pair in cached for t in pair)
     assert (row.flops == row.flops_dense) == (ratio == 1.0)
 
 
@@ -93,19 +93,17 @@ VICUNA = DecoderCost(
 
 
 def macs(tokens: int) -> float:
-    """Multiply-adds of the layers alone, in units of 10¹²: what the papers print."""
+    """Multiply-adds of the layers without the head, in units of 10¹², as the papers print."""
     return (VICUNA.prefill([tokens] * 32) - VICUNA.head) / 2 / 1e12
 
 
-def test_the_published_figure_of_llava_7b_comes_out() -> None:
+def test_llava_7b_matches_its_published_figure() -> None:
     assert macs(576) == pytest.approx(3.817, abs=5e-4)
 
 
 @pytest.mark.parametrize(("tokens", "tera"), [(679, 4.521), (176, 1.145)])
-def test_fsr_s_figures_with_text_are_those_of_the_nearest_whole_token(
-    tokens: int, tera: float
-) -> None:
-    """They are averages over prompts (arXiv 2602.05809), so half a token is as near as can be."""
+def test_fsr_s_figures_with_text_match_the_nearest_whole_token(tokens: int, tera: float) -> None:
+    """The figures are averages over prompts (arXiv 2602.05809), so they match to half a token."""
     assert abs(macs(tokens) - tera) <= (macs(tokens + 1) - macs(tokens)) / 2
 
 
@@ -115,15 +113,15 @@ def test_a_third_of_the_tokens_saves_the_published_67_percent_without_text() -> 
 
 
 def layered(*parts: tuple[int, int]) -> float:
-    """The same of (layers, tokens) parts of a decoder."""
+    """`macs` of a decoder given as (layers, tokens) parts."""
     tokens = [tokens for layers, tokens in parts for _ in range(layers)]
     return (VICUNA.prefill(tokens) - VICUNA.head) / 2 / 1e12
 
 
-def test_the_published_figures_of_pruning_inside_the_decoder_come_out() -> None:
-    """Without text, as their papers count: PyramidDrop's 1.78T (arXiv 2410.17247); two steps at
-    an average of 192 save what 192 in front of the decoder do, FastV at 192 after two layers
-    less."""
+def test_pruning_inside_the_decoder_matches_the_published_figures() -> None:
+    """Without text, as the papers count: PyramidDrop's 1.78T (arXiv 2410.17247). Two steps with an
+    average of 192 tokens save as much as 192 tokens before the decoder; FastV with 192 tokens after
+    two layers saves less."""
     pyramid = layered((8, 576), (8, 288), (8, 144), (8, 72))
     assert pyramid == pytest.approx(1.777, abs=5e-4)
     assert 1 - pyramid / macs(576) == pytest.approx(0.534, abs=5e-4)
@@ -139,12 +137,12 @@ def test_a_longer_prompt_never_costs_less(one: int, other: int, new: int) -> Non
     assert VICUNA.kv_bytes(short, new) <= VICUNA.kv_bytes(long, new)
 
 
-def test_the_first_token_comes_with_the_prefill() -> None:
+def test_the_first_token_needs_no_decode_step() -> None:
     assert VICUNA.decode([100] * 32, 1) == 0
-    assert VICUNA.kv_bytes([100] * 32, 1) == 100 * 512 * 1024  # Half a MiB a token in 16 bits.
+    assert VICUNA.kv_bytes([100] * 32, 1) == 100 * 512 * 1024  # half a MiB per token in 16 bits
 
 
-def test_a_row_survives_its_dictionary_and_the_pruner_counts_on_its_own_side(
+def test_a_row_cost_round_trips_and_counts_the_pruner_for_the_pruned_row_only(
     cost: ModelCost,
 ) -> None:
     row = cost.row(

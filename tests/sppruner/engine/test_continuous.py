@@ -78,7 +78,7 @@ def test_cancelled_requests_leave_no_trace_in_the_others_or_in_the_slots(
     for ticket, result in zip(tickets, expected, strict=True):
         assert ticket in gone or facts(answered[ticket]) == result
     assert engine.in_flight == 0
-    cache = engine._rows.cache
+    cache = engine._running.cache
     assert [cache.lengths(slot) for slot in range(cache.slots)] == [[0] * len(cache.keys)] * 4
 
 

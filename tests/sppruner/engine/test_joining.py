@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result
-from sppruner.engine.preparation import Asked
+from sppruner.engine.preparation import PreparedRequest
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from tests.sppruner.engine.requests import facts, requests
 
@@ -56,12 +56,12 @@ def test_requests_wait_for_memory_and_none_is_lost(loaded: LoadedModel, alone: B
     plenty = ContinuousEngine(loaded, slots=8)
     assert [facts(result) for result in plenty.run(asked)] == expected
     longest = max(result.prompt_tokens for result in expected) + 8
-    cache = plenty._rows.cache
-    per_token = len(cache.keys) * cache._place_bytes
+    cache = plenty._running.cache
+    per_token = len(cache.keys) * cache._token_bytes
     bound = 2 * (longest + 64) * per_token
     tight = ContinuousEngine(loaded, slots=8, kv_bytes=bound)
     assert [facts(result) for result in tight.run(asked)] == expected
-    assert tight._rows.cache.nbytes <= bound < plenty._rows.cache.nbytes
+    assert tight._running.cache.nbytes <= bound < plenty._running.cache.nbytes
     assert (plenty.kv_token_capacity, tight.kv_token_capacity) == (None, 2 * (longest + 64))
     hopeless = ContinuousEngine(loaded, slots=8, kv_bytes=64 * per_token)
     refused = [result for result in hopeless.run(asked) if result.error_code]
@@ -76,14 +76,14 @@ def test_a_group_that_finds_no_memory_is_read_in_parts_and_answered_once(
 ) -> None:
     asked = pictured(alone, 6, 6)
     expected = [facts(result) for result in alone.run(asked)]
-    prepare = engine._rows.cache.prepare
+    prepare = engine._running.cache.reserve
 
     def tight(rows: int, lengths: Sequence[int]) -> None:
         if rows > 3:
             raise torch.OutOfMemoryError("no room")
         prepare(rows, lengths)
 
-    monkeypatch.setattr(engine._rows.cache, "prepare", tight)
+    monkeypatch.setattr(engine._running.cache, "reserve", tight)
     tickets = [engine.submit(request) for request in asked]
     ended = results(engine)
     assert sorted(ticket for ticket, _ in ended) == tickets, "each ended once"
@@ -97,11 +97,11 @@ def test_a_group_that_finds_no_memory_is_read_in_parts_and_answered_once(
 def test_an_online_request_is_read_next_while_batch_rows_are_prepared(
     engine: ContinuousEngine, alone: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask, may_go_on = engine._asker.ask, threading.Event()
+    ask, may_go_on = engine._preparer.prepare, threading.Event()
     asked = [replace(r, priority=min(i, 1)) for i, r in enumerate(pictured(alone, 8, 6))]
 
-    def slowly(request: Request, ticket: int) -> Future[Asked]:
-        asking, later = ask(request, ticket), Future[Asked]()
+    def slowly(request: Request, ticket: int) -> Future[PreparedRequest]:
+        asking, later = ask(request, ticket), Future[PreparedRequest]()
         if request.priority == 0:
             asking.result()  # is prepared already; of the others nobody is yet
             return asking
@@ -113,11 +113,11 @@ def test_an_online_request_is_read_next_while_batch_rows_are_prepared(
         threading.Thread(target=prepared).start()
         return later
 
-    monkeypatch.setattr(engine._asker, "ask", slowly)
+    monkeypatch.setattr(engine._preparer, "prepare", slowly)
     online, *batch = asked
     tickets = [engine.submit(request) for request in (*batch, online)]
     engine.step()
-    running = {row.asked.ticket for row in engine._rows.rows}
+    running = {running.prepared.ticket for running in engine._running.requests}
     may_go_on.set()
     assert tickets[-1] in running
     assert sorted(ticket for ticket, _ in results(engine)) == tickets

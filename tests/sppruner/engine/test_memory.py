@@ -21,7 +21,7 @@ ENCODINGS = 2**20
 @pytest.mark.timeout(900)
 def test_memory_is_flat_and_no_slot_is_lost_whoever_is_cancelled(tmp_path: Path) -> None:
     loaded = load_model(str(write_folder("llava", tmp_path)))
-    engine = ContinuousEngine(loaded, slots=8, encodings_bytes=ENCODINGS)
+    engine = ContinuousEngine(loaded, slots=8, cache_bytes=ENCODINGS)
     rng = random.Random(11)
     kinds = requests(BatchEngine(loaded), rng, 200)
     held: dict[int, tuple[int, int]] = {}
@@ -34,9 +34,9 @@ def test_memory_is_flat_and_no_slot_is_lost_whoever_is_cancelled(tmp_path: Path)
             ended += sum(update.result is not None for update in engine.poll())
         ended += sum(update.result is not None for update in engine.poll())
         assert engine.in_flight == 0
-        cache = engine._rows.cache
+        cache = engine._running.cache
         assert not any(sum(cache.lengths(slot)) for slot in range(cache.slots))
-        assert engine.encodings.size <= ENCODINGS
+        assert engine.encoder_cache.size <= ENCODINGS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         held[ended + cancelled] = cache.nbytes, peak
     engine.close()

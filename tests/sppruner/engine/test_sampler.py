@@ -9,24 +9,24 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from sppruner.engine.interface import SamplingParams
-from sppruner.engine.sampler import Choice, Sampler
+from sppruner.engine.sampler import Sampler, SamplingState
 from sppruner.errors import UnsupportedModel
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def choices(**generation: Any) -> list[Choice]:
-    return [Choice(SamplingParams(seed=n, **generation), ids=[n, n + 1]) for n in range(5)]
+def choices(**generation: Any) -> list[SamplingState]:
+    return [SamplingState(SamplingParams(seed=n, **generation), ids=[n, n + 1]) for n in range(5)]
 
 
 def test_greedy_takes_the_best_that_may_be_said_and_remembers_it() -> None:
     best = LOGITS.argmax(dim=1).tolist()
     asked = choices()
-    assert Sampler(GenerationConfig(), never=()).choose(LOGITS, asked) == best
+    assert Sampler(GenerationConfig(), suppressed=()).sample(LOGITS, asked) == best
     assert [choice.ids[-1] for choice in asked] == best
     never = [*best[:2], 39]
     allowed = LOGITS.index_fill(1, torch.tensor(never), float("-inf")).argmax(dim=1).tolist()
-    assert Sampler(GenerationConfig(), never=never).choose(LOGITS, choices()) == allowed
+    assert Sampler(GenerationConfig(), suppressed=never).sample(LOGITS, choices()) == allowed
 
 
 def test_a_models_repetition_penalty_counts_each_requests_own_tokens() -> None:
@@ -40,14 +40,14 @@ def test_a_models_repetition_penalty_counts_each_requests_own_tokens() -> None:
         for choice, row in zip(asked, LOGITS, strict=True)
     ]
     assert expected != LOGITS.argmax(dim=1).tolist()
-    assert Sampler(config, never=()).choose(LOGITS, asked) == expected
+    assert Sampler(config, suppressed=()).sample(LOGITS, asked) == expected
 
 
 def test_a_seed_draws_the_same_tokens_in_any_company() -> None:
-    chooser = Sampler(GenerationConfig(), never=())
-    together = chooser.choose(LOGITS, choices(temperature=1.5, top_p=0.9))
+    chooser = Sampler(GenerationConfig(), suppressed=())
+    together = chooser.sample(LOGITS, choices(temperature=1.5, top_p=0.9))
     alone = [
-        chooser.choose(row[None], [choice])[0]
+        chooser.sample(row[None], [choice])[0]
         for row, choice in zip(LOGITS, choices(temperature=1.5, top_p=0.9), strict=True)
     ]
     assert together == alone
@@ -55,12 +55,12 @@ def test_a_seed_draws_the_same_tokens_in_any_company() -> None:
 
 
 def test_top_p_never_draws_from_the_tail() -> None:
-    chooser = Sampler(GenerationConfig(), never=())
+    chooser = Sampler(GenerationConfig(), suppressed=())
     head = LOGITS[:1].softmax(dim=1).sort(descending=True)
     within = head.indices[0, : int((head.values.cumsum(1) < 0.5).sum()) + 1].tolist()
     drawn = {
-        chooser.choose(
-            LOGITS[:1], [Choice(SamplingParams(temperature=1.0, top_p=0.5, seed=n), [])]
+        chooser.sample(
+            LOGITS[:1], [SamplingState(SamplingParams(temperature=1.0, top_p=0.5, seed=n), [])]
         )[0]
         for n in range(200)
     }
@@ -73,4 +73,4 @@ def test_top_p_never_draws_from_the_tail() -> None:
 def test_a_model_that_asks_for_what_is_not_done_is_refused_by_name(asks: dict[str, Any]) -> None:
     (name,) = asks
     with pytest.raises(UnsupportedModel, match=f"{name}=.*BatchEngine"):
-        Sampler(GenerationConfig(**asks), never=())
+        Sampler(GenerationConfig(**asks), suppressed=())

@@ -16,7 +16,7 @@ from sppruner.errors import SpecError
 class Asking:
     number: int
     kind: str = "a"
-    alone: bool = False
+    exclusive: bool = False
     priority: int = 1
     tokens: int = 10
     patches: int = 10
@@ -81,11 +81,11 @@ def test_a_request_larger_than_every_limit_is_read_by_itself() -> None:
 
 
 def test_requests_that_run_by_themselves_stay_together_and_are_read_in_parts() -> None:
-    controls = [Asking(number=n, alone=True) for n in range(5)]
+    controls = [Asking(number=n, exclusive=True) for n in range(5)]
     line = waiting(*controls, limits=PrefillLimits(tokens=20, patches=1000))
     group = line.take(8)
     assert group == controls
-    assert list(line.parts(group)) == [controls[:2], controls[2:4], controls[4:]]
+    assert list(line.split(group)) == [controls[:2], controls[2:4], controls[4:]]
 
 
 def test_one_that_does_not_fit_beside_those_that_run_holds_up_those_behind_it() -> None:

@@ -1,25 +1,25 @@
-"""Drawn scenes as a dataset: held out, in two disjoint splits, with outlines of what is asked."""
+"""Drawn scenes as a dataset: held out, in two disjoint splits, with outlines of the subjects."""
 
 from __future__ import annotations
 
 import pytest
 
 from sppruner.errors import SpecError
-from sppruner.evaluation.drawn_scenes import CAPTION, SPLIT_SCENES, drawn_scenes, subjects
+from sppruner.evaluation.drawn_scenes import CAPTION, SPLIT_SCENES, drawn_scenes, subject_outlines
 from sppruner.tiny.questions import NUMBERS, questions
 from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
 
 
-def test_scenes_are_held_out_whole_and_enough() -> None:
-    asked = drawn_scenes(50, first_scene=7)
-    assert min(int(item.group) for item in asked.items) == HELD_OUT_SEED + 7
-    assert asked.questions >= 50
+def test_scenes_are_held_out_complete_and_reproducible() -> None:
+    dataset = drawn_scenes(50, first_scene=7)
+    assert min(int(item.group) for item in dataset.items) == HELD_OUT_SEED + 7
+    assert dataset.question_count >= 50
     again = drawn_scenes(50, first_scene=7)
-    assert [(i.prompt, i.answers) for i in asked.items] == [
+    assert [(i.prompt, i.answers) for i in dataset.items] == [
         (i.prompt, i.answers) for i in again.items
     ]
-    assert {item.kind for item in asked.items if item.apart} == {CAPTION}
-    assert set(asked.majority()) == {item.kind for item in asked.items}
+    assert {item.kind for item in dataset.items if item.separate} == {CAPTION}
+    assert set(dataset.majority_baseline()) == {item.kind for item in dataset.items}
 
 
 def test_no_scene_is_in_both_splits() -> None:
@@ -31,23 +31,23 @@ def test_no_scene_is_in_both_splits() -> None:
         drawn_scenes(1, first_scene=SPLIT_SCENES)
 
 
-def test_questions_know_the_things_that_decide_them() -> None:
-    """Two for a relation or a neighbour, as many as are counted, none for the ground alone."""
-    found: dict[str, set[int]] = {}
+def test_questions_have_the_outlines_of_the_objects_that_decide_them() -> None:
+    """Two for a relation or a neighbour, the number counted for a count, none for the ground."""
+    counts_by_kind: dict[str, set[int]] = {}
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + 60):
         scene = sample_scene(seed)
         for question in questions(scene):
-            things = len(subjects(scene, question))
+            count = len(subject_outlines(scene, question))
             if question.kind == "count":
-                assert NUMBERS[things] == question.answer
+                assert NUMBERS[count] == question.answer
             elif question.answer != "no":
-                found.setdefault(question.kind, set()).add(things)
-    assert found.pop("background") == {0}
-    assert found.pop("relation") == found.pop("nearest") == {2}
-    assert set(found) == {
+                counts_by_kind.setdefault(question.kind, set()).add(count)
+    assert counts_by_kind.pop("background") == {0}
+    assert counts_by_kind.pop("relation") == counts_by_kind.pop("nearest") == {2}
+    assert set(counts_by_kind) == {
         "size", "existence", "shape", "colour", "position", "text", "behind"
     }  # fmt: skip
-    assert all(counts == {1} for counts in found.values())
+    assert all(counts == {1} for counts in counts_by_kind.values())
 
 
 def test_an_outline_lies_where_the_object_is_drawn() -> None:

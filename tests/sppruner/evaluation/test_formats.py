@@ -1,4 +1,4 @@
-"""Benchmark files are read as their publishers wrote them, and what is wrong is named."""
+"""Benchmark files are read unchanged; the error for a wrong one names the file and the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from sppruner.errors import EvaluationError
 from sppruner.evaluation.dataset import Dataset
-from sppruner.evaluation.formats import FORMATS, SHORT_ANSWER, detect, read_dataset
+from sppruner.evaluation.formats import FORMATS, SHORT_ANSWER, detect_format, read_dataset
 
 TEN = ["red"] * 4 + ["dark red"] * 6
 
@@ -75,7 +75,7 @@ FILES: dict[str, tuple[Any, list[str], Any]] = {
     ),
     "coco-captions": (
         {
-            "images": [{"id": 7, "file_name": "c.jpg"}, {"id": 8, "file_name": "unasked.jpg"}],
+            "images": [{"id": 7, "file_name": "c.jpg"}, {"id": 8, "file_name": "uncaptioned.jpg"}],
             "annotations": [
                 {"image_id": 7, "caption": "a dog"},
                 {"image_id": 7, "caption": "one dog"},
@@ -111,7 +111,7 @@ def read(folder: Path, name: str, **more: Any) -> Dataset:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "coco-captions"])
-def test_a_right_answer_scores_full_and_a_wrong_one_nothing(name: str, tmp_path: Path) -> None:
+def test_a_right_answer_scores_one_and_a_wrong_one_zero(name: str, tmp_path: Path) -> None:
     dataset = read(tmp_path, name)
     (item,) = dataset.items
     assert dataset.metric.score(item.answers[-1], item.answers) == 1.0
@@ -119,7 +119,7 @@ def test_a_right_answer_scores_full_and_a_wrong_one_nothing(name: str, tmp_path:
     assert item.image().size == (4, 4)
 
 
-def test_captions_are_scored_against_all_of_their_image(tmp_path: Path) -> None:
+def test_captions_are_scored_against_all_captions_of_the_image(tmp_path: Path) -> None:
     dataset = read(tmp_path, "coco-captions")
     (item,) = dataset.items
     assert item.answers == ("a dog", "one dog")
@@ -128,8 +128,8 @@ def test_captions_are_scored_against_all_of_their_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_is_told_by_its_keys(name: str) -> None:
-    assert detect(FILES[name][0]) == name
+def test_every_format_is_detected_by_its_keys(name: str) -> None:
+    assert detect_format(FILES[name][0]) == name
 
 
 def test_every_format_is_tested() -> None:
@@ -154,8 +154,8 @@ def test_prompts_end_with_the_instruction(tmp_path: Path) -> None:
 
 def test_questions_about_one_image_are_one_group(tmp_path: Path) -> None:
     arguments = write(tmp_path, "pope")
-    asked = FILES["pope"][0][0]
-    arguments["file"].write_text(json.dumps([asked, {**asked, "question_id": 2}]))
+    question = FILES["pope"][0][0]
+    arguments["file"].write_text(json.dumps([question, {**question, "question_id": 2}]))
     assert len({item.group for item in read_dataset(**arguments).items}) == 1
     assert len(read_dataset(**arguments, limit=1).items) == 1
 
@@ -173,9 +173,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "broken.json"
     file.write_text('{"a": 1\n "b"}')
-    told = refusal(file=file, images=tmp_path, decode=decode)
-    assert "broken.json" in told
-    assert "line 2" in told
+    message = refusal(file=file, images=tmp_path, decode=decode)
+    assert "broken.json" in message
+    assert "line 2" in message
 
 
 def test_an_unknown_file_asks_for_its_format(tmp_path: Path) -> None:
@@ -184,13 +184,13 @@ def test_an_unknown_file_asks_for_its_format(tmp_path: Path) -> None:
     assert "give --format vqav2|gqa" in refusal(file=file, images=tmp_path, decode=decode)
 
 
-def test_a_file_of_another_format_says_what_was_expected(tmp_path: Path) -> None:
+def test_the_error_for_another_format_describes_the_expected_one(tmp_path: Path) -> None:
     arguments = write(tmp_path, "gqa")
-    told = refusal(**arguments, format="textvqa")
-    assert "gqa.json: not textvqa, which is an object with 'data'" in told
+    message = refusal(**arguments, format="textvqa")
+    assert "gqa.json: not textvqa, which is an object with 'data'" in message
 
 
-def test_answers_apart_are_asked_for(tmp_path: Path) -> None:
+def test_a_missing_annotations_file_is_named(tmp_path: Path) -> None:
     arguments = write(tmp_path, "vqav2")
     del arguments["annotations"]
     assert "--annotations" in refusal(**arguments)
@@ -199,7 +199,7 @@ def test_answers_apart_are_asked_for(tmp_path: Path) -> None:
 def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     arguments = write(tmp_path, "gqa")
     (tmp_path / "n16.jpg").unlink()
-    told = refusal(**arguments)
-    assert "n16.jpg" in told
-    assert "--images" in told
+    message = refusal(**arguments)
+    assert "n16.jpg" in message
+    assert "--images" in message
     assert "not a folder" in refusal(**{**arguments, "images": tmp_path / "nowhere"})

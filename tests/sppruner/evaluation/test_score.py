@@ -1,4 +1,4 @@
-"""Scores, intervals and pairing on answers whose mistakes are known."""
+"""Scores, intervals and pairing on answers with known mistakes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image
 from sppruner.evaluation.answering import Answer
 from sppruner.evaluation.dataset import Dataset, Item
 from sppruner.evaluation.metrics import ExactMatch, YesNo
-from sppruner.evaluation.records import ahead_of, row
-from sppruner.evaluation.score import Score
+from sppruner.evaluation.records import paired_differences, result_record
+from sppruner.evaluation.score import SpecScore
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 HALF = PruneSpec(method="grid", budget=Budget(ratio=0.5))
 CAPTION = "caption"
 
 
-def blank() -> Image.Image:
+def blank_image() -> Image.Image:
     return Image.new("RGB", (8, 8))
 
 
@@ -30,8 +30,8 @@ def dataset(scenes: int = 20) -> Dataset:
             kind=kind,
             prompt=f"{kind}?",
             answers=(f"{kind} {scene}",),
-            image=blank,
-            apart=kind == CAPTION,
+            image=blank_image,
+            separate=kind == CAPTION,
         )
         for scene in range(scenes)
         for kind in ("shape", "colour", CAPTION)
@@ -51,72 +51,74 @@ def answer(text: str, **figures: object) -> Answer:
     return Answer(text=text, **(settings | figures))  # type: ignore[arg-type]
 
 
-def score(asked: Dataset, *wrong_per_repeat: Collection[int], spec: PruneSpec = HALF) -> Score:
-    """One repeat per collection of the items that are answered wrongly."""
+def score(
+    questions: Dataset, *wrong_per_repeat: Collection[int], spec: PruneSpec = HALF
+) -> SpecScore:
+    """One repeat per collection of wrongly answered item numbers."""
     repeats = [
         [
             answer("?" if i in wrong else f" {item.answers[0].upper()}. ")
-            for i, item in enumerate(asked.items)
+            for i, item in enumerate(questions.items)
         ]
         for wrong in wrong_per_repeat
     ]
-    return Score(spec=spec, dataset=asked, repeats=repeats)
+    return SpecScore(spec=spec, dataset=questions, repeats=repeats)
 
 
-def test_accuracy_leaves_captions_out_and_averages_over_seeds() -> None:
+def test_accuracy_excludes_captions_and_averages_over_seeds() -> None:
     """Item 0 is wrong under one of two seeds, the caption (item 2) under both."""
-    made = score(dataset(), {2}, {0, 2})
-    assert made.n == 80
-    assert made.accuracy == pytest.approx(1 - 0.5 / 40)
-    assert made.by_type()[CAPTION] == pytest.approx(1 - 1 / 20)
-    assert made.by_type()["colour"] == 1.0
-    assert made.kept_share == 0.5
+    measured = score(dataset(), {2}, {0, 2})
+    assert measured.n == 80
+    assert measured.accuracy == pytest.approx(1 - 0.5 / 40)
+    assert measured.by_type()[CAPTION] == pytest.approx(1 - 1 / 20)
+    assert measured.by_type()["colour"] == 1.0
+    assert measured.kept_share == 0.5
 
 
-def test_a_method_against_itself_is_exactly_one_without_spread() -> None:
-    made = score(dataset(), {0, 9})
-    relative = made.relative_to(made)
+def test_a_score_relative_to_itself_is_exactly_one() -> None:
+    measured = score(dataset(), {0, 9})
+    relative = measured.relative_to(measured)
     assert relative is not None
     assert (relative.value, relative.low, relative.high) == (1.0, 1.0, 1.0)
-    own = made.interval()
-    assert own.low < made.accuracy < own.high
+    own = measured.interval()
+    assert own.low < measured.accuracy < own.high
 
 
-def test_pairing_makes_a_constant_difference_certain() -> None:
+def test_a_constant_difference_has_a_paired_interval_of_width_zero() -> None:
     """Every scene loses one of its two questions: half of dense, on every resample of scenes."""
-    asked = dataset()
-    dense = score(asked, set(), spec=DENSE)
-    half = score(asked, {i for i, item in enumerate(asked.items) if item.kind == "shape"})
-    relative, lead = half.relative_to(dense), half.ahead_of(dense)
+    questions = dataset()
+    dense = score(questions, set(), spec=DENSE)
+    half = score(questions, {i for i, item in enumerate(questions.items) if item.kind == "shape"})
+    relative, difference = half.relative_to(dense), half.difference_to(dense)
     assert relative is not None
     assert (relative.value, relative.low, relative.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert (lead.value, lead.low, lead.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert (difference.value, difference.low, difference.high) == pytest.approx((-0.5, -0.5, -0.5))
 
 
 def test_intervals_resample_scenes_and_not_questions() -> None:
-    """Two questions that are always both wrong or both right carry the information of one."""
-    asked = dataset()
-    together = {i for i, item in enumerate(asked.items) if int(item.group) < 10}
-    alternating = {i for i, item in enumerate(asked.items) if item.kind == "shape"}
-    spread = score(asked, together).interval()
-    none = score(asked, alternating).interval()
+    """Two questions of a scene that are right or wrong together count as one observation."""
+    questions = dataset()
+    together = {i for i, item in enumerate(questions.items) if int(item.group) < 10}
+    alternating = {i for i, item in enumerate(questions.items) if item.kind == "shape"}
+    spread = score(questions, together).interval()
+    none = score(questions, alternating).interval()
     assert spread.high - spread.low > 0.3
     assert none.high == none.low == 0.5
 
 
-def test_a_share_of_nothing_is_not_reported() -> None:
-    asked = dataset(3)
-    nothing = score(asked, set(range(len(asked.items))))
-    told = row("m", nothing, nothing)
-    assert told["relative_to_dense"] is None
-    assert told["worst_type"] is None
+def test_no_share_is_reported_of_a_dense_accuracy_of_zero() -> None:
+    questions = dataset(3)
+    nothing = score(questions, set(range(len(questions.items))))
+    record = result_record("m", nothing, nothing)
+    assert record["relative_to_dense"] is None
+    assert record["worst_type"] is None
 
 
-def test_a_row_holds_what_is_documented() -> None:
-    asked = dataset(4)
-    wrong = {i for i, item in enumerate(asked.items) if item.kind == "shape"}
-    told = row("m", score(asked, wrong), score(asked, set(), spec=DENSE))
-    assert list(told)[:13] == [
+def test_a_record_has_the_documented_keys() -> None:
+    questions = dataset(4)
+    wrong = {i for i, item in enumerate(questions.items) if item.kind == "shape"}
+    record = result_record("m", score(questions, wrong), score(questions, set(), spec=DENSE))
+    assert list(record)[:13] == [
         "model",
         "method",
         "options",
@@ -131,25 +133,29 @@ def test_a_row_holds_what_is_documented() -> None:
         "relative_low",
         "relative_high",
     ]
-    assert told["worst_type"] == {"kind": "shape", "relative": 0.0}
-    assert told["retained"] == 0.5
-    assert told["planted_recall"] is None
+    assert record["worst_type"] == {"kind": "shape", "relative": 0.0}
+    assert record["retained"] == 0.5
+    assert record["planted_recall"] is None
 
 
-def test_figures_of_answers_are_means_over_those_that_have_them() -> None:
-    asked = dataset(1)
-    answers = [answer("a", found=(1.0, 0.5)), answer("b"), answer("c", found=(0.0, 0.0))]
-    made = Score(spec=HALF, dataset=asked, repeats=[answers])
-    told = row("m", made, made)
-    assert told["planted_recall"] == {"any": 1.0, "share": 0.5}  # the caption is apart
+def test_figures_are_means_over_the_answers_that_have_them() -> None:
+    questions = dataset(1)
+    answers = [
+        answer("a", subject_recall=(1.0, 0.5)),
+        answer("b"),
+        answer("c", subject_recall=(0.0, 0.0)),
+    ]
+    measured = SpecScore(spec=HALF, dataset=questions, repeats=[answers])
+    record = result_record("m", measured, measured)
+    assert record["planted_recall"] == {"any": 1.0, "share": 0.5}  # the caption is separate
 
 
 def test_methods_are_compared_at_one_budget_only() -> None:
-    asked = dataset(5)
+    questions = dataset(5)
     other = PruneSpec(method="topk", budget=Budget(ratio=0.5))
     elsewhere = PruneSpec(method="topk", budget=Budget(ratio=0.25))
-    scores = [score(asked, {0}), score(asked, set(), spec=other)]
-    pairs = ahead_of("m", [*scores, score(asked, set(), spec=elsewhere)])
+    scores = [score(questions, {0}), score(questions, set(), spec=other)]
+    pairs = paired_differences("m", [*scores, score(questions, set(), spec=elsewhere)])
     assert [(pair["method"], pair["other"]) for pair in pairs] == [
         ("grid", "topk"),
         ("topk", "grid"),
@@ -159,11 +165,13 @@ def test_methods_are_compared_at_one_budget_only() -> None:
 
 
 def test_pope_reports_f1_and_the_share_of_yes() -> None:
-    """Two of three answers say yes, one rightly: precision 1/2, recall 1."""
-    told = YesNo().summary(["yes", "Yes.", "no"], [("yes",), ("no",), ("no",)])
-    assert told == pytest.approx({"f1": 2 / 3, "precision": 0.5, "recall": 1.0, "yes_ratio": 2 / 3})
+    """Two of three answers are yes, one of them right: precision 1/2, recall 1."""
+    record = YesNo().summary(["yes", "Yes.", "no"], [("yes",), ("no",), ("no",)])
+    assert record == pytest.approx(
+        {"f1": 2 / 3, "precision": 0.5, "recall": 1.0, "yes_ratio": 2 / 3}
+    )
 
 
-def test_the_majority_answer_is_what_guessing_would_score() -> None:
-    asked = dataset(4)
-    assert asked.majority() == {"shape": 0.25, "colour": 0.25, CAPTION: 0.25}
+def test_the_majority_baseline_is_the_accuracy_of_the_most_frequent_answer() -> None:
+    questions = dataset(4)
+    assert questions.majority_baseline() == {"shape": 0.25, "colour": 0.25, CAPTION: 0.25}

@@ -1,4 +1,4 @@
-"""Every family under test by name, and a pruner of each that tests share."""
+"""The families under test by name, and one shared pruner of each."""
 
 import functools
 
@@ -31,7 +31,7 @@ FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _
 
 
 def pruner_of(family: str, attention: str = "sdpa") -> Pruner:
-    """A pruner of the family's tiny model, built once: a test leaves it as it was."""
+    """A pruner of the family's tiny model, built once and shared: tests must not modify it."""
     return _built(family, attention)
 
 

@@ -1,4 +1,4 @@
-"""Batches of images cut into tiles by their size (LLaVA-NeXT, LLaVA-OneVision)."""
+"""Batches of images tiled by their size (LLaVA-NeXT, LLaVA-OneVision)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def tiled_batch(
     tile: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Every image is cut into tiles, as the processors do with a flat list of images.
+    """Prompts whose images are all cut into tiles, as the processors do with a flat list of images.
 
-    sizes: (height, width) of the images in turn → (tiles, visual tokens). tile: its side.
+    sizes: (height, width) of the images, used in turn → (tiles, visual tokens). tile: side of a
+    tile in pixels.
     """
     total = sum(images_per_row)
     used = [list(sizes)[i % len(sizes)] for i in range(total)]
@@ -30,7 +31,7 @@ def tiled_batch(
     if total:
         generator = torch.Generator().manual_seed(seed)
         counts = [sizes[size][0] for size in used]
-        # Images of fewer tiles are filled up with zeros.
+        # Images with fewer tiles are padded with zeros.
         pixels = torch.zeros(total, max(counts), 3, tile, tile)
         for image, count in enumerate(counts):
             pixels[image, :count] = torch.randn(count, 3, tile, tile, generator=generator)

@@ -1,5 +1,5 @@
-"""Model folders of every family as they lie on the Hub, tiny and random: weights, configs, a
-tokenizer with the family's special tokens, the processor's settings and a chat template."""
+"""Tiny random model folders of every family with the Hub's layout: weights, configs, a tokenizer
+with the family's special tokens, the processor's settings and a chat template."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _VOCABULARY = 64  # of every model under test
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderParts:
-    """What differs from family to family.
-
-    special: special tokens and their ids. named: those that the processor asks the tokenizer for,
-    by attribute. image: what the chat template writes for an image. images: settings of the image
-    processor (preprocessor_config.json). processor: those of the processor itself.
-    """
+    """The parts of a folder that differ between families."""
 
     special: Mapping[str, int]
+    """Special tokens and their ids."""
     image: str
+    """The chat template's text for an image."""
     images: Mapping[str, Any]
+    """Settings of the image processor (preprocessor_config.json)."""
     processor: Mapping[str, Any]
+    """Settings of the processor (processor_config.json)."""
     named: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that the processor reads from the tokenizer by attribute name."""
 
 
 def _square(side: int) -> dict[str, int]:
@@ -152,7 +152,7 @@ PARTS: dict[str, FolderParts] = {
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
 }
-# Class names as the configs on the Hub have them.
+# Class names as in the configs on the Hub.
 _PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -167,7 +167,7 @@ _PROCESSORS = {
 
 
 def tokenizer_of(parts: FolderParts) -> PreTrainedTokenizerFast:
-    """One token a character, and the special tokens at the ids the model knows them by."""
+    """One token per character, and the special tokens at the model's ids."""
     fixed = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": 3, **parts.special}
     free = [number for number in range(_VOCABULARY) if number not in fixed.values()]
     characters = f"{string.ascii_lowercase}{string.digits} \n.,?!:-"
@@ -183,7 +183,7 @@ def tokenizer_of(parts: FolderParts) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens=dict(parts.named) or list(parts.special),
         model_input_names=["input_ids", "attention_mask"],
-        # SamplingParams pads on the left, whatever a folder says.
+        # Loading sets left padding, whatever a folder's setting is.
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

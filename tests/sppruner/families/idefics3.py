@@ -1,5 +1,5 @@
-"""Idefics3 and SmolVLM: images of one or three tiles, 16 tokens of 2×2 patches a tile, with the
-processor's words between the tiles."""
+"""Idefics3 and SmolVLM: images of one or three tiles, 16 tokens of 2×2 patches per tile, with the
+processor's text tokens between the tiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from tests.sppruner.families.base import (
 IMAGE, FRAME, GLOBAL, LINE, FIRST, SECOND = 5, 6, 7, 8, 9, 10
 SIDE, TILE = 8, 32
 TOKENS = (SIDE // 2) ** 2
-TILES = [3, 1]  # Of the images in turn.
+TILES = [3, 1]
+"""Tiles of the images, used in turn."""
+
 _MODELS = {
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
@@ -55,7 +57,7 @@ def build(attention: str = "sdpa", *, seed: int = 0, name: str = "idefics3") -> 
 
 
 def image_ids(tiles: int) -> list[int]:
-    """An image as the processor writes it: alone, or cut in two beside a smaller whole."""
+    """The ids that the processor writes for an image: one tile, or two and a view of the whole."""
     whole = [FRAME, GLOBAL, *[IMAGE] * TOKENS, FRAME]
     if tiles == 1:
         return whole

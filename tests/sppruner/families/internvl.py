@@ -1,4 +1,4 @@
-"""InternVL: images of one to three tiles, 16 tokens of 2×2 patches a tile."""
+"""InternVL: images of one to three tiles, 16 tokens of 2×2 patches per tile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.sppruner.families.base import (
 IMAGE, START, END = 5, 6, 7
 SIDE, TILE = 8, 32
 TOKENS = (SIDE // 2) ** 2
-TILES = [3, 1, 2]  # Of the images in turn.
+TILES = [3, 1, 2]
+"""Tiles of the images, used in turn."""
 
 
 def build(attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
@@ -45,7 +46,8 @@ def build(attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
         **options,
     )
     model = InternVLForConditionalGeneration(config)
-    # Both start at zero; patches would not know where they are, nor the CLS token what to ask.
+    # Both are initialised to zero, which leaves patches without position and the CLS token without
+    # a query.
     embeddings = model.model.vision_tower.embeddings
     torch.nn.init.normal_(embeddings.position_embeddings)
     torch.nn.init.normal_(embeddings.cls_token)

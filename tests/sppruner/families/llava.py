@@ -1,4 +1,4 @@
-"""LLaVA-1.5: 16 visual tokens an image, a CLS token, grouped-query attention."""
+"""LLaVA-1.5: 16 visual tokens per image, a CLS token, grouped-query attention."""
 
 from __future__ import annotations
 

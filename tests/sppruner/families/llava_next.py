@@ -25,7 +25,6 @@ from tests.sppruner.families.base import (
 IMAGE = 5
 SIDE, TILE = 4, 16
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
-# (height, width) of the images in turn → (tiles, visual tokens), as the processor counts them.
 SIZES = {
     (40, 25): (5, 72),
     (16, 64): (4, 68),
@@ -33,6 +32,7 @@ SIZES = {
     (20, 33): (5, 52),
     (30, 30): (5, 88),
 }
+"""(height, width) of the images, used in turn → (tiles, visual tokens), as the processor counts."""
 
 
 def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -2) -> Any:

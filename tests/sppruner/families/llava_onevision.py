@@ -25,9 +25,9 @@ from tests.sppruner.families.base import (
 IMAGE, VIDEO = 5, 6
 SIDE, TILE = 4, 16
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32], [48, 16], [16, 48], [48, 48], [32, 48]]
-# (height, width) of the images in turn → (tiles, visual tokens), as the processor counts them:
-# pooled; unpadded to a strip; pooled after unpadding; one tile beside the view.
 SIZES = {(48, 48): (10, 46), (13, 64): (4, 42), (40, 20): (10, 56), (7, 5): (2, 28)}
+"""(height, width) of the images, used in turn → (tiles, visual tokens), as the processor counts:
+pooled; unpadded to a strip; pooled after unpadding; one tile and the low-resolution view."""
 
 
 def build(attention: str = "sdpa", *, seed: int = 0, feature_layer: int = -1) -> Any:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with windows of 2 × 2 tokens in all but one block of the tower."""
+"""Qwen2.5-VL: Qwen2-VL with windows of 2 × 2 tokens in all but one block of the tower."""
 
 from __future__ import annotations
 

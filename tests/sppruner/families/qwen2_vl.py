@@ -25,8 +25,9 @@ from tests.sppruner.families.base import (
 
 IMAGE, VIDEO, START, END = 4, 5, 6, 7
 PATCH, FRAMES, MERGE = 4, 2, 2
-# (rows, columns) of patches of the images in turn; the third is wider than four windows of 2 × 2.
 GRIDS = [(6, 8), (4, 6), (6, 10), (10, 8)]
+"""(rows, columns) of patches of the images, used in turn; the third is wider than four windows of
+2 × 2."""
 
 SPECIAL = {
     "image_token_id": IMAGE,

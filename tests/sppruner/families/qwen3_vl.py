@@ -1,4 +1,4 @@
-"""Qwen3-VL: as Qwen2-VL, with DeepStack behind the first two of four decoder layers."""
+"""Qwen3-VL: Qwen2-VL with DeepStack after the first two of four decoder layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt cut out of a batch, with its images, whatever a family's pixels look like."""
+"""Extracts one prompt with its images from a batch, for every family's pixel layout."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _STACKED_BY_PROMPT = ("idefics3", "smolvlm")
 
 
 def one_row(adapter: Adapter, inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-    """The inputs of prompt `row` alone; its padding stays, so that lengths are the batch's."""
-    alone = {name: inputs[name][row : row + 1] for name in _PER_TOKEN if name in inputs}
+    """The inputs of prompt `row` only. Its padding stays, so that its length is the batch's."""
+    extracted = {name: inputs[name][row : row + 1] for name in _PER_TOKEN if name in inputs}
     shapes = adapter.shapes(inputs)
-    mine = [i for i, (at, _) in enumerate(shapes) if at == row]
-    if not mine:
-        return alone
-    first, last = mine[0], mine[-1] + 1
+    own = [i for i, (at, _) in enumerate(shapes) if at == row]
+    if not own:
+        return extracted
+    first, last = own[0], own[-1] + 1
     images = len(shapes)
-    # Elsewhere pixels are stacked by image, by tile or by patch.
+    # In the other families pixels are stacked by image, by tile or by patch.
     sizes = [
         [1] * images,
         [shape.tiles for _, shape in shapes],
@@ -31,8 +31,8 @@ def one_row(adapter: Adapter, inputs: Mapping[str, Tensor], row: int) -> dict[st
         if name in _PER_TOKEN:
             continue
         if adapter.capabilities.family in _STACKED_BY_PROMPT:
-            alone[name] = value[row : row + 1]
+            extracted[name] = value[row : row + 1]
             continue
         size = next(s for s in sizes if sum(s) == value.shape[0])
-        alone[name] = value[sum(size[:first]) : sum(size[:last])]
-    return alone
+        extracted[name] = value[sum(size[:first]) : sum(size[:last])]
+    return extracted

@@ -1,4 +1,4 @@
-"""SmolVLM: Idefics3's layout in a model class of its own."""
+"""SmolVLM: Idefics3's layout with its own model class."""
 
 from __future__ import annotations
 

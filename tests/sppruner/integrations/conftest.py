@@ -1,4 +1,4 @@
-"""lmms-eval itself where it is installed, else what its 0.7 documents of the interface."""
+"""A stand-in for lmms-eval 0.7's documented interface, used if lmms-eval is not installed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if importlib.util.find_spec("lmms_eval") is None:
         @classmethod
         def create_from_arg_string(cls, text: str, additional_config: Any = None) -> Any:
             pairs = (pair.split("=") for pair in text.split(","))
-            given = {k: v for k, v in (additional_config or {}).items() if v is not None}
-            return cls(**{name: value for name, value in pairs}, **given)
+            settings = {k: v for k, v in (additional_config or {}).items() if v is not None}
+            return cls(**{name: value for name, value in pairs}, **settings)
 
     class CacheHook:
         def add_partial(self, attribute: str, request: Any, result: Any) -> None:
-            """Nothing is cached here."""
+            """Caches nothing."""
 
     @dataclass
     class TokenCounts:
@@ -65,9 +65,9 @@ if importlib.util.find_spec("lmms_eval") is None:
         simple_class_path: str | None = None
 
     def module(name: str, **members: Any) -> None:
-        made = ModuleType(name)
-        vars(made).update(members)
-        sys.modules[name] = made
+        stand_in = ModuleType(name)
+        vars(stand_in).update(members)
+        sys.modules[name] = stand_in
 
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models"):
         module(name, __path__=[])

@@ -1,4 +1,4 @@
-"""The lmms-eval model answers as the engine does, under the spec of its arguments."""
+"""The lmms-eval model gives the engine's answers under the spec in its arguments."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sppruner.models.loading import EMBEDDED
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 SPARSE = PruneSpec(method="grid", budget=Budget(ratio=0.1))
-ITEMS = [item for item in drawn_scenes(10).items if not item.apart]
+ITEMS = [item for item in drawn_scenes(10).items if not item.separate]
 
 
 @pytest.fixture(scope="module")
 def model() -> PrunedModel:
-    made = PrunedModel(pretrained=EMBEDDED, method="grid", retain=0.1, batch_size=4)
-    made.task_dict = {"scenes": {"test": [{"image": item.image()} for item in ITEMS]}}
-    return made
+    pruned = PrunedModel(pretrained=EMBEDDED, method="grid", retain=0.1, batch_size=4)
+    pruned.task_dict = {"scenes": {"test": [{"image": item.image()} for item in ITEMS]}}
+    return pruned
 
 
 def instance(number: int, context: str, visual: Any = None, **settings: Any) -> Instance:
@@ -38,8 +38,8 @@ def instance(number: int, context: str, visual: Any = None, **settings: Any) -> 
     )
 
 
-def test_answers_are_those_of_the_engine_in_order(model: PrunedModel) -> None:
-    asked = [instance(i, item.prompt, max_new_tokens=8) for i, item in enumerate(ITEMS)]
+def test_answers_equal_the_engine_s_in_order(model: PrunedModel) -> None:
+    instances = [instance(i, item.prompt, max_new_tokens=8) for i, item in enumerate(ITEMS)]
     requests = [
         Request(
             id=item.id,
@@ -51,24 +51,24 @@ def test_answers_are_those_of_the_engine_in_order(model: PrunedModel) -> None:
         for item in ITEMS
     ]
     results = BatchEngine(EMBEDDED).run(requests)
-    answers = model.generate_until(asked)
+    answers = model.generate_until(instances)
     assert [answer.text for answer in answers] == [result.text for result in results]
     counts = answers[0].token_counts
     assert counts is not None
     assert counts.input_tokens == results[0].prompt_tokens
 
 
-def test_arguments_name_a_spec_and_its_options() -> None:
+def test_arguments_become_a_spec_with_its_options() -> None:
     text = f"pretrained={EMBEDDED},method=sppruner,retain=0.25,relevance=none"
-    made = PrunedModel.create_from_arg_string(text, {"batch_size": 2, "device": None})
-    assert made.spec == PruneSpec(
+    pruned = PrunedModel.create_from_arg_string(text, {"batch_size": 2, "device": None})
+    assert pruned.spec == PruneSpec(
         method="sppruner", budget=Budget(ratio=0.25), options={"relevance": "none"}
     )
-    assert made.engine.slots == 2
+    assert pruned.engine.slots == 2
     assert PrunedModel(pretrained=EMBEDDED, method="none").spec == DENSE
 
 
-def test_a_placeholder_in_front_of_the_words_is_the_image_that_is_given(
+def test_a_placeholder_before_the_prompt_stands_for_the_task_s_image(
     model: PrunedModel,
 ) -> None:
     plain, marked = model.generate_until(
@@ -80,7 +80,7 @@ def test_a_placeholder_in_front_of_the_words_is_the_image_that_is_given(
     assert plain.text == marked.text
 
 
-def test_an_answer_ends_in_front_of_a_stop_string(model: PrunedModel) -> None:
+def test_an_answer_ends_before_a_stop_string(model: PrunedModel) -> None:
     (whole,) = model.generate_until([instance(0, "describe the image.", max_new_tokens=24)])
     word = whole.text.split()[2]
     (cut,) = model.generate_until(
@@ -97,7 +97,7 @@ def test_an_answer_ends_in_front_of_a_stop_string(model: PrunedModel) -> None:
         ({"context": "look <image> here"}, InputError),
     ],
 )
-def test_what_cannot_be_asked_is_an_error(
+def test_unsupported_requests_raise(
     model: PrunedModel, settings: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
@@ -115,7 +115,7 @@ def test_unknown_options_and_several_processes_are_refused(
 
 
 def test_the_manifest_names_a_class_that_exists() -> None:
-    made = manifest()
-    module, name = str(made.simple_class_path).rsplit(".", 1)
-    assert made.model_id == "sppruner"
+    found = manifest()
+    module, name = str(found.simple_class_path).rsplit(".", 1)
+    assert found.model_id == "sppruner"
     assert getattr(importlib.import_module(module), name) is PrunedModel

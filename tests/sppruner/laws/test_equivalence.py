@@ -16,8 +16,9 @@ from torch import Tensor
 
 import sppruner.pruner
 from sppruner import Budget, Pruner, PruneSpec
+from sppruner.compact import compact
 from sppruner.errors import MissingSignal
-from sppruner.spec import DENSE
+from sppruner.spec import DENSE, OptionValue
 from tests.sppruner.families import FAMILIES, Family
 from tests.sppruner.families.rows import one_row
 from tests.sppruner.laws import test_staged_equivalence as stages_equivalence
@@ -43,7 +44,8 @@ def settings(family: Family, **extra: Any) -> dict[str, Any]:
 
 
 def spec(method: str, ratio: float | None = None, **budget: Any) -> PruneSpec:
-    options = {"relevance": "none", "kappa": 0.0} if method == "sppruner" else {}
+    plain: dict[str, OptionValue] = {"relevance": "none", "kappa": 0.0}
+    options = plain if method == "sppruner" else {}
     return PruneSpec(method=method, budget=Budget(ratio=ratio, **budget), options=options)
 
 
@@ -54,15 +56,14 @@ def logits(output: Any) -> Tensor:
 def kept_mask(pruner: Pruner, inputs: Any, specs: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """[B, S]: the tokens of the full prompt that the pruner's packed prompt holds."""
     seen: list[Tensor] = []
-    plain = sppruner.pruner.compact
 
     def recording(**arguments: Any) -> Any:
         seen.append(arguments["keep_BS"])
-        return plain(**arguments)
+        return compact(**arguments)
 
     monkeypatch.setattr(sppruner.pruner, "compact", recording)
     pruner.prepare(inputs, specs)
-    monkeypatch.setattr(sppruner.pruner, "compact", plain)
+    monkeypatch.setattr(sppruner.pruner, "compact", compact)
     return seen[0].to(torch.int64)
 
 

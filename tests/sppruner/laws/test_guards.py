@@ -102,7 +102,7 @@ def test_a_packed_batch_always_brings_its_positions_and_its_mask(family: str) ->
 @families
 def test_a_batch_without_images_is_plain_generate(family: str) -> None:
     pruner, inputs = pruner_of(family), FAMILIES[family].batch([0, 0, 0])
-    settings = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [2]}
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [2]}
     plain = pruner.model.generate(**inputs, **settings)
     pruned = pruner.generate(inputs, PRUNED, **settings)
     assert pruned.tokens_BT.equal(plain[:, inputs["input_ids"].shape[1] :])

@@ -30,11 +30,11 @@ IMPORTED: dict[tuple[str, str], set[str]] = {
         "original_size",
         "possible_resolutions",
     },
-    # engine/processors.py
+    # models/processors.py
     ("models.auto.processing_auto", "PROCESSOR_MAPPING"): set(),
     ("processing_utils", "ProcessorMixin"): set(),
     ("utils", "is_torchvision_available"): set(),
-    # engine/reduction.py
+    # models/jpeg_scaling.py
     ("image_processing_utils", "get_patch_output_size"): {
         "image",
         "target_resolution",

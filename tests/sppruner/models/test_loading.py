@@ -1,4 +1,4 @@
-"""A model's revision pins its content; what cannot be loaded says why."""
+"""A model's revision pins its content; an error says why a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.sppruner.families.folders import write_folder
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What `resolve_model` looks at; it reads no weights."""
+    """The files that `resolve_model` reads; it loads no weights."""
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llava"}')
@@ -46,7 +46,7 @@ def test_a_folder_is_pinned_by_its_weights_and_settings(folder: Path) -> None:
     assert revision(folder) not in (before, changed)
 
 
-def test_notes_hidden_files_and_the_place_do_not_change_the_revision(folder: Path) -> None:
+def test_notes_hidden_files_and_location_do_not_change_the_revision(folder: Path) -> None:
     before = revision(folder)
     (folder / "README.md").write_text("more about")
     History(language=1, vision=1, sharpen=1, joint=1, note="by hand").write(folder)
@@ -64,7 +64,7 @@ def test_a_renamed_file_changes_the_revision(folder: Path) -> None:
     assert revision(folder) != before
 
 
-def test_only_the_history_of_training_is_a_note_among_the_json_files(folder: Path) -> None:
+def test_every_json_file_but_the_training_history_changes_the_revision(folder: Path) -> None:
     before = revision(folder)
     (folder / "tokenizer.json").write_text("{}")
     assert revision(folder) != before
@@ -77,7 +77,7 @@ def test_a_folder_with_a_hidden_name_is_still_pinned_by_its_weights(folder: Path
     assert revision(hidden) != before
 
 
-def test_a_folder_of_another_revision_than_asked_for_is_refused(folder: Path) -> None:
+def test_a_folder_of_another_revision_is_refused(folder: Path) -> None:
     held = revision(folder)
     assert resolve_model(str(folder), held).revision == held
     (folder / "model.safetensors").write_bytes(b"weighty")
@@ -86,14 +86,14 @@ def test_a_folder_of_another_revision_than_asked_for_is_refused(folder: Path) ->
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_folder_that_holds_no_model_says_what_is_missing(folder: Path, missing: str) -> None:
+def test_an_incomplete_folder_is_refused_with_what_is_missing(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     with pytest.raises(UnsupportedModel, match=missing.replace("model", "")):
         resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("name", ["someone/no-such-model", "no/such/folder", "../nowhere"])
-def test_a_name_that_cannot_be_had_offline_fails_at_once(
+def test_an_unknown_name_fails_at_once_when_offline(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -119,16 +119,16 @@ def drawn(seed: int, width: int, height: int) -> Image.Image:
 
 def requests(spec: PruneSpec) -> list[Request]:
     """Images of different sizes and shapes, one row with two of them, one with none."""
-    images = [(drawn(1, 50, 30),), (drawn(2, 24, 60), drawn(3, 33, 33)), ()]
+    groups = [(drawn(1, 50, 30),), (drawn(2, 24, 60), drawn(3, 33, 33)), ()]
     return [
         Request(
-            id=str(len(seen)),
-            prompt=f"what is in {len(seen)}?",
-            images=seen,
+            id=str(len(images)),
+            prompt=f"what is in {len(images)}?",
+            images=images,
             spec=spec,
             generation=SamplingParams(max_new_tokens=4),
         )
-        for seen in images
+        for images in groups
     ]
 
 
@@ -144,11 +144,11 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_folder_of_every_family_loads_without_torchvision_and_answers(
     engine: BatchEngine, ratio: float | None
 ) -> None:
-    """Together and alone alike, which needs padding on the left and pixels in prompt order."""
+    """In a batch as by themselves, which needs left padding and pixels in prompt order."""
     spec = DENSE if ratio is None else PruneSpec(method="grid", budget=Budget(ratio=ratio))
-    asked = requests(spec)
-    together = engine.run(asked)
-    for one, result in zip(asked, together, strict=True):
+    batch = requests(spec)
+    together = engine.run(batch)
+    for one, result in zip(batch, together, strict=True):
         assert result.error_message is None
         assert result.visual_tokens >= 16 * len(one.images)
         if ratio is None:
@@ -156,43 +156,43 @@ def test_a_folder_of_every_family_loads_without_torchvision_and_answers(
         else:
             wanted = ratio * result.visual_tokens
             assert abs(result.visual_tokens_kept - wanted) <= 0.5 * len(one.images)
-        (alone,) = engine.run([one])
-        assert alone.text == result.text
-        assert alone.prompt_tokens == result.prompt_tokens
+        (single,) = engine.run([one])
+        assert single.text == result.text
+        assert single.prompt_tokens == result.prompt_tokens
 
 
 def test_a_warm_up_answers_dense_and_pruned_and_changes_no_later_answer(
     engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = requests(DENSE) + requests(PruneSpec(method="grid", budget=Budget(ratio=0.25)))
-    before = engine.run(asked)
+    batch = requests(DENSE) + requests(PruneSpec(method="grid", budget=Budget(ratio=0.25)))
+    before = engine.run(batch)
     warmed: list[tuple[PruneSpec, Result]] = []
 
-    def noting(batch: list[Request]) -> list[Result]:
-        results = BatchEngine.run(engine, batch)
-        warmed.extend((one.spec, result) for one, result in zip(batch, results, strict=True))
+    def recording(given: list[Request]) -> list[Result]:
+        results = BatchEngine.run(engine, given)
+        warmed.extend((one.spec, result) for one, result in zip(given, results, strict=True))
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", noting)
+        patch.setattr(engine, "run", recording)
         engine.warm_up()
     assert {spec.is_dense for spec, _ in warmed} == {True, False}
     for spec, result in warmed:
         assert result.completion_tokens > 0
         assert result.visual_tokens > 0
         assert (result.visual_tokens_kept < result.visual_tokens) == (not spec.is_dense)
-    after = engine.run(asked)
+    after = engine.run(batch)
     assert [replace(r, seconds=0) for r in after] == [replace(r, seconds=0) for r in before]
 
 
-def test_words_that_stand_for_an_image_or_a_video_are_refused_and_never_said(
+def test_placeholders_of_images_and_videos_are_refused_and_never_generated(
     engine: BatchEngine,
 ) -> None:
     processor, config = engine._processor, engine._model.config
     (one, *_) = requests(DENSE)
-    never_said = engine._generate_kwargs(one.generation)["suppress_tokens"]
-    assert config.image_token_id in never_said
-    assert getattr(config, "video_token_id", config.image_token_id) in never_said
+    suppressed = engine._generate_kwargs(one.generation)["suppress_tokens"]
+    assert config.image_token_id in suppressed
+    assert getattr(config, "video_token_id", config.image_token_id) in suppressed
     words = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
     for word in filter(None, words):
         for hostile in (replace(one, prompt=f"what is {word}?"), replace(one, system=word)):
@@ -201,7 +201,7 @@ def test_words_that_stand_for_an_image_or_a_video_are_refused_and_never_said(
             assert word in str(result.error_message)
 
 
-def test_a_processor_without_torchvision_says_that_it_takes_no_videos(tmp_path: Path) -> None:
+def test_a_processor_without_torchvision_refuses_videos(tmp_path: Path) -> None:
     processor = load_processor(resolve_model(str(write_folder("qwen2_vl", tmp_path))))
     video = torch.zeros(2, 3, 16, 16)
     with pytest.raises(InputError, match="images only"):

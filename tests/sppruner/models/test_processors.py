@@ -1,5 +1,5 @@
 """Batches of the families' real image processors, for odd sizes: shapes, counts and placeholders
-agree, and the pruned prompt is what the budget says."""
+agree, and the pruned prompt meets its budget."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def picture(size: tuple[int, int]) -> Image.Image:
-    """Noise of (height, width), other noise for every call."""
+    """Noise of (height, width), different for every call."""
     return Image.fromarray(RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
@@ -158,7 +158,7 @@ def inputs(family: str, no_video: None) -> dict[str, Tensor]:
     return processed(family, ROWS)
 
 
-def test_every_image_has_the_places_it_has_in_a_prompt_of_its_own(
+def test_an_image_has_as_many_placeholders_as_in_a_prompt_of_its_own(
     family: str, inputs: dict[str, Tensor]
 ) -> None:
     adapter = adapter_for(FAMILIES[family].build())
@@ -168,8 +168,8 @@ def test_every_image_has_the_places_it_has_in_a_prompt_of_its_own(
         if family == "llava_onevision" and len(ROWS[row]) > 1:
             assert shape.tokens == 17, "images that share a prompt are not cut up"
             continue
-        alone = processed(family, [[size]])
-        assert shape.tokens == int(adapter.placeholders(alone["input_ids"]).sum())
+        single = processed(family, [[size]])
+        assert shape.tokens == int(adapter.placeholders(single["input_ids"]).sum())
     in_prompt = adapter.placeholders(inputs["input_ids"]).sum(dim=1).tolist()
     for row, expected in enumerate(in_prompt):
         assert sum(shape.tokens for at, shape in shapes if at == row) == expected

@@ -1,4 +1,4 @@
-"""Where tokens lie in the image: boxes of planes, and tokens under an outline."""
+"""Positions of tokens in the image: boxes of planes, and tokens covered by an outline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sppruner.adapters.base import raster
-from sppruner.pictures.geometry import WHOLE, covered, plane_boxes, seen
+from sppruner.pictures.geometry import WHOLE, covered_tokens, plane_boxes, visible_crop
 from sppruner.types import VisualTokens
 
 
@@ -22,7 +22,7 @@ def plane(rows: int, columns: int) -> VisualTokens:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_one_or_two_planes_are_views_of_the_whole(count: int) -> None:
+def test_one_or_two_planes_are_views_of_the_whole_image(count: int) -> None:
     assert plane_boxes([plane(4, 4)] * count, (30, 20)) == [WHOLE] * count
 
 
@@ -35,10 +35,10 @@ def test_one_or_two_planes_are_views_of_the_whole(count: int) -> None:
         ((100, 600), (6, 1)),
     ],
 )
-def test_tiles_take_the_grid_closest_to_the_image(
+def test_tiles_form_the_grid_of_the_closest_aspect_ratio(
     size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
-    """Six tiles and a view of the whole; wide images lie in wide grids."""
+    """Six tiles and a view of the whole image; a wide image has a wide grid."""
     boxes = plane_boxes([plane(4, 4)] * 7, size)
     rows, columns = grid
     assert boxes[-1] == WHOLE
@@ -51,36 +51,36 @@ def test_tiles_take_the_grid_closest_to_the_image(
 
 def test_an_outline_covers_the_tokens_under_it() -> None:
     """The lower right quarter of the image on a grid of four by six."""
-    (mask_N,) = covered([(0.5, 0.5), (1, 0.5), (1, 1), (0.5, 1)], [plane(4, 6)], [WHOLE])
+    (mask_N,) = covered_tokens([(0.5, 0.5), (1, 0.5), (1, 1), (0.5, 1)], [plane(4, 6)], [WHOLE])
     expected = np.zeros((4, 6), dtype=bool)
     expected[2:, 3:] = True
     assert (mask_N.reshape(4, 6) == expected).all()
 
 
-def test_something_tiny_is_still_covered_by_one_token() -> None:
-    (mask_N,) = covered([(0.1, 0.1), (0.11, 0.1), (0.11, 0.11)], [plane(4, 4)], [WHOLE])
+def test_an_outline_smaller_than_a_patch_covers_one_token() -> None:
+    (mask_N,) = covered_tokens([(0.1, 0.1), (0.11, 0.1), (0.11, 0.11)], [plane(4, 4)], [WHOLE])
     assert mask_N.nonzero()[0].tolist() == [0]
 
 
-def test_a_tile_that_an_outline_misses_is_not_covered() -> None:
+def test_an_outline_covers_no_token_of_a_tile_outside_it() -> None:
     left = (0.0, 0.0, 0.5, 1.0)
     right = (0.5, 0.0, 1.0, 1.0)
     corners = [(0.6, 0.1), (0.9, 0.1), (0.9, 0.9), (0.6, 0.9)]
-    missed, hit = covered(corners, [plane(2, 2)] * 2, [left, right])
+    missed, hit = covered_tokens(corners, [plane(2, 2)] * 2, [left, right])
     assert not missed.any()
     assert hit.all()
 
 
-def test_a_processor_that_cuts_out_the_centre_sees_only_that() -> None:
-    class Cuts:
+def test_the_visible_crop_is_the_centre_square_of_a_cropping_processor() -> None:
+    class Crops:
         do_center_crop = True
 
-    class Tiles(Cuts):
+    class Tiles(Crops):
         image_grid_pinpoints = ((16, 16),)
 
     image = Image.new("RGB", (60, 40))
     image.paste("red", (10, 0, 50, 40))
-    assert seen(image, object()) is seen(image, Tiles()) is image
-    view = seen(image, Cuts())
+    assert visible_crop(image, object()) is visible_crop(image, Tiles()) is image
+    view = visible_crop(image, Crops())
     assert view.size == (40, 40)
     assert view.getcolors() == [(1600, (255, 0, 0))]

@@ -1,4 +1,4 @@
-"""The picture shows what is kept, as what, and nothing else."""
+"""The picture shows the kept tokens by kind, and fades the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from sppruner.errors import InputError
 from sppruner.evaluation import drawn_scenes
 from sppruner.models.loading import EMBEDDED, load_model
 from sppruner.pictures.overlay import (
-    counts_of,
+    count_kinds,
     legend,
     overlay,
-    overlay_of,
-    selections_as_told,
-    selections_of,
+    prepare_image,
+    selections_from_report,
 )
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
@@ -30,7 +29,7 @@ Pair = tuple[VisualTokens, Selection]
 
 
 def pair(kept: list[int], *, focus: list[bool] | None = None, merged: list[int] = []) -> Pair:  # noqa: B006
-    """A plane of 4 × 4 tokens; `merged` says which of the kept ones have new features."""
+    """A plane of 4 × 4 tokens; `merged` lists the kept tokens with new features."""
     features_ND = torch.zeros(16, 2)
     replace_KD = torch.zeros(len(kept), 2)
     replace_KD[merged] = 1.0
@@ -60,7 +59,7 @@ def red() -> Image.Image:
     return Image.new("RGB", (64, 64), RED)
 
 
-def test_kept_patches_keep_their_colours_and_dropped_ones_lose_them() -> None:
+def test_kept_patches_are_unchanged_and_dropped_patches_are_grey() -> None:
     picture = overlay(red(), [pair([5])], side=400, key=False)
     kept = is_colour(picture, RED)
     assert kept[110:190, 110:190].all()
@@ -68,7 +67,7 @@ def test_kept_patches_keep_their_colours_and_dropped_ones_lose_them() -> None:
     assert (outside == outside[..., :1]).all(), "dropped patches are grey"
 
 
-def test_focus_context_and_merged_have_their_own_marks() -> None:
+def test_focus_context_and_merged_tokens_have_distinct_marks() -> None:
     picture = overlay(red(), [pair([0, 15], focus=[True, False], merged=[1])], side=400, key=False)
     assert is_colour(picture, FOCUS)[:100, :100].any()
     assert not is_colour(picture, FOCUS)[100:, 100:].any()
@@ -78,18 +77,18 @@ def test_focus_context_and_merged_have_their_own_marks() -> None:
     assert columns.min() >= 300
 
 
-def test_no_line_runs_between_neighbours_of_one_kind() -> None:
+def test_no_line_separates_neighbours_of_one_kind() -> None:
     picture = overlay(red(), [pair([5, 6], focus=[True, True])], side=400, key=False)
     assert is_colour(picture, RED)[150, 110:290].all()
 
 
-def test_counts_name_every_kind_that_occurs() -> None:
+def test_counts_include_every_kind_that_occurs() -> None:
     both = [pair([0, 1, 15], focus=[True, False, False], merged=[1])]
-    assert counts_of(both) == {"focus": 1, "context": 2, "merged": 1, "dropped": 13}
-    assert counts_of([pair(list(range(16)))]) == {"kept": 16}
+    assert count_kinds(both) == {"focus": 1, "context": 2, "merged": 1, "dropped": 13}
+    assert count_kinds([pair(list(range(16)))]) == {"kept": 16}
 
 
-def test_two_views_stand_side_by_side_and_tiles_together() -> None:
+def test_views_are_side_by_side_and_tiles_share_a_panel() -> None:
     one = overlay(red(), [pair([0])], side=200, key=False)
     two = overlay(red(), [pair([0])] * 2, side=200, key=False)
     tiled = overlay(red(), [pair([0])] * 5, side=200, key=False)
@@ -102,49 +101,50 @@ def test_two_views_stand_side_by_side_and_tiles_together() -> None:
             assert kept[top + 8 : top + 17, left + 8 : left + 17].all()
 
 
-def test_the_key_wraps_instead_of_being_cut() -> None:
+def test_the_legend_wraps_instead_of_being_cut() -> None:
     kinds = {"focus": 100, "context": 100, "merged": 100, "dropped": 100}
     assert legend(kinds, 120).height > legend(kinds, 600).height
     plain, keyed = (overlay(red(), [pair([0])], side=200, key=key) for key in (False, True))
     assert keyed.height > plain.height
 
 
-def test_nothing_to_draw_is_said() -> None:
+def test_no_selection_is_an_error() -> None:
     with pytest.raises(InputError, match="nothing to draw"):
         overlay(red(), [])
 
 
-def test_a_spec_is_drawn_on_a_real_model() -> None:
+def test_a_selection_of_the_embedded_model_is_drawn() -> None:
     loaded = load_model(EMBEDDED)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     item = drawn_scenes(1).items[0]
     spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-    arguments = (pruner, loaded.processor, item.image(), item.prompt, spec)
-    counts = counts_of(selections_of(*arguments))
+    image = item.image()
+    selections = prepare_image(pruner, loaded.processor, image, item.prompt, spec).selections
+    counts = count_kinds(selections)
     assert counts["focus"] + counts["context"] == 36
     assert counts["dropped"] == 144 - 36
-    picture = overlay_of(*arguments, side=240)
+    picture = overlay(image, selections, side=240)
     assert is_colour(picture, FOCUS).any()
     assert is_colour(picture, CONTEXT).any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
-def test_what_a_report_tells_is_what_was_selected(family: str, ratio: float) -> None:
-    """Of two images of several planes, with row ends between them where the family has such."""
+def test_selections_from_a_report_equal_the_pruner_s(family: str, ratio: float) -> None:
+    """For two images of several planes, with row-end tokens in families that have them."""
     pruner = Pruner(FAMILIES[family].build())
     spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
     prepared = pruner.prepare(FAMILIES[family].batch([2]), spec)
     (report,) = prepared.reports
-    told = selections_as_told(prepared, report.kept_tokens)
-    for (plane, choice), (other, due) in zip(told, prepared.selections, strict=True):
+    restored = selections_from_report(prepared, report.kept_tokens)
+    for (plane, choice), (other, expected) in zip(restored, prepared.selections, strict=True):
         assert plane is other
-        assert choice.index_K.tolist() == due.index_K.tolist()
+        assert choice.index_K.tolist() == expected.index_K.tolist()
 
 
-def test_a_report_of_another_image_is_not_drawn() -> None:
+def test_a_report_of_another_image_is_refused() -> None:
     family = FAMILIES["llava"]
     spec = PruneSpec(method="grid", budget=Budget(ratio=0.3))
     one, two = (Pruner(family.build()).prepare(family.batch([images]), spec) for images in (1, 2))
-    with pytest.raises(InputError, match=r"2 bytes of kept tokens do not go with 32 visual tokens"):
-        selections_as_told(two, one.reports[0].kept_tokens)
+    with pytest.raises(InputError, match=r"2 bytes of kept tokens do not match 32 visual tokens"):
+        selections_from_report(two, one.reports[0].kept_tokens)

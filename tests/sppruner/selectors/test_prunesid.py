@@ -165,13 +165,13 @@ def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None
     plain = pruner.prepare(inputs, PruneSpec(method="prunesid", budget=Budget(ratio=0.4)))
     # Of three images, each in units of the default 0.5.
     usual = sum(PruneSIDSelector().information([plane]) for plane, _ in plain.selections) / 6
-    options = {"usual_information": usual}
-    spec = PruneSpec(method="prunesid", budget=budget, options=options)
+    spec = PruneSpec(method="prunesid", budget=budget, options={"usual_information": usual})
     together = pruner.prepare(inputs, spec)
     for row, report in enumerate(together.reports):
         alone = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
         assert report.visual_tokens_kept == alone.reports[0].visual_tokens_kept
-        weight = PruneSIDSelector(**options).information([together.selections[row][0]])
+        measured = PruneSIDSelector(usual_information=usual)
+        weight = measured.information([together.selections[row][0]])
         n = report.visual_tokens
         assert report.visual_tokens_kept == budget.reweighted(budget.count(n), n, weight)
         assert together.selections[row][1].index_K.equal(alone.selections[0][1].index_K)

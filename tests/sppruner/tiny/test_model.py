@@ -1,4 +1,4 @@
-"""The model folder behaves like any LLaVA checkpoint: tokenizer, template, processor, loading."""
+"""The model folder works like any LLaVA checkpoint: tokenizer, template, processor, loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_question_and_answer_is_made_of_whole_words() -> None:
+def test_questions_and_answers_tokenize_to_whole_words() -> None:
     texts = {CAPTION_PROMPT}
     for seed in range(800):
         scene = sample_scene(seed)
@@ -63,7 +63,7 @@ def _prompt(processor: LlavaProcessor, content: object) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def test_template_puts_images_first_and_takes_plain_strings() -> None:
+def test_template_puts_images_first_and_accepts_plain_strings() -> None:
     processor = build_processor()
     text = {"type": "text", "text": "hello"}
     image = {"type": "image"}
@@ -73,7 +73,7 @@ def test_template_puts_images_first_and_takes_plain_strings() -> None:
     assert _prompt(processor, [text]) == "<s><user>hello<assistant>"
 
 
-def test_template_takes_a_system_message_and_earlier_turns() -> None:
+def test_template_accepts_a_system_message_and_earlier_turns() -> None:
     turns = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},

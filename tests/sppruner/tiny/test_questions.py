@@ -1,4 +1,4 @@
-"""Answers are re-derived here from the question's words and the scene, by other code."""
+"""Answers equal those that independent code derives from the question's text and the scene."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def _expected(scene: Scene, question: Question) -> str:
 @given(SEEDS)
 def test_answers_follow_from_the_scene(seed: int) -> None:
     scene = sample_scene(seed)
-    asked = questions(scene)
-    assert asked == questions(scene)
-    for question in asked:
+    generated = questions(scene)
+    assert generated == questions(scene)
+    for question in generated:
         assert question.answer == _expected(scene, question), question
 
 
 @given(SEEDS)
-def test_a_question_tells_what_its_answer_rests_on(seed: int) -> None:
+def test_a_question_names_what_its_answer_depends_on(seed: int) -> None:
     scene = sample_scene(seed)
     names = {item.name for item in scene.objects} | {f"{s.color} sign" for s in scene.signs}
     names |= {ground.name for ground in scene.grounds}
@@ -95,7 +95,7 @@ def test_a_question_tells_what_its_answer_rests_on(seed: int) -> None:
             assert question.answer in question.about
 
 
-def test_every_kind_is_asked() -> None:
+def test_every_kind_occurs() -> None:
     assert {q.kind for seed in range(50) for q in questions(sample_scene(seed))} == set(KINDS)
 
 
@@ -111,12 +111,12 @@ def test_caption_lists_objects_left_to_right(seed: int) -> None:
     assert text.count("a sign reading") == len(scene.signs)
 
 
-def test_close_calls_have_no_position() -> None:
+def test_a_position_near_a_border_has_no_answer() -> None:
     assert position_answer(1 / 3 + 0.02, 0.5) is None
     assert position_answer(0.5, 2 / 3 - 0.02) is None
     assert position_answer(0.1, 0.9) == "bottom left"
 
 
 def test_majority_baseline() -> None:
-    asked = [Question("size", "?", answer) for answer in ("small", "small", "large")]
-    assert majority_baseline(asked) == {"size": 2 / 3}
+    sizes = [Question("size", "?", answer) for answer in ("small", "small", "large")]
+    assert majority_baseline(sizes) == {"size": 2 / 3}

@@ -1,4 +1,4 @@
-"""Scenes are a pure function of their seed and keep the promises that questions rely on."""
+"""Scenes are a pure function of their seed and satisfy what the questions assume."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_objects_are_distinct_inside_and_apart(seed: int) -> None:
 
 
 @given(SEEDS)
-def test_centres_keep_clear_of_the_patch_grids_lines(seed: int) -> None:
+def test_centres_are_away_from_the_patch_grid_s_lines(seed: int) -> None:
     scene = sample_scene(seed)
-    for thing in (*scene.objects, *scene.signs):
-        for place in (thing.x, thing.y):
-            assert abs(place * GRID - round(place * GRID)) / GRID >= 1.5 / 96 - 1e-9
+    for item in (*scene.objects, *scene.signs):
+        for value in (item.x, item.y):
+            assert abs(value * GRID - round(value * GRID)) / GRID >= 1.5 / 96 - 1e-9
 
 
 @given(SEEDS)
@@ -57,7 +57,7 @@ def test_distractors_touch_no_object_or_sign(seed: int) -> None:
 
 
 @given(SEEDS)
-def test_captioned_scenes_are_quiet_and_signs_can_be_named(seed: int) -> None:
+def test_captioned_scenes_are_simple_and_signs_have_unique_colours(seed: int) -> None:
     scene = sample_scene(seed)
     assert len({sign.color for sign in scene.signs}) == len(scene.signs) <= 2
     assert len(scene.grounds) == (1 if scene.split is None else 2)
@@ -75,11 +75,11 @@ def test_rendering_is_deterministic(seed: int) -> None:
 
 
 @pytest.mark.parametrize("pixels", [96, 192, 333])
-def test_rendering_has_the_asked_size(pixels: int) -> None:
+def test_rendering_has_the_requested_size(pixels: int) -> None:
     assert render(sample_scene(3), pixels).size == (pixels, pixels)
 
 
-def test_objects_have_their_color_where_they_are() -> None:
+def test_the_pixel_at_an_object_s_centre_has_its_colour() -> None:
     channel = {"red": 0, "green": 1, "blue": 2}
     checked = 0
     for seed in range(60):

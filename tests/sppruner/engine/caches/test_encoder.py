@@ -17,9 +17,15 @@ from PIL import Image
 from sppruner.adapters import Encoded, EncodedImage
 from sppruner.cost import ImageShape
 from sppruner.engine import ContinuousEngine, Request, Result, SamplingParams
-from sppruner.engine.caches.encoder import EncoderCache, content_of, own, size_of, tensors_of
+from sppruner.engine.caches.encoder import (
+    EncoderCache,
+    compact_storage,
+    hash_images,
+    storage_bytes,
+    tensors_of,
+)
 from sppruner.engine.prefill import prefill
-from sppruner.engine.preparation import Asked
+from sppruner.engine.preparation import PreparedRequest
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.signals import ATTENTION, KEYS
@@ -56,7 +62,7 @@ def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
 
 @pytest.fixture
 def off(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, slots=4, encodings_bytes=0)
+    made = ContinuousEngine(loaded, slots=4, cache_bytes=0)
     yield made
     made.close()
 
@@ -86,8 +92,8 @@ def ask(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Re
     return replace(Request(id=prompt, prompt=prompt, images=images, generation=NEW), **changes)
 
 
-def asked(engine: ContinuousEngine, requests: Sequence[Request]) -> list[Asked]:
-    return [engine._asker.ask(request, i).result() for i, request in enumerate(requests)]
+def asked(engine: ContinuousEngine, requests: Sequence[Request]) -> list[PreparedRequest]:
+    return [engine._preparer.prepare(request, i).result() for i, request in enumerate(requests)]
 
 
 def answers(engine: ContinuousEngine, requests: list[Request]) -> list[Result]:
@@ -123,19 +129,19 @@ def test_answers_are_the_same_whether_images_are_encoded_once_or_each_time(
     requests = sharing(engine, random.Random(seed), 20)
     expected = answers(off, requests)
     assert not [result.error_message for result in expected if result.error_code]
-    assert (off.encodings.hits, off.encodings.misses, off.encodings.size) == (0, 0, 0)
+    assert (off.encoder_cache.hits, off.encoder_cache.misses, off.encoder_cache.size) == (0, 0, 0)
     assert answers(engine, requests) == expected
-    held = [image for entry in engine.encodings._entries.values() for image in entry.images]
+    held = [image for entry in engine.encoder_cache._entries.values() for image in entry.images]
     before = [tensor.clone() for tensor in tensors_of(held)]
     towers.clear()
     assert answers(engine, requests) == expected
     assert not towers, "all of it was at hand"
     assert all(map(torch.equal, tensors_of(held), before)), "what prompts share was changed"
 
-    limit = engine.encodings.size // 2
-    little = ContinuousEngine(loaded, slots=4, encodings_bytes=limit)
+    limit = engine.encoder_cache.size // 2
+    little = ContinuousEngine(loaded, slots=4, cache_bytes=limit)
     assert answers(little, requests) == expected
-    assert 0 < little.encodings.size <= limit
+    assert 0 < little.encoder_cache.size <= limit
     little.close()
 
 
@@ -146,7 +152,7 @@ def test_the_tower_sees_an_image_once_however_many_questions_are_asked_about_it(
     questions = [ask(image, prompt="what is it? " * n, spec=SPP) for n in range(1, 7)]
     assert not [result.error_message for result in engine.run(questions) if result.error_code]
     assert towers == [1]
-    assert (engine.encodings.misses, engine.encodings.hits) == (1, 5)
+    assert (engine.encoder_cache.misses, engine.encoder_cache.hits) == (1, 5)
 
 
 def test_a_group_encodes_together_what_is_not_held_and_nothing_else(
@@ -189,18 +195,18 @@ def test_a_changed_pixel_or_cut_is_another_entry_and_other_words_are_not(
 ) -> None:
     image = drawn(random.Random(3))
     first, reworded = asked(engine, [ask(image), ask(image, prompt="where is it, if it is one?")])
-    assert first.content
-    assert first.content == reworded.content
-    assert asked(engine, [ask()])[0].content == b""
+    assert first.images_hash
+    assert first.images_hash == reworded.images_hash
+    assert asked(engine, [ask()])[0].images_hash == b""
 
     shapes = [shape for _, shape in engine._pruner.adapter.shapes(first.inputs)]
-    assert content_of(first.inputs, shapes) == first.content
+    assert hash_images(first.inputs, shapes) == first.images_hash
     for name in first.inputs.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
         value = first.inputs[name].clone()
         value.view(-1)[-1] = ~value.view(-1)[-1] if value.dtype == torch.bool else 77
-        assert content_of(first.inputs | {name: value}, shapes) != first.content, name
+        assert hash_images(first.inputs | {name: value}, shapes) != first.images_hash, name
     cut = [replace(shapes[0], tokens=shapes[0].tokens + 1)]
-    assert content_of(first.inputs, cut) != first.content
+    assert hash_images(first.inputs, cut) != first.images_hash
 
     touched = image.copy()
     touched.putpixel((image.width // 2, image.height // 2), (0, 0, 0))
@@ -208,7 +214,7 @@ def test_a_changed_pixel_or_cut_is_another_entry_and_other_words_are_not(
     other.putpixel((image.width // 2, image.height // 2), (255, 255, 255))
     again = ask(touched, prompt="where is it?", spec=SPP)
     engine.run([ask(touched, spec=SPP), ask(other, spec=SPP), again])
-    assert (engine.encodings.misses, engine.encodings.hits) == (2, 1)
+    assert (engine.encoder_cache.misses, engine.encoder_cache.hits) == (2, 1)
 
 
 def test_images_whose_tiles_are_alike_but_cut_otherwise_are_told_apart(tmp_path: Path) -> None:
@@ -218,7 +224,7 @@ def test_images_whose_tiles_are_alike_but_cut_otherwise_are_told_apart(tmp_path:
     wide, square = Image.new("RGB", (64, 20), "gray"), Image.new("RGB", (32, 32), "gray")
     first, second = asked(engine, [ask(wide, square), ask(square, wide)])
     assert first.inputs["pixel_values"].equal(second.inputs["pixel_values"])
-    assert first.content != second.content
+    assert first.images_hash != second.images_hash
     engine.close()
 
 
@@ -227,13 +233,17 @@ def test_control_requests_are_encoded_on_both_sides_and_leave_nothing(
 ) -> None:
     known, fresh = drawn(random.Random(4)), drawn(random.Random(5))
     engine.run([ask(known, spec=SPP)])
-    before = (engine.encodings.misses, engine.encodings.hits, engine.encodings.size)
+    before = (engine.encoder_cache.misses, engine.encoder_cache.hits, engine.encoder_cache.size)
     towers.clear()
     for image in (known, fresh):
         (result,) = engine.run([ask(image, spec=SPP, control=True)])
         assert result.control_text is not None
     assert towers == [1] * 4
-    assert (engine.encodings.misses, engine.encodings.hits, engine.encodings.size) == before
+    assert (
+        engine.encoder_cache.misses,
+        engine.encoder_cache.hits,
+        engine.encoder_cache.size,
+    ) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,14 +255,18 @@ def test_an_entry_holds_nothing_of_the_batch_it_was_encoded_in(family: str) -> N
     batch = adapter.encode(FAMILIES[family].batch([1, 2, 1, 1]), signals).images
     for row in range(4):
         theirs = [image for image in batch if image.row == row]
-        owned = own(theirs)
+        owned = compact_storage(theirs)
         if row == 0:
-            assert size_of(owned) == size_of(own(alone)) < size_of(theirs)
+            assert (
+                storage_bytes(owned)
+                == storage_bytes(compact_storage(alone))
+                < storage_bytes(theirs)
+            )
         for mine, source in zip(tensors_of(owned), tensors_of(theirs), strict=True):
             assert mine.equal(source)
             assert mine.stride() == source.stride()
         pointers = [tensor.data_ptr() for tensor in tensors_of(owned)]
-        assert [tensor.data_ptr() for tensor in tensors_of(own(owned))] == pointers
+        assert [tensor.data_ptr() for tensor in tensors_of(compact_storage(owned))] == pointers
 
 
 def image_of(values: int) -> EncodedImage:
@@ -285,7 +299,7 @@ class Tower:
             images = [replace(image_of(int(contents[i])), row=r) for r, i in enumerate(missing)]
             return Encoded(images=tuple(images), output={})
 
-        return encodings.of(contents, [frozenset(signals)] * len(contents), encode)
+        return encodings.get_or_encode(contents, [frozenset(signals)] * len(contents), encode)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -309,7 +323,7 @@ def test_bytes_stay_under_the_limit_and_the_longest_unasked_go_first(seed: int) 
         assert encodings.size == sum(expected.values()) <= encodings.limit
         looked = copy.copy(encodings._entries)  # looking at an entry makes it the last asked for
         held = [image for entry in looked.values() for image in entry.images]
-        assert size_of(held) == encodings.size
+        assert storage_bytes(held) == encodings.size
     assert encodings.hits + encodings.misses == 60
 
 

@@ -48,13 +48,13 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
     expected: list[list[Tensor]] = []
     for number, lengths in enumerate(prompts):
         needs = [[length + steps for length in one] for one in prompts[: number + 1]]
-        slots.prepare(number + 1, [max(layer) for layer in zip(*needs, strict=True)])
+        slots.reserve(number + 1, [max(layer) for layer in zip(*needs, strict=True)])
         keys = states(number, lengths)
         slots.write(number, keys, [-key for key in keys])
         expected.append(keys)
     for step in range(steps):
         rows = len(expected)
-        slots.begin(rows)
+        slots.begin_step(rows)
         for layer in range(LAYERS):
             new = (
                 torch.full((rows, HEADS, 1, WIDTH), float(step))
@@ -68,7 +68,7 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
                 held[layer] = torch.cat([held[layer], new[row]], dim=1)
                 seen = mask[row, 0, 0]
                 assert torch.equal(read[row][:, seen], held[layer])
-        slots.end(rows)
+        slots.end_step(rows)
     if len(expected) > 1:
         gone = data.draw(st.integers(0, len(expected) - 2))
         slots.move(len(expected) - 1, gone)
@@ -81,8 +81,8 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
 
 def test_layers_behind_a_stage_take_no_more_room_than_they_need() -> None:
     plain, staged = cache(), cache()
-    plain.prepare(1, [640] * LAYERS)
-    staged.prepare(1, [640, 64, 64])
+    plain.reserve(1, [640] * LAYERS)
+    staged.reserve(1, [640, 64, 64])
     plain.write(0, *[states(0, [640] * LAYERS)] * 2)
     staged.write(0, *[states(0, [640, 64, 64])] * 2)
     assert staged.nbytes * 640 * 3 == plain.nbytes * (640 + 64 + 64)
@@ -94,7 +94,7 @@ def test_a_fixed_capacity_is_allocated_at_once_and_never_exceeded() -> None:
     slots.write(0, *[states(0, [128] * LAYERS)] * 2)
     assert slots.nbytes == held
     with pytest.raises(EngineError, match="raise the capacity"):
-        slots.begin(1)
+        slots.begin_step(1)
     with pytest.raises(EngineError, match="129 tokens in slots of 128"):
         slots.write(1, *[states(0, [129] * LAYERS)] * 2)
 
@@ -118,12 +118,12 @@ def test_what_fits_stays_within_the_limit_and_loses_nothing(
             assert len(group) * (max(group) + 63) * TOKEN > limit, "refused for no reason"
             continue
         for rows in range(1, len(group) + 1):
-            slots.prepare(rows, [max(group)] * LAYERS)
+            slots.reserve(rows, [max(group)] * LAYERS)
             keys = states(rows, [group[rows - 1]] * LAYERS)
             slots.write(rows - 1, keys, keys)
             assert slots.nbytes <= limit
         if max(group) % 64:
-            slots.begin(len(group))
+            slots.begin_step(len(group))
         assert slots.nbytes <= limit
         for row, length in enumerate(group):
             for layer, kept in enumerate(states(row + 1, [length] * LAYERS)):
@@ -136,27 +136,27 @@ def test_places_that_only_a_long_request_needed_are_given_back_for_more_slots() 
     slots = cache(limit=4 * 64 * TOKEN)
     assert slots.fits(1, 256)
     assert not slots.fits(2, 256)
-    slots.prepare(1, [256] * LAYERS)
+    slots.reserve(1, [256] * LAYERS)
     slots.write(0, *[states(0, [256] * LAYERS)] * 2)
     slots.release(0)
     assert slots.fits(4, 64)
-    slots.prepare(4, [64] * LAYERS)
+    slots.reserve(4, [64] * LAYERS)
     for slot in range(4):
         slots.write(slot, *[states(slot, [63] * LAYERS)] * 2)
-    slots.begin(4)
+    slots.begin_step(4)
     assert slots.nbytes <= 4 * 64 * TOKEN
 
 
 def test_nothing_but_preparing_takes_memory_and_only_where_more_is_needed() -> None:
     slots = cache(limit=8 * 64 * TOKEN)
-    slots.prepare(2, [100, 64, 64])
+    slots.reserve(2, [100, 64, 64])
     held = [layer.data_ptr() for layer in (*slots.keys, *slots.values)]
     slots.write(0, *[states(0, [90, 50, 50])] * 2)
-    slots.prepare(2, [40] * LAYERS)  # shorter ones come: there is room, so nothing is moved
+    slots.reserve(2, [40] * LAYERS)  # shorter ones come: there is room, so nothing is moved
     slots.write(1, *[states(1, [40] * LAYERS)] * 2)
     for _ in range(10):
-        slots.begin(2)
-        slots.end(2)
+        slots.begin_step(2)
+        slots.end_step(2)
     assert [layer.data_ptr() for layer in (*slots.keys, *slots.values)] == held
     with pytest.raises(EngineError, match="129 tokens in slots of 128"):
         slots.write(0, *[states(0, [129, 10, 10])] * 2)

@@ -16,7 +16,7 @@ from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingPara
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.prefill import prefill
-from sppruner.engine.preparation import Asked
+from sppruner.engine.preparation import PreparedRequest
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -58,8 +58,8 @@ def ask(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Re
     return replace(Request(id=prompt, prompt=prompt, images=images, generation=new), **changes)
 
 
-def prepared(engine: ContinuousEngine, *requests: Request) -> list[Asked]:
-    return [engine._asker.ask(request, i).result() for i, request in enumerate(requests)]
+def prepared(engine: ContinuousEngine, *requests: Request) -> list[PreparedRequest]:
+    return [engine._preparer.prepare(request, i).result() for i, request in enumerate(requests)]
 
 
 def runnable(engine: ContinuousEngine) -> list[PruneSpec]:
@@ -92,8 +92,8 @@ def test_answers_and_reports_are_those_of_prompts_that_are_read_whole(
     assert not [result.error_message for result in expected if result.error_code]
     for _ in range(2):
         assert [facts(result) for result in engine.run(asked)] == expected
-    named = sum(one.prefix is not None for one in prepared(engine, *asked))
-    assert engine.prefixes.hits >= named > 10
+    named = sum(one.prefix_key is not None for one in prepared(engine, *asked))
+    assert engine.prefix_cache.hits >= named > 10
 
 
 def test_keys_values_and_positions_are_those_of_a_prompt_that_is_read_whole(
@@ -134,8 +134,8 @@ def test_the_decoder_reads_a_shared_image_once_and_then_the_questions_alone(
     prefill(engine._pruner, [first], encodings, prefixes)
     prefill(engine._pruner, [second], encodings, prefixes)
     hook.remove()
-    assert read[0] > second.behind
-    assert read[1:] == [second.behind]
+    assert read[0] > second.suffix_tokens
+    assert read[1:] == [second.suffix_tokens]
 
 
 def test_what_is_chosen_by_the_question_is_shared_for_the_same_question_alone(
@@ -151,7 +151,9 @@ def test_what_is_chosen_by_the_question_is_shared_for_the_same_question_alone(
     ]
 
     def names(spec: PruneSpec) -> list[Any]:
-        return [asked.prefix for asked in prepared(engine, *(replace(a, spec=spec) for a in asks))]
+        return [
+            asked.prefix_key for asked in prepared(engine, *(replace(a, spec=spec) for a in asks))
+        ]
 
     for spec in (DENSE, BLIND):
         same, reworded, elsewhere, told, imageless = names(spec)
@@ -169,23 +171,27 @@ def test_what_is_chosen_by_the_question_is_shared_for_the_same_question_alone(
 def test_control_requests_are_read_whole_on_both_sides(engine: ContinuousEngine) -> None:
     image = drawn(random.Random(4))
     engine.run([ask(image, spec=BLIND), ask(image)])
-    before = engine.prefixes.hits, engine.prefixes.misses, engine.prefixes.size
+    before = engine.prefix_cache.hits, engine.prefix_cache.misses, engine.prefix_cache.size
     (result,) = engine.run([ask(image, spec=BLIND, control=True)])
     assert result.control_text is not None
-    assert (engine.prefixes.hits, engine.prefixes.misses, engine.prefixes.size) == before
+    assert (
+        engine.prefix_cache.hits,
+        engine.prefix_cache.misses,
+        engine.prefix_cache.size,
+    ) == before
 
 
 def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngine) -> None:
     rng = random.Random(6)
     asked = [ask(drawn(rng), id=str(n)) for n in range(6)]
     expected = [facts(result) for result in engine.run(asked)]
-    held = list(copy.copy(engine.prefixes._held).values())
+    held = list(copy.copy(engine.prefix_cache._entries).values())
     owned = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in held for t in p.keys}
-    assert 2 * sum(storage.nbytes() for storage in owned.values()) == engine.prefixes.size
-    limit = engine.prefixes.size // 2
-    little = ContinuousEngine(loaded, slots=4, encodings_bytes=limit)
+    assert 2 * sum(storage.nbytes() for storage in owned.values()) == engine.prefix_cache.size
+    limit = engine.prefix_cache.size // 2
+    little = ContinuousEngine(loaded, slots=4, cache_bytes=limit)
     assert [facts(result) for result in little.run(asked)] == expected
-    assert 0 < little.prefixes.size <= limit
+    assert 0 < little.prefix_cache.size <= limit
     little.close()
 
 

@@ -1,0 +1,100 @@
+"""Scores of short answers: the one scorer that job summaries and evaluations share. No torch.
+
+With three references or more, VQAv2's official rules (https://visualqa.org/evaluation.html; Antol
+et al. 2015): both sides are normalised, and accuracy is min(agreeing / 3, 1) averaged over leaving
+out each reference in turn. With one or two references, where three can never agree: an exact match
+after a lighter normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+# References from which VQAv2's agreement is defined.
+_AGREEMENT = 3
+_NUMBERS = {"none": "0", "zero": "0"} | {
+    word: str(number)
+    for number, word in enumerate("one two three four five six seven eight nine ten".split(), 1)
+}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+# The official table, by its right-hand sides: its keys are these words with one apostrophe left
+# out. Its four keys with a capital I are absent, since words are looked up in lower case.
+_CONTRACTIONS = {
+    word[:at] + word[at + 1 :]: word
+    for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+    you've
+    """.split()
+    for at, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}
+
+
+def references_of(value: object) -> list[str]:
+    """The reference answers that a corpus gives for one row; empty where it gives none.
+
+    value: a string, a number, a mapping with the key "answer" (VQAv2's annotations, with a
+    confidence beside it), or a list of these. None, NaN and blank strings are dropped.
+    """
+    if isinstance(value, Mapping):
+        return references_of(value.get("answer"))
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in references_of(item)]
+    if isinstance(value, float):
+        if math.isnan(value):
+            return []
+        # A column of whole numbers with gaps is read as floats: 2.0 is the answer "2".
+        value = int(value) if value.is_integer() else value
+    text = "" if value is None else str(value)
+    return [text] if text.strip() else []
+
+
+def score(answer: str | None, references: Sequence[str]) -> float:
+    """The accuracy of an answer in [0, 1], see above; 0.0 for None, which is no answer.
+
+    Raises ValueError without references.
+    """
+    if not references:
+        raise ValueError("an answer cannot be scored without a reference")
+    if answer is None:
+        return 0.0
+    if len(references) < _AGREEMENT:
+        return float(light(answer) in map(light, references))
+    given = normalise(answer)
+    agrees = [normalise(reference) == given for reference in references]
+    total = sum(agrees)
+    return sum(min((total - own) / _AGREEMENT, 1.0) for own in agrees) / len(agrees)
+
+
+def light(text: str) -> str:
+    """Lower case, single spaces, no articles, and no punctuation but full stops, apostrophes and
+    hyphens inside."""
+    words = re.sub(r"[^\w\s.'-]", " ", text.lower()).strip().rstrip(".").split()
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def normalise(text: str) -> str:
+    """An answer as VQAv2 compares it: no punctuation, number words as digits, no articles,
+    apostrophes restored in contractions."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    numeric = _COMMA_IN_NUMBER.search(text) is not None
+    cleaned = text
+    for mark in _PUNCTUATION:
+        # A mark inside a word separates two words; at a word's edge, or in a number, it is noise.
+        noise = numeric or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if noise else " ")
+    words = _FULL_STOP.sub("", cleaned).lower().split()
+    digits = (_NUMBERS.get(word, word) for word in words)
+    return " ".join(_CONTRACTIONS.get(word, word) for word in digits if word not in _ARTICLES)

@@ -1,0 +1,101 @@
+"""A request's spec is resolved once, when the request is prepared, whatever then happens to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
+from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.selectors import selector_for
+from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.sppruner.engine.requests import drawn, facts
+
+SPECS = [
+    DENSE,
+    PruneSpec(method="sppruner", budget=Budget(ratio=0.3)),
+    PruneSpec(method="fastv", budget=Budget(ratio=0.5)),
+    PruneSpec(method="topk", budget=Budget(tokens=9)),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model(EMBEDDED)
+
+
+@pytest.fixture
+def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
+    made = ContinuousEngine(loaded, slots=4)
+    yield made
+    made.close()
+
+
+def requests() -> list[Request]:
+    """Two questions under each spec about one image."""
+    image = drawn(random.Random(0))
+    new = SamplingParams(max_new_tokens=3)
+    return [
+        Request(id=f"{n}{prompt}", prompt=prompt, images=(image,), spec=spec, generation=new)
+        for n, spec in enumerate(SPECS)
+        for prompt in ("what is it ?", "where is it ?")
+    ]
+
+
+def lookups() -> int:
+    """How often a spec's method was looked up so far, in this process."""
+    info = selector_for.cache_info()
+    return info.hits + info.misses
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_method_is_looked_up_once_per_request(engine: ContinuousEngine, control: bool) -> None:
+    batch = [replace(request, control=control) for request in requests()]
+    before = lookups()
+    results = engine.run(batch)
+    assert lookups() - before == len(batch)
+    assert not [result.error_message for result in results if result.error_code]
+
+
+def test_a_static_batch_looks_a_method_up_once_for_all_requests_of_a_spec(
+    loaded: LoadedModel,
+) -> None:
+    engine = BatchEngine(loaded, slots=64)
+    before = lookups()
+    results = engine.run(requests())
+    # Dense requests and pruned ones, which have a policy for positions, form two batches.
+    assert lookups() - before == len(SPECS)
+    assert not [result.error_message for result in results if result.error_code]
+
+
+def test_a_prepared_request_carries_its_method_and_its_dense_twin_carries_none(
+    engine: ContinuousEngine,
+) -> None:
+    request = requests()[2]
+    prepared = engine._preparer.prepare(request, 7).result()
+    assert (prepared.resolved.spec, prepared.ticket) == (request.spec, 7)
+    assert prepared.resolved.selector == selector_for(request.spec)
+    twin = prepared.dense_twin()
+    assert (twin.resolved.spec, twin.resolved.selector) == (DENSE, None)
+    assert twin.request is request
+
+
+def test_resolved_specs_and_plain_ones_are_prepared_alike(engine: ContinuousEngine) -> None:
+    pruner = engine._pruner
+    batch = [engine._preparer.prepare(request, n).result() for n, request in enumerate(requests())]
+    for prepared in batch:
+        plain = pruner.prepare(prepared.inputs, prepared.request.spec, [prepared.request.prompt])
+        resolved = pruner.prepare(prepared.inputs, prepared.resolved, [prepared.request.prompt])
+        assert plain.reports == resolved.reports
+        assert pruner.signals([prepared.request.spec]) == pruner.signals([prepared.resolved])
+
+
+def test_controls_get_the_answers_of_plain_requests(engine: ContinuousEngine) -> None:
+    plain = engine.run([replace(request, spec=DENSE) for request in requests()])
+    controls = engine.run([replace(request, control=True) for request in requests()])
+    assert [control.control_text for control in controls] == [result.text for result in plain]
+    alone = [facts(result) for result in engine.run(requests())]
+    assert [replace(facts(c), control_text=None) for c in controls] == alone

@@ -1,0 +1,151 @@
+"""Short answers are scored as VQA benchmarks score them, by one scorer for runs and evaluations."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sppruner.vqa
+from cluster.output.accuracy import measure
+from sppruner.evaluation.metrics import ExactMatch, SoftAccuracy
+from sppruner.vqa import light, normalise, references_of, score
+
+answers = st.text(alphabet="ab 1.,'-/!ZtheTwo\n", max_size=30)
+references = st.lists(answers, min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "known", "expected"),
+    [
+        ("Red.", ["red"], 1.0),
+        ("the red circle", ["a red circle"], 1.0),
+        ("Top  Left.", ["top left"], 1.0),
+        ("red", ["blue"], 0.0),
+        ("red", ["blue", "red"], 1.0),
+        (None, ["red"], 0.0),
+        (None, ["the"], 0.0),
+        (None, ["a"] * 10, 0.0),
+        # Below three references number words are words: 2 is not two.
+        ("two", ["2"], 0.0),
+        # Ten annotators, three agree: each of the three leaves two behind when it is left out.
+        ("two", ["two"] * 3 + ["three"] * 7, (7 * 1.0 + 3 * (2 / 3)) / 10),
+        ("two", ["two"] * 10, 1.0),
+        ("two", ["2"] * 10, 1.0),
+        ("none", ["0"] * 10, 1.0),
+        ("2", ["2", "3", "4"], (0 + 2 * (1 / 3)) / 3),
+    ],
+)
+def test_scores(answer: str | None, known: list[str], expected: float) -> None:
+    assert score(answer, known) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("agreeing", "worth"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0)])
+def test_soft_accuracy_of_ten_annotators(agreeing: int, worth: float) -> None:
+    """The published values: with three of ten agreeing, leaving one of them out gives 2/3."""
+    annotators = ["Two."] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+    assert score("2", annotators) == pytest.approx(worth)
+
+
+def test_an_answer_without_references_is_an_error() -> None:
+    with pytest.raises(ValueError, match="without a reference"):
+        score("2", [])
+
+
+@given(answers, references, st.integers())
+def test_a_score_is_a_share_and_the_order_of_references_does_not_matter(
+    answer: str, known: list[str], seed: int
+) -> None:
+    shuffled = random.Random(seed).sample(known, len(known))
+    assert 0.0 <= score(answer, known) <= 1.0
+    assert score(answer, shuffled) == pytest.approx(score(answer, known))
+
+
+@given(answers, references)
+def test_a_run_and_an_evaluation_give_the_same_score(answer: str, known: list[str]) -> None:
+    measured = measure([answer], [known])
+    filled = references_of(known)
+    assert measured.scored == bool(filled)
+    if filled:
+        assert measured.mean == SoftAccuracy().score(answer, filled)
+        assert ExactMatch().score(answer, filled) == score(answer, filled[:1])
+
+
+@pytest.mark.parametrize(
+    ("said", "compared"),
+    [
+        ("The Red Car.", "red car"),
+        ("two", "2"),
+        ("none", "0"),
+        ("dont know", "don't know"),
+        ("couldntve", "couldntve"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("y'alld've", "y'all'd've"),
+        ("somebody'd", "somebodyd"),
+        ("twas", "'twas"),
+        ("shed", "shed"),
+        ("it's", "it's"),
+        ("1,000", "1000"),
+        ("1,000 (about)", "1000 about"),
+        ("3.5", "3.5"),
+        ("black/white", "black white"),
+        ("yes, sir", "yes sir"),
+        ("t-shirt", "t shirt"),
+        (" a\ttall\nman ", "tall man"),
+    ],
+)
+def test_vqa_normalisation(said: str, compared: str) -> None:
+    assert normalise(said) == compared
+
+
+@given(answers)
+def test_normalisation_leaves_no_capitals_articles_or_double_spaces(text: str) -> None:
+    for compared in (normalise(text), light(text)):
+        assert compared == compared.lower() == " ".join(compared.split())
+        assert not {"a", "an", "the"} & set(compared.split())
+
+
+def test_light_normalisation_keeps_what_tells_answers_apart() -> None:
+    assert light("  A  Top-Left, corner! ") == "top-left corner"
+    assert light("3.5") == "3.5"
+    assert light("vitamin-a") == "vitamin-a"
+
+
+@pytest.mark.parametrize(
+    ("value", "known"),
+    [
+        ("red", ["red"]),
+        (2, ["2"]),
+        (2.0, ["2"]),
+        (2.5, ["2.5"]),
+        (["red", 2, None], ["red", "2"]),
+        ({"answer": "red", "answer_confidence": "maybe"}, ["red"]),
+        ([{"answer": "red"}, {"answer": ""}, {"confidence": "yes"}], ["red"]),
+        (("a", ["b"]), ["a", "b"]),
+        (None, []),
+        ("", []),
+        (" ", []),
+        ([], []),
+        (float("nan"), []),
+    ],
+)
+def test_references_come_as_strings_numbers_lists_and_annotations(
+    value: object, known: list[str]
+) -> None:
+    assert references_of(value) == known
+
+
+def test_the_scorer_imports_nothing_but_the_standard_library() -> None:
+    """It runs in processes without torch; `sppruner` itself loads no torch either."""
+    source = Path(sppruner.vqa.__file__).read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+    assert imported <= {"__future__", *sys.stdlib_module_names}
+    code = "import sys, sppruner.vqa; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

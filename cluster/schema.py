@@ -1,18 +1,18 @@
-"""The row schema: what readers hand to the caller, and what is committed.
+"""The row schema: what readers pass to the labeller, and what is committed.
 
-A unit travels as one Arrow table. Columns whose name starts with `_in_` or `_out_` are the
-system's own and are dropped before the commit; every other column is the source's or the output's.
+A unit travels as one Arrow table. Columns whose name starts with `_in_` or `_out_` are internal and
+dropped before the commit; every other column belongs to the source or to the output.
 
-`kept_tokens` says which visual tokens the model saw: one bit for each of the row's `visual_tokens`
-in prompt order, image after image, set where the token entered the decoder. Bits are in the order
-of `numpy.packbits(…, bitorder="little")`, so
+`kept_tokens` is the mask of the visual tokens that the model saw: one bit for each of the row's
+`visual_tokens`, in prompt order, image after image, set if the token entered the decoder. The bit
+order is that of `numpy.packbits(…, bitorder="little")`, and the inverse is
 
     numpy.unpackbits(numpy.frombuffer(mask, "uint8"), count=visual_tokens, bitorder="little")
 
-gives them back. A dense row has all of them set. A method that puts one token in place of several
-(`pool`, merging) has the place of that token set. A method that prunes inside the decoder too
-drops some of these tokens there: as many as are set entered it, and `visual_tokens_kept` is what
-its budget counts. Error rows have null.
+Of a dense row all bits are set. Of a method that replaces several tokens by one (`pool`, merging)
+the bit of that token's position is set. A method that also prunes inside the decoder drops some of
+these tokens there: the set bits count the tokens that entered, `visual_tokens_kept` those that the
+budget counts. Error rows have null.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from cluster.config import Kind
 
-# Reader → caller. One row of each table is one input row (or one broken archive).
+# Reader → labeller. One row is one input row, or the remainder of a damaged archive.
 INPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("_in_unit", pa.string()),
     pa.field("_in_row", pa.int32()),
@@ -33,7 +33,7 @@ INPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("_in_error_stage", pa.string()),
 )
 
-# Labeller → sink, besides OUTPUT_FIELDS: the modelled cost of the row as JSON, for the ledger.
+# Labeller → sink, in addition to OUTPUT_FIELDS: the row's modelled cost as JSON, for the ledger.
 COST_FIELD = pa.field("_out_cost", pa.string())
 
 OUTPUT_FIELDS: tuple[pa.Field, ...] = (
@@ -58,7 +58,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("model", pa.string()),
     pa.field("model_revision", pa.string()),
     pa.field("run_id", pa.string()),
-    # Where the row came from: with these, rows whose keys collide stay distinguishable.
+    # The row's position in the corpus, which distinguishes rows with equal keys.
     pa.field("unit_id", pa.string()),
     pa.field("unit_row", pa.int32()),
 )
@@ -71,26 +71,26 @@ _INTERNAL = ("_in_", "_out_")
 
 
 def is_internal(name: str) -> bool:
-    """Whether a column is the system's own and never committed."""
+    """Whether a column is internal and never committed."""
     return name.startswith(_INTERNAL)
 
 
-def output_names(kind: Kind) -> frozenset[str]:
+def _output_names(kind: Kind) -> frozenset[str]:
     fields = OUTPUT_FIELDS + (VQA_FIELDS if kind == "vqa" else ())
     return frozenset(field.name for field in fields)
 
 
-def source_name(name: str, kind: Kind) -> str:
-    """The name under which a source column is committed: its own, or `source_<name>` where an
-    output column has that name (LLaVA and WebDataset corpora often carry a `text`)."""
-    return f"source_{name}" if name in output_names(kind) or is_internal(name) else name
+def rename_source_column(name: str, kind: Kind) -> str:
+    """The committed name of a source column: its own, or `source_<name>` if that is the name of an
+    output column (LLaVA and WebDataset corpora often have a `text`) or an internal one."""
+    return f"source_{name}" if name in _output_names(kind) or is_internal(name) else name
 
 
 def input_schema(source: pa.Schema) -> pa.Schema:
-    """What a reader yields: the (already renamed) source columns, then INPUT_FIELDS."""
+    """The schema of a unit as read: the source columns under committed names, then INPUT_FIELDS."""
     return pa.schema([*source, *INPUT_FIELDS])
 
 
 def output_schema(source: pa.Schema, kind: Kind) -> pa.Schema:
-    """What is committed: source columns, OUTPUT_FIELDS, and for VQA question and answer."""
+    """The schema of a committed unit: source columns, OUTPUT_FIELDS, and VQA_FIELDS for VQA."""
     return pa.schema([*source, *OUTPUT_FIELDS, *(VQA_FIELDS if kind == "vqa" else ())])

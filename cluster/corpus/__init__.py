@@ -1,4 +1,8 @@
-"""Corpora on an object store, cut into units of work that can be read and committed on their own.
+"""Corpora on an object store, divided into units that are read and committed independently.
 
-Nothing here imports Ray but `cluster.corpus.source`, so that a plan can be made without it.
+Each format provides three functions, and nothing outside its module depends on the format:
+`index_…(store, object, limits) → FileIndex` cuts one object into units from its metadata,
+`map_…(store, indexes) → ColumnMapping` assigns roles to source columns, and
+`read_…(store, unit, mapping) → Table` reads one unit in the schema of `cluster.schema`.
+Only `cluster.corpus.source` imports Ray; planning runs without it.
 """

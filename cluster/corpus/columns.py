@@ -1,9 +1,13 @@
-"""Which source column plays which part, and under which name each one is committed."""
+"""Column mapping: the role of each source column, and the name it is committed under.
+
+Guarantees: one mapping holds for every file of a corpus; committed names are unique and never
+equal an output column; a mapping survives its JSON, so a resumed run reads as it was planned.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +15,35 @@ import pyarrow as pa
 
 from cluster.config import Kind
 from cluster.errors import UsageError
-from cluster.schema import source_name
+from cluster.schema import rename_source_column
 
 KEY_COLUMNS = ("key", "__key__", "id", "image_id", "question_id")
+"""Names of key columns, the preferred first. A key is a string or an integer."""
 QUESTION_COLUMNS = ("question", "text_input", "prompt")
+"""Names of question columns, the preferred first."""
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnMapping:
-    """The corpus as its readers see it.
-
-    image, key, question: the source columns of those parts (WebDataset finds its own image and
-    key). columns: (source column, committed name) of everything that is committed.
-    schema: the committed source columns. prompt: what every row is asked, None where rows ask
-    their own question.
-    """
+    """Which source columns hold image, key and question, and which are committed."""
 
     columns: tuple[tuple[str, str], ...]
+    """(source column, committed name) of each committed column, in the order of `schema`."""
     schema: pa.Schema
+    """Committed names and types of `columns`."""
     image: str | None = None
+    """Source column of the image; None in WebDataset, where the extension identifies it."""
     key: str | None = None
+    """Source column of the key; None where rows are keyed by file and position, and in WebDataset,
+    where the member name holds the key."""
     question: str | None = None
+    """Source column of the question; None for captions."""
     prompt: str | None = None
+    """Prompt of every row; None where each row has its own question."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the manifest. The schema is base64 of its Arrow IPC message."""
         schema = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
         return {
             "image": self.image,
@@ -48,6 +56,7 @@ class ColumnMapping:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ColumnMapping:
+        """The inverse of `to_dict`. Raises ValueError, KeyError or TypeError on anything else."""
         buffer = pa.py_buffer(base64.b64decode(data["schema"]))
         return cls(
             columns=tuple((source, name) for source, name in data["columns"]),
@@ -59,30 +68,34 @@ class ColumnMapping:
         )
 
 
-def table_mapping(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> ColumnMapping:
-    """The mapping of a corpus of tables. Raises UsageError where a needed column is not there.
+def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> ColumnMapping:
+    """Maps a corpus of tables. Raises UsageError where a required column is missing.
 
-    Not committed: image bytes (a struct keeps its path), the question of a VQA corpus and a
-    string column `key`, which the output's own `question` and `key` hold.
+    Three columns are not committed: image bytes (of a struct, the other fields stay), the question
+    of a VQA corpus and a string column `key`. The last two are in the output's own `question` and
+    `key`.
     """
     names = schema.names
     if len(set(names)) != len(names):
-        raise UsageError(f"{uri}: two columns share a name among {names}; rename one")
-    image = _image_column(schema, uri)
+        raise UsageError(f"{uri}: duplicate column names among {names}; rename one")
+    image = _find_image_column(schema, uri)
     key = next(
-        (name for name in KEY_COLUMNS if name in names and _is_key(schema.field(name))), None
+        (name for name in KEY_COLUMNS if name in names and _can_be_key(schema.field(name))), None
     )
-    question = _question_column(schema, uri) if kind == "vqa" else None
-    left_out = {question}
-    if key in ("key", "__key__") and _is_text(schema.field(key).type):
-        left_out.add(key)
+    question = _find_question_column(schema, uri) if kind == "vqa" else None
+    dropped = {question}
+    if key in ("key", "__key__") and _is_string(schema.field(key).type):
+        dropped.add(key)
     if not pa.types.is_struct(schema.field(image).type):
-        left_out.add(image)
-    columns = committed_names([name for name in names if name not in left_out], kind)
+        dropped.add(image)
+    columns = assign_committed_names([name for name in names if name not in dropped], kind)
     return ColumnMapping(
         columns=columns,
         schema=pa.schema(
-            [pa.field(name, _nullable(schema.field(source).type)) for source, name in columns]
+            [
+                pa.field(name, _make_fields_nullable(schema.field(source).type))
+                for source, name in columns
+            ]
         ),
         image=image,
         key=key,
@@ -91,13 +104,13 @@ def table_mapping(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> Co
     )
 
 
-def committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str, str], ...]:
-    """Each source column with the name it is committed under; no two are alike."""
+def assign_committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str, str], ...]:
+    """Pairs each source column with its committed name. Committed names are unique."""
     pairs: list[tuple[str, str]] = []
     names = list(names)
-    taken = {name for name in names if source_name(name, kind) == name}
+    taken = {name for name in names if rename_source_column(name, kind) == name}
     for name in names:
-        committed = source_name(name, kind)
+        committed = rename_source_column(name, kind)
         while committed != name and committed in taken:
             committed = f"source_{committed}"
         taken.add(committed)
@@ -105,8 +118,8 @@ def committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str, str], 
     return tuple(pairs)
 
 
-def difference(first: pa.Schema, other: pa.Schema) -> str | None:
-    """How two files' columns differ, or None. Order and metadata do not count."""
+def describe_difference(first: pa.Schema, other: pa.Schema) -> str | None:
+    """How the columns of two files differ, or None. Column order and metadata are ignored."""
     types = {field.name: field.type for field in first}
     others = {field.name: field.type for field in other}
     parts = [f"no {name}" for name in types if name not in others]
@@ -119,24 +132,24 @@ def difference(first: pa.Schema, other: pa.Schema) -> str | None:
     return ", ".join(parts) or None
 
 
-def _image_column(schema: pa.Schema, uri: str) -> str:
-    found = [field.name for field in schema if _holds_images(field.type)]
-    named = [name for known in _IMAGE_COLUMNS for name in found if name.lower() == known]
-    if not found:
+def _find_image_column(schema: pa.Schema, uri: str) -> str:
+    candidates = [field.name for field in schema if _holds_images(field.type)]
+    named = [name for known in _IMAGE_COLUMNS for name in candidates if name.lower() == known]
+    if not candidates:
         raise UsageError(
-            f"{uri}: no image column (binary, or struct with bytes) among {_listed(schema)}; "
-            "store the encoded images in the files, not their paths"
+            f"{uri}: no image column (binary, or struct with bytes) among "
+            f"{_format_columns(schema)}; store the encoded images in the files, not their paths"
         )
-    return (named or found)[0]
+    return (named or candidates)[0]
 
 
-def _question_column(schema: pa.Schema, uri: str) -> str:
+def _find_question_column(schema: pa.Schema, uri: str) -> str:
     for name in QUESTION_COLUMNS:
-        if name in schema.names and _is_text(schema.field(name).type):
+        if name in schema.names and _is_string(schema.field(name).type):
             return name
     raise UsageError(
-        f"{uri}: no question column ({', '.join(QUESTION_COLUMNS)}) among {_listed(schema)}; "
-        "rename yours, or run jobs/caption_corpus.py"
+        f"{uri}: no question column ({', '.join(QUESTION_COLUMNS)}) among "
+        f"{_format_columns(schema)}; rename yours, or run jobs/caption_corpus.py"
     )
 
 
@@ -147,8 +160,8 @@ def _holds_images(kind: pa.DataType) -> bool:
     return _is_binary(kind)
 
 
-def _nullable(kind: pa.DataType) -> pa.DataType:
-    """The type with optional members: rows that could not be read leave them empty."""
+def _make_fields_nullable(kind: pa.DataType) -> pa.DataType:
+    """A struct type with nullable fields: rows that could not be read leave them null."""
     if not pa.types.is_struct(kind):
         return kind
     return pa.struct([field.with_nullable(True) for field in kind])
@@ -158,14 +171,13 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _is_key(field: pa.Field) -> bool:
-    return _is_text(field.type) or pa.types.is_integer(field.type)
+def _can_be_key(field: pa.Field) -> bool:
+    return _is_string(field.type) or pa.types.is_integer(field.type)
 
 
-def _listed(schema: pa.Schema) -> str:
-    shown: Sequence[str] = [f"{field.name}: {field.type}" for field in schema]
-    return "[" + ", ".join(shown) + "]"
+def _format_columns(schema: pa.Schema) -> str:
+    return "[" + ", ".join(f"{field.name}: {field.type}" for field in schema) + "]"

@@ -1,4 +1,8 @@
-"""Which objects make up a corpus, and what to say where they do not."""
+"""The objects of a corpus.
+
+Guarantees: all listed objects are of one format and in key order; hidden objects are skipped; input
+and output never overlap. Everything else is a UsageError that names what was found instead.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd"
 
 
 def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
-    """The store and the objects of the input: all Parquet files or tars under it, or the one it
-    names. Raises UsageError, naming what is there, where that is not a corpus."""
+    """The store and the objects of the input: all Parquet files or all tars under the prefix, or
+    the single file that `uri` names. Raises UsageError where that is not a corpus."""
     source = open_store(uri)
-    _check_apart(source.uri, open_store(output).uri)
+    _check_no_overlap(source.uri, open_store(output).uri)
     listed = [info for info in source.list() if not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
@@ -41,14 +45,14 @@ def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
     return source, parquet or tars
 
 
-def _check_apart(source: str, output: str) -> None:
-    """An output inside its input would change the corpus with every commit, and the reverse
-    would let readers of the output see the corpus."""
+def _check_no_overlap(source: str, output: str) -> None:
+    """Raises UsageError if one prefix contains the other: commits to an output inside the input
+    would change the corpus, and readers of an output that contains the input would read both."""
     first, second = (uri.rstrip("/") + "/" for uri in (source, output))
     if first.startswith(second) or second.startswith(first):
         raise UsageError(f"--input {source} and --output {output} overlap; keep them apart")
 
 
 def _is_hidden(key: str) -> bool:
-    """As pyarrow and Spark have it: a name that starts with `_` or `.` is no data."""
+    """Whether pyarrow and Spark skip the key too: a part of it starts with `_` or `.`."""
     return any(part.startswith(("_", ".")) for part in key.split("/"))

@@ -1,4 +1,9 @@
-"""Parquet corpora: units within one row group each, columns as Hugging Face datasets store them."""
+"""The Parquet reader. Columns are as Hugging Face datasets store them.
+
+Guarantees: a unit lies within one row group, so reading it fetches no other group; indexing reads
+only the footer; an image is never copied into the committed columns; damage in a row group fails
+the units of that group alone.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,24 @@ import pyarrow.parquet as pq
 import structlog
 
 from cluster.config import Kind
-from cluster.corpus.columns import ColumnMapping, difference, table_mapping
-from cluster.corpus.table import SourceRow, unit_table
+from cluster.corpus.columns import ColumnMapping, describe_difference, map_table_columns
+from cluster.corpus.table import SourceRow, build_unit_table
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import ReadError, UsageError
 from cluster.store import ObjectInfo, RangedFile, Store
 
 logger = structlog.get_logger(__name__)
 
-# Read ahead while streaming through a row group that is larger than the unit.
+# Read-ahead while a row group larger than the unit is streamed.
 _STREAM_BYTES = 8 * 2**20
-# Beyond this many units in one row group, each rereading what comes before it, files should be
-# rewritten with smaller row groups.
+# Each unit of a row group reads the rows before it too. Above this many units in one group that is
+# worth a warning: the file should be rewritten with smaller row groups.
 _WIDE_GROUP_UNITS = 8
 
 
 def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int) -> FileIndex:
-    """Columns and units of one file, from its footer alone. Raises UsageError on other files."""
+    """Indexes one file from its footer: its columns, and its units of up to `unit_rows` rows and
+    about `unit_bytes` bytes. Raises UsageError if it is not a Parquet file."""
     uri = store.uri_of(info.key)
     try:
         file = pq.ParquetFile(RangedFile(store, info))
@@ -42,35 +48,38 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
             logger.warning("row_group_wide", uri=uri, rows=rows, unit_rows=step)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            where = {
+            position = {
                 "row_start": group_start + first,
                 "row_count": count,
                 "row_group": group,
                 "row_group_start": group_start,
                 "size_bytes": int(row_bytes * count),
             }
-            units.append(make_unit("parquet", info, **where))
+            units.append(make_unit("parquet", info, **position))
         group_start += rows
     return FileIndex(info=info, units=tuple(units), schema=file.schema_arrow)
 
 
-def parquet_mapping(
+def map_parquet_columns(
     store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str
 ) -> ColumnMapping:
-    """The one mapping of all files. Raises UsageError naming two files whose columns differ."""
+    """Maps the columns of all files. Raises UsageError if the columns of two files differ, naming
+    both, or if a required column is missing."""
     first, *others = files
     for other in others:
-        differs = difference(first.schema, other.schema)
-        if differs:
+        difference = describe_difference(first.schema, other.schema)
+        if difference:
             raise UsageError(
                 f"{store.uri_of(other.info.key)} differs from {store.uri_of(first.info.key)} in "
-                f"its columns: {differs}; run them as separate corpora"
+                f"its columns: {difference}; run them as separate corpora"
             )
-    return table_mapping(first.schema, kind=kind, prompt=prompt, uri=store.uri)
+    return map_table_columns(first.schema, kind=kind, prompt=prompt, uri=store.uri)
 
 
 def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
-    """The unit's rows. Raises ReadError where the row group cannot be decoded."""
+    """Reads the unit's rows. Raises ReadError where the row group cannot be decoded or has other
+    rows than planned, ObjectGone where the object was replaced, StoreError where the store gave
+    up."""
     try:
         table = _read_rows(store, unit, mapping)
     except (pa.ArrowException, OSError) as error:
@@ -86,7 +95,7 @@ def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Ta
     )
     rows = [
         SourceRow(
-            # An empty key is no better than none: nothing could be found by it.
+            # An empty key identifies no row, so it counts as missing.
             key=key or unit.fallback_key(number),
             image=picture.as_py() if valid.as_py() else None,
             prompt=prompt,
@@ -96,10 +105,10 @@ def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Ta
         )
     ]
     columns = [
-        _without_bytes(image) if source == mapping.image else table[source].combine_chunks()
+        _drop_image_bytes(image) if source == mapping.image else table[source].combine_chunks()
         for source, _ in mapping.columns
     ]
-    return unit_table(unit, mapping, rows, columns)
+    return build_unit_table(unit, mapping, rows, columns)
 
 
 def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
@@ -113,17 +122,21 @@ def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     offset = unit.row_start - unit.row_group_start
     if unit.row_count == file.metadata.row_group(unit.row_group).num_rows:
         return file.read_row_group(unit.row_group, columns=columns)
-    # Part of a larger group: stream through it and keep only the unit's rows in memory.
+    # The group is larger than the unit: stream it, and hold only the unit's rows in memory.
     streamed = pq.ParquetFile(RangedFile(store, unit.info), buffer_size=_STREAM_BYTES)
     batches = streamed.iter_batches(
         min(unit.row_count, 256), row_groups=[unit.row_group], columns=columns
     )
     schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-    return pa.Table.from_batches(list(_slice(batches, offset, unit.row_count)), schema=schema)
+    return pa.Table.from_batches(
+        list(_slice_batches(batches, offset, unit.row_count)), schema=schema
+    )
 
 
-def _slice(batches: Iterator[pa.RecordBatch], offset: int, count: int) -> Iterator[pa.RecordBatch]:
-    """Rows [offset, offset + count) of consecutive batches; reads no further than needed."""
+def _slice_batches(
+    batches: Iterator[pa.RecordBatch], offset: int, count: int
+) -> Iterator[pa.RecordBatch]:
+    """Rows [offset, offset + count) of consecutive batches. No batch after them is read."""
     for batch in batches:
         if offset < batch.num_rows:
             part = batch.slice(offset, count)
@@ -134,8 +147,8 @@ def _slice(batches: Iterator[pa.RecordBatch], offset: int, count: int) -> Iterat
         offset = max(0, offset - batch.num_rows)
 
 
-def _without_bytes(image: pa.StructArray) -> pa.StructArray:
-    """The image column as it is committed: which file it was, but no copy of the picture."""
+def _drop_image_bytes(image: pa.StructArray) -> pa.StructArray:
+    """The image column as committed: `bytes` is null, the other fields (the path) are kept."""
     fields = [field.with_nullable(True) for field in image.type]
     arrays = [
         pa.nulls(len(image), field.type) if field.name == "bytes" else image.field(field.name)

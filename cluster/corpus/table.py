@@ -1,4 +1,8 @@
-"""One unit as the Arrow table its readers hand on."""
+"""The Arrow table of one unit, as every reader returns it.
+
+Guarantees: the schema is `cluster.schema.input_schema`'s; rows are in source order, one per planned
+row; a row with an error carries its code, message and stage, and no image.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,19 @@ from cluster.schema import input_schema
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRow:
-    """One row as read: an image and a prompt, or the error that stands in their place."""
+    """One row as read: image and prompt, or an error."""
 
     key: str
+    """The row's key; not necessarily unique."""
     image: bytes | None = None
+    """The encoded image; None where the row has none."""
     prompt: str | None = None
+    """The row's prompt or question; None where it has none."""
     error: RowError | None = None
+    """Why the row cannot be labelled; None if it can be."""
 
-    def checked(self) -> SourceRow:
-        """The row with what is missing from it noted as its error."""
+    def validate(self) -> SourceRow:
+        """The row, with an error if its prompt or image is missing."""
         if self.error is not None:
             return self
         if self.prompt is None or not self.prompt.strip():
@@ -33,18 +41,22 @@ class SourceRow:
         return self
 
 
-def unit_table(
+def build_unit_table(
     unit: Unit, mapping: ColumnMapping, rows: Sequence[SourceRow], columns: Sequence[pa.Array]
 ) -> pa.Table:
-    """The unit's rows in order, with `columns` as mapping.schema has them."""
-    checked = [row.checked() for row in rows]
-    errors = [row.error for row in checked]
+    """The table of the unit's rows.
+
+    rows: in source order. columns: the committed source columns of these rows, as
+    `mapping.schema` orders and types them.
+    """
+    validated = [row.validate() for row in rows]
+    errors = [row.error for row in validated]
     values = [
         [unit.unit_id] * len(rows),
         range(len(rows)),
-        [row.key for row in checked],
-        [None if row.error else row.image for row in checked],
-        [row.prompt for row in checked],
+        [row.key for row in validated],
+        [None if row.error else row.image for row in validated],
+        [row.prompt for row in validated],
         [error and error.code for error in errors],
         [error and str(error) for error in errors],
         [error and error.stage for error in errors],
@@ -57,9 +69,9 @@ def unit_table(
     return pa.Table.from_arrays([*columns, *added], schema=schema)
 
 
-def unreadable_table(unit: Unit, mapping: ColumnMapping, reason: str) -> pa.Table:
-    """Every planned row of a unit that cannot be read, as an error row."""
+def build_error_table(unit: Unit, mapping: ColumnMapping, reason: str) -> pa.Table:
+    """The table of a unit that cannot be read: an error row for each planned row."""
     error = ReadError(f"{unit.file}: {reason}")
     rows = [SourceRow(key=unit.fallback_key(row), error=error) for row in range(unit.row_count)]
     nulls = [pa.nulls(unit.row_count, field.type) for field in mapping.schema]
-    return unit_table(unit, mapping, rows, nulls)
+    return build_unit_table(unit, mapping, rows, nulls)

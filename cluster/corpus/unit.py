@@ -1,4 +1,8 @@
-"""The unit of work: consecutive rows of one object, read, answered and committed as a whole."""
+"""The unit of work: consecutive rows of one object, read, labelled and committed as a whole.
+
+Guarantees: a unit id is a hash of what the unit covers, so the same rows of the same object content
+have the same id in every run; units of a file do not overlap and together cover all its rows.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +21,55 @@ Format: TypeAlias = Literal["parquet", "webdataset"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Rows [row_start, row_start + row_count) of `file`, whose listed size and etag are kept.
-
-    size_bytes: what reading it will hold, roughly. Parquet units name their row group and that
-    group's first row; WebDataset units their byte range, and whether the archive breaks off in
-    it, in which case the unit's last row stands for that.
-    """
+    """Rows [row_start, row_start + row_count) of `file`."""
 
     unit_id: str
+    """Twenty hex digits, the hash of all other fields; see `make_unit`."""
     format: Format
+    """Format of the file; selects the reader."""
     file: str
+    """Key of the object, relative to the corpus store."""
     file_size: int
+    """Size of the object when it was listed, bytes."""
     etag: str
+    """Etag of the object when it was listed; reads of a replaced object are refused."""
     row_start: int
+    """The unit's first row, counted in the file."""
     row_count: int
+    """Rows of the unit, the row for a truncated archive included."""
     size_bytes: int
+    """Approximate memory that reading the unit takes, bytes."""
     row_group: int | None = None
+    """Parquet: the row group that holds the unit. None in other formats."""
     row_group_start: int | None = None
+    """Parquet: the first row of that row group, counted in the file. None in other formats."""
     byte_start: int | None = None
+    """WebDataset: the unit's first byte in the archive. None in other formats."""
     byte_stop: int | None = None
+    """WebDataset: the byte after the unit's last one. None in other formats."""
     truncated: bool = False
+    """WebDataset: the archive is damaged after this unit; the unit's last row reports that."""
 
     @property
     def info(self) -> ObjectInfo:
-        """The object as it was listed; reads are pinned to it."""
+        """The object as it was listed; reads are pinned to its etag."""
         return ObjectInfo(key=self.file, size=self.file_size, etag=self.etag)
 
     def fallback_key(self, row: int) -> str:
         """The key of the unit's row `row` where the source has none: `<file>#<row in file>`."""
         return f"{self.file}#{self.row_start + row}"
 
-    def first(self, rows: int) -> Unit:
-        """The unit of only the first `rows` rows, under an id of its own."""
+    def take(self, rows: int) -> Unit:
+        """The unit of the first `rows` rows, with its own id; this unit if it has no more rows."""
         if rows >= self.row_count:
             return self
-        facts = self.to_dict() | {"row_count": rows}
+        position = self.to_dict() | {"row_count": rows}
         for name in ("unit_id", "format", "file", "file_size", "etag", "truncated"):
-            facts.pop(name, None)
-        return make_unit(self.format, self.info, **facts)
+            position.pop(name, None)
+        return make_unit(self.format, self.info, **position)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the manifest; fields that are None or False are left out."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -65,26 +78,40 @@ class Unit:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Unit:
+        """The inverse of `to_dict`. Raises TypeError on unknown or missing fields."""
         return cls(**data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileIndex:
-    """What the plan learned of one object: its units, and its columns (of a tar, the extensions
-    of its members)."""
+    """One indexed object: its units and its columns."""
 
     info: ObjectInfo
+    """The object as it was listed."""
     units: tuple[Unit, ...]
+    """The object's units, in row order."""
     schema: pa.Schema
+    """Columns of the object; of a tar, the extensions of its members."""
 
     @property
     def rows(self) -> int:
+        """Rows of all units."""
         return sum(unit.row_count for unit in self.units)
 
 
-def make_unit(format: Format, info: ObjectInfo, **where: Any) -> Unit:
-    """A unit named by its content: the same rows of the same object have the same id for ever."""
-    facts = {"format": format, "file": info.key, "file_size": info.size, "etag": info.etag, **where}
-    name = json.dumps(facts, sort_keys=True)
+def make_unit(format: Format, info: ObjectInfo, **position: Any) -> Unit:
+    """A unit whose id is the hash of its object and position.
+
+    position: the remaining fields of `Unit`. They enter the hash as given: leave out, never pass,
+    a field at its default, or the ids of older runs change.
+    """
+    fields = {
+        "format": format,
+        "file": info.key,
+        "file_size": info.size,
+        "etag": info.etag,
+        **position,
+    }
+    name = json.dumps(fields, sort_keys=True)
     unit_id = hashlib.sha256(name.encode()).hexdigest()[:20]
-    return Unit.from_dict({"unit_id": unit_id, **facts})
+    return Unit.from_dict({"unit_id": unit_id, **fields})

@@ -12,9 +12,9 @@ import structlog
 from cluster.config import RunConfig
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.listing import list_corpus
-from cluster.corpus.parquet import index_parquet, parquet_mapping
+from cluster.corpus.parquet import index_parquet, map_parquet_columns
 from cluster.corpus.unit import FileIndex, Unit
-from cluster.corpus.webdataset import index_tar, tar_mapping
+from cluster.corpus.webdataset import index_tar, map_tar_columns
 from cluster.errors import SettingsChanged, UsageError
 from cluster.output.manifest import Identity, Manifest
 from cluster.output.run_output import RunOutput
@@ -93,7 +93,7 @@ def _index(
             files += pool.map(index, corpus[first : first + step])
             if config.limit is not None and sum(file.rows for file in files) >= config.limit:
                 break
-    layout_of = parquet_mapping if is_parquet else tar_mapping
+    layout_of = map_parquet_columns if is_parquet else map_tar_columns
     mapping = layout_of(source, files, kind=config.kind, prompt=config.prompt)
     return mapping, [unit for file in files for unit in file.units]
 
@@ -104,5 +104,5 @@ def _limited(units: Sequence[Unit], limit: int | None) -> Iterator[Unit]:
         if left is None:
             yield unit
         elif left > 0:
-            yield unit.first(left)
+            yield unit.take(left)
             left -= unit.row_count

@@ -1,7 +1,8 @@
-"""Objects by key under one prefix, on S3 or on a local disk, with create-if-absent.
+"""Object stores: keys under one prefix, on S3 or on a local disk.
 
-`put_if_absent` is the only thing exactly-once output rests on: of any number of writers of one
-key, exactly one is told True, and a reader sees either nothing or that writer's whole object.
+Exactly-once output depends on one guarantee only, that of `put_if_absent`: of any number of
+concurrent writers of one key, exactly one receives True, and a reader sees either no object or
+that writer's complete object.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ __all__ = ["LocalStore", "ObjectInfo", "RangedFile", "S3Store", "Store", "open_s
 
 
 def open_store(uri: str) -> Store:
-    """The store at `s3://bucket/prefix`, `file:///path` or a plain path. Nothing is contacted yet.
+    """The store at `s3://bucket/prefix`, `file:///path` or a plain path. No request is made.
 
-    S3 reads the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError on any
-    other scheme.
+    S3 is configured by the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError
+    for any other scheme and for an invalid bucket name.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:

@@ -1,4 +1,9 @@
-"""What every object store can do."""
+"""The interface of an object store.
+
+Guarantees of every implementation: writes are atomic, a reader never sees part of an object; a
+listing is complete and sorted by key; transient failures are retried, and the error that remains
+is a StoreError whose message names the object and the next step.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +14,61 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """One listed object. `etag` changes whenever its content does."""
+    """One listed object."""
 
     key: str
+    """Key relative to the store's prefix, with `/` as separator."""
     size: int
+    """Bytes."""
     etag: str
+    """Version of the content: it changes whenever the content does."""
 
 
 class Store(ABC):
-    """Objects under one prefix; keys are relative to it and use `/`.
+    """Objects under one prefix. Keys are relative to the prefix and use `/` as separator.
 
-    Instances are picklable and may be shared by threads. Every method raises StoreError once its
-    retries are spent, and ObjectGone where the key names nothing.
+    Instances are picklable and thread-safe. Every method raises StoreError once its retries are
+    spent; methods that read raise ObjectGone for a missing object.
     """
 
     uri: str
+    """Address of the prefix, without a trailing slash."""
 
     @abstractmethod
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
-        """Every object whose key starts with `prefix` and ends with one of `suffixes`, by key.
+        """Every object whose key starts with `prefix` and ends with one of `suffixes`, sorted by
+        key. suffixes: all keys match if empty.
 
         A prefix without objects is an empty list; a missing bucket is an error.
         """
 
     @abstractmethod
     def head(self, key: str) -> ObjectInfo | None:
-        """The object's size and etag, or None where there is none."""
+        """The object's size and etag; None if there is no such object."""
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """The whole object."""
+        """The object's content."""
 
     @abstractmethod
     def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
         """Bytes [start, stop) of the object, fewer where it ends earlier.
 
-        With `etag`, raises ObjectGone if the object is no longer that one.
+        etag: the listed version; raises ObjectGone if the object was replaced. None: any version.
         """
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
-        """Writes or overwrites the object: for progress and summaries, never for results."""
+        """Creates or overwrites the object. For summaries; units are never overwritten."""
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
-        """Creates the object unless the key is taken; True if it is now ours.
+        """Creates the object unless the key exists. True if the object is this call's.
 
-        `writer` (ASCII) is unique to this call: where a lost answer leaves it open who created
-        the object, it settles the matter.
+        writer: ASCII, unique to this call. It is stored with the object and decides who created it
+        where the response to a request was lost.
         """
 
     def uri_of(self, key: str) -> str:
-        """The object's address, for messages."""
+        """The object's address, for messages and logs."""
         return f"{self.uri}/{key}"

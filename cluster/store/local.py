@@ -1,4 +1,9 @@
-"""Objects as files under a directory."""
+"""Objects as files under a directory.
+
+Guarantees: a file appears under its name complete and synced to disk, because it is written under a
+temporary name first; create-if-absent is a hard link, which fails if the name exists. Needs a file
+system with hard links.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,10 @@ from cluster.store.base import ObjectInfo, Store
 
 
 class LocalStore(Store):
-    """Files under `root`. Names starting with `.` are never listed: unfinished files have them."""
+    """Files under `root`. Names that start with `.` are never listed: temporary files have them.
+
+    The etag is size and modification time, so a file is not read to list it.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -21,7 +29,8 @@ class LocalStore(Store):
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
         found = []
-        # Walk from the deepest directory the prefix names, so that a narrow listing stays cheap.
+        # The walk starts at the deepest directory of the prefix, so that its cost is that of the
+        # objects listed.
         top = self._root / prefix.rpartition("/")[0]
         for folder, folders, names in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -47,23 +56,23 @@ class LocalStore(Store):
         return ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
 
     def get(self, key: str) -> bytes:
-        with self._translated(key):
+        with self._translate_errors(key):
             return (self._root / key).read_bytes()
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
-        with self._translated(key), (self._root / key).open("rb") as file:
+        with self._translate_errors(key), (self._root / key).open("rb") as file:
             if etag is not None and _etag(os.fstat(file.fileno())) != etag:
                 raise ObjectGone(f"{self.uri_of(key)}: changed since it was listed")
             file.seek(start)
             return file.read(max(0, stop - start))
 
     def put(self, key: str, data: bytes) -> None:
-        with self._translated(key), self._written(key, data) as temporary:
+        with self._translate_errors(key), self._write_temporary(key, data) as temporary:
             temporary.replace(self._root / key)
 
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
-        # A hard link, unlike a rename, fails where the name is taken.
-        with self._translated(key), self._written(key, data) as temporary:
+        # Unlike a rename, a hard link fails if the name exists.
+        with self._translate_errors(key), self._write_temporary(key, data) as temporary:
             try:
                 os.link(temporary, self._root / key)
             except FileExistsError:
@@ -71,8 +80,8 @@ class LocalStore(Store):
         return True
 
     @contextmanager
-    def _written(self, key: str, data: bytes) -> Iterator[Path]:
-        """A finished, synced temporary file in the key's directory; it is gone afterwards."""
+    def _write_temporary(self, key: str, data: bytes) -> Iterator[Path]:
+        """Yields a complete, synced temporary file in the key's directory, and removes it after."""
         path = self._root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -91,7 +100,7 @@ class LocalStore(Store):
             temporary.unlink(missing_ok=True)
 
     @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:

@@ -1,4 +1,8 @@
-"""A read-only file over ranged reads of one object, for parsers that want `seek` and `read`."""
+"""A read-only file over ranged requests, for parsers that need `seek` and `read`.
+
+Guarantees: all bytes are of one version of the object; a sequential read makes one request per
+window; memory is bounded by the larger of the window and the largest single read.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from cluster.store.base import ObjectInfo, Store
 
 
 class RangedFile(io.RawIOBase):
-    """Reads at least `window` bytes at a time and keeps the last window.
+    """One object as a file. Not thread-safe.
 
-    Pinned to the listed object: raises ObjectGone if it was replaced since.
+    Each request fetches at least `window` bytes, and the last response is kept. Reads raise
+    ObjectGone if the object was replaced after it was listed.
     """
 
     def __init__(self, store: Store, info: ObjectInfo, *, window: int = 64 * 2**10) -> None:
+        """window: bytes of one request at least, near the end of the object fewer."""
         super().__init__()
         self._store = store
         self._info = info
@@ -40,7 +46,7 @@ class RangedFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         end = self._info.size
         stop = end if size is None or size < 0 else min(end, self._position + size)
-        data = self.window(self._position, stop)
+        data = self.read_range(self._position, stop)
         self._position += len(data)
         return data
 
@@ -53,12 +59,12 @@ class RangedFile(io.RawIOBase):
         view[: len(data)] = data
         return len(data)
 
-    def window(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) within the object, from the kept window where it holds them."""
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the object, from the kept response if that holds them."""
         if start >= stop:
             return b""
         if not self._kept_start <= start <= stop <= self._kept_start + len(self._kept):
-            # Footers are read from the end backwards: a window there reaches back instead of on.
+            # Footers are read backwards from the end, so there the window extends backwards.
             first = min(start, max(0, self._info.size - self._window))
             last = min(self._info.size, max(stop, first + self._window))
             key, etag = self._info.key, self._info.etag

@@ -1,4 +1,9 @@
-"""Objects in an S3 bucket, or in anything that speaks S3 and honours `If-None-Match: *`."""
+"""Objects in an S3 bucket, or in any server that speaks S3 and honours `If-None-Match: *`.
+
+Guarantees: a create-if-absent whose response was lost, or that botocore resent, still reports who
+created the object, from the writer in its metadata; broken response bodies and write conflicts are
+retried; every botocore error becomes a StoreError that names the setting to check.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ from cluster.store.base import ObjectInfo, Store
 
 logger = structlog.get_logger(__name__)
 
-Answer = TypeVar("Answer")
+_T = TypeVar("_T")
 
 _CONFIG = Config(
     retries={"mode": "adaptive", "max_attempts": 5},
@@ -41,25 +46,25 @@ _ATTEMPTS = 4
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 _TAKEN = {"PreconditionFailed", "412"}
-# Another conditional write of the same key is under way: the answer is not known yet.
+# Another conditional write of the same key is in progress, so the outcome is not known yet.
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _ADVICE = {
     "NoSuchBucket": "the bucket does not exist: create it, or check AWS_ENDPOINT_URL and the name",
-    "AccessDenied": "the credentials may not do this: grant s3:ListBucket, GetObject, PutObject",
-    "403": "the credentials may not do this: grant s3:ListBucket, GetObject, PutObject",
-    "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret does not fit the key: check AWS_SECRET_ACCESS_KEY",
+    "AccessDenied": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
+    "403": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
+    "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is not the access key's: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token has expired: renew the credentials and start again",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
     "NotImplemented": "this server lacks conditional writes (If-None-Match), which commits need",
 }
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _LOCK = threading.Lock()
-_NO_ANSWER = (BotoConnectionError, HTTPClientError, ResponseStreamingError)
+_CONNECTION_ERRORS = (BotoConnectionError, HTTPClientError, ResponseStreamingError)
 
 
 class S3Store(Store):
-    """Keys under `s3://bucket/prefix`; all stores of a process share its client."""
+    """Keys under `s3://bucket/prefix`. All stores of a process share one client."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket = bucket
@@ -71,14 +76,14 @@ class S3Store(Store):
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
         found = []
-        with self._translated(prefix):
+        with self._translate_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
             for page in pages:
                 for entry in page.get("Contents", ()):
                     key = entry["Key"][len(self._prefix) :]
-                    # Consoles make an empty object "folder/" for a folder.
+                    # S3 consoles create an empty object "folder/" for a folder.
                     if key.endswith("/") or (suffixes and not key.endswith(tuple(suffixes))):
                         continue
                     info = ObjectInfo(key=key, size=entry["Size"], etag=entry["ETag"].strip('"'))
@@ -86,10 +91,10 @@ class S3Store(Store):
         return sorted(found, key=lambda info: info.key)
 
     def head(self, key: str) -> ObjectInfo | None:
-        answer = self._head(key)
-        if answer is None:
+        response = self._head(key)
+        if response is None:
             return None
-        return ObjectInfo(key=key, size=answer["ContentLength"], etag=answer["ETag"].strip('"'))
+        return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
 
     def get(self, key: str) -> bytes:
         return self._read(key)
@@ -101,12 +106,12 @@ class S3Store(Store):
         return self._read(key, Range=f"bytes={start}-{stop - 1}", **condition)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._translated(key):
+        with self._translate_errors(key):
             self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
 
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
-        with self._translated(key):
-            return self._retried(key, lambda: self._create(key, data, writer))
+        with self._translate_errors(key):
+            return self._retry(key, lambda: self._create(key, data, writer))
 
     def _create(self, key: str, data: bytes, writer: str) -> bool:
         try:
@@ -118,43 +123,43 @@ class S3Store(Store):
                 Metadata={"writer": writer},
             )
         except ClientError as error:
-            if _code(error) not in _TAKEN:
+            if _error_code(error) not in _TAKEN:
                 raise
-            # Not lost yet: a PUT whose answer never came is resent, by botocore or by us, and is
-            # refused because of the first one. The writer recorded in the object tells.
+            # A PUT whose response was lost is resent, by botocore or by `_retry`, and is refused
+            # because of itself. The writer in the object's metadata decides whose object it is.
             present = self._head(key)
             return present is not None and present.get("Metadata", {}).get("writer") == writer
         return True
 
     def _head(self, key: str) -> dict[str, Any] | None:
-        with self._translated(key):
+        with self._translate_errors(key):
             try:
                 return self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
             except ClientError as error:
-                if _code(error) in _MISSING:
+                if _error_code(error) in _MISSING:
                     return None
                 raise
 
     def _read(self, key: str, **arguments: str) -> bytes:
         def attempt() -> bytes:
-            answer = self._client.get_object(
+            response = self._client.get_object(
                 Bucket=self._bucket, Key=self._prefix + key, **arguments
             )
-            return answer["Body"].read()
+            return response["Body"].read()
 
-        with self._translated(key):
-            return self._retried(key, attempt)
+        with self._translate_errors(key):
+            return self._retry(key, attempt)
 
-    def _retried(self, key: str, attempt: Callable[[], Answer]) -> Answer:
-        """Retries what botocore does not: broken bodies, and conflicting conditional writes."""
+    def _retry(self, key: str, attempt: Callable[[], _T]) -> _T:
+        """Retries what botocore does not: broken response bodies and write conflicts."""
         for number in range(1, _ATTEMPTS):
             try:
                 return attempt()
             except ClientError as error:
-                if _code(error) not in _CONFLICT:
+                if _error_code(error) not in _CONFLICT:
                     raise
-                reason = _code(error)
-            except (IncompleteReadError, *_NO_ANSWER) as error:
+                reason = _error_code(error)
+            except (IncompleteReadError, *_CONNECTION_ERRORS) as error:
                 reason = type(error).__name__
             logger.warning("store_retry", uri=self.uri_of(key), attempt=number, reason=reason)
             time.sleep(0.2 * 2**number)
@@ -162,15 +167,15 @@ class S3Store(Store):
 
     @property
     def _client(self) -> Any:
-        return _shared_client()
+        return _get_client()
 
     @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         uri = self.uri_of(key)
         try:
             yield
         except ClientError as error:
-            code = _code(error)
+            code = _error_code(error)
             if code in _MISSING:
                 raise ObjectGone(f"{uri}: no such object") from error
             if code in _CHANGED:
@@ -181,7 +186,7 @@ class S3Store(Store):
                 f"{uri}: no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "AWS_PROFILE, or run under a role"
             ) from error
-        except _NO_ANSWER as error:
+        except _CONNECTION_ERRORS as error:
             endpoint = self._client.meta.endpoint_url
             raise StoreError(
                 f"{uri}: no answer from {endpoint}; check AWS_ENDPOINT_URL and the network "
@@ -191,17 +196,17 @@ class S3Store(Store):
             raise StoreError(f"{uri}: {error}") from error
 
 
-def _shared_client() -> Any:
-    """The process's client for its present AWS_* variables: making one takes a second of CPU,
-    and every unit that is read brings a store of its own."""
+def _get_client() -> Any:
+    """The process's client for its current AWS_* variables. Creating one takes a second of CPU, and
+    each unit is read through a store that was unpickled for it."""
     variables = ((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     key = (os.getpid(), *sorted(variables))
     with _LOCK:
         if key not in _CLIENTS:
-            # A session of its own: boto3's default session is not safe to use from threads.
+            # A new session: boto3's default session is not thread-safe.
             _CLIENTS[key] = boto3.session.Session().client("s3", config=_CONFIG)
         return _CLIENTS[key]
 
 
-def _code(error: ClientError) -> str:
+def _error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))

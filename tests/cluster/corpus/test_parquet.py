@@ -1,4 +1,4 @@
-"""Parquet corpora: which column is what, how units are cut, and what a reader makes of damage."""
+"""The Parquet reader: roles of columns, boundaries of units, and damaged or replaced files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(rows: int, **columns: Any) -> pa.Table:
     return pa.table({"image": images, **columns})
 
 
-def test_rows_arrive_in_order_with_key_image_and_prompt(corpus: Store, output: str) -> None:
+def test_rows_are_read_in_order_with_key_image_and_prompt(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", table(3, key=["k0", "k1", "k2"], note=["x", None, "z"]))
     planned = plan(corpus.uri, output)
     read = read_all(planned)
@@ -46,15 +46,13 @@ def test_rows_arrive_in_order_with_key_image_and_prompt(corpus: Store, output: s
     assert read["note"].to_pylist() == ["x", None, "z"]
 
 
-def test_pictures_are_not_copied_into_the_output_but_their_paths_are(
-    corpus: Store, output: str
-) -> None:
+def test_image_bytes_are_not_committed_but_paths_are(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", table(2))
     read = read_all(plan(corpus.uri, output))
     assert read["image"].to_pylist() == [image(None, "0.jpg"), image(None, "1.jpg")]
 
 
-def test_a_plain_binary_image_column_is_dropped(corpus: Store, output: str) -> None:
+def test_a_binary_image_column_is_not_committed(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", pa.table({"jpg": [b"one"], "id": [7]}))
     read = read_all(plan(corpus.uri, output))
     assert "jpg" not in read.column_names
@@ -63,7 +61,7 @@ def test_a_plain_binary_image_column_is_dropped(corpus: Store, output: str) -> N
     assert read["id"].to_pylist() == [7]
 
 
-def test_the_column_named_like_an_image_is_preferred(corpus: Store, output: str) -> None:
+def test_an_image_column_with_a_known_name_is_preferred(corpus: Store, output: str) -> None:
     columns = {"thumbnail": [b"no"], "Image": [b"yes"]}
     put_parquet(corpus, "a.parquet", pa.table(columns))
     read = read_all(plan(corpus.uri, output))
@@ -78,7 +76,7 @@ def test_missing_keys_fall_back_to_file_and_row(corpus: Store, output: str) -> N
     assert keys == ["k", "sub/a.parquet#1", "sub/a.parquet#2", "sub/b.parquet#0"]
 
 
-def test_colliding_columns_are_renamed_and_the_used_key_is_not_repeated(
+def test_colliding_columns_are_renamed_and_the_key_column_is_not_duplicated(
     corpus: Store, output: str
 ) -> None:
     columns = {"key": ["k"], "text": ["old"], "source_text": ["older"], "seconds": [1.5]}
@@ -90,7 +88,7 @@ def test_colliding_columns_are_renamed_and_the_used_key_is_not_repeated(
     assert read["source_seconds"].to_pylist() == [1.5]
 
 
-def test_vqa_asks_each_row_its_question(corpus: Store, output: str) -> None:
+def test_vqa_rows_have_their_own_question_as_prompt(corpus: Store, output: str) -> None:
     columns = {"question": ["why?", None, "  "], "answer": ["so", "x", "y"], "id": [1, 2, 3]}
     put_parquet(corpus, "a.parquet", table(3, **columns))
     read = read_all(plan(corpus.uri, output, kind="vqa"))
@@ -101,7 +99,7 @@ def test_vqa_asks_each_row_its_question(corpus: Store, output: str) -> None:
     assert "source_question" not in read.column_names
 
 
-def test_null_image_and_null_bytes_are_missing_images(corpus: Store, output: str) -> None:
+def test_a_null_image_and_null_bytes_are_missing_images(corpus: Store, output: str) -> None:
     images = pa.array([None, image(None), image(b""), image(b"x")], IMAGE)
     put_parquet(corpus, "a.parquet", pa.table({"image": images}))
     read = read_all(plan(corpus.uri, output))
@@ -110,19 +108,23 @@ def test_null_image_and_null_bytes_are_missing_images(corpus: Store, output: str
     assert read["image"].to_pylist()[0] is None
 
 
-def test_a_corpus_without_images_lists_its_columns(corpus: Store, output: str) -> None:
+def test_an_error_about_a_missing_image_column_lists_the_columns(
+    corpus: Store, output: str
+) -> None:
     put_parquet(corpus, "a.parquet", pa.table({"url": ["http://x"], "n": [1]}))
     with pytest.raises(UsageError, match=r"no image column.*url: string, n: int64"):
         plan(corpus.uri, output)
 
 
-def test_a_vqa_corpus_without_questions_lists_its_columns(corpus: Store, output: str) -> None:
+def test_an_error_about_a_missing_question_column_lists_the_columns(
+    corpus: Store, output: str
+) -> None:
     put_parquet(corpus, "a.parquet", table(1, caption=["c"]))
     with pytest.raises(UsageError, match=r"no question column.*caption: string"):
         plan(corpus.uri, output, kind="vqa")
 
 
-def test_files_with_other_columns_are_named(corpus: Store, output: str) -> None:
+def test_an_error_about_differing_columns_names_both_files(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", table(1, n=[1], same=["s"]))
     put_parquet(corpus, "b.parquet", table(1, n=["one"], same=["s"], more=[0]))
     with pytest.raises(UsageError) as caught:
@@ -131,13 +133,13 @@ def test_files_with_other_columns_are_named(corpus: Store, output: str) -> None:
         assert part in str(caught.value)
 
 
-def test_a_file_that_is_no_parquet_is_named(corpus: Store, output: str) -> None:
+def test_an_error_about_a_file_that_is_not_parquet_names_it(corpus: Store, output: str) -> None:
     corpus.put("a.parquet", b"certainly not")
     with pytest.raises(UsageError, match=r"a\.parquet: not a Parquet file"):
         plan(corpus.uri, output)
 
 
-def cut(planned_units: tuple[Unit, ...]) -> list[tuple[str, int | None, int, int]]:
+def spans(planned_units: tuple[Unit, ...]) -> list[tuple[str, int | None, int, int]]:
     return [(u.file, u.row_group, u.row_start, u.row_count) for u in planned_units]
 
 
@@ -145,10 +147,10 @@ def test_a_unit_never_spans_row_groups(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", table(7), group_rows=5)
     units = plan(corpus.uri, output, unit_rows=3).units
     file = "a.parquet"
-    assert cut(units) == [(file, 0, 0, 3), (file, 0, 3, 2), (file, 1, 5, 2)]
+    assert spans(units) == [(file, 0, 0, 3), (file, 0, 3, 2), (file, 1, 5, 2)]
 
 
-def test_heavy_rows_make_small_units(corpus: Store, output: str) -> None:
+def test_large_rows_make_units_of_fewer_rows(corpus: Store, output: str) -> None:
     heavy = pa.array([image(os.urandom(10_000)) for _ in range(8)], IMAGE)
     put_parquet(corpus, "a.parquet", pa.table({"image": heavy}))
     units = plan(corpus.uri, output, unit_bytes=35_000).units
@@ -171,7 +173,7 @@ def test_every_row_is_in_exactly_one_unit(
 
 
 class CountingStore:
-    """A store that notes which bytes were asked for."""
+    """A store that counts the bytes it returns."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -186,8 +188,8 @@ class CountingStore:
         return data
 
 
-def test_a_unit_reads_its_own_row_group_alone(corpus: Store, output: str) -> None:
-    """Reading whole files per unit would download a large corpus many times over."""
+def test_reading_a_unit_fetches_only_its_row_group(corpus: Store, output: str) -> None:
+    """Reading the whole file for each unit would download a large corpus many times."""
     noise = [image(os.urandom(200_000)) for _ in range(8)]
     put_parquet(corpus, "a.parquet", pa.table({"image": pa.array(noise, IMAGE)}), group_rows=2)
     planned = plan(corpus.uri, output)
@@ -210,7 +212,7 @@ def test_a_replaced_object_gives_error_rows_for_its_planned_rows(
     assert "changed since" in read["_in_error_message"][0].as_py()
 
 
-def test_a_corrupt_row_group_spoils_its_own_units_only(corpus: Store, output: str) -> None:
+def test_a_corrupt_row_group_fails_only_its_own_units(corpus: Store, output: str) -> None:
     put_parquet(corpus, "a.parquet", table(4, text=["a" * 99, "b", "c", "d"]), group_rows=2)
     data = bytearray(corpus.get("a.parquet"))
     data[4:60] = b"\xff" * 56
@@ -219,20 +221,22 @@ def test_a_corrupt_row_group_spoils_its_own_units_only(corpus: Store, output: st
     assert codes == ["read_failed", "read_failed", None, None]
 
 
-def test_a_store_that_gives_up_is_not_turned_into_error_rows(corpus: Store, output: str) -> None:
-    """An outage must stop the run: committed, its error rows could never be repaired."""
+def test_a_store_error_raises_and_makes_no_error_rows(corpus: Store, output: str) -> None:
+    """An outage must stop the run, because committed error rows are never replaced."""
 
-    class Down(CountingStore):
+    class UnavailableStore(CountingStore):
         def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
             raise StoreError("no answer")
 
     put_parquet(corpus, "a.parquet", table(1))
     planned = plan(corpus.uri, output)
     with pytest.raises(StoreError, match="no answer"):
-        read_unit(Down(corpus), planned.units[0], planned.manifest.mapping)  # type: ignore[arg-type]
+        read_unit(UnavailableStore(corpus), planned.units[0], planned.manifest.mapping)  # type: ignore[arg-type]
 
 
-def test_unit_ids_name_content_not_position_in_the_corpus(corpus: Store, tmp_path: Path) -> None:
+def test_unit_ids_depend_on_content_not_on_position_in_the_corpus(
+    corpus: Store, tmp_path: Path
+) -> None:
     put_parquet(corpus, "b.parquet", table(5))
     before = {unit.unit_id for unit in plan(corpus.uri, str(tmp_path / "one")).units}
     put_parquet(corpus, "a.parquet", table(4))

@@ -1,4 +1,4 @@
-"""How a run's units are read: each whole, and no more at once than its replicas are fed by."""
+"""Reading through Ray Data: units stay whole, and read concurrency is bounded by the replicas."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.mark.parametrize(("bound", "rows"), [(1_000, 60), (None, 60), (None, 30)])
-def test_ray_never_divides_a_unit(
+def test_ray_data_never_divides_a_unit(
     s3: str, monkeypatch: pytest.MonkeyPatch, bound: int | None, rows: int
 ) -> None:
-    """Neither to keep blocks small nor, with fewer units than CPUs, to have more of them."""
+    """Neither to bound the size of blocks nor, with more CPUs than units, to have more of them."""
     if bound is not None:
         monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", bound)
     make_corpus(kind="caption", rows=rows, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30)
-    # Another number of CPUs keeps Ray from fusing the stages, which would hide a divided block.
+    # With another number of CPUs Ray does not fuse the stages, which would hide a divided block.
     manifest = planned.manifest
     units = read_units(manifest.source, manifest.mapping, manifest.units)
     labelling = units.map_batches(
@@ -43,20 +43,22 @@ def test_ray_never_divides_a_unit(
     assert blocks == [30] * (rows // 30)
 
 
-def slowly(folder: str, store: Store, unit: Unit, mapping: ColumnMapping) -> Iterator[pa.Table]:
-    """Notes from when to when a unit was read."""
-    began = time.time()
+def read_slowly(
+    folder: str, store: Store, unit: Unit, mapping: ColumnMapping
+) -> Iterator[pa.Table]:
+    """Reads a unit in 0.3 s and records the time from start to end in a file."""
+    started = time.time()
     time.sleep(0.3)
     yield read_unit(store, unit, mapping)
-    Path(folder, unit.unit_id).write_text(f"{began} {time.time()}")
+    Path(folder, unit.unit_id).write_text(f"{started} {time.time()}")
 
 
-@pytest.mark.parametrize(("replicas", "most"), [(1, 2), (3, 6)])
-def test_no_more_units_are_read_at_once_than_replicas_are_fed_by(
-    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, most: int
+@pytest.mark.parametrize(("replicas", "bound"), [(1, 2), (3, 6)])
+def test_at_most_two_units_are_read_concurrently_for_each_replica(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, bound: int
 ) -> None:
-    """The four CPUs here would have eight readers."""
-    monkeypatch.setattr(source, "_blocks", partial(slowly, str(tmp_path)))
+    """Without the bound, the four CPUs of the session's Ray would run eight readers."""
+    monkeypatch.setattr(source, "_read_block", partial(read_slowly, str(tmp_path)))
     make_corpus(kind="caption", rows=160, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
     manifest = planned.manifest
@@ -64,5 +66,5 @@ def test_no_more_units_are_read_at_once_than_replicas_are_fed_by(
     units.materialize()
     spans = [tuple(map(float, note.read_text().split())) for note in tmp_path.iterdir()]
     assert len(spans) >= len(planned.units)
-    at_once = [sum(began <= at < ended for began, ended in spans) for at, _ in spans]
-    assert most // 3 < max(at_once) <= most
+    concurrent = [sum(start <= at < end for start, end in spans) for at, _ in spans]
+    assert bound // 3 < max(concurrent) <= bound

@@ -1,4 +1,4 @@
-"""WebDataset corpora: samples from hostile tars, units as byte ranges, damage as one row."""
+"""The WebDataset reader: samples of hostile tars, units as byte ranges, damage as one error row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.corpus.source import read_unit
-from cluster.corpus.tar import BLOCK, Sample, samples
+from cluster.corpus.tar import BLOCK, Sample, read_samples
 from cluster.errors import ArchiveDamaged, UsageError
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
@@ -31,17 +31,22 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-def collected(data: bytes) -> tuple[list[Sample], ArchiveDamaged | None]:
+def walk(data: bytes) -> tuple[list[Sample], ArchiveDamaged | None]:
+    """The samples before the end or the damage, and the damage."""
     found: list[Sample] = []
+
+    def read(start: int, stop: int) -> bytes:
+        return data[start:stop]
+
     try:
-        for sample in samples(lambda start, stop: data[start:stop], 0, len(data), ends=True):
+        for sample in read_samples(read, 0, len(data), expect_end_mark=True):
             found.append(sample)
     except ArchiveDamaged as damage:
         return found, damage
     return found, None
 
 
-def shape(found: Iterable[Sample]) -> list[tuple[str, list[str]]]:
+def extensions_by_key(found: Iterable[Sample]) -> list[tuple[str, list[str]]]:
     return [(sample.key, list(sample.members)) for sample in found]
 
 
@@ -49,31 +54,35 @@ def test_a_key_is_the_path_up_to_the_first_dot_of_its_last_part() -> None:
     data = tar_bytes(
         [("./v1.0/a.seg.png", b""), ("v1.0/a.JPG", b""), ("v1.0/b.jpg", b""), ("b.jpg", b"")]
     )
-    found, damage = collected(data)
+    found, damage = walk(data)
     assert damage is None
-    assert shape(found) == [("v1.0/a", ["seg.png", "jpg"]), ("v1.0/b", ["jpg"]), ("b", ["jpg"])]
+    assert extensions_by_key(found) == [
+        ("v1.0/a", ["seg.png", "jpg"]),
+        ("v1.0/b", ["jpg"]),
+        ("b", ["jpg"]),
+    ]
 
 
-def test_a_repeated_extension_begins_another_sample() -> None:
+def test_a_repeated_extension_starts_the_next_sample() -> None:
     data = tar_bytes([("a.jpg", b"1"), ("a.txt", b"1"), ("a.jpg", b"2"), ("a.txt", b"2")])
-    assert shape(collected(data)[0]) == [("a", ["jpg", "txt"])] * 2
+    assert extensions_by_key(walk(data)[0]) == [("a", ["jpg", "txt"])] * 2
 
 
-def test_names_that_belong_to_no_sample_are_left_out() -> None:
+def test_names_without_key_or_extension_are_skipped() -> None:
     data = tar_bytes([("README", b"x"), (".hidden", b"x"), ("a.jpg", b"x"), ("d/.x.jpg", b"x")])
-    assert shape(collected(data)[0]) == [("a", ["jpg"])]
+    assert extensions_by_key(walk(data)[0]) == [("a", ["jpg"])]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_foreign_names_survive_both_tar_dialects(format: int) -> None:
+def test_long_and_non_ascii_names_are_read_in_both_tar_formats(format: int) -> None:
     keys = ["каталог/日本 語", "k" * 900, "d/" * 60 + "x"]
     data = tar_bytes([(f"{key}.jpg", b"x") for key in keys], format=format)
-    assert [sample.key for sample in collected(data)[0]] == keys
+    assert [sample.key for sample in walk(data)[0]] == keys
 
 
-def test_names_that_are_no_unicode_still_become_keys() -> None:
+def test_names_that_are_not_utf8_become_keys_with_replacement_characters() -> None:
     data = tar_bytes([("caf\udce9.jpg", b"x")], format=tarfile.GNU_FORMAT)
-    assert [sample.key for sample in collected(data)[0]] == ["caf\ufffd"]
+    assert [sample.key for sample in walk(data)[0]] == ["caf\ufffd"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,43 +90,43 @@ def test_names_that_are_no_unicode_still_become_keys() -> None:
     sizes=st.lists(st.integers(0, 2_000), min_size=1, max_size=12),
     format=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
 )
-def test_members_are_where_tarfile_finds_them(sizes: list[int], format: int) -> None:
+def test_member_offsets_agree_with_tarfile(sizes: list[int], format: int) -> None:
     stored = [bytes([number]) * size for number, size in enumerate(sizes)]
     data = tar_bytes([(f"{n}.jpg", body) for n, body in enumerate(stored)], format=format)
-    found, damage = collected(data)
+    found, damage = walk(data)
     assert damage is None
     members = [sample.members["jpg"] for sample in found]
-    contents = [data[member.data : member.data + member.size] for member in members]
+    contents = [data[m.data_start : m.data_start + m.size] for m in members]
     assert contents == stored
 
 
 @settings(max_examples=150, deadline=None)
 @given(cut=st.integers(0, 8_000))
-def test_wherever_a_tar_is_cut_whole_samples_survive_and_the_cut_is_seen(cut: int) -> None:
+def test_a_truncated_tar_keeps_its_complete_samples_and_reports_damage(cut: int) -> None:
     names = [f"{key}.{extension}" for key in "abc" for extension in ("jpg", "txt")]
     data = tar_bytes([(name, name.encode() * 99) for name in names])
-    ends = 6 * 2 * BLOCK  # a header and two padded blocks of data each: data is 495 bytes
-    cut = min(cut, ends)
-    found, damage = collected(data[:cut])
+    end_mark = 6 * 2 * BLOCK  # each member is a header and one block: its data is 495 bytes
+    cut = min(cut, end_mark)
+    found, damage = walk(data[:cut])
     assert damage is not None
     assert all(set(sample.members) == {"jpg", "txt"} for sample in found[1:])
-    # A sample is whole for certain once the next one's header has been read.
+    # A sample is known to be complete once the next header has been read.
     assert len(found) >= max(0, (cut - BLOCK) // (4 * BLOCK))
     assert len(found) <= -(-cut // (4 * BLOCK))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_damage_makes_the_walk_hang_or_fail_otherwise(data: st.DataObject) -> None:
+def test_damaged_bytes_neither_hang_the_walk_nor_raise_another_error(data: st.DataObject) -> None:
     raw = bytearray(tar_bytes([("d/" * 60 + f"{n}.jpg", b"x" * 700) for n in range(3)]))
     for _ in range(data.draw(st.integers(1, 6))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    found, _ = collected(bytes(raw))
+    found, _ = walk(bytes(raw))
     assert len(found) <= 4
 
 
 def forged(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header with a right checksum and a size of the attacker's choice."""
+    """A header with a valid checksum and an arbitrary size field."""
     info = tarfile.TarInfo(name)
     info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -128,16 +137,16 @@ def forged(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_negative_and_huge_sizes_are_damage_not_a_loop(kind: bytes) -> None:
-    minus = b"\xff" * 10 + b"\xf0\x00"  # -4096, so that a walk that obeys goes back
-    sound = tar_bytes([("a.jpg", bytes(16 * BLOCK))])[: 17 * BLOCK]
-    for size in (minus, b"77777777777\0", b"\x80" + b"\x7f" * 11):
-        found, damage = collected(sound + forged("b", size, kind))
-        assert shape(found) == [("a", ["jpg"])] or found == []
+def test_negative_and_huge_sizes_are_damage(kind: bytes) -> None:
+    negative = b"\xff" * 10 + b"\xf0\x00"  # -4096: a walk that trusts it seeks backwards for ever
+    valid = tar_bytes([("a.jpg", bytes(16 * BLOCK))])[: 17 * BLOCK]
+    for size in (negative, b"77777777777\0", b"\x80" + b"\x7f" * 11):
+        found, damage = walk(valid + forged("b", size, kind))
+        assert extensions_by_key(found) == [("a", ["jpg"])] or found == []
         assert damage is not None
 
 
-def test_a_plan_and_its_units_agree_on_every_row(corpus: Store, output: str) -> None:
+def test_units_read_exactly_the_planned_rows(corpus: Store, output: str) -> None:
     members = [(f"{n}.{e}", f"{n}{e}".encode()) for n in range(10) for e in ("jpg", "txt")]
     corpus.put("a.tar", tar_bytes(members))
     planned = plan(corpus.uri, output, unit_rows=4)
@@ -150,28 +159,28 @@ def test_a_plan_and_its_units_agree_on_every_row(corpus: Store, output: str) -> 
     assert read["_in_prompt"].to_pylist() == ["describe"] * 10
 
 
-def test_units_respect_their_byte_bound(corpus: Store, output: str) -> None:
+def test_units_stay_within_unit_bytes(corpus: Store, output: str) -> None:
     corpus.put("a.tar", tar_bytes([(f"{n}.jpg", bytes(3_000)) for n in range(6)]))
     units = plan(corpus.uri, output, unit_bytes=8_000).units
     assert [unit.row_count for unit in units] == [2, 2, 2]
 
 
-def test_a_unit_is_one_ranged_read(corpus: Store, output: str) -> None:
+def test_a_unit_is_read_by_one_ranged_request(corpus: Store, output: str) -> None:
     corpus.put("a.tar", tar_bytes([(f"{n}.jpg", bytes(3_000)) for n in range(6)]))
     planned = plan(corpus.uri, output, unit_rows=2)
-    asked: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
 
-    class Watched:
+    class RecordingStore:
         def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
-            asked.append((start, stop))
+            ranges.append((start, stop))
             return corpus.get_range(key, start, stop, etag=etag)
 
     unit = planned.units[1]
-    read_unit(Watched(), unit, planned.manifest.mapping)  # type: ignore[arg-type]
-    assert asked == [(unit.byte_start, unit.byte_stop)]
+    read_unit(RecordingStore(), unit, planned.manifest.mapping)  # type: ignore[arg-type]
+    assert ranges == [(unit.byte_start, unit.byte_stop)]
 
 
-def test_image_is_found_by_extension_and_may_be_missing(corpus: Store, output: str) -> None:
+def test_the_image_is_found_by_extension_and_may_be_missing(corpus: Store, output: str) -> None:
     members = [("a.webp", b"w"), ("b.png", b"p"), ("b.jpg", b"j"), ("c.txt", b"t"), ("d.gif", b"g")]
     corpus.put("a.tar", tar_bytes(members))
     read = read_all(plan(corpus.uri, output))
@@ -190,7 +199,7 @@ def test_text_members_become_columns_and_others_are_dropped(corpus: Store, outpu
     assert read["cls"].to_pylist() == [None, "7"]
 
 
-def test_a_truncated_tar_gives_its_whole_samples_and_one_error_row(
+def test_a_truncated_tar_gives_its_complete_samples_and_one_error_row(
     corpus: Store, output: str
 ) -> None:
     data = tar_bytes([(f"{n}.jpg", bytes([n]) * 2_000) for n in range(5)])
@@ -212,22 +221,22 @@ def test_a_truncated_tar_gives_its_whole_samples_and_one_error_row(
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"not a tar at all" * 99, tar_bytes([])[:0]])
-def test_a_file_that_is_no_tar_is_one_error_row(corpus: Store, output: str, data: bytes) -> None:
+def test_a_file_that_is_not_a_tar_is_one_error_row(corpus: Store, output: str, data: bytes) -> None:
     corpus.put("bad.tar", data)
     read = read_all(plan(corpus.uri, output))
     assert read["_in_error_code"].to_pylist() == ["archive_truncated"]
 
 
-def test_an_empty_tar_is_no_corpus(corpus: Store, output: str) -> None:
+def test_a_corpus_of_empty_tars_is_a_usage_error(corpus: Store, output: str) -> None:
     corpus.put("a.tar", tar_bytes([]))
     with pytest.raises(UsageError, match="without a single row"):
         plan(corpus.uri, output)
 
 
-def test_dangerous_members_are_refused_and_harm_no_neighbour(
+def test_dangerous_members_are_refused_and_affect_no_other_row(
     corpus: Store, output: str, tmp_path: Path
 ) -> None:
-    """Pickles, links, devices and paths that lead out: rows with an error, nothing on disk."""
+    """Pickles, links, devices and paths outside the archive: error rows, and nothing on disk."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
 
@@ -259,7 +268,7 @@ def test_dangerous_members_are_refused_and_harm_no_neighbour(
     assert [path for path in after if "_run" not in str(path)][: len(before)] == before
 
 
-def test_vqa_asks_the_question_in_the_json(corpus: Store, output: str) -> None:
+def test_a_vqa_question_is_read_from_the_json_member(corpus: Store, output: str) -> None:
     good, other = json.dumps({"question": "why?", "answers": ["so"]}), json.dumps({"q": 1})
     members = [
         ("a.jpg", b"j"),
@@ -280,14 +289,16 @@ def test_vqa_asks_the_question_in_the_json(corpus: Store, output: str) -> None:
     assert read["json"].to_pylist()[0] == good
 
 
-def test_vqa_may_have_a_question_member_instead(corpus: Store, output: str) -> None:
+def test_a_vqa_question_is_read_from_a_question_member(corpus: Store, output: str) -> None:
     corpus.put("a.tar", tar_bytes([("a.jpg", b"j"), ("a.question.txt", b"why?")]))
     planned = plan(corpus.uri, output, kind="vqa")
     assert read_all(planned)["_in_prompt"].to_pylist() == ["why?"]
     assert planned.manifest.mapping.schema.names == []
 
 
-def test_vqa_without_any_question_is_refused_at_planning(corpus: Store, output: str) -> None:
+def test_a_vqa_corpus_without_question_members_is_refused_at_planning(
+    corpus: Store, output: str
+) -> None:
     corpus.put("a.tar", tar_bytes([("a.jpg", b"j"), ("a.txt", b"t")]))
     with pytest.raises(UsageError, match=r"give each sample a \.json"):
         plan(corpus.uri, output, kind="vqa")
@@ -303,7 +314,7 @@ def test_a_replaced_tar_gives_error_rows_for_its_planned_rows(corpus: Store, out
     assert pa.types.is_string(read.schema.field("txt").type)
 
 
-def test_a_limit_cuts_rows_not_bytes(corpus: Store, output: str) -> None:
+def test_a_row_limit_ends_a_unit_within_its_byte_range(corpus: Store, output: str) -> None:
     members = [(f"{n}.jpg", bytes(1_000)) for n in range(10)]
     corpus.put("a.tar", tar_bytes(members)[: 10 * 3 * BLOCK - 700])
     planned = plan(corpus.uri, output, unit_rows=4, limit=6)

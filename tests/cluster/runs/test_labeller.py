@@ -293,7 +293,7 @@ def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None
     ]
     assert {r["error_code"] for r in rows} == {None}
     assert {r["text"] for r in rows if r["unit_row"] == 7} == {expected_text(picture(7), 50)}
-    assert max(r["attempts"] for r in rows) > 1  # type: ignore[type-var]
+    assert any(r["attempts"] != 1 for r in rows)
 
 
 @pytest.mark.slow

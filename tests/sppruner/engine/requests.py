@@ -14,7 +14,7 @@ from sppruner.engine.base import ModelEngine
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
 
-METHODS = [
+METHODS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
     ("grid", {"ratio": 0.25}),
     ("sppruner", {"ratio": 0.3}),
@@ -52,7 +52,9 @@ def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Reques
             specs.append(spec)
     made = []
     for number in range(count):
-        sampled = {"temperature": 1.3, "top_p": 0.9, "seed": number} if rng.random() < 0.3 else {}
+        sampled: dict[str, Any] = {}
+        if rng.random() < 0.3:
+            sampled = {"temperature": 1.3, "top_p": 0.9, "seed": number}
         made.append(
             Request(
                 id=str(number),

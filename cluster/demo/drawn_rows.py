@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from itertools import count
 
 from cluster.config import Kind
 from sppruner.tiny.questions import CAPTION_OBJECTS, caption, questions
-from sppruner.tiny.scenes import HELD_OUT_SEED, Scene, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 IMAGE_PIXELS = 192
-JPEG_QUALITY = 92
 QUESTIONS_PER_SCENE = 4
 # Corpora of different seeds share no scene up to this many scenes.
 _SCENES_PER_SEED = 1_000_000
@@ -42,9 +40,9 @@ def draw_rows(kind: Kind, seed: int) -> Iterator[Row]:
         key = f"scene-{number}"
         if kind == "caption":
             if len(scene.objects) <= CAPTION_OBJECTS:
-                yield Row(key=key, image=_jpeg(scene), caption=caption(scene))
+                yield Row(key=key, image=encode_scene(scene, IMAGE_PIXELS), caption=caption(scene))
             continue
-        image = _jpeg(scene)
+        image = encode_scene(scene, IMAGE_PIXELS)
         asked = questions(scene)
         picked = random.Random(number).sample(asked, min(QUESTIONS_PER_SCENE, len(asked)))
         for index, question in enumerate(picked):
@@ -55,9 +53,3 @@ def draw_rows(kind: Kind, seed: int) -> Iterator[Row]:
                 answer=question.answer,
                 question_type=question.kind,
             )
-
-
-def _jpeg(scene: Scene) -> bytes:
-    buffer = io.BytesIO()
-    render(scene, pixels=IMAGE_PIXELS).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

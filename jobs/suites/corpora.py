@@ -6,15 +6,13 @@ no round finds an image that an earlier one has left behind.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from itertools import islice
 
 from cluster.demo import Row, draw_rows, parquet_file
-from cluster.demo.drawn_rows import JPEG_QUALITY
 from cluster.store import open_store
 from sppruner.tiny.questions import caption
-from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 _SCENES_PER_SEED = 1_000_000
 
@@ -30,9 +28,8 @@ def squares(count: int, seed: int, side: int) -> list[Row]:
     first = HELD_OUT_SEED + seed * _SCENES_PER_SEED
     for number in range(first, first + count):
         scene = sample_scene(number)
-        buffer = io.BytesIO()
-        render(scene, side).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        rows.append(Row(key=f"scene-{number}", image=buffer.getvalue(), caption=caption(scene)))
+        image = encode_scene(scene, side)
+        rows.append(Row(key=f"scene-{number}", image=image, caption=caption(scene)))
     return rows
 
 

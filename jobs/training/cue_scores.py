@@ -34,11 +34,10 @@ from jobs.training.scene_cache import (
     scene_table,
 )
 from jobs.training.vision import pixels
-from sppruner.evaluation.drawn_scenes import JPEG_QUALITY
 from sppruner.tiny.layout import Scene
 from sppruner.tiny.model import SPECIAL_TOKENS, VISUAL_TOKENS, build_tokenizer
 from sppruner.tiny.questions import questions
-from sppruner.tiny.scenes import HELD_OUT_SEED, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, JPEG_QUALITY, sample_scene
 
 __all__ = ["CUES", "KEPT", "cue_scores", "truth_ranks"]
 

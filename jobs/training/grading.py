@@ -24,11 +24,10 @@ from sppruner.errors import EvaluationError
 from sppruner.evaluation import compare, label
 from sppruner.evaluation import score as evaluation
 from sppruner.evaluation.dataset import Dataset
-from sppruner.evaluation.drawn_scenes import JPEG_QUALITY
 from sppruner.models.loading import LoadedModel
 from sppruner.spec import PruneSpec
 from sppruner.tiny.questions import KINDS
-from sppruner.tiny.scenes import HELD_OUT_SEED
+from sppruner.tiny.scenes import HELD_OUT_SEED, JPEG_QUALITY
 
 __all__ = ["KIND_NAMES", "Score", "generated", "graded", "saliency_auc", "teacher_forced"]
 

@@ -30,7 +30,7 @@ from sppruner.tiny.questions import (
     caption,
     questions,
 )
-from sppruner.tiny.scenes import MOST_OBJECTS, MOST_SIGNS, render, sample_scene
+from sppruner.tiny.scenes import MOST_OBJECTS, MOST_SIGNS, encode_scene, sample_scene
 
 __all__ = [
     "BARE",
@@ -99,9 +99,7 @@ class SceneCache:
 
 def decoded(scene: Scene, quality: int) -> Image.Image:
     """The scene as the processor sees it after its resize: 96 px, through a 192 px JPEG."""
-    buffer = io.BytesIO()
-    render(scene, 192).save(buffer, "JPEG", quality=quality)
-    image = Image.open(io.BytesIO(buffer.getvalue()))
+    image = Image.open(io.BytesIO(encode_scene(scene, 192, quality=quality)))
     return image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
 
 

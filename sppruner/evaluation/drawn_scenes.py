@@ -24,15 +24,13 @@ from sppruner.tiny.questions import (
     caption,
     questions,
 )
-from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 Split: TypeAlias = Literal["report", "tuning"]
 
 CAPTION = "caption"
 SPLIT_SCENES = 1_000_000
 """Scenes in each split: reporting from HELD_OUT_SEED on, tuning so many further on."""
-JPEG_QUALITY = 92
-"""Of held-out scenes, wherever they are encoded."""
 
 
 def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -> Dataset:
@@ -88,9 +86,7 @@ def _item(scene: Scene, index: int, question: Question) -> Item:
 @functools.lru_cache(maxsize=64)
 def _decoded(seed: int) -> Image.Image:
     """What a user's JPEG of the scene would decode to."""
-    buffer = io.BytesIO()
-    render(sample_scene(seed)).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(encode_scene(sample_scene(seed)))).convert("RGB")
 
 
 def subjects(scene: Scene, question: Question) -> tuple[Outline, ...]:

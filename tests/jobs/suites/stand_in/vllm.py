@@ -1,5 +1,5 @@
-"""Stands in for vLLM: reads prompts as it does, says what the test tells it to in the variable
-STAND_IN, and notes what it was given."""
+"""Stands in for vLLM: expands prompts as vLLM does, answers as the variable STAND_IN says, and
+writes down what it received."""
 
 import atexit
 import json
@@ -15,11 +15,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 __version__ = "0"
-told = json.loads(os.environ["STAND_IN"])
+settings_of_test = json.loads(os.environ["STAND_IN"])
 
 
 def note(**what):
-    with open(told["notes"], "a") as notes:
+    with open(settings_of_test["notes"], "a") as notes:
         notes.write(json.dumps(what) + "\n")
 
 
@@ -42,29 +42,29 @@ class LLM:
         self.config = json.loads(Path(model, "config.json").read_text())
         self.tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         self.llm_engine, self.renderer, self.waiting = self, self, []
-        print("loaded, says vLLM, to stdout")
-        atexit.register(note, tidied=True)
+        print("loaded, printed to stdout by vLLM")
+        atexit.register(note, exited=True)
 
     def read(self, prompt):
         visual, ids = self.config["image_token_index"], []
         for token in self.tokenizer.encode(prompt["prompt"]).ids:
             ids += [token] * (self.config["image_seq_length"] if token == visual else 1)
-        return [*ids, 0] if told.get("fault") == "one more" else ids
+        return [*ids, 0] if settings_of_test.get("fault") == "one more" else ids
 
     def generate(self, prompts, params, use_tqdm):
-        os.write(1, b"so does what vLLM has started\n")
-        if told.get("fault") == "dies":
+        os.write(1, b"printed by a child process of vLLM\n")
+        if settings_of_test.get("fault") == "dies":
             print("out of luck", file=sys.stderr, flush=True)
             os._exit(3)
-        if told.get("fault") == "dies later":
+        if settings_of_test.get("fault") == "dies later":
             threading.Timer(0.1, os._exit, (4,)).start()
         assert (params.temperature, params.ignore_eos) == (0.0, True)
-        note(asked=[prompt["multi_modal_data"]["image"].tobytes().hex() for prompt in prompts])
-        answers = told["answers"] or [[7] * params.max_tokens] * len(prompts)
-        if told.get("fault") == "ends early":
+        note(batch=[prompt["multi_modal_data"]["image"].tobytes().hex() for prompt in prompts])
+        answers = settings_of_test["answers"] or [[7] * params.max_tokens] * len(prompts)
+        if settings_of_test.get("fault") == "ends early":
             answers = [answer[:-1] for answer in answers]
         ids = [self.read(prompt) for prompt in prompts]
-        if told.get("fault") == "other words":
+        if settings_of_test.get("fault") == "other words":
             ids[1][-1] += 1
         time.sleep(0.01)
         return [
@@ -77,7 +77,7 @@ class LLM:
 
     def add_request(self, name, prompt, params):
         assert prompt["rendered"]
-        note(alone=prompt["multi_modal_data"]["image"].tobytes().hex())
+        note(single=prompt["multi_modal_data"]["image"].tobytes().hex())
         self.waiting = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=())])]
         self.waiting += [
             SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * n)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from cluster.demo import Row, draw_rows, parquet_file
+from cluster.demo import DrawnRow, draw_rows, encode_parquet
 from cluster.store import open_store
 from sppruner.tiny.questions import caption
 from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
@@ -17,25 +17,25 @@ from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 _SCENES_PER_SEED = 1_000_000
 
 
-def draw_captioned(count: int, seed: int) -> list[Row]:
+def draw_captioned(count: int, seed: int) -> list[DrawnRow]:
     """Rows whose scenes the embedded model was trained to caption."""
     return list(islice(draw_rows("caption", seed), count))
 
 
-def draw_squares(count: int, seed: int, side: int) -> list[Row]:
+def draw_squares(count: int, seed: int, side: int) -> list[DrawnRow]:
     """Rows of arbitrary scenes with images of `side` x `side` pixels."""
     rows = []
     first = HELD_OUT_SEED + seed * _SCENES_PER_SEED
     for number in range(first, first + count):
         scene = sample_scene(number)
         image = encode_scene(scene, side)
-        rows.append(Row(key=f"scene-{number}", image=image, caption=caption(scene)))
+        rows.append(DrawnRow(key=f"scene-{number}", image=image, caption=caption(scene)))
     return rows
 
 
-def write_corpus(uri: str, rows: Sequence[Row], file_rows: int) -> None:
+def write_corpus(uri: str, rows: Sequence[DrawnRow], file_rows: int) -> None:
     """Writes the rows in order, `file_rows` per file, so that a file is one unit of `file_rows`."""
     store = open_store(uri)
     for number, first in enumerate(range(0, len(rows), file_rows)):
         rows_of_file = rows[first : first + file_rows]
-        store.put(f"{number:05}.parquet", parquet_file(rows_of_file, "caption"))
+        store.put(f"{number:05}.parquet", encode_parquet(rows_of_file, "caption"))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
-from cluster.demo import Row, draw_rows
+from cluster.demo import DrawnRow, draw_rows
 from cluster.errors import LoadFailed, UsageError
 from cluster.serving.fleet import Fleet, FleetSettings, open_fleet
 from cluster.serving.replica import EngineSettings
@@ -180,7 +180,7 @@ def time_scenarios(
 
 
 def _time_scenario(
-    fleet: Fleet, scenario: LoadScenario, size: SuiteSize, rows: Iterator[Row]
+    fleet: Fleet, scenario: LoadScenario, size: SuiteSize, rows: Iterator[DrawnRow]
 ) -> ScenarioTiming:
     """rows: source of the images. Raises LoadFailed if no request got a complete response."""
     from jobs.suites.load import build_chat_body, run_closed_loop

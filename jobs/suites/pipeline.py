@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 from cluster.config import MediaLimits
-from cluster.demo import Row
+from cluster.demo import DrawnRow
 from cluster.images import decode_image
 from cluster.runs.admission import rows_held
 from cluster.serving.fleet import FleetSettings, open_fleet
@@ -69,7 +69,7 @@ class Workload:
     def generation(self) -> SamplingParams:
         return SamplingParams(max_new_tokens=self.new_tokens)
 
-    def draw(self, count: int, seed: int) -> list[Row]:
+    def draw(self, count: int, seed: int) -> list[DrawnRow]:
         return (
             draw_captioned(count, seed)
             if self.side is None

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -214,7 +214,7 @@ def test_the_official_client_gets_an_answer_with_pruning_in_extra_body(
 ) -> None:
     answer = client.chat.completions.create(
         model="fake-model",
-        messages=[ASKED],  # type: ignore[list-item]
+        messages=[cast(Any, ASKED)],
         extra_body={"prune": {"method": "sppruner", "retain": 0.1}},
     )
     assert answer.choices[0].message.content == expected_text(picture(1), 10)
@@ -227,7 +227,7 @@ def test_the_official_client_streams_to_done_with_usage(client: openai.OpenAI) -
     chunks = list(
         client.chat.completions.create(
             model="fake-model",
-            messages=[ASKED],  # type: ignore[list-item]
+            messages=[cast(Any, ASKED)],
             stream=True,
             stream_options={"include_usage": True},
         )

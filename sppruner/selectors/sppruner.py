@@ -286,7 +286,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         alike_MC = cosine_NN[dropped_M[:, None], context_C] * torch.exp(-apart_MC / (2 * reach**2))
         best_M = closest(alike_MC, merges)
         merged_CD, received_C1 = absorb(
-            features_ND, phi_N + 1e-6, context_C, dropped_M[best_M], alike_MC[best_M]
+            features_ND, phi_N, context_C, dropped_M[best_M], alike_MC[best_M]
         )
         before_CD = features_ND[context_C].float()
         if self.restore_norm:

@@ -73,7 +73,7 @@ def pruned_reports(
     length_B = inputs["attention_mask"].sum(dim=1).tolist()
     after_B = adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
     short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
-    layers = adapter.capabilities.decoder_layers
+    layers, decoder = adapter.capabilities.decoder_layers, adapter.cost().decoder
     reports = []
     for row, spec in enumerate(specs):
         mine = [i for i, image in enumerate(images) if image.row == row]
@@ -87,6 +87,10 @@ def pruned_reports(
                 f"the prompt holds {after_B[row]}, the mask {marked}, the encoder output {fed}"
             )
         text = short_B[row] - due
+        layer_tokens = tuple(
+            text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
+        )
+        asked = any(schedules[i].scoring == "stage" for i in mine)
         reports.append(
             PruneReport(
                 spec=spec,
@@ -95,11 +99,10 @@ def pruned_reports(
                 kept_tokens=_packed(mask_N),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
-                layer_tokens=tuple(
-                    text + sum(schedules[i].at(layer) for i in mine) for layer in range(layers)
-                ),
+                layer_tokens=layer_tokens,
                 image_shapes=tuple(images[i].shape for i in mine),
-                selection_flops=sum(selection_flops[i] for i in mine),
+                selection_flops=sum(selection_flops[i] for i in mine)
+                + (decoder.scoring(layer_tokens) if asked else 0),
             )
         )
     return reports

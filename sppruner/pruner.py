@@ -212,6 +212,7 @@ class Pruner:
                 schedules,
                 attention_mask_BL=compacted.attention_mask_BL,
                 visual_BL=self.adapter.placeholders(compacted.input_ids_BL),
+                renumber=self._policy(per_row) == "renumber",
             ),
         )
 

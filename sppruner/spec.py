@@ -120,7 +120,8 @@ class PruneSpec:
 
     method: a name from `sppruner.selectors.available()`, or "none" for dense.
     positions: "keep" leaves every kept token at its original position (pruned equals masked);
-        "renumber" closes the gaps, as the original LLaVA-based codes do.
+        "renumber" closes the gaps, as the original LLaVA-based codes do, also those that a method
+        leaves inside the decoder, from that layer on.
     options: keyword arguments of the method, e.g. {"relevance": "none"}; checked by the method.
     """
 

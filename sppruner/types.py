@@ -95,7 +95,8 @@ class PruneReport:
     at its own place.
     prompt_tokens: text and visual tokens that enter the decoder. layer_tokens: prompt tokens at
     each decoder layer, which differ only where a method prunes inside the decoder. image_shapes:
-    what each image cost the encoder. selection_flops: modelled work of selecting.
+    what each image cost the encoder. selection_flops: modelled work of selecting before the decoder
+    and, inside it, of scores that stages ask of layers which have not run (`DecoderCost.scoring`).
     """
 
     spec: PruneSpec

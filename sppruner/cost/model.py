@@ -76,8 +76,8 @@ class ModelCost:
         """The cost of one row whose prompt holds `layer_tokens` at each decoder layer.
 
         Selection follows the projector, so vision and projector cost the same in both columns; the
-        pruner's own work stands in the pruned one only: `pruner_flops` before the decoder, and
-        what its stages read inside it.
+        pruner's own work stands in the pruned one only: `pruner_flops` (`PruneReport`'s
+        `selection_flops`), and the rows that its stages go by inside the decoder.
         """
         shared = {
             "vision": sum(self.encoder.vision(image) for image in images),

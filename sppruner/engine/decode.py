@@ -43,25 +43,40 @@ class DecodeStep:
                 mode="reduce-overhead" if adapter.model.device.type == "cuda" else None,
             )
 
-    def __call__(self, tokens_N: Tensor, positions_RN: Tensor, cache: SlotCache) -> Tensor:
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        positions_RN: Tensor,
+        cache: SlotCache,
+        lost_LN: Tensor | None = None,
+    ) -> Tensor:
         """Logits [N, vocabulary] behind `tokens_N`, which stand at `positions_RN`.
 
-        Reads and writes the first N slots; counting the token is left to `SlotCache.end`.
+        lost_LN: by how much a row stands further in front at each layer, where stages renumber;
+        only with one row of positions. None, where none does, has a graph of its own. Reads and
+        writes the first N slots; counting the token is left to `SlotCache.end`.
         """
         cache.begin(len(tokens_N))
-        logits: Tensor = self._forward(tokens_N, positions_RN, cache)
+        logits: Tensor = self._forward(tokens_N, positions_RN, cache, lost_LN)
         return logits
 
-    def _run(self, tokens_N: Tensor, positions_RN: Tensor, cache: SlotCache) -> Tensor:
+    def _run(
+        self, tokens_N: Tensor, positions_RN: Tensor, cache: SlotCache, lost_LN: Tensor | None
+    ) -> Tensor:
         hidden = self._embed(tokens_N[:, None])
         text_N1 = positions_RN[0, :, None]
         # With four rows the first one counts text alone; time, height and width rotate.
         turned = text_N1 if len(positions_RN) == 1 else positions_RN[1:, :, None]
-        rotary = self._decoder.rotary_emb(hidden, turned)
+        if lost_LN is not None:
+            turned = text_N1 - lost_LN.T  # of every layer at once
+        rotary = turning = self._decoder.rotary_emb(hidden, turned)
         mask = None
         for index, layer in enumerate(self._decoder.layers):
             if cache.starts_segment(index):
                 mask = cache.mask(index)
+            if lost_LN is not None:
+                text_N1 = turned[:, index : index + 1]
+                rotary = tuple(part[:, index : index + 1] for part in turning)
             hidden = layer(
                 hidden,
                 attention_mask=mask,

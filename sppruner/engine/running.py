@@ -42,6 +42,14 @@ class Row:
         return [tokens + new for tokens in self.report.layer_tokens]
 
     @property
+    def lost(self) -> list[int] | None:
+        """By how much it stands further in front at each layer, where stages renumber."""
+        tokens = self.report.layer_tokens
+        if self.report.spec.positions == "keep" or tokens[-1] == tokens[0]:
+            return None
+        return [tokens[0] - held for held in tokens]
+
+    @property
     def stopped(self) -> bool:
         """Whether it said a stop string."""
         return self.transcript is not None and self.transcript.stopped
@@ -139,6 +147,7 @@ class RunningRows:
             torch.tensor(tokens, device=self._device),
             torch.tensor(positions, device=self._device).T.contiguous(),
             self.cache,
+            self._lost(rows, idle),
         )[: len(rows)]
         self.cache.end(len(rows))
         for row in rows:
@@ -158,6 +167,16 @@ class RunningRows:
             self.rows[slot] = self.rows[last]
         self.rows.pop()
         self.cache.release(last)
+
+    def _lost(self, rows: Sequence[Row], idle: int) -> torch.Tensor | None:
+        """See `DecodeStep`; idle: further slots that run along. A captured step gets it whether a
+        row needs it or not, so that it is one graph."""
+        lost = [row.lost for row in rows]
+        if len(rows[0].positions) > 1 or not (any(lost) or self._shape):
+            return None
+        none = [0] * len(self.cache.keys)
+        filled = [row or none for row in lost] + [none] * idle
+        return torch.tensor(filled, device=self._device).T.contiguous()
 
     def _row(self, asked: Asked, prompt: Prefilled) -> Row:
         request = asked.request

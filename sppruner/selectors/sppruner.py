@@ -81,8 +81,8 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
     share of the longer grid side. windows: the grid is split in windows × windows for the coverage
     pass. kappa: dropped tokens merged per context token. mode: "pre" spends the budget in front of
     the decoder; with "pre+mid" it is the average over the decoder's layers: 1.5 times as many
-    tokens enter, and in front of the middle layer the attention of the last prompt token leaves
-    0.5 times as many, the split of VScan.
+    tokens enter, and in front of the middle layer the attention that the last prompt token has paid
+    in the layer before leaves 0.5 times as many, the split of VScan.
     """
 
     name: ClassVar[str] = "sppruner"

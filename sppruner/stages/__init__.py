@@ -2,12 +2,13 @@
 
 from sppruner.stages.cache import staged_static_cache
 from sppruner.stages.driver import StageDriver, stages_from
-from sppruner.stages.plan import Schedule, StagePlan
+from sppruner.stages.plan import Schedule, Scoring, StagePlan
 from sppruner.stages.probe import LastQueryProbe
 
 __all__ = [
     "LastQueryProbe",
     "Schedule",
+    "Scoring",
     "StageDriver",
     "StagePlan",
     "staged_static_cache",

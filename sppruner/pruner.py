@@ -24,7 +24,7 @@ from sppruner.compact import compact
 from sppruner.errors import InputError, MissingSignal, UnsupportedModel
 from sppruner.proof import dense_reports, pruned_reports
 from sppruner.relevance import ClipText, EmbeddingCosine, Source, TextRelevance, require_source
-from sppruner.selectors import selector_for
+from sppruner.selectors import Selector, selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
 from sppruner.types import PruneReport, Selection, VisualTokens
@@ -66,7 +66,7 @@ def check_spec(
     MissingSignal (the family cannot do what the method needs, or the relevance asked for has no
     source).
     """
-    selector = selector_for(spec)
+    selector = _selector(spec, can)
     if selector is None:
         return
     missing = selector.signals - can.signals
@@ -76,6 +76,12 @@ def check_spec(
         raise MissingSignal(f"positions {spec.positions!r} cannot run on {can}")
     selector.check(spec.budget, can)
     require_source(selector.relevance_source, sources)
+
+
+def _selector(spec: PruneSpec, can: Capabilities) -> Selector | None:
+    """A spec's method as it runs on a model that can do `can`, or None for dense."""
+    selector = selector_for(spec)
+    return None if selector is None else selector.on(can)
 
 
 def _per_row(specs: PruneSpec | Sequence[PruneSpec], rows: int) -> list[PruneSpec]:
@@ -121,10 +127,9 @@ class Pruner:
         tokenizer or text tower."""
         check_spec(spec, self.adapter.capabilities, sources=self._relevance.sources)
 
-    @staticmethod
-    def signals(specs: Sequence[PruneSpec]) -> frozenset[str]:
+    def signals(self, specs: Sequence[PruneSpec]) -> frozenset[str]:
         """What the encoder must be asked for on the way."""
-        selectors = [selector_for(spec) for spec in specs]
+        selectors = [_selector(spec, self.adapter.capabilities) for spec in specs]
         return frozenset[str]().union(*(s.signals for s in selectors if s is not None))
 
     @torch.no_grad()
@@ -153,7 +158,7 @@ class Pruner:
             reports = dense_reports(self.adapter, per_row, inputs)
             return Prepared(inputs=plain, reports=reports, images=(), kept=[], selections=[])
 
-        selectors = [selector_for(spec) for spec in per_row]
+        selectors = [_selector(spec, self.adapter.capabilities) for spec in per_row]
         if encoded is None:
             encoded = self.adapter.encode(inputs, self.signals(per_row))
         images = encoded.images

@@ -25,7 +25,8 @@ class Capabilities:
 
     signals: the signals it can give. attention: what its saliency signal is, the row of a CLS
     token or the attention each token receives. positions: the policies it can run; M-RoPE only
-    keeps. hidden: whether its projector maps encoder states to features token by token.
+    keeps. hidden: whether its projector maps encoder states to features token by token. merged:
+    whether a visual token joins several of the tower's patches, as Qwen's mergers do.
     decoder_layers: how many there are. stages_from: the first decoder layer in front of which
     tokens may be pruned, or None where none may.
     """
@@ -37,6 +38,7 @@ class Capabilities:
     hidden: bool
     decoder_layers: int
     stages_from: int | None
+    merged: bool = False
 
     @classmethod
     def of(
@@ -45,6 +47,7 @@ class Capabilities:
         attention: Literal["cls", "received"],
         *,
         hidden: bool = True,
+        merged: bool = False,
         positions: tuple[Positions, ...] = ("keep", "renumber"),
     ) -> Capabilities:
         """Those of a family with one saliency signal, whose tower also gives keys and pixels."""
@@ -57,6 +60,7 @@ class Capabilities:
             hidden=hidden,
             decoder_layers=config.text_config.num_hidden_layers,
             stages_from=stages_from(config.text_config),
+            merged=merged,
         )
 
     def __str__(self) -> str:

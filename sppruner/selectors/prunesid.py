@@ -110,8 +110,17 @@ class PruneSIDSelector(SaliencyOption):
 
     def on(self, can: Capabilities) -> PruneSIDSelector:
         code = _LLAVA if can.attention == "cls" and not can.merged else _QWEN
-        left = {option: way for option, way in code.items() if getattr(self, option) == "auto"}
-        return replace(self, **left)
+
+        def filled(option: str) -> str:
+            said: str = getattr(self, option)
+            return code[option] if said == "auto" else said
+
+        return replace(
+            self,
+            features=filled("features"),
+            score=filled("score"),
+            tau_mode=filled("tau_mode"),
+        )
 
     def check(self, budget: Budget, can: Capabilities) -> None:
         """Any budget, with spread or without."""

@@ -21,6 +21,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("sppruner:mode=pre+mid", {"ratio": 0.3}),
     ("fastv:layer=1", {"ratio": 0.4}),
     ("fastv:layer=2", {"ratio": 0.2}),
+    ("pyramiddrop", {"ratio": 0.3}),
+    ("pyramiddrop:layers=2", {"ratio": 0.3}),
     ("topk", {"tokens": 1}),
     ("random", {"tokens": 0}),
     ("prunesid", {"ratio": 0.5, "spread": 0.5}),

@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import structlog
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from cluster.demo.local_s3 import LocalS3
     from cluster.serving.fleet import Fleet
+
+# A slow machine is no failure: what hangs is ended by pytest-timeout.
+settings.register_profile("repository", deadline=None)
+settings.load_profile("repository")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _BUCKETS = itertools.count()

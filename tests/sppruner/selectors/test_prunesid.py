@@ -161,7 +161,8 @@ def qwen_planes() -> tuple[Pruner, list[VisualTokens]]:
     """The trained tiny Qwen2.5-VL, and planes of 24 × 24 tokens of three drawn scenes, with their
     saliency."""
     loaded = load_model("tiny-qwen")
-    pruner, planes = Pruner(loaded.model), []
+    pruner = Pruner(loaded.model)
+    planes: list[VisualTokens] = []
     loaded.processor.image_processor.size = {"shortest_edge": 192**2, "longest_edge": 192**2}
     for item in islice(drawn_scenes(400).items, 0, 400, 140):
         inputs = build_inputs(

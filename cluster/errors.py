@@ -23,7 +23,8 @@ ClusterError                     code                 retryable  stops
     ├── FleetUnavailable         fleet_unavailable    no         no replicas to send rows to
     ├── ErrorShareExceeded       error_share          no         too many bad rows
     ├── CommitRefused            commit_refused       no         a unit that may not be committed
-    └── RedrawDiffers            redraw_differs       no         a picture it could not back
+    ├── RedrawDiffers            redraw_differs       no         a picture it could not back
+    └── LoadFailed               load_failed          no         a benchmark without responses
 
 A row error becomes an error row with its `code`, message and stage. A run error ends the command
 with `exit_code` and a message that says what to type next. Codes are stable: committed rows hold
@@ -209,3 +210,9 @@ class RedrawDiffers(RunError):
     """Selecting again did not give the tokens that a committed row says the model saw."""
 
     code = "redraw_differs"
+
+
+class LoadFailed(RunError):
+    """A request of a load benchmark got no complete response; a round without any stops it."""
+
+    code = "load_failed"

@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
-from sppruner.engine.interface import JpegScale
+from sppruner.models import JpegScale
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded, as Pillow names them."""

@@ -1,12 +1,12 @@
-"""Answers the question of every row of a VQA corpus; with reference answers, reports accuracy.
+"""Answers the question of every row of a VQA corpus and scores it against reference answers.
 
     python jobs/answer_vqa.py
     python jobs/answer_vqa.py --input s3://bucket/vqa --output s3://bucket/answers
 
-Reads the columns `question` and, where there is one, `answers`. A prompt with {question} in it
-wraps each question, e.g. --prompt "{question} Answer with a single word or phrase.". Run the same
-command again to resume. Exit codes: 0 done, 2 usage, 3 done with error rows, 4 stopped because
-too many rows failed.
+Reads the columns `question` and, if present, `answers` or `answer`. {question} in the prompt stands
+for the row's question: --prompt "{question} Answer with a single word or phrase.". The same command
+resumes a run. Exit codes: 0 done, 2 usage, 3 done with error rows, 4 stopped because too many rows
+failed.
 """
 
 from __future__ import annotations

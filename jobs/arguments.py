@@ -1,4 +1,4 @@
-"""Methods and budgets as a command line writes them: "sppruner,sppruner:kappa=0,random"."""
+"""Parses the --methods and --retain of a command line: "sppruner,sppruner:kappa=0,random"."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from sppruner.selectors import selector_for
 
 
 def parse_methods(text: str) -> list[PruneSpec]:
-    """One spec per method, without its budget yet; "none" is left out, since dense always runs.
+    """One spec per method, with a placeholder budget; "none" is dropped: dense always runs.
 
-    Raises SpecError for an unknown method or option, which lists those there are.
+    Raises SpecError, with the valid names, for an unknown method or option.
     """
-    found = []
+    specs = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         spec = PruneSpec.parse(entry, Budget(ratio=0.5))
         if not spec.is_dense:
             selector_for(spec)
-            found.append(spec)
-    return found
+            specs.append(spec)
+    return specs
 
 
 def parse_shares(text: str) -> list[float]:
-    """Raises SpecError where something is not a number; `Budget` checks the range."""
+    """Comma-separated numbers. Raises SpecError for anything else; `Budget` checks the range."""
     try:
         return [float(share) for share in text.split(",")]
     except ValueError as error:
         raise SpecError(f"--retain {text!r}: give shares such as 0.333,0.222") from error
 
 
-def specs_of(methods: Sequence[PruneSpec], shares: Sequence[float]) -> list[PruneSpec]:
-    """Every method at every budget, each once."""
+def combine_specs(methods: Sequence[PruneSpec], shares: Sequence[float]) -> list[PruneSpec]:
+    """Every method at every budget, without duplicates."""
     specs = [
         PruneSpec(method=method.method, budget=Budget(ratio=share), options=method.options)
         for method in methods

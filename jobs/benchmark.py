@@ -1,4 +1,4 @@
-"""Speed, side by side in one run.
+"""Benchmark suites: every comparison is timed side by side in one run.
 
     python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
     python jobs/benchmark.py --suite pipeline --shape llava --threads 1 --json pipeline.json
@@ -6,11 +6,12 @@
     python jobs/benchmark.py --suite online
     python jobs/benchmark.py --suite selection --dtype bfloat16
 
-`engine`: the engines side by side, dense and pruned. `pipeline`: the job against the bare engine on
-the same images. `scale`: what a row costs as the corpus grows. `online`: the endpoint under load,
-idle and beside a batch job. `selection`: what choosing tokens costs beside the prefill it shortens,
-at the widths of 7B models. Each file in `jobs/suites/` says what its columns cover. Ratios are
-medians over the rounds with their smallest and largest value.
+`engine`: engines side by side, dense and pruned. `pipeline`: the batch job against the bare engine
+on the same images. `scale`: cost of a row as the corpus grows. `online`: the HTTP endpoint under
+load, idle and beside a batch job. `selection`: cost of token selection beside the prefill it
+shortens, at the widths of 7B models. Each file in `jobs/suites/` defines its columns; published
+results are in `jobs/suites/RESULTS.md`. Ratios are medians over the rounds with their smallest and
+largest value.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
-from jobs.suites.engine import METHODS, engine
-from jobs.suites.online import online
-from jobs.suites.pipeline import pipeline
-from jobs.suites.scale import scale
-from jobs.suites.selection import selection
+from jobs.suites.engine import METHODS, run_engine_suite
+from jobs.suites.online import run_online_suite
+from jobs.suites.pipeline import run_pipeline_suite
+from jobs.suites.scale import run_scale_suite
+from jobs.suites.selection import run_selection_suite
 from jobs.suites.shapes import SHAPES
 from sppruner.models.loading import EMBEDDED
 
-# Each with the options that mean something to it alone.
+# Options that apply to one suite or to some of them; any other combination is refused.
 SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
     "pipeline": ("model", "shape", "dtype", "threads"),
@@ -48,103 +49,109 @@ SUITES: Final = {
 }
 
 
-def tables(result: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """The cases and the ratios by title: rows of texts, the names of columns first."""
+def build_tables(result: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Cases and ratios by table title: rows of cells, the header first."""
     cases, ratios = result["cases"], result["ratios"]
     return {
         f"suite {result['suite']}": [
             [column.replace("_", " ") for column in cases[0]],
-            *(list(map(_figure, case.values())) for case in cases),
+            *(list(map(_format_figure, case.values())) for case in cases),
         ],
         "ratios": [
             ["ratio", "median", "low", "high"],
-            *([name, *map(_figure, value.values())] for name, value in ratios.items()),
+            *([name, *map(_format_figure, value.values())] for name, value in ratios.items()),
         ],
     }
 
 
-def shown(result: dict[str, Any]) -> list[Table]:
-    """For a terminal."""
-    made = []
-    for title, (head, *rows) in tables(result).items():
+def render_tables(result: dict[str, Any]) -> list[Table]:
+    """The tables for a terminal."""
+    rendered = []
+    for title, (head, *rows) in build_tables(result).items():
         columns = [Column(head[0], no_wrap=True)] + [Column(n, overflow="fold") for n in head[1:]]
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        made.append(table)
-    return made
+        rendered.append(table)
+    return rendered
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """GitHub tables, with the machine in a line above them."""
-    about = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    parts = [about]
-    for title, (head, *rows) in tables(result).items():
+def format_markdown(result: dict[str, Any]) -> str:
+    """The tables in GitHub Markdown, below a line that describes the machine."""
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    parts = [machine]
+    for title, (head, *rows) in build_tables(result).items():
         lines = [head, ["---"] * len(head), *rows]
         parts.append(title)
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _figure(value: object) -> str:
+def _format_figure(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        middle, low, high = map(_figure, value.values())
+        middle, low, high = map(_format_figure, value.values())
         return f"{middle} ({low} – {high})"
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description="Speed, side by side in one run.")
-    made.add_argument("--suite", choices=SUITES, required=True)
-    made.add_argument("--quick", action="store_true", help="little work, two rounds")
-    made.add_argument("--model", help=f"{_for('model')}: folder or Hub name ({EMBEDDED})")
-    made.add_argument(
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Benchmark suites: comparisons side by side in one run."
+    )
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--quick", action="store_true", help="small workload, two rounds")
+    parser.add_argument("--model", help=f"{_name_suites('model')}: folder or Hub name ({EMBEDDED})")
+    parser.add_argument(
         "--shape",
         choices=list(SHAPES),
-        help=f"{_for('shape')}: the embedded model with answers of a fixed length, or random "
-        "weights in the proportions of a 7B model or of its size, which needs a GPU (engine: "
-        "llava; pipeline: none, but --model)",
+        help=f"{_name_suites('shape')}: tiny is the embedded model; the others are random weights "
+        "in the proportions of a 7B model or (*-7b, needs a GPU) of its size; answers have a fixed "
+        "length (engine: llava; pipeline: none, --model is labelled)",
     )
-    made.add_argument("--methods", help=f"{_for('methods')}: comma between ({','.join(METHODS)})")
-    made.add_argument(
+    parser.add_argument(
+        "--methods", help=f"{_name_suites('methods')}: comma-separated ({','.join(METHODS)})"
+    )
+    parser.add_argument(
         "--peer",
         type=Path,
         metavar="PYTHON",
-        help=f"{_for('peer')}: interpreter of an environment with vLLM, timed on the same requests",
+        help=f"{_name_suites('peer')}: Python of an environment with vLLM, which is timed on the "
+        "same requests",
     )
-    made.add_argument(
+    parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help=f"{_for('dtype')}: of the model (selection: float32; else bfloat16 on a GPU, float32 "
-        "on a CPU)",
+        help=f"{_name_suites('dtype')}: model precision (selection: float32; others: bfloat16 on a "
+        "GPU, float32 on a CPU)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help=f"{_for('threads')}: of the model on a CPU; fewer than cores leave the others to Ray "
-        "(all)",
+        help=f"{_name_suites('threads')}: model threads on a CPU; with fewer threads than cores "
+        "Ray has the rest (all)",
     )
-    made.add_argument("--json", type=Path, help="write the result to this file")
-    made.add_argument("--markdown", type=Path, help="write its tables to this file")
-    return made
+    parser.add_argument("--json", type=Path, help="write the result as JSON to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    return parser
 
 
-def _for(option: str) -> str:
+def _name_suites(option: str) -> str:
     names = [suite for suite, options in SUITES.items() if option in options]
     return f"suite{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
-def checked(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Raises UsageError for an option that would change nothing."""
+def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Raises UsageError for an option that has no effect on the suite."""
     for option in sorted({option for options in SUITES.values() for option in options}):
         if getattr(arguments, option) is not None and option not in SUITES[arguments.suite]:
             raise UsageError(
-                f"--{option} is for {_for(option)}: leave it out of --suite {arguments.suite}"
+                f"--{option} is for {_name_suites(option)}: "
+                f"leave it out of --suite {arguments.suite}"
             )
     if arguments.model is not None and arguments.shape is not None:
         raise UsageError(f"--shape {arguments.shape} brings its own model: leave out --model")
@@ -153,40 +160,42 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-def timed(arguments: argparse.Namespace, told: Console) -> dict[str, Any]:
-    """The result of the suite that was asked for. Raises RunErrors."""
-    how: dict[str, Any] = {"quick": arguments.quick, "told": told}
+def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
+    """Runs the chosen suite and returns its result. Raises RunErrors."""
+    options: dict[str, Any] = {"quick": arguments.quick, "console": stderr}
     dtype = arguments.dtype or "auto"
     if arguments.suite == "engine":
         methods = METHODS if arguments.methods is None else arguments.methods.split(",")
         shape = SHAPES[arguments.shape or "llava"]
-        return engine(shape, methods=methods, dtype=dtype, peer=arguments.peer, **how)
+        return run_engine_suite(shape, methods=methods, dtype=dtype, peer=arguments.peer, **options)
     if arguments.suite == "selection":
-        return selection(dtype=getattr(torch, arguments.dtype or "float32"), **how)
+        return run_selection_suite(dtype=getattr(torch, arguments.dtype or "float32"), **options)
     model = arguments.model or EMBEDDED
     with LocalS3("benchmark") as server:
-        how |= {"root": server.uri, "environment": server.environment}
+        options |= {"root": server.uri, "environment": server.environment}
         if arguments.suite == "scale":
-            return scale(model, **how)
+            return run_scale_suite(model, **options)
         if arguments.suite == "online":
-            return online(model, **how)
+            return run_online_suite(model, **options)
         random = None if arguments.shape is None else SHAPES[arguments.shape]
-        return pipeline(model, shape=random, dtype=dtype, threads=arguments.threads, **how)
+        return run_pipeline_suite(
+            model, shape=random, dtype=dtype, threads=arguments.threads, **options
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     configure_logs()
     try:
-        result = timed(checked(arguments), open_console(stderr=True))
+        result = run_suite(check_arguments(arguments), open_console(stderr=True))
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
-    open_console().print(*shown(result))
+    open_console().print(*render_tables(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(result))
+        arguments.markdown.write_text(format_markdown(result))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Captions every image of a corpus, with visual-token pruning and a proof of what that saved.
+"""Captions every image of a corpus with visual-token pruning and measures the saving.
 
     python jobs/caption_corpus.py
     python jobs/caption_corpus.py --input s3://bucket/images --output s3://bucket/captions
     ray job submit --working-dir . -- python jobs/caption_corpus.py --input … --output …
 
-Run the same command again to resume. Exit codes: 0 done, 2 usage, 3 done with error rows,
-4 stopped because too many rows failed.
+The same command resumes a run. Exit codes: 0 done, 2 usage, 3 done with error rows, 4 stopped
+because too many rows failed.
 """
 
 from __future__ import annotations

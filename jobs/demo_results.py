@@ -1,4 +1,4 @@
-"""What stays of an embedded run once its object store has ended with it: the labelled rows, the
+"""Keeps the results of an embedded run, whose object store ends with the command: labelled rows,
 summary and a contact sheet, in a local folder.
 """
 
@@ -18,12 +18,13 @@ from cluster.output.summary import Summary
 from cluster.store import Store, open_store
 
 _TILES = 24
-_PRINTED = 8
-_WRITTEN = ["text", "caption"]
+_PRINTED_ROWS = 8
+_CAPTION_COLUMNS = ["text", "caption"]
 
 
-def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
-    """Copies the output to `folder`/<kind> and draws the sheet; returns what to tell the user."""
+def copy_results(kind: Kind, summary: Summary, folder: Path) -> str:
+    """Copies the output to `folder`/<kind>, draws the contact sheet and returns a message about
+    both."""
     output, corpus = open_store(summary.output), open_store(summary.input)
     target = folder / kind
     target.mkdir(parents=True, exist_ok=True)
@@ -36,20 +37,22 @@ def keep_results(kind: Kind, summary: Summary, folder: Path) -> str:
         tables.append(pq.read_table(io.BytesIO(data)))
     (target / "summary.json").write_text(summary.to_json())
     labelled = pa.concat_tables(tables)
-    tiles = _tiles(kind, labelled, _images(corpus))
+    tiles = _make_tiles(kind, labelled, _read_images(corpus))
     sheet = write_contact_sheet(tiles, target / "sheet.png")
-    shown = "".join(f"{tile.title}  {tile.text}\n" for tile in tiles[:_PRINTED])
+    lines = "".join(f"{tile.title}  {tile.text}\n" for tile in tiles[:_PRINTED_ROWS])
     exact = ""
     if kind == "caption":
-        equal = sum(r["text"] == r["caption"] for r in labelled.select(_WRITTEN).to_pylist())
+        equal = sum(
+            r["text"] == r["caption"] for r in labelled.select(_CAPTION_COLUMNS).to_pylist()
+        )
         exact = f"{equal} of {len(labelled)} captions describe their scene word for word. "
     return (
-        f"\nthe first of {sheet}:\n{shown}\n{exact}The embedded store ends with this command; the "
+        f"\nthe first of {sheet}:\n{lines}\n{exact}The embedded store ends with this command: the "
         f"labelled rows are copied to {target}/, images with their texts to {sheet}"
     )
 
 
-def _images(corpus: Store) -> dict[str, bytes]:
+def _read_images(corpus: Store) -> dict[str, bytes]:
     images: dict[str, bytes] = {}
     for info in corpus.list(suffixes=(".parquet",)):
         rows = pq.read_table(io.BytesIO(corpus.get(info.key)), columns=["key", "image"])
@@ -57,13 +60,13 @@ def _images(corpus: Store) -> dict[str, bytes]:
     return images
 
 
-def _tiles(kind: Kind, labelled: pa.Table, images: dict[str, bytes]) -> list[Tile]:
+def _make_tiles(kind: Kind, labelled: pa.Table, images: dict[str, bytes]) -> list[Tile]:
     rows = sorted(labelled.to_pylist(), key=lambda row: row["key"])
     step = max(1, len(rows) // _TILES)
-    return [_tile(kind, row, images[row["key"]]) for row in rows[::step][:_TILES]]
+    return [_make_tile(kind, row, images[row["key"]]) for row in rows[::step][:_TILES]]
 
 
-def _tile(kind: Kind, row: dict[str, Any], image: bytes) -> Tile:
+def _make_tile(kind: Kind, row: dict[str, Any], image: bytes) -> Tile:
     text = row["text"] or f"{row['error_code']}: {row['error_message']}"
     if kind == "vqa":
         text = f"{row['question']} {text}"

@@ -1,11 +1,12 @@
-"""Accuracy of pruning methods, with paired bootstrap intervals and fidelity to the full model.
+"""Evaluates pruning methods: accuracy with paired bootstrap intervals, and fidelity to dense.
 
     python jobs/evaluate.py --methods sppruner,random --retain 0.333,0.222,0.111
     python jobs/evaluate.py --methods "sppruner,sppruner:kappa=0,fastv:layer=1" --plot kept.png
     python jobs/evaluate.py --model llava-hf/llava-1.5-7b-hf --data pope.jsonl --images val2014
 
-Dense always runs too: it is what every method is held against. `random` runs with three seeds.
-Without --data the questions are about held-out drawn scenes.
+Dense always runs: every method is compared with it. `random` runs with three seeds. Without --data
+the questions are about held-out drawn scenes. Exit codes: 0 done, 2 an argument that cannot work or
+a model that cannot be evaluated.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cluster.config import MediaLimits
 from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
-from jobs.arguments import parse_methods, parse_shares, specs_of
+from jobs.arguments import combine_specs, parse_methods, parse_shares
 from jobs.overlays import write_overlays
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
@@ -59,78 +60,84 @@ from sppruner.models.loading import EMBEDDED, LoadedModel, load_model, resolve_m
 _LINE_SECONDS = 30
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
+    parser.add_argument(
         "--methods",
         default="sppruner,topk,grid,random",
-        help="comma between methods, options after colons: name:option=value (%(default)s)",
+        help="comma-separated methods, options after colons: name:option=value (%(default)s)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--retain",
         default="0.333,0.222,0.111",
-        help="shares of visual tokens kept, comma between (%(default)s)",
+        help="comma-separated shares of visual tokens kept (%(default)s)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--model",
         action="append",
-        help=f"folder or Hub name; several times for several models ({EMBEDDED})",
+        help=f"folder or Hub name; repeat for several models ({EMBEDDED})",
     )
-    made.add_argument(
+    parser.add_argument(
         "--questions",
         type=int,
         metavar="N",
         default=1000,
-        help="ask at least so many (%(default)s)",
+        help="at least this many (%(default)s)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--batch-rows",
         type=int,
         metavar="N",
         default=64,
-        help="questions at once; fewer for large models (64)",
+        help="questions per batch; fewer for large models (%(default)s)",
     )
-    asked = made.add_argument_group("drawn scenes (the default)")
-    asked.add_argument(
+    scenes = parser.add_argument_group("drawn scenes (the default)")
+    scenes.add_argument(
         "--split",
         choices=["report", "tuning"],
         default="report",
-        help="scenes that are reported, or those that constants are chosen on (%(default)s)",
+        help="scenes of published figures, or scenes for tuning constants (%(default)s)",
     )
-    asked.add_argument(
-        "--first-scene", type=int, metavar="N", default=0, help="offset into the split"
+    scenes.add_argument(
+        "--first-scene",
+        type=int,
+        metavar="N",
+        default=0,
+        help="offset into the split (%(default)s)",
     )
-    data = made.add_argument_group("your files")
+    data = parser.add_argument_group("your files")
     data.add_argument("--data", type=Path, metavar="FILE", help="a benchmark's file of questions")
     data.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
-    data.add_argument("--format", choices=list(FORMATS), help="where the file does not tell")
+    data.add_argument(
+        "--format", choices=list(FORMATS), help="if the file does not tell its format"
+    )
     data.add_argument(
         "--annotations", type=Path, metavar="FILE", help="the file of answers (vqav2)"
     )
     data.add_argument(
         "--instruction",
         metavar="TEXT",
-        help="what follows each question; '' for nothing (the format's own)",
+        help="text after each question; '' for none (the format's own)",
     )
-    out = made.add_argument_group("results")
+    out = parser.add_argument_group("results")
     out.add_argument(
-        "--json", type=Path, metavar="FILE", help="rows, differences between methods, versions"
+        "--json", type=Path, metavar="FILE", help="records, differences between methods, versions"
     )
-    out.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="the rows, flat")
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="one record per line")
     out.add_argument(
         "--plot", type=Path, metavar="FILE", help="accuracy against kept tokens: .png, .pdf or .svg"
     )
     out.add_argument(
-        "--overlay", type=Path, metavar="DIR", help="folder for pictures of what is kept"
+        "--overlay", type=Path, metavar="DIR", help="folder for pictures of the kept tokens"
     )
-    return made
+    return parser
 
 
-def dataset_of(arguments: argparse.Namespace) -> Dataset:
-    """What to ask. Raises SpecError or EvaluationError."""
+def load_dataset(arguments: argparse.Namespace) -> Dataset:
+    """The questions of the command line. Raises SpecError or EvaluationError."""
     for option in ("questions", "batch_rows"):
         if (number := getattr(arguments, option)) < 1:
             raise SpecError(f"--{option.replace('_', '-')} {number}: give at least 1")
@@ -146,7 +153,7 @@ def dataset_of(arguments: argparse.Namespace) -> Dataset:
     return read_dataset(
         arguments.data,
         images=arguments.images,
-        decode=decoded,
+        decode=decode_file,
         format=arguments.format,
         annotations=arguments.annotations,
         instruction=arguments.instruction,
@@ -154,8 +161,8 @@ def dataset_of(arguments: argparse.Namespace) -> Dataset:
     )
 
 
-def decoded(file: Path) -> Any:
-    """An image file under the same limits as a corpus's images. Raises EvaluationError."""
+def decode_file(file: Path) -> Any:
+    """Decodes an image file with the limits of corpus images. Raises EvaluationError."""
     try:
         return decode_image(file.read_bytes(), MediaLimits())
     except (OSError, RowError) as error:
@@ -163,38 +170,39 @@ def decoded(file: Path) -> Any:
 
 
 @contextmanager
-def progress(told: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left on a terminal; in a log, a plain line now and then."""
-    if not told.is_terminal:
-        yield _plain_lines(told, name, total)
+def show_progress(stderr: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of one model: a bar on a terminal, otherwise a plain line every 30 s. Yields the
+    function to call with the number of new answers."""
+    if not stderr.is_terminal:
+        yield _make_line_printer(stderr, name, total)
         return
     bars = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:-1])
-    with Progress(*bars, TimeRemainingColumn(), console=told) as bar:
+    with Progress(*bars, TimeRemainingColumn(), console=stderr) as bar:
         task = bar.add_task(name, total=total)
         yield lambda answers: bar.advance(task, answers)
 
 
-def _plain_lines(told: Console, name: str, total: int) -> Callable[[int], None]:
-    began = said = time.monotonic()
+def _make_line_printer(stderr: Console, name: str, total: int) -> Callable[[int], None]:
+    started = last_line = time.monotonic()
     done = 0
 
     def advance(answers: int) -> None:
-        nonlocal said, done
+        nonlocal last_line, done
         done += answers
         now = time.monotonic()
-        if now - said < _LINE_SECONDS and done < total:
+        if now - last_line < _LINE_SECONDS and done < total:
             return
-        said = now
-        left = (now - began) / done * (total - done) / 60
+        last_line = now
+        left = (now - started) / done * (total - done) / 60
         line = f"{name}: {done:,} of {total:,} answers, {left:.0f} min left"
-        told.print(line, highlight=False, markup=False)
+        stderr.print(line, highlight=False, markup=False)
 
     return advance
 
 
-def tables(document: dict[str, Any]) -> Iterator[Table]:
-    """Per model: accuracy with intervals, fidelity to dense, and accuracy by kind of question
-    beside what always giving the most frequent answer would score."""
+def build_tables(document: dict[str, Any]) -> Iterator[Table]:
+    """Per model: accuracy with intervals, fidelity to dense, and accuracy by kind of question with
+    the majority baseline, which always gives the most frequent answer."""
     for model in document["models"]:
         entries = [entry for entry in document["rows"] if entry["model"] == model]
         metric, majority = entries[0]["metric"], document["majority_by_type"]
@@ -202,13 +210,13 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
             (f"{model}: {metric} with 95 % intervals over images", ACCURACY),
             (f"{model}: fidelity to dense", FIDELITY),
         ):
-            table = _table(title, [name.format(metric=metric) for name in names])
+            table = _start_table(title, [name.format(metric=metric) for name in names])
             for entry in entries:
                 table.add_row(*(COLUMNS[name](entry) for name in names))
             yield table
         kinds = list(entries[0]["by_type"])
         if len(kinds) > 1:
-            table = _table(
+            table = _start_table(
                 f"{model}: {metric} by kind of question, %", ["method", "kept %", *kinds]
             )
             if majority:
@@ -220,7 +228,7 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
             yield table
 
 
-def _table(title: str, names: Sequence[str]) -> Table:
+def _start_table(title: str, names: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in names:
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -232,13 +240,13 @@ def add_model(
     loaded: LoadedModel,
     dataset: Dataset,
     specs: Sequence[PruneSpec],
-    told: Console,
+    stderr: Console,
     *,
     batch_rows: int,
 ) -> None:
-    """Evaluates one model into the document of `--json`."""
+    """Evaluates one model and adds its results to the document of `--json`."""
     name = loaded.identity.name
-    with progress(told, name, count_answers(dataset, specs)) as advance:
+    with show_progress(stderr, name, count_answers(dataset, specs)) as advance:
         comparison = compare(loaded, dataset, specs, batch_size=batch_rows, advance=advance)
     document["models"][name] = loaded.identity.revision
     document["rows"] += result_records(name, comparison)
@@ -247,11 +255,11 @@ def add_model(
     for failed in failures:
         kept = percent(failed["retained"])
         line = f"{name}, {failed['method']} at {kept} %: cannot: {failed['reason']}"
-        told.print(line, style="yellow", markup=False)
+        stderr.print(line, style="yellow", markup=False)
 
 
-def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """The files that were asked for."""
+def write_results(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Writes the output files that the command line names."""
     entries, failed = document["rows"], document["cannot"]
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -264,17 +272,17 @@ def write(document: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    told = open_console(stderr=True)
+    arguments = build_parser().parse_args(argv)
+    stderr = open_console(stderr=True)
     try:
         methods = parse_methods(arguments.methods)
-        specs = specs_of(methods, parse_shares(arguments.retain))
+        specs = combine_specs(methods, parse_shares(arguments.retain))
         if arguments.plot:
             check_plot()
         for file in (arguments.json, arguments.markdown, arguments.csv, arguments.plot):
             if file is not None and not file.absolute().parent.is_dir():
                 raise EvaluationError(f"{file}: its folder does not exist; make it first")
-        dataset = dataset_of(arguments)
+        dataset = load_dataset(arguments)
         names = list(dict.fromkeys(arguments.model or [EMBEDDED]))
         for name in names:
             resolve_model(name)
@@ -288,15 +296,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        for name in names:  # one in memory at a time, and what is done is written
+        # One model in memory at a time; the files are rewritten after each.
+        for name in names:
             loaded = load_model(name)
-            add_model(document, loaded, dataset, specs, told, batch_rows=arguments.batch_rows)
-            write(document, arguments)
+            add_model(document, loaded, dataset, specs, stderr, batch_rows=arguments.batch_rows)
+            write_results(document, arguments)
             if arguments.overlay:
                 write_overlays(loaded, dataset, specs, arguments.overlay)
-        open_console().print(*tables(document))
+        open_console().print(*build_tables(document))
     except SpprunerError as error:
-        told.print(f"evaluate: {error}", style="red", markup=False)
+        stderr.print(f"evaluate: {error}", style="red", markup=False)
         return 2
     return 0
 

@@ -1,11 +1,11 @@
-"""Draws a labelled corpus of procedural scenes, to try the jobs on or to test them against.
+"""Draws a corpus of procedural scenes with reference answers, to try or test the jobs on.
 
     python jobs/make_corpus.py --kind caption --rows 2000 --output s3://bucket/corpus
     python jobs/make_corpus.py --kind vqa --rows 500 --format webdataset --faults --output out/vqa
 
-The scenes are held out: the embedded model never saw one of them. With --faults about 3 % of the
-rows are broken in known ways; `_faults.json` beside the corpus says which, and what each becomes.
-Exit status: 0 written, 2 a setting that cannot work, 1 a store that does not answer.
+The scenes are held out: the embedded model was not trained on any of them. With --faults about 3 %
+of the rows are faulty in known ways; `_faults.json` beside the corpus lists them with their error
+codes. Exit codes: 0 written, 1 the store does not answer, 2 usage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import islice
 
 from cluster.config import Kind
 from cluster.corpus.unit import Format
-from cluster.demo import Fault, draw_rows, parquet_file, plant, tar_file
+from cluster.demo import Fault, draw_rows, encode_parquet, encode_tar, plant_faults
 from cluster.errors import RunError, UsageError
 from cluster.store import open_store
 
@@ -37,31 +37,31 @@ def make_corpus(
     seed: int = 0,
     faults: bool = False,
 ) -> list[Fault]:
-    """Writes the corpus and returns what was planted; the same arguments give the same corpus.
+    """Writes the corpus and returns its planted faults; equal arguments give equal corpora.
 
-    Raises UsageError where `output` holds something already, StoreError where it cannot be
-    written. A WebDataset with faults ends with a truncated archive: one more row to expect.
+    Raises UsageError if `output` is not empty, StoreError if it cannot be written. A WebDataset
+    with faults ends with a truncated archive, which adds one row.
     """
     if rows < 1:
         raise UsageError(f"--rows {rows}: give at least 1")
     if seed < 0:
-        raise UsageError(f"--seed {seed}: below 0 lie the scenes that models are trained on")
+        raise UsageError(f"--seed {seed}: negative seeds are training scenes; give 0 or more")
     store = open_store(output)
     found = store.list()
     if found:
-        raise UsageError(f"{store.uri_of(found[0].key)} is there already; give an empty --output")
+        raise UsageError(f"{store.uri_of(found[0].key)} exists already; give an empty --output")
     *drawn, extra = islice(draw_rows(kind, seed), rows + 1)
     planted: list[Fault] = []
     if faults:
-        drawn, planted = plant(drawn, kind=kind, format=format, seed=seed)
+        drawn, planted = plant_faults(drawn, kind=kind, format=format, seed=seed)
     for number, first in enumerate(range(0, rows, FILE_ROWS)):
         part = drawn[first : first + FILE_ROWS]
         if format == "parquet":
-            store.put(f"{number:05}.parquet", parquet_file(part, kind))
+            store.put(f"{number:05}.parquet", encode_parquet(part, kind))
             continue
         key = f"{number:05}.tar"
         cut = faults and first + FILE_ROWS >= rows
-        store.put(key, tar_file(part, cut=extra if cut else None))
+        store.put(key, encode_tar(part, cut=extra if cut else None))
         if cut:
             truncated = "archive_truncated"
             planted.append(Fault(row=rows, key=key, fault=truncated, error_code=truncated))
@@ -71,16 +71,32 @@ def make_corpus(
     return planted
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--kind", choices=("caption", "vqa"), required=True)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--output", required=True, help="s3://bucket/prefix or a path; empty")
-    parser.add_argument("--format", choices=("parquet", "webdataset"), default="parquet")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    parser.add_argument("--faults", action="store_true", help="break about 3 %% of the rows")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--kind", choices=("caption", "vqa"), required=True, help="task of the rows"
+    )
+    parser.add_argument("--rows", type=int, required=True, help="number of rows")
+    parser.add_argument("--output", required=True, help="empty s3://bucket/prefix or path")
+    parser.add_argument(
+        "--format",
+        choices=("parquet", "webdataset"),
+        default="parquet",
+        help="file format (%(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="scenes to draw; different seeds share none (%(default)s)",
+    )
+    parser.add_argument("--faults", action="store_true", help="make about 3 %% of the rows faulty")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
     try:
         planted = make_corpus(**vars(options))
     except RunError as error:

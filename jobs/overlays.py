@@ -1,5 +1,5 @@
-"""Pictures of what methods keep: a few images × every method, one sheet per model and budget, or
-what the model saw of a run's committed rows.
+"""Pictures of kept tokens: sheets of a few images x every method per model and budget, and the
+committed rows of a run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from cluster.config import MediaLimits
-from cluster.demo.contact_sheet import Tile, contact_sheet
+from cluster.demo.contact_sheet import Tile, draw_contact_sheet
 from cluster.errors import RedrawDiffers, RowError, UsageError
 from cluster.images import decode_image
 from cluster.output.answered_rows import AnsweredRow, answered_rows
@@ -38,78 +38,78 @@ from sppruner.spec import PruneSpec
 log = structlog.get_logger(__name__)
 
 _IMAGES = 4
-_SIDE = 240  # of a tile on the sheet
-_MARGIN = 12
-_NAME = 50  # characters, of up to 4 bytes each
+_TILE_SIDE = 240  # pixels of a tile on a sheet
+_LEGEND_MARGIN = 12
+_NAME_CHARACTERS = 50  # characters, of up to 4 bytes each
 
 
 def write_overlays(
     loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec], folder: Path
 ) -> list[Path]:
-    """Sheets `<model>-<retained>.png`: a row per image, the image itself and then each method.
+    """Writes sheets `<model>-<retained>.png`: one row per image, the image and then each method.
 
-    A model's name that is too long or not fit for a file is cut to its end and followed by a hash
-    of it. A method that the model cannot run leaves an empty frame with the reason.
+    A model name that is too long or not valid as a file name is shortened to its end and followed
+    by its hash. A method that the model cannot run gets an empty frame with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
-    name = _sheet_name(loaded.identity.name)
+    name = _make_sheet_name(loaded.identity.name)
     written = []
     for budget in dict.fromkeys(spec.budget.ratio for spec in specs):
         members = [spec for spec in specs if spec.budget.ratio == budget]
         tiles = []
-        for item in _one_per_image(dataset)[:_IMAGES]:
+        for item in _pick_items(dataset)[:_IMAGES]:
             image = visible_crop(item.image(), loaded.processor.image_processor)
-            tiles.append(Tile(image=_fitted(image), title=item.kind, text=item.prompt))
-            tiles += [_tile(pruner, loaded, item, spec) for spec in members]
+            tiles.append(Tile(image=_fit(image), title=item.kind, text=item.prompt))
+            tiles += [_make_tile(pruner, loaded, item, spec) for spec in members]
         written.append(folder / f"{name}-{budget}.png")
-        _with_legend(contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
+        _add_legend(draw_contact_sheet(tiles, columns=1 + len(members))).save(written[-1])
     return written
 
 
-def write_seen(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
-    """`<number>-<key>.png` of each of a run's first labelled rows, counted from 0: the tokens it
-    says the model saw. Of a long key the end is in the name.
+def write_row_overlays(summary: Summary, folder: Path, *, rows: int) -> list[Path]:
+    """Writes `<number>-<key>.png` for each of a run's first labelled rows, numbered from 0: the
+    kept tokens that the row records. A long key is shortened to its end.
 
-    Rows are encoded and selected from once more, by the run's model on the run's images. Where a
-    row says other tokens than that chose, RedrawDiffers is raised; in half precision only where
-    they are not as many, else the row is drawn as it says, without focus and context, and a
-    warning counts the tokens. Raises UsageError where model or images are not to be had.
+    The run's model encodes the run's images and selects again. Raises RedrawDiffers if a row
+    records other tokens than that selection; in half precision only if their number differs,
+    otherwise the row is drawn as recorded, without focus and context, and a warning has the number
+    of differing tokens. Raises UsageError if model or images are not available.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--overlay {folder}: not a folder to write to ({error})") from error
     labelled = answered_rows(summary.output, rows)
-    loaded = _model_of(summary)
+    loaded = _load_run_model(summary)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     written: list[Path] = []
     for number, row in enumerate(labelled):
-        path = folder / f"{number:04}-{_file_name(row.key)}.png"
-        _picture(pruner, loaded.processor, row, summary).save(path)
+        path = folder / f"{number:04}-{_make_file_name(row.key)}.png"
+        _draw_row(pruner, loaded.processor, row, summary).save(path)
         written.append(path)
     return written
 
 
-def _file_name(text: str) -> str:
-    """One that does not leave its folder and is not too long; empty where nothing of it is left.
-    Of a path the end tells more than the beginning."""
-    return re.sub(r"[^\w.-]+", "-", text)[-_NAME:].strip("-.")
+def _make_file_name(text: str) -> str:
+    """A file name within its folder and of limited length; empty if no valid character is left.
+    The end of a path says more than its beginning, so the end is kept."""
+    return re.sub(r"[^\w.-]+", "-", text)[-_NAME_CHARACTERS:].strip("-.")
 
 
-def _sheet_name(model: str) -> str:
-    """A file name that no other model has: by a hash, where the name itself cannot be it."""
-    name = _file_name(model)
+def _make_sheet_name(model: str) -> str:
+    """A file name unique to the model: its name, or a shortened one with a hash."""
+    name = _make_file_name(model)
     return name if name == model else f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary) -> Image.Image:
+def _draw_row(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary) -> Image.Image:
     if row.spec.is_dense:
         raise UsageError(f"row {row.key!r} was labelled with every token: nothing to draw")
     try:
-        # As the run decoded: one that was begun before reductions existed read all pixels.
-        jpeg_scale = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
-        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), jpeg_scale)
+        # As in the run: runs from before reduced decoding existed decoded all pixels.
+        reduction = jpeg_scale_of(processor) if summary.settings.get("reduced_jpegs") else None
+        image = decode_image(row.image, MediaLimits(**summary.settings["media"]), reduction)
         prepared = prepare_image(pruner, processor, image, row.prompt, row.spec)
     except (RowError, SpprunerError) as error:
         raise UsageError(f"row {row.key!r}: cannot be selected from again: {error}") from error
@@ -118,32 +118,34 @@ def _picture(pruner: Pruner, processor: Any, row: AnsweredRow, summary: Summary)
     if report.kept_tokens == row.kept_tokens:
         return overlay(view, prepared.selections)
     dtype, device = pruner.model.dtype, pruner.model.device.type
-    # Half precision rounds otherwise in a batch than alone, and tips what scored alike: other
-    # tokens are chosen then, never more or fewer.
-    tipped = dtype != torch.float32 and _count(report.kept_tokens) == _count(row.kept_tokens)
-    if not tipped or len(report.kept_tokens) != len(row.kept_tokens):
+    # Half precision rounds differently in a batch than in a batch of one, which can swap tokens of
+    # nearly equal scores, but never changes their number.
+    swapped = dtype != torch.float32 and _count_bits(report.kept_tokens) == _count_bits(
+        row.kept_tokens
+    )
+    if not swapped or len(report.kept_tokens) != len(row.kept_tokens):
         raise RedrawDiffers(
             f"row {row.key!r}: selecting again on {device} in {dtype} gives other tokens than the "
-            "run committed: draw on the device and with the packages of the run; where it differs "
-            "there too, either the row is wrong about what the model saw, or scores were so close "
-            "that encoding in a batch tipped them"
+            "run committed: draw on the device and with the packages of the run; if it differs "
+            "there too, either the row records the wrong tokens, or scores were so close that "
+            "encoding in a batch swapped them"
         )
-    differ = _differ(report.kept_tokens, row.kept_tokens)
-    log.warning("overlay_as_told", row=row.key, dtype=str(dtype), tokens_chosen_otherwise=differ)
+    differing = _count_differences(report.kept_tokens, row.kept_tokens)
+    log.warning("overlay_as_told", row=row.key, dtype=str(dtype), tokens_chosen_otherwise=differing)
     return overlay(view, selections_from_report(prepared, row.kept_tokens))
 
 
-def _count(mask: bytes) -> int:
+def _count_bits(mask: bytes) -> int:
     return int.from_bytes(mask, "little").bit_count()
 
 
-def _differ(one: bytes, other: bytes) -> int:
-    """Bits that two masks of as many bytes do not share."""
+def _count_differences(one: bytes, other: bytes) -> int:
+    """Number of bits in which two masks of equal length differ."""
     return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).bit_count()
 
 
-def _model_of(summary: Summary) -> LoadedModel:
-    """The run's model as it was. Raises UsageError."""
+def _load_run_model(summary: Summary) -> LoadedModel:
+    """The run's model at its revision and precision. Raises UsageError."""
     model, revision = summary.settings["model"], summary.settings["model_revision"]
     try:
         dtype = summary.settings.get("dtype", "auto")
@@ -153,13 +155,13 @@ def _model_of(summary: Summary) -> LoadedModel:
     backend = summary.settings["image_backend"]
     if loaded.image_backend != backend:
         raise UsageError(
-            f"the run read its images with {backend}, this machine does with "
+            f"the run read its images with {backend}, this machine reads them with "
             f"{loaded.image_backend}: install torchvision here if the run had it, else remove it"
         )
     return loaded
 
 
-def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
+def _make_tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> Tile:
     title, image = method_label(spec.method, spec.options), item.image()
     try:
         prepared = prepare_image(pruner, loaded.processor, image, item.prompt, spec)
@@ -172,28 +174,28 @@ def _tile(pruner: Pruner, loaded: LoadedModel, item: Item, spec: PruneSpec) -> T
         text += ", more are dropped inside the decoder"
         if "dropped" not in counts:
             text = "all enter the decoder and are pruned there"
-    picture = overlay(view, prepared.selections, side=_SIDE, key=False)
+    picture = overlay(view, prepared.selections, side=_TILE_SIDE, key=False)
     return Tile(image=picture, title=title, text=text)
 
 
-def _with_legend(sheet: Image.Image) -> Image.Image:
+def _add_legend(sheet: Image.Image) -> Image.Image:
     kinds = dict.fromkeys(("focus", "context", "kept", "merged", "dropped"))
-    strip = legend(kinds, sheet.width - 2 * _MARGIN)
-    whole = Image.new("RGB", (sheet.width, sheet.height + strip.height), "white")
-    whole.paste(sheet, (0, 0))
-    whole.paste(strip, (_MARGIN, sheet.height))
-    return whole
+    strip = legend(kinds, sheet.width - 2 * _LEGEND_MARGIN)
+    combined = Image.new("RGB", (sheet.width, sheet.height + strip.height), "white")
+    combined.paste(sheet, (0, 0))
+    combined.paste(strip, (_LEGEND_MARGIN, sheet.height))
+    return combined
 
 
-def _fitted(image: Image.Image) -> Image.Image:
-    return ImageOps.contain(image, (_SIDE, _SIDE))
+def _fit(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (_TILE_SIDE, _TILE_SIDE))
 
 
-def _one_per_image(dataset: Dataset) -> list[Item]:
-    """The first question of each image that asks about something known, or else its first."""
+def _pick_items(dataset: Dataset) -> list[Item]:
+    """Per image the first question with known subjects, otherwise its first question."""
     first: dict[str, Item] = {}
     for item in dataset.items:
-        held = first.setdefault(item.group, item)
-        if item.subjects and not held.subjects:
+        chosen = first.setdefault(item.group, item)
+        if item.subjects and not chosen.subjects:
             first[item.group] = item
     return list(first.values())

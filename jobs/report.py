@@ -1,10 +1,10 @@
-"""What a run did and saved, read from its output alone; works while it runs and ever after.
+"""Reports what a run did and saved, from its output alone, while the run works or afterwards.
 
-python jobs/report.py s3://bucket/captions
-python jobs/report.py s3://bucket/captions --json
-python jobs/report.py s3://bucket/captions --overlay seen --rows 20
+    python jobs/report.py s3://bucket/captions
+    python jobs/report.py s3://bucket/captions --json
+    python jobs/report.py s3://bucket/captions --overlay seen --rows 20
 
-The last draws which visual tokens the model saw of rows, `<number>-<key>.png` each, and needs the
+--overlay draws the visual tokens that rows kept, one `<number>-<key>.png` per row; it needs the
 run's model and images.
 """
 
@@ -23,17 +23,26 @@ from cluster.report.terminal import print_report
 _ROWS = 8
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What a run did and saved, from its output.")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Reports what a run did and saved, from its output alone."
+    )
     parser.add_argument("output", help="the --output of a job")
-    parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument(
-        "--overlay", type=Path, metavar="DIR", help="folder for pictures of the tokens rows kept"
+        "--overlay",
+        type=Path,
+        metavar="DIR",
+        help="folder for pictures of the tokens that rows kept",
     )
     parser.add_argument(
         "--rows", type=int, metavar="N", help=f"draw the first N labelled rows ({_ROWS})"
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
     try:
         configure_logs()
         _check(arguments.overlay, arguments.rows)
@@ -51,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(overlay: Path | None, rows: int | None) -> None:
+    """Raises UsageError for --rows without --overlay or below 1."""
     if rows is None:
         return
     if overlay is None:
@@ -60,9 +70,9 @@ def _check(overlay: Path | None, rows: int | None) -> None:
 
 
 def _draw(summary: Summary, folder: Path, rows: int) -> None:
-    from jobs.overlays import write_seen  # brings torch, which a report else does without
+    from jobs.overlays import write_row_overlays  # imports torch, which a plain report avoids
 
-    written = write_seen(summary, folder, rows=rows)
+    written = write_row_overlays(summary, folder, rows=rows)
     print(f"{len(written)} pictures in {folder}, {written[0].name} first", file=sys.stderr)
 
 

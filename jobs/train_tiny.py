@@ -1,9 +1,10 @@
-"""Train an embedded model from nothing: `python jobs/train_tiny.py --family llava --output DIR`.
+"""Trains an embedded model from scratch: `python jobs/train_tiny.py --family llava --output DIR`.
 
 On a CPU the independent stages run side by side, on a GPU one after another. With `--from FOLDER`
-only the joint training of a finished model goes on. Killed at any moment, the same command
-continues from the checkpoints in the work folder. The shipped LLaVA weights took more vision steps
-than this runs (their card gives the history); what a LLaVA trained by this scores was not measured.
+only the joint training of a finished model continues. After a kill the same command resumes from
+the checkpoints in the work folder. The shipped LLaVA weights had more vision steps than this
+command runs (their model card has the history); the scores of a LLaVA from this command were not
+measured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from jobs.training.card import write_card
 from jobs.training.families import FAMILIES
 from jobs.training.history import History
-from jobs.training.joint import joint_checkpoint, joint_model
+from jobs.training.joint import load_joint_model, locate_joint_checkpoint
 from jobs.training.loop import load_checkpoint
 from jobs.training.scene_cache import build_cache
 from sppruner.errors import UnsupportedModel
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
-    """Run processes side by side; when one fails, stop the others and exit with its status."""
+    """Runs processes side by side; if one fails, stops the others and exits with its status."""
     running = [subprocess.Popen(command, env=environment) for command in commands]
     try:
         while any(process.poll() is None for process in running):
@@ -54,26 +55,53 @@ def run_together(commands: list[list[str]], environment: dict[str, str]) -> None
             process.wait()
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
-    parser.add_argument("--from", dest="start", type=Path, help="go on from this model folder")
-    parser.add_argument("--work", type=Path, help="scenes and checkpoints [OUTPUT.work]")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="shorten or lengthen")
-    parser.add_argument("--scenes", type=int, default=48_000, help="training scenes to render")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument(
+        "--family", choices=tuple(FAMILIES), default="llava", help="architecture (%(default)s)"
+    )
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="continue the joint training of this model folder"
+    )
+    parser.add_argument("--work", type=Path, help="folder for scenes and checkpoints (OUTPUT.work)")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="factor on all step counts (%(default)s)"
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=48_000, help="training scenes to render (%(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto is a GPU if there is one (%(default)s)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
-    parser.add_argument("--save-seconds", type=float, default=60.0, help="between checkpoints")
-    parser.add_argument("--evaluate-scenes", type=int, default=300)
+    parser.add_argument(
+        "--save-seconds", type=float, default=60.0, help="seconds between checkpoints (%(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate-scenes",
+        type=int,
+        default=300,
+        help="held-out scenes of the model card (%(default)s)",
+    )
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the command line; `work` gets its default."""
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     start: Path | None = arguments.start
     if start is not None:
         if arguments.output.resolve() == start.resolve():
-            parser.error("--output is the folder of --from, which must stay: give another")
+            parser.error(
+                "--output is the folder of --from, which must not be overwritten: give another"
+            )
         try:
-            kind = _model_type(start)
+            kind = _read_model_type(start)
         except UnsupportedModel as error:
             parser.error(f"--from: {error}")
         if not kind.startswith(arguments.family):
@@ -83,8 +111,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _model_type(start: Path) -> str:
-    """Of a folder that this command wrote. Raises UnsupportedModel for any other."""
+def _read_model_type(start: Path) -> str:
+    """Model type of a folder that this command wrote. Raises UnsupportedModel for any other."""
     History.read(start)
     for name in ("config.json", "model.safetensors"):
         if not (start / name).is_file():
@@ -97,8 +125,8 @@ def _model_type(start: Path) -> str:
         ) from error
 
 
-def stage_rounds(arguments: argparse.Namespace, device: str) -> list[list[list[str]]]:
-    """The commands of the stages due: rounds one after another, commands of a round together."""
+def plan_stages(arguments: argparse.Namespace, device: str) -> list[list[list[str]]]:
+    """Worker commands of the stages: rounds in sequence, the commands of a round together."""
 
     def worker(stage: str, *extra: str) -> list[str]:
         command = [sys.executable, "-m", "jobs.training.worker", stage, *extra]
@@ -107,8 +135,8 @@ def stage_rounds(arguments: argparse.Namespace, device: str) -> list[list[list[s
         command += ["--save-seconds", str(arguments.save_seconds)]
         return [*command, "--no-compile"] if arguments.no_compile else command
 
-    def shared(stage: str, *extra: str) -> list[list[str]]:
-        """A stage: on a CPU two processes that share gradients."""
+    def data_parallel(stage: str, *extra: str) -> list[list[str]]:
+        """Commands of one stage: on a CPU two processes that share gradients."""
         if device != "cpu":
             return [worker(stage, *extra)]
         rendezvous = (arguments.work / f"rendezvous-{uuid.uuid4().hex}").resolve()
@@ -116,44 +144,44 @@ def stage_rounds(arguments: argparse.Namespace, device: str) -> list[list[list[s
         return [worker(stage, "--rank", str(rank), *group) for rank in range(2)]
 
     if arguments.start is not None:
-        return [shared("joint", "--start", str(arguments.start))]
-    apart = [worker("language"), worker("vision")]
-    first = [apart] if device == "cpu" else [[command] for command in apart]
-    return [*first, shared("sharpen"), shared("joint")]
+        return [data_parallel("joint", "--start", str(arguments.start))]
+    independent = [worker("language"), worker("vision")]
+    first = [independent] if device == "cpu" else [[command] for command in independent]
+    return [*first, data_parallel("sharpen"), data_parallel("joint")]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run all stages, then export, evaluate and write the model card."""
-    arguments = parse(argv)
+    """Runs all stages, then exports and evaluates the model and writes its card."""
+    arguments = parse_arguments(argv)
     work: Path = arguments.work
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     log.info("scenes", folder=str(work / "scenes"), count=arguments.scenes)
     build_cache(work / "scenes", arguments.scenes)
-    # Spinning OpenMP threads suffer badly on shared cores.
+    # On shared cores, spinning OpenMP threads slow each other down.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    for commands in stage_rounds(arguments, device):
+    for commands in plan_stages(arguments, device):
         run_together(commands, environment)
 
     transformers_logging.disable_progress_bar()
     family = FAMILIES[arguments.family]
-    joint = joint_checkpoint(work, arguments.start)
-    family.save(joint_model(family, joint), arguments.output)
+    joint = locate_joint_checkpoint(work, arguments.start)
+    family.save(load_joint_model(family, joint), arguments.output)
     log.info("saved", folder=str(arguments.output))
 
-    def steps(checkpoint: Path) -> int:
+    def read_steps(checkpoint: Path) -> int:
         return int(load_checkpoint(checkpoint, CPU)["step"])
 
     if arguments.start is None:
         history = History(
-            language=steps(work / "language.pt"),
-            vision=steps(work / "vision.pt"),
-            sharpen=steps(work / "sharpen.pt"),
-            joint=steps(joint),
+            language=read_steps(work / "language.pt"),
+            vision=read_steps(work / "vision.pt"),
+            sharpen=read_steps(work / "sharpen.pt"),
+            joint=read_steps(joint),
         )
     else:
-        history = History.read(arguments.start).continued(steps(joint))
+        history = History.read(arguments.start).continued(read_steps(joint))
     history.write(arguments.output)
     write_card(family, arguments.output, arguments.evaluate_scenes)
     log.info("evaluated", card=str(arguments.output / "README.md"))

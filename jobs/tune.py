@@ -1,11 +1,11 @@
-"""Chooses a method's constants on the tuning scenes, which no report is made on.
+"""Tunes a method's constants on the tuning scenes, which no published figure uses.
 
     python jobs/tune.py --json tuned.json
     python jobs/tune.py --method sppruner:kappa=0 --grid "lam=0.3,0.5,0.7 omega=0,0.5,1"
 
-Coordinate search: one option after the other is set to the value that does best while all others
-stay, round after round, until a round changes nothing. What counts is accuracy relative to dense,
-averaged over budgets and models. Ties keep the value there was.
+Coordinate search: each option in turn is set to its best value while the others stay, in rounds,
+until a round changes nothing. The objective is accuracy relative to dense, averaged over budgets
+and models. A tie keeps the current value. Exit codes: 0 done, 2 an argument that cannot work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cluster.console import open_console
-from jobs.arguments import parse_methods, parse_shares, specs_of
+from jobs.arguments import combine_specs, parse_methods, parse_shares
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, method_label
@@ -30,7 +30,7 @@ from sppruner.spec import OptionValue, parse_value
 
 Grid = Mapping[str, Sequence[OptionValue]]
 
-# SPpruner-R's constants, most telling first; its docstring says what they are.
+# SPpruner-R's constants, the most influential first; its docstring defines them.
 GRID = (
     "lam=0.25,0.5,0.75 mu=0,0.15,0.3,0.5 omega=0,0.5,1 rho=0.6,0.8,0.95 focus_max=0.5,0.65,0.8 "
     "focus_min=0.2,0.35,0.5 eta=0.5,1 redundancy=0.8,0.9,1 sigma=0.05,0.1,0.2 windows=0,3,4,6 "
@@ -50,74 +50,92 @@ def parse_grid(text: str) -> dict[str, list[OptionValue]]:
 
 
 def search(
-    start: PruneSpec, grid: Grid, worth: Callable[[Sequence[PruneSpec]], list[float]], rounds: int
+    start: PruneSpec, grid: Grid, measure: Callable[[Sequence[PruneSpec]], list[float]], rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields every set of options tried with its worth and whether it is the best so far; the last
+    """Yields every tried set of options with its worth and whether it is the best so far; the last
     one marked `best` is the result.
 
-    worth: of several methods at once, so that they share the encoded images.
+    measure: worth of several specs at once, so that they share the encoded images.
     """
-    (best,) = worth([start])
+    (best,) = measure([start])
     yield {"options": dict(start.options), "worth": best, "best": True}
     known = {start: best}
     for _ in range(rounds):
         before = start
         for name, values in grid.items():
             tried = [replace(start, options={**start.options, name: value}) for value in values]
-            fresh = [spec for spec in dict.fromkeys(tried) if spec not in known]
-            known.update(zip(fresh, worth(fresh), strict=True))
-            top = max(tried, key=lambda spec: known[spec])
-            ahead = known[top] > best
-            for spec in fresh:
-                chosen = ahead and spec == top
+            untried = [spec for spec in dict.fromkeys(tried) if spec not in known]
+            known.update(zip(untried, measure(untried), strict=True))
+            best_tried = max(tried, key=lambda spec: known[spec])
+            improved = known[best_tried] > best
+            for spec in untried:
+                chosen = improved and spec == best_tried
                 yield {"options": dict(spec.options), "worth": known[spec], "best": chosen}
-            if ahead:
-                start, best = top, known[top]
+            if improved:
+                start, best = best_tried, known[best_tried]
         if start == before:
             return
 
 
-def worth_on(
+def build_measure(
     models: Sequence[LoadedModel], dataset: Dataset, shares: Sequence[float]
 ) -> Callable[[Sequence[PruneSpec]], list[float]]:
-    """Mean accuracy relative to dense over models and budgets; nothing for what cannot be run."""
+    """A function that measures specs: mean accuracy relative to dense, over budgets and over the
+    models that can run the spec; 0 if none can."""
 
-    def worth(methods: Sequence[PruneSpec]) -> list[float]:
+    def measure(methods: Sequence[PruneSpec]) -> list[float]:
         if not methods:
             return []
-        specs = specs_of(methods, shares)
+        specs = combine_specs(methods, shares)
         relative: dict[PruneSpec, list[float]] = {spec: [] for spec in specs}
         for loaded in models:
-            done = compare(loaded, dataset, specs)
-            if done.dense.accuracy == 0:
-                raise EvaluationError(f"{loaded.identity.name} answers nothing right: no scale")
-            for score in done.scores:
-                relative[score.spec].append(score.accuracy / done.dense.accuracy)
+            comparison = compare(loaded, dataset, specs)
+            if comparison.dense.accuracy == 0:
+                raise EvaluationError(
+                    f"{loaded.identity.name} answers no question correctly: "
+                    "accuracy relative to dense is undefined"
+                )
+            for score in comparison.scores:
+                relative[score.spec].append(score.accuracy / comparison.dense.accuracy)
         return [
-            float(np.mean([np.mean(relative[s] or 0.0) for s in specs_of([method], shares)]))
+            float(np.mean([np.mean(relative[s] or 0.0) for s in combine_specs([method], shares)]))
             for method in methods
         ]
 
-    return worth
+    return measure
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--method", default="sppruner", help="where to start (%(default)s)")
-    made.add_argument("--grid", default=GRID, help="name=value,value …, searched in this order")
-    made.add_argument("--retain", default="0.222,0.111,0.056", help="(%(default)s)")
-    made.add_argument("--model", action="append", help=f"several times for several ({EMBEDDED})")
-    made.add_argument("--questions", type=int, default=500, help="(%(default)s)")
-    made.add_argument("--rounds", type=int, default=2, help="at most so many (%(default)s)")
-    made.add_argument("--json", type=Path, help="everything tried, and the best")
-    return made
+    parser.add_argument(
+        "--method", default="sppruner", help="method and options to start from (%(default)s)"
+    )
+    parser.add_argument(
+        "--grid", default=GRID, help="name=value,value …, options in the order of the search"
+    )
+    parser.add_argument(
+        "--retain",
+        default="0.222,0.111,0.056",
+        help="shares of visual tokens kept, comma-separated (%(default)s)",
+    )
+    parser.add_argument(
+        "--model", action="append", help=f"folder or Hub name; repeat for several ({EMBEDDED})"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=500, help="at least this many (%(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="most rounds of the search (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file for everything tried and the best")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    told = open_console(stderr=True)
+    arguments = build_parser().parse_args(argv)
+    stderr = open_console(stderr=True)
     try:
         methods, grid = parse_methods(arguments.method), parse_grid(arguments.grid)
         if len(methods) != 1:
@@ -127,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 parse_methods(method_label(methods[0].method, {name: value}))
         dataset = drawn_scenes(arguments.questions, split="tuning")
         models = [load_model(name) for name in dict.fromkeys(arguments.model or [EMBEDDED])]
-        worth = worth_on(models, dataset, parse_shares(arguments.retain))
+        measure = build_measure(models, dataset, parse_shares(arguments.retain))
         tried = []
-        for step in search(methods[0], grid, worth, arguments.rounds):
+        for step in search(methods[0], grid, measure, arguments.rounds):
             tried.append(step)
             mark = "  best so far" if step["best"] else ""
             name = method_label(methods[0].method, step["options"])
@@ -139,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 highlight=False,
             )
     except SpprunerError as error:
-        told.print(f"tune: {error}", style="red", markup=False)
+        stderr.print(f"tune: {error}", style="red", markup=False)
         return 2
     if arguments.json:
         best = [step for step in tried if step["best"]][-1]

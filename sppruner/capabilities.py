@@ -29,6 +29,9 @@ class Capabilities:
     hidden: bool
     """Whether its projector maps encoder states to features token by token."""
 
+    merged: bool
+    """Whether a visual token joins several of the tower's patches, as Qwen's mergers do."""
+
     decoder_layers: int
     """Number of decoder layers."""
 
@@ -42,6 +45,7 @@ class Capabilities:
         attention: Literal["cls", "received"],
         *,
         hidden: bool = True,
+        merged: bool = False,
         positions: tuple[Positions, ...] = ("keep", "renumber"),
     ) -> Capabilities:
         """Those of a family with one saliency signal, whose tower also gives keys and pixels."""
@@ -52,6 +56,7 @@ class Capabilities:
             attention=attention,
             positions=positions,
             hidden=hidden,
+            merged=merged,
             decoder_layers=config.text_config.num_hidden_layers,
             first_prunable_layer=first_prunable_layer(config.text_config),
         )

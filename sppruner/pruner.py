@@ -27,9 +27,8 @@ from sppruner.compact import compact
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.relevance import ClipText, EmbeddingCosine, TextRelevance
 from sppruner.reports import dense_reports, pruned_reports
-from sppruner.resolved_spec import AnySpec, ResolvedSpec, resolve_spec
+from sppruner.resolved_spec import AnySpec, ResolvedSpec, resolve_spec, selector_on
 from sppruner.selection import keep, kept_mask, select, selection_flops, token_schedules
-from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, PruneSpec
 from sppruner.stages import StageDriver, StagePlan
 from sppruner.types import PruneReport, RelevanceSource, Selection, VisualTokens
@@ -123,10 +122,12 @@ class Pruner:
         """Raises what `resolve` raises."""
         self.resolve(spec)
 
-    @staticmethod
-    def signals(specs: Sequence[AnySpec]) -> frozenset[str]:
+    def signals(self, specs: Sequence[AnySpec]) -> frozenset[str]:
         """The signals that the encoder must read for these specs."""
-        selectors = [s.selector if isinstance(s, ResolvedSpec) else selector_for(s) for s in specs]
+        can = self.adapter.capabilities
+        selectors = [
+            s.selector if isinstance(s, ResolvedSpec) else selector_on(s, can) for s in specs
+        ]
         return frozenset[str]().union(*(s.signals for s in selectors if s is not None))
 
     @torch.no_grad()
@@ -213,6 +214,7 @@ class Pruner:
                 schedules,
                 attention_mask_BL=compacted.attention_mask_BL,
                 visual_BL=self.adapter.placeholders(compacted.input_ids_BL),
+                renumber=self._policy(per_row) == "renumber",
             ),
         )
 

@@ -78,7 +78,7 @@ def pruned_reports(
     length_B = inputs["attention_mask"].sum(dim=1).tolist()
     after_B = adapter.placeholders(compacted.input_ids_BL).sum(dim=1).tolist()
     short_B = compacted.attention_mask_BL.sum(dim=1).tolist()
-    layers = adapter.capabilities.decoder_layers
+    layers, decoder = adapter.capabilities.decoder_layers, adapter.cost().decoder
     reports = []
     for row, spec in enumerate(specs):
         own = [i for i, image in enumerate(images) if image.row == row]
@@ -92,6 +92,10 @@ def pruned_reports(
                 f"the prompt holds {after_B[row]}, the mask {marked}, the encoder output {packed}"
             )
         text = short_B[row] - due
+        layer_tokens = tuple(
+            text + sum(schedules[i].at(layer) for i in own) for layer in range(layers)
+        )
+        stage_scored = any(schedules[i].scoring == "stage" for i in own)
         reports.append(
             PruneReport(
                 spec=spec,
@@ -100,11 +104,10 @@ def pruned_reports(
                 kept_tokens=_pack_bits(mask_N),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
-                layer_tokens=tuple(
-                    text + sum(schedules[i].at(layer) for i in own) for layer in range(layers)
-                ),
+                layer_tokens=layer_tokens,
                 image_shapes=tuple(images[i].shape for i in own),
-                selection_flops=sum(selection_flops[i] for i in own),
+                selection_flops=sum(selection_flops[i] for i in own)
+                + (decoder.scoring(layer_tokens) if stage_scored else 0),
             )
         )
     return reports

@@ -22,13 +22,19 @@ class ResolvedSpec:
     """The spec as the request named it."""
 
     selector: Selector | None
-    """The method with its options; None for dense."""
+    """The method with its options, as it runs on the model; None for dense."""
 
 
 AnySpec: TypeAlias = PruneSpec | ResolvedSpec
 """A spec, resolved or not; one that is resolved is neither built nor checked again."""
 
 RESOLVED_DENSE: Final = ResolvedSpec(spec=DENSE, selector=None)
+
+
+def selector_on(spec: PruneSpec, can: Capabilities) -> Selector | None:
+    """A spec's method as it runs on a model, its "auto" options decided; None for dense."""
+    selector = selector_for(spec)
+    return None if selector is None else selector.on(can)
 
 
 def resolve_spec(
@@ -40,7 +46,7 @@ def resolve_spec(
     for "embed", but not with a CLIP text tower. Raises UnknownMethod, SpecError (a bad option or
     budget) or MissingSignal (a signal, position policy or relevance source that is not available).
     """
-    selector = selector_for(spec)
+    selector = selector_on(spec, can)
     if selector is None:
         return ResolvedSpec(spec=spec, selector=None)
     missing = selector.signals - can.signals

@@ -141,7 +141,8 @@ class PruneSpec:
 
     positions: Positions = "keep"
     """"keep" leaves every kept token at its original position (pruned equals masked); "renumber"
-    closes the gaps, as the original LLaVA-based codes do."""
+    closes the gaps, as the original LLaVA-based codes do, also those that a method leaves inside
+    the decoder, from that layer on."""
 
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     """Keyword arguments of the method, such as {"relevance": "none"}; the method checks them."""

@@ -135,4 +135,5 @@ class PruneReport:
     """The encoder input of each image, for the cost model."""
 
     selection_flops: int = 0
-    """Modelled FLOPs of selecting."""
+    """Modelled FLOPs of selecting before the decoder and, inside it, of the scores that stages
+    compute with layers that have not run (`DecoderCost.scoring`)."""

@@ -16,10 +16,6 @@ COMMON = {"__init__.py", "base.py", "README.md", "RESULTS.md"}
 # A deprecated module that forwards to `cluster.serving`, for `serve run cluster.fleet:build`.
 SHIMS = {"cluster/fleet.py"}
 
-# Class names that still stand for several things. A name that no longer does fails as well, so the
-# set only shrinks; it ends empty, and then goes.
-KNOWN = {"Asker", "Case", "Load", "Pass", "Row", "Score", "Timed", "Way"}
-
 
 def test_no_two_classes_share_a_name() -> None:
     places = defaultdict(list)
@@ -28,10 +24,8 @@ def test_no_two_classes_share_a_name() -> None:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ClassDef):
                     places[node.name].append(f"{file.relative_to(ROOT)}:{node.lineno}")
-    twice = {name: found for name, found in places.items() if len(found) > 1}
-    new = [f"{name}: {', '.join(twice[name])}" for name in sorted(set(twice) - KNOWN)]
-    assert not new, "\n".join(new)
-    assert set(twice) >= KNOWN, f"delete from KNOWN: {sorted(KNOWN - set(twice))}"
+    twice = [f"{name}: {', '.join(found)}" for name, found in places.items() if len(found) > 1]
+    assert not twice, "\n".join(twice)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

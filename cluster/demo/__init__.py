@@ -1,9 +1,9 @@
-"""Demonstration corpora: held-out procedural scenes as caption or VQA rows, sound or broken."""
+"""Demonstration corpora: held-out procedural scenes as caption or VQA rows, intact or faulty."""
 
 from __future__ import annotations
 
-from cluster.demo.drawn_rows import Row, draw_rows
-from cluster.demo.faults import Fault, plant
-from cluster.demo.files import parquet_file, tar_file
+from cluster.demo.drawn_rows import DrawnRow, draw_rows
+from cluster.demo.faults import Fault, plant_faults
+from cluster.demo.files import encode_parquet, encode_tar
 
-__all__ = ["Fault", "Row", "draw_rows", "parquet_file", "plant", "tar_file"]
+__all__ = ["DrawnRow", "Fault", "draw_rows", "encode_parquet", "encode_tar", "plant_faults"]

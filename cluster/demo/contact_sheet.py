@@ -1,4 +1,4 @@
-"""A PNG of images with what was written about them: the quickest way to judge a run."""
+"""A PNG of labelled images with their texts: the quickest way to judge a run by eye."""
 
 from __future__ import annotations
 
@@ -18,41 +18,48 @@ _PAPER, _INK, _RED = (255, 255, 255), (20, 20, 20), (180, 20, 20)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """One picture of the sheet; `image` None draws an empty frame (the row could not be read)."""
+    """One picture of the sheet with its lines of text."""
 
     image: Image.Image | None
+    """None draws an empty frame: the row could not be read."""
     title: str
+    """The first line below the image."""
     text: str
+    """The lines after it, wrapped to the tile's width."""
     failed: bool = False
+    """Whether the lines are red."""
 
 
-def contact_sheet(tiles: Sequence[Tile], *, columns: int = 4) -> Image.Image:
-    """Draws the tiles row by row; texts are wrapped under their images, never cut."""
+def draw_contact_sheet(tiles: Sequence[Tile], *, columns: int = 4) -> Image.Image:
+    """Draws the tiles row by row; texts are wrapped, never cut."""
     font = ImageFont.load_default(size=12)
     wrapped = [[t.title, *textwrap.wrap(t.text, _CHARACTERS)] for t in tiles]
-    rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
-    heights = [_CELL + _MARGIN + _LINE * max(len(wrapped[i]) for i in row) for row in rows]
+    rows = [
+        range(index, min(index + columns, len(tiles))) for index in range(0, len(tiles), columns)
+    ]
+    heights = [_CELL + _MARGIN + _LINE * max(len(wrapped[index]) for index in row) for row in rows]
     width = columns * (_CELL + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (width, sum(heights) + _MARGIN * (len(rows) + 1)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     top = _MARGIN
     for row, height in zip(rows, heights, strict=True):
-        for place, i in enumerate(row):
-            left = _MARGIN + place * (_CELL + _MARGIN)
-            image = tiles[i].image
+        for column, index in enumerate(row):
+            left = _MARGIN + column * (_CELL + _MARGIN)
+            image = tiles[index].image
             if image is None:
                 draw.rectangle((left, top, left + _CELL, top + _CELL), outline=_RED)
             else:
                 fitted = ImageOps.contain(image, (_CELL, _CELL))
                 sheet.paste(fitted, (left, top))
-            ink = _RED if tiles[i].failed else _INK
-            for line, text in enumerate(wrapped[i]):
+            ink = _RED if tiles[index].failed else _INK
+            for line, text in enumerate(wrapped[index]):
                 draw.text((left, top + _CELL + 4 + line * _LINE), text, fill=ink, font=font)
         top += height + _MARGIN
     return sheet
 
 
 def write_contact_sheet(tiles: Sequence[Tile], path: Path, *, columns: int = 4) -> Path:
+    """Writes the sheet to `path`, creating its folder, and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(tiles, columns=columns).save(path)
+    draw_contact_sheet(tiles, columns=columns).save(path)
     return path

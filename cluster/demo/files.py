@@ -1,4 +1,4 @@
-"""Rows as files: Parquet as Hugging Face datasets write it, and WebDataset tars."""
+"""Rows as files: Parquet in the layout of Hugging Face datasets, and WebDataset tars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import Kind
-from cluster.demo.drawn_rows import Row
+from cluster.demo.drawn_rows import DrawnRow
 
 GROUP_ROWS = 256
 
@@ -26,8 +26,8 @@ _COLUMNS: dict[Kind, dict[str, pa.DataType]] = {
 }
 
 
-def parquet_file(rows: Sequence[Row], kind: Kind) -> bytes:
-    """One file with the feature metadata that makes `load_dataset` show its pictures."""
+def encode_parquet(rows: Sequence[DrawnRow], kind: Kind) -> bytes:
+    """One Parquet file, with the feature metadata that lets `load_dataset` decode its images."""
     types = {"image": _IMAGE, "key": pa.string(), **_COLUMNS[kind]}
     features: dict[str, object] = {
         name: {"dtype": "string", "_type": "Value"} for name in types if name != "image"
@@ -55,8 +55,8 @@ def parquet_file(rows: Sequence[Row], kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
-def tar_file(rows: Sequence[Row], *, cut: Row | None = None) -> bytes:
-    """One archive. With `cut`, one more row follows, and the archive ends within its image."""
+def encode_tar(rows: Sequence[DrawnRow], *, cut: DrawnRow | None = None) -> bytes:
+    """One tar archive. With `cut`, that row follows and the archive ends within its image."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for row in rows:
@@ -69,14 +69,14 @@ def tar_file(rows: Sequence[Row], *, cut: Row | None = None) -> bytes:
     return buffer.getvalue()[: whole + 2 * tarfile.BLOCKSIZE + 100]
 
 
-def _add(archive: tarfile.TarFile, row: Row) -> None:
+def _add(archive: tarfile.TarFile, row: DrawnRow) -> None:
     for extension, data in _members(row):
         member = tarfile.TarInfo(f"{row.key}.{extension}")
         member.size = len(data)
         archive.addfile(member, io.BytesIO(data))
 
 
-def _members(row: Row) -> Iterator[tuple[str, bytes]]:
+def _members(row: DrawnRow) -> Iterator[tuple[str, bytes]]:
     if row.image is not None:
         yield "jpg", row.image
     facts = {

@@ -1,6 +1,6 @@
-"""An S3-speaking server for runs without one: the embedded demonstration and the tests.
+"""A local S3 server for the embedded demonstration and the tests.
 
-It holds objects in memory, in a process of its own that ends with this one, however this one ends.
+It holds objects in memory, in a child process that ends with this process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cluster.errors import StoreError, UsageError
 
 logger = structlog.get_logger(__name__)
 
-# Port 0 lets the system choose; the printed port says that the server is up; and the end of
-# stdin, which comes even when the parent is killed, says that it is time to go.
+# Port 0 lets the system choose; the printed port signals that the server is up; the end of stdin,
+# which comes even if the parent is killed, makes the server exit.
 _SERVER = """
 import logging, sys
 from moto.server import ThreadedMotoServer
-logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise one line per request
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
@@ -33,23 +33,26 @@ sys.stdin.read()
 
 
 class LocalS3:
-    """Context manager: starts the server, points the AWS_* variables at it, makes `bucket`.
+    """Context manager: starts the server, points the AWS_* variables at it, creates `bucket`.
 
-    `endpoint` and `environment` (for processes that do not inherit ours) are set once entered;
-    the variables are restored on exit. Raises UsageError where moto is not installed.
+    The variables are restored on exit. Raises UsageError if moto is not installed, StoreError if
+    the server does not start.
     """
 
     endpoint: str
+    """URL of the server; set on entry."""
     environment: dict[str, str]
+    """The AWS_* variables, for processes that do not inherit ours; set on entry."""
 
     def __init__(self, bucket: str = "local") -> None:
         self.bucket = bucket
         self._process: subprocess.Popen[str] | None = None
         self._client: Any = None
-        self._before: dict[str, str | None] = {}
+        self._previous: dict[str, str | None] = {}
 
     @property
     def uri(self) -> str:
+        """s3:// URI of the bucket."""
         return f"s3://{self.bucket}"
 
     def __enter__(self) -> LocalS3:
@@ -73,7 +76,7 @@ class LocalS3:
             "AWS_SECRET_ACCESS_KEY": "local",
             "AWS_REGION": "us-east-1",
         }
-        self._before = {name: os.environ.get(name) for name in self.environment}
+        self._previous = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
         self.create_bucket(self.bucket)
         logger.info("local_s3_started", endpoint=self.endpoint, pid=self._process.pid)
@@ -85,7 +88,7 @@ class LocalS3:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for name, value in self._before.items():
+        for name, value in self._previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -93,7 +96,7 @@ class LocalS3:
         self._stop()
 
     def create_bucket(self, name: str) -> None:
-        """Makes an empty bucket on this server."""
+        """Creates an empty bucket on this server."""
         if self._client is None:
             self._client = boto3.session.Session().client(
                 "s3",

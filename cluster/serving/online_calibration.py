@@ -22,7 +22,7 @@ from cluster.images import FORMATS
 from cluster.protocol import LabelRequest, Priority, Replicas
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import PruneSpec
-from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 logger = structlog.get_logger(__name__)
 
@@ -110,9 +110,7 @@ async def _run_control_call(
 
 
 def _drawn(side: int, number: int) -> bytes:
-    buffer = io.BytesIO()
-    render(sample_scene(HELD_OUT_SEED + number), side).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_scene(sample_scene(HELD_OUT_SEED + number), side, format="PNG")
 
 
 def _pixels(image: bytes | None) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 import ray
 import structlog
 from ray import serve
-from ray.serve.context import _get_global_client  # no public way to ask for the HTTP address
+
+# No public way to ask for the HTTP address, nor to drop a client without shutting Serve down.
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeInstanceDetails
 
 from cluster.errors import FleetUnavailable
@@ -50,7 +52,7 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
             raise FleetUnavailable(
                 f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local"
             ) from error
-        stack.callback(ray.shutdown)
+        stack.callback(_leave_ray)
         return False
     ray.init(
         address="local",
@@ -59,9 +61,19 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
         logging_level=logging.WARNING,
         runtime_env=runtime,
     )
-    stack.callback(ray.shutdown)
+    stack.callback(_leave_ray)
     logger.info("ray_started", cpus=ray.cluster_resources().get("CPU"))
     return True
+
+
+def _leave_ray() -> None:
+    """Disconnects from the cluster and drops Serve's cached client of it.
+
+    Serve reuses the client while the Ray job id stays the same, and every local cluster counts its
+    jobs from 1: the next cluster of this process would be given the client of this one.
+    """
+    ray.shutdown()
+    _set_global_client(None)
 
 
 def _current_cluster() -> str | None:

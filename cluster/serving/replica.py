@@ -25,7 +25,8 @@ from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
-from sppruner.engine.interface import Engine, JpegScale, Request, Result
+from sppruner.engine.interface import Engine, Request, Result
+from sppruner.models import JpegScale
 
 logger = structlog.get_logger(__name__)
 

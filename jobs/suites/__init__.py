@@ -1,1 +1,1 @@
-"""The suites of `jobs/benchmark.py`, one file each."""
+"""Suites of `jobs/benchmark.py`, one file each; published results are in `RESULTS.md`."""

@@ -1,4 +1,4 @@
-"""A batch job that keeps a fleet's replicas busy while something else is timed."""
+"""A batch job that keeps a fleet's replicas busy while online requests are timed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LOG_BYTES: Final = 2000
 
 
 class BatchJob:
-    """Context manager: `jobs/caption_corpus.py` as a user starts it, a process of its own on the
-    cluster and the replicas of `fleet`. Inside, every replica has had rows of it; at its end it is
-    interrupted, and no replica has any.
+    """Context manager: runs `jobs/caption_corpus.py` as a user would, in its own process on the
+    cluster and the replicas of `fleet`. On entry every replica holds rows of the job; on exit the
+    job is interrupted and the replicas are empty.
 
-    units: those of the corpus. Raises RunError where the job does not start or end.
+    units: units of the corpus. Raises RunError if the job does not start or stop in time.
     """
 
     def __init__(self, fleet: Fleet, corpus: str, output: str, *, units: int) -> None:
@@ -68,19 +68,20 @@ class BatchJob:
         self._log.close()
 
     def check(self) -> None:
-        """Raises UsageError if the job has labelled all, and RunError if it has failed."""
+        """Raises UsageError if the job has labelled every unit, RunError if it has failed."""
         assert self._process is not None
         if len(RunOutput.open(self._output).committed_units()) == self._units:
             raise UsageError(
-                "the batch job was over before the requests beside it: give a slower --model"
+                "the batch job finished before the requests beside it: give a slower --model"
             )
         if self._process.poll() is not None:
             raise RunError(
-                f"the batch job ended with status {self._process.returncode}: {self._told()}"
+                f"the batch job ended with status {self._process.returncode}: "
+                f"{self._read_log_tail()}"
             )
 
     def _rows_held(self) -> list[int]:
-        """Batch rows of every replica that it has no answer to."""
+        """Unanswered batch rows of every replica."""
         return [replica.batch_rows_in_flight for replica in self._fleet.stats().replicas]
 
     def _wait(self, condition: Callable[[], bool], seconds: float, problem: str) -> None:
@@ -89,17 +90,19 @@ class BatchJob:
             if self._process is not None:
                 self.check()
             if time.monotonic() > deadline:
-                raise RunError(f"the batch job {problem} after {seconds:.0f} s: {self._told()}")
+                raise RunError(
+                    f"the batch job {problem} after {seconds:.0f} s: {self._read_log_tail()}"
+                )
             time.sleep(_POLL_SECONDS)
 
-    def _told(self) -> str:
-        """The end of what it printed."""
+    def _read_log_tail(self) -> str:
+        """The last bytes of the job's output."""
         assert self._log is not None
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
         return self._log.read().decode(errors="replace")
 
     def _stop(self) -> None:
-        """What is committed stays; nothing more is asked of the replicas."""
+        """Interrupts the job: committed units stay, no further rows are sent to the replicas."""
         process, self._process = self._process, None
         assert process is not None
         process.send_signal(signal.SIGINT)

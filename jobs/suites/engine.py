@@ -1,30 +1,31 @@
-"""What pruned tokens buy end to end: the engines side by side, dense and pruned.
+"""Suite `engine`: engines side by side, dense and pruned, end to end.
 
-Every case answers the same requests, each about a drawn scene of its own, with a fixed number of
-new tokens. Rounds go through all cases, every other one backwards; one more round before them is
-not counted (but with --quick there is none). Columns of a case:
+Every case answers the same requests, each about its own drawn scene, with a fixed number of new
+tokens. Rounds visit all cases, every second round in reverse order, after one warm-up round (none
+with --quick). Columns of a case:
 
-- batch_rows: requests side by side at most. For `generate best static batch` the fastest of a few,
-  found in a trial before the rounds; for the continuous engine its slots.
-- images_per_second: all requests, from the first submission to the last answer, pixels included.
-- ttft_ms: one request alone, from its submission to its first token.
-- inter_token_ms: the same request, from one token to the next.
-- vision_ms, pruner_ms, prefill_ms, decode_ms, other_ms: where a pass of its own, with timers around
-  the steps of an engine, spent its time, per image. vision: tower and projector, with the signals
-  read on the way. pruner: relevance, schedules, selection, kept features. prefill, decode: forwards
-  of prompts, and of one more token. other: the rest, such as pixels, positions, re-packing, copies
-  into slots, and choosing tokens.
-- peak_memory_mib: allocated on the GPU at most in that pass, weights included; empty on a CPU.
-- kv_bytes: keys and values of one request in its last step, with the padding of its batch.
+- batch_rows: most requests side by side. `generate best static batch` uses the fastest of a few
+  sizes, found in a trial before the rounds; the continuous engine uses its slots.
+- images_per_second: all requests, from the first submission to the last answer, preprocessing
+  included.
+- ttft_ms: a single request with nothing else in the engine, from submission to first token.
+- inter_token_ms: the same request, mean time between tokens.
+- vision_ms, pruner_ms, prefill_ms, decode_ms, other_ms: time per image in a separate pass with
+  timers around the engine's steps. vision: tower and projector, including the signals they yield.
+  pruner: relevance, schedules, selection, kept features. prefill, decode: forward passes of prompts
+  and of single tokens. other: the rest, such as preprocessing, positions, re-packing, copies into
+  slots, and sampling.
+- peak_memory_mib: peak memory allocated on the GPU in that pass, weights included; empty on a CPU.
+- kv_bytes: KV cache of one request at its last step, including the padding of its batch.
 
-Speeds are medians over the rounds with their smallest and largest value, and ratios of them are
-taken round by round. `pruner_share` is the pruner's part of a pass with timers, of which this one
-case has as many as there are rounds. Images are encoded anew in every pass.
+Speeds are medians over the rounds with their smallest and largest value; ratios are taken round by
+round. `pruner_share` is the pruner's share of a pass with timers; its case has one such pass per
+round. Every pass encodes every image.
 
-With a peer, vLLM answers the same requests in every round, in a process of its own that sleeps
-while ours runs (`jobs/suites/peer.py`). Its columns are those that can be timed from outside;
-`peer_equal_answers` is the share of requests to which it says the tokens that our engine says
-densely.
+With a peer, vLLM answers the same requests in every round, in its own process, which sleeps while
+ours runs (`jobs/suites/peer.py`). It has the columns that can be timed from outside;
+`peer_equal_answers` is the share of requests for which it generates the same tokens as our dense
+engine.
 """
 
 from __future__ import annotations
@@ -39,14 +40,20 @@ from typing import Any, Final
 from rich.console import Console
 
 from cluster.errors import UsageError
-from jobs.suites.passes import Timed, Way, best_rows, in_turns, spoken, timed_pass
+from jobs.suites.passes import (
+    EngineMode,
+    EngineTiming,
+    find_best_batch,
+    generate_tokens,
+    time_pass_phases,
+    time_rounds,
+)
 from jobs.suites.peer import NAME as PEER
-from jobs.suites.peer import Peer, opened
-from jobs.suites.phases import Phase, Trace
+from jobs.suites.peer import Peer, open_peer
+from jobs.suites.phases import Phase, PhaseTimes
 from jobs.suites.random_models import build
-from jobs.suites.result import machine
-from jobs.suites.result import ratio as spread
-from jobs.suites.shapes import Shape, scenes
+from jobs.suites.result import describe_machine, summarise_rounds
+from jobs.suites.shapes import ModelShape, draw_scenes
 from sppruner import Budget, PruneSpec
 from sppruner.engine import Request, SamplingParams
 from sppruner.errors import SpecError
@@ -63,8 +70,8 @@ _DENSE: Final = "engine dense"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """See the module for what each column covers."""
+class EngineCase:
+    """One mode over all rounds; the module docstring defines the columns."""
 
     case: str
     batch_rows: int
@@ -80,83 +87,89 @@ class Case:
     kv_bytes: int | None
 
 
-def engine(
-    shape: Shape,
+def run_engine_suite(
+    shape: ModelShape,
     *,
     methods: Sequence[str] = METHODS,
     dtype: str = "auto",
     quick: bool,
-    told: Console,
+    console: Console,
     peer: Path | None = None,
 ) -> dict[str, Any]:
-    """methods: those to time at every budget, beside the headline's; with `quick` it alone. dtype:
-    of the model. peer: the Python of an environment with vLLM, whose side is then timed too. Raises
-    UsageError for a shape that this machine cannot run, and as `peer.opened` and `Peer.answer`
-    do."""
+    """Runs the suite.
+
+    methods: methods to time at every budget, besides the headline's; `quick` times the headline
+    only. dtype: model precision. peer: Python of an environment with vLLM to time as well. Raises
+    UsageError for a shape that this machine cannot run, and as `open_peer` and `Peer.answer` do.
+    """
     for method in methods:
         try:
             selector_for(PruneSpec.parse(method, Budget(ratio=_HEADLINE[1])))
         except SpecError as error:
             raise UsageError(f"--methods: {error}") from error
-    about = machine()
+    description = describe_machine()
     loaded = build(shape, dtype)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
     generation = SamplingParams(max_new_tokens=_NEW_TOKENS)
-    *requests, alone = [
+    *requests, single = [
         Request(id=str(number), prompt=_PROMPT, images=(image,), generation=generation)
-        for number, image in enumerate(scenes(shape, count + 1))
+        for number, image in enumerate(draw_scenes(shape, count + 1))
     ]
     slots = min(shape.rows, count)
     with ExitStack() as stack:
-        other = None
+        peer_server = None
         if peer is not None:
-            told.print(f"{PEER} starts", highlight=False)
-            other = stack.enter_context(opened(peer, loaded, [*requests, alone], slots=slots))
-        best = best_rows(loaded, requests[:slots])
-        told.print(f"{shape.name}: {count} images, static batches of {best}", highlight=False)
-        ways = _ways(best, slots, [] if quick else methods)
-        if other is not None:
-            equal = _equal_answers(other, loaded, ways, requests)
-            about |= {"peer": other.about, "peer_equal_answers": equal}
-        timed = in_turns(
+            console.print(f"{PEER} starts", highlight=False)
+            peer_server = stack.enter_context(
+                open_peer(peer, loaded, [*requests, single], slots=slots)
+            )
+        best_batch = find_best_batch(loaded, requests[:slots])
+        console.print(
+            f"{shape.name}: {count} images, static batches of {best_batch}", highlight=False
+        )
+        modes = _list_modes(best_batch, slots, [] if quick else methods)
+        if peer_server is not None:
+            equal = _compare_answers(peer_server, loaded, modes, requests)
+            description |= {"peer": peer_server.about, "peer_equal_answers": equal}
+        timings = time_rounds(
             loaded,
-            ways,
+            modes,
             requests,
-            alone,
+            single,
             rounds=rounds,
-            uncounted=int(not quick),
-            told=told,
-            others={} if other is None else {PEER: other.timed},
+            warmup_rounds=int(not quick),
+            console=console,
+            others={} if peer_server is None else {PEER: peer_server.time_round},
         )
     cases = []
     shares = []
-    for way in ways:
-        told.print(f"timers in {way.name}", highlight=False)
-        repeats = rounds if way.name == _pruned(*_HEADLINE) else 1
-        passes = [timed_pass(loaded, way, requests) for _ in range(repeats)]
-        if way.name == _pruned(*_HEADLINE):
-            shares = [trace.seconds["pruner"] / trace.total for trace, _ in passes]
-        cases.append(_case(way.name, way.rows, timed, passes, images=count))
-    if other is not None:
-        cases.append(_case(PEER, slots, timed, [], images=count))
+    for mode in modes:
+        console.print(f"timers in {mode.name}", highlight=False)
+        repeats = rounds if mode.name == _name_pruned(*_HEADLINE) else 1
+        passes = [time_pass_phases(loaded, mode, requests) for _ in range(repeats)]
+        if mode.name == _name_pruned(*_HEADLINE):
+            shares = [times.seconds["pruner"] / times.total for times, _ in passes]
+        cases.append(_make_case(mode.name, mode.rows, timings, passes, images=count))
+    if peer_server is not None:
+        cases.append(_make_case(PEER, slots, timings, [], images=count))
 
     def paired(above: str, below: str) -> dict[str, float]:
-        speeds = [(row[above].images_per_second, row[below].images_per_second) for row in timed]
-        return spread([a / b for a, b in speeds])
+        speeds = [(row[above].images_per_second, row[below].images_per_second) for row in timings]
+        return summarise_rounds([a / b for a, b in speeds])
 
     ratios = {
         "engine_dense_vs_static_batch": paired(_DENSE, _STATIC),
-        "engine_pruned_vs_dense": paired(_pruned(*_HEADLINE), _DENSE),
-        "pruner_share": spread(shares),
+        "engine_pruned_vs_dense": paired(_name_pruned(*_HEADLINE), _DENSE),
+        "pruner_share": summarise_rounds(shares),
     }
-    if other is not None:
+    if peer_server is not None:
         ratios |= {
             "engine_dense_vs_peer": paired(_DENSE, PEER),
-            "engine_pruned_vs_peer": paired(_pruned(*_HEADLINE), PEER),
+            "engine_pruned_vs_peer": paired(_name_pruned(*_HEADLINE), PEER),
         }
     return {
         "suite": "engine",
-        "machine": about
+        "machine": description
         | {
             "shape": shape.name,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -168,19 +181,19 @@ def engine(
     }
 
 
-def _pruned(method: str, ratio: float) -> str:
+def _name_pruned(method: str, ratio: float) -> str:
     return f"engine {method} {100 * ratio:.1f} %"
 
 
-def _ways(best: int, slots: int, methods: Sequence[str]) -> list[Way]:
+def _list_modes(best_batch: int, slots: int, methods: Sequence[str]) -> list[EngineMode]:
     pruned = [_HEADLINE, *((method, ratio) for method in methods for ratio in _RATIOS)]
     return [
-        Way(name="generate batch 1", rows=1),
-        Way(name=_STATIC, rows=best),
-        Way(name=_DENSE, rows=slots, continuous=True),
+        EngineMode(name="generate batch 1", rows=1),
+        EngineMode(name=_STATIC, rows=best_batch),
+        EngineMode(name=_DENSE, rows=slots, continuous=True),
         *(
-            Way(
-                name=_pruned(method, ratio),
+            EngineMode(
+                name=_name_pruned(method, ratio),
                 rows=slots,
                 continuous=True,
                 spec=PruneSpec.parse(method, Budget(ratio=ratio)),
@@ -190,42 +203,42 @@ def _ways(best: int, slots: int, methods: Sequence[str]) -> list[Way]:
     ]
 
 
-def _equal_answers(
-    other: Peer, loaded: LoadedModel, ways: Sequence[Way], requests: Sequence[Request]
+def _compare_answers(
+    peer_server: Peer, loaded: LoadedModel, modes: Sequence[EngineMode], requests: Sequence[Request]
 ) -> float:
-    """The share of requests that the peer answers with the tokens of our engine, densely."""
-    (dense,) = (way for way in ways if way.name == _DENSE)
-    pairs = zip(other.answer().tokens, spoken(loaded, dense, requests), strict=True)
+    """Share of requests for which the peer generates the tokens of our dense engine."""
+    (dense,) = (mode for mode in modes if mode.name == _DENSE)
+    pairs = zip(peer_server.answer().tokens, generate_tokens(loaded, dense, requests), strict=True)
     return sum(theirs == ours for theirs, ours in pairs) / len(requests)
 
 
-def _case(
+def _make_case(
     name: str,
     rows: int,
-    timed: Sequence[Mapping[str, Timed]],
-    passes: Sequence[tuple[Trace, float | None]],
+    timings: Sequence[Mapping[str, EngineTiming]],
+    passes: Sequence[tuple[PhaseTimes, float | None]],
     *,
     images: int,
-) -> Case:
-    """timed: of all cases, by round. passes: those with timers, if there were any."""
+) -> EngineCase:
+    """timings: of all cases, by round. passes: passes with phase timers; empty for a peer."""
 
     def per_image(phase: Phase) -> float | None:
-        seconds = [trace.seconds[phase] for trace, _ in passes]
+        seconds = [times.seconds[phase] for times, _ in passes]
         return 1e3 * median(seconds) / images if seconds else None
 
-    rounds = [found[name] for found in timed]
-    trace, memory = passes[-1] if passes else (None, None)
-    return Case(
+    rounds = [found[name] for found in timings]
+    times, memory = passes[-1] if passes else (None, None)
+    return EngineCase(
         case=name,
         batch_rows=rows,
-        images_per_second=spread([one.images_per_second for one in rounds]),
-        ttft_ms=spread([1e3 * one.first_token for one in rounds]),
-        inter_token_ms=spread([1e3 * one.between_tokens for one in rounds]),
+        images_per_second=summarise_rounds([one.images_per_second for one in rounds]),
+        ttft_ms=summarise_rounds([1e3 * one.first_token for one in rounds]),
+        inter_token_ms=summarise_rounds([1e3 * one.inter_token for one in rounds]),
         vision_ms=per_image("vision"),
         pruner_ms=per_image("pruner"),
         prefill_ms=per_image("prefill"),
         decode_ms=per_image("decode"),
         other_ms=per_image("other"),
         peak_memory_mib=memory,
-        kv_bytes=None if trace is None else trace.kv_bytes,
+        kv_bytes=None if times is None else times.kv_bytes,
     )

@@ -1,4 +1,4 @@
-"""The batch job as suites time it: captions from 22.2 % of the visual tokens, no control rows."""
+"""The batch job that suites time: captions with 22.2 % of the visual tokens, no control rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sppruner.tiny.questions import CAPTION_PROMPT
 SPEC: Final = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
 
 
-def threads_of_one_replica() -> int | None:
-    """As a fleet of this machine alone gives it."""
+def count_replica_threads() -> int | None:
+    """Torch threads of a replica that has this machine to itself."""
     return replica_threads(1, gpus=torch.cuda.device_count())
 
 
-def captions(corpus: str, output: str, model: str, **more: Any) -> RunConfig:
-    """more: further settings of the run."""
+def build_caption_config(corpus: str, output: str, model: str, **more: Any) -> RunConfig:
+    """The run's configuration; `more` are further RunConfig fields."""
     return RunConfig(
         kind="caption",
         input=corpus,
@@ -37,11 +37,14 @@ def captions(corpus: str, output: str, model: str, **more: Any) -> RunConfig:
     )
 
 
-def carry_out(config: RunConfig, told: Console) -> tuple[Summary, Attempt]:
-    """Raises RunErrors as jobs do, EngineError where rows failed: seconds would say nothing."""
-    summary = run(config, console=told).summary
+def run_job(config: RunConfig, console: Console) -> tuple[Summary, Attempt]:
+    """Runs the job to its end.
+
+    Raises RunErrors as `run` does, and EngineError if rows failed: their time is no measurement.
+    """
+    summary = run(config, console=console).summary
     attempt = summary.attempt
-    assert attempt is not None  # the output is new: there is something to do
+    assert attempt is not None  # the output is new, so the run has units to label
     if summary.total.rows_failed:
         raise EngineError(f"{config.output}: rows failed, {dict(summary.total.failed)}")
     return summary, attempt

@@ -1,6 +1,6 @@
-"""Closed-loop load on a chat endpoint: so many clients, each asking again once it was answered.
+"""Closed-loop load on a chat endpoint: each client sends its next request after a response.
 
-Needs httpx, the extra `benchmark`.
+Needs httpx (the extra `benchmark`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Final
 import httpx
 import numpy as np
 
+from cluster.errors import LoadFailed
 from sppruner.spec import PruneSpec
 
 _DATA: Final = "data: "
@@ -23,21 +24,25 @@ _TIMEOUT_SECONDS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """One request. Seconds since it was sent: until its first words and until its end."""
+class RequestTiming:
+    """One complete response."""
 
-    first_words: float
+    first_token: float
+    """Seconds from sending the request to the first text of the response."""
     end: float
+    """Seconds from sending the request to the end of the response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What came of some requests. seconds: from the first that was sent to the last that ended.
-    errors: why others failed."""
+class LoadResult:
+    """Outcome of a set of requests."""
 
     seconds: float
-    answered: tuple[Answered, ...]
+    """From the first request sent to the last response ended."""
+    answered: tuple[RequestTiming, ...]
+    """Complete responses."""
     errors: tuple[str, ...]
+    """One message per request without a complete response."""
 
     @property
     def requests_per_second(self) -> float:
@@ -46,21 +51,19 @@ class Load:
     def latency_ms(self, percent: float) -> float:
         return percentile_ms([one.end for one in self.answered], percent)
 
-    def first_words_ms(self, percent: float) -> float:
-        return percentile_ms([one.first_words for one in self.answered], percent)
-
-
-class Failed(Exception):
-    """A request that got no whole answer."""
+    def ttft_ms(self, percent: float) -> float:
+        return percentile_ms([one.first_token for one in self.answered], percent)
 
 
 def percentile_ms(seconds: Sequence[float], percent: float) -> float:
-    """Linear between the two seconds next to it."""
+    """Percentile in milliseconds, interpolated linearly between neighbours."""
     return 1e3 * float(np.percentile(seconds, percent))
 
 
-def chat_body(model: str, prompt: str, image: bytes, *, spec: PruneSpec, max_tokens: int) -> bytes:
-    """A streamed request about one JPEG, encoded: sending it costs the client nothing more."""
+def build_chat_body(
+    model: str, prompt: str, image: bytes, *, spec: PruneSpec, max_tokens: int
+) -> bytes:
+    """A streamed request about one JPEG, encoded beforehand so that sending it is cheap."""
     url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
     content = [
         {"type": "image_url", "image_url": {"url": url}},
@@ -77,59 +80,59 @@ def chat_body(model: str, prompt: str, image: bytes, *, spec: PruneSpec, max_tok
     return json.dumps(body).encode()
 
 
-def closed_loop(base_url: str, bodies: Sequence[bytes], clients: int) -> Load:
-    """Sends every body once, `clients` at a time, to a chat endpoint."""
-    return asyncio.run(_closed_loop(base_url, bodies, clients))
+def run_closed_loop(base_url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
+    """Sends every body once to a chat endpoint, with `clients` requests in flight."""
+    return asyncio.run(_run_clients(base_url, bodies, clients))
 
 
-async def _closed_loop(base_url: str, bodies: Sequence[bytes], clients: int) -> Load:
+async def _run_clients(base_url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
     waiting = iter(bodies)
-    answered: list[Answered] = []
+    answered: list[RequestTiming] = []
     errors: list[str] = []
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, limits=limits, trust_env=False) as http:
-        began = time.perf_counter()
+        started = time.perf_counter()
         url = f"{base_url}/v1/chat/completions"
-        asking = (_client(http, url, waiting, answered, errors) for _ in range(clients))
-        await asyncio.gather(*asking)
-        seconds = time.perf_counter() - began
-    return Load(seconds=seconds, answered=tuple(answered), errors=tuple(errors))
+        tasks = (_run_client(http, url, waiting, answered, errors) for _ in range(clients))
+        await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - started
+    return LoadResult(seconds=seconds, answered=tuple(answered), errors=tuple(errors))
 
 
-async def _client(
+async def _run_client(
     http: httpx.AsyncClient,
     url: str,
     waiting: Iterator[bytes],
-    answered: list[Answered],
+    answered: list[RequestTiming],
     errors: list[str],
 ) -> None:
     for body in waiting:
         try:
-            answered.append(await _ask(http, url, body))
-        except (httpx.HTTPError, Failed) as error:
+            answered.append(await _send(http, url, body))
+        except (httpx.HTTPError, LoadFailed) as error:
             errors.append(f"{type(error).__name__}: {error}")
 
 
-async def _ask(http: httpx.AsyncClient, url: str, body: bytes) -> Answered:
-    """Raises Failed, or httpx's errors."""
-    began = time.perf_counter()
-    first_words: float | None = None
+async def _send(http: httpx.AsyncClient, url: str, body: bytes) -> RequestTiming:
+    """Sends one request and reads its stream. Raises LoadFailed or httpx's errors."""
+    started = time.perf_counter()
+    first_token: float | None = None
     finished = False
     headers = {"content-type": "application/json"}
     async with http.stream("POST", url, content=body, headers=headers) as response:
         if response.status_code != httpx.codes.OK:
-            raise Failed(f"{response.status_code} {(await response.aread()).decode()[:300]}")
+            raise LoadFailed(f"{response.status_code} {(await response.aread()).decode()[:300]}")
         async for line in response.aiter_lines():
             if not line.startswith(_DATA) or line == f"{_DATA}[DONE]":
                 continue
             event = json.loads(line.removeprefix(_DATA))
             if "error" in event:
-                raise Failed(str(event["error"]))
+                raise LoadFailed(str(event["error"]))
             (choice,) = event["choices"]
-            if first_words is None and choice["delta"].get("content"):
-                first_words = time.perf_counter() - began
+            if first_token is None and choice["delta"].get("content"):
+                first_token = time.perf_counter() - started
             finished = finished or choice["finish_reason"] is not None
     if not finished:
-        raise Failed("the stream ended before the answer did")
-    end = time.perf_counter() - began
-    return Answered(first_words=end if first_words is None else first_words, end=end)
+        raise LoadFailed("the stream ended before the response did")
+    end = time.perf_counter() - started
+    return RequestTiming(first_token=end if first_token is None else first_token, end=end)

@@ -1,20 +1,20 @@
-"""Online requests as users send them: `/v1/chat/completions` under closed-loop load.
+"""Suite `online`: `/v1/chat/completions` under closed-loop load.
 
-On one fleet, so many clients each send their next request once the last was answered: densely and
-with 22.2 % of the visual tokens in turns, while nothing else runs and while a batch job keeps the
-same replicas busy. Rounds go through all cases, every other one backwards. Every request streams,
-and is about an image that was not sent before: none is served from what the replicas remember. The
-clients, the proxy and the job share the machine's CPUs with the replicas. Columns of a case:
+Several clients send requests to one fleet, each its next request after the response to the last:
+dense and with 22.2 % of the visual tokens in turn, on idle replicas and while a batch job keeps the
+same replicas busy. Rounds visit all cases, every second round in reverse order. Every request
+streams and is about a new image, so the encoder cache serves none of them. Clients, proxy and job
+share the machine's CPUs with the replicas. Columns of a case:
 
-- requests: of one round.
-- requests_per_second: answered ones.
-- latency: from sending a request to the end of its answer.
-- ttft: to its first words.
-- batch_rows_per_second: what the job got meanwhile, by the replicas' counters.
-- errors: requests without an answer, of all rounds; they are in no other column.
+- requests: requests of one round.
+- requests_per_second: complete responses per second.
+- latency: from sending a request to the end of its response.
+- ttft: from sending a request to the first text of its response.
+- batch_rows_per_second: throughput of the job meanwhile, from the replicas' counters.
+- errors: requests without a complete response in all rounds; no other column counts them.
 
-Percentiles are taken in every round; shown are their medians over the rounds with the smallest and
-the largest.
+Percentiles are taken per round; a case shows their median over the rounds with the smallest and the
+largest.
 """
 
 from __future__ import annotations
@@ -29,48 +29,53 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
-from cluster.demo import Row, draw_rows
-from cluster.errors import RunError, UsageError
+from cluster.demo import DrawnRow, draw_rows
+from cluster.errors import LoadFailed, UsageError
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet, open_fleet
 from jobs.suites.background import BatchJob
-from jobs.suites.corpora import captioned, write_corpus
-from jobs.suites.labelling import SPEC, threads_of_one_replica
-from jobs.suites.result import in_turn, known_ratio, machine, ratio
+from jobs.suites.corpora import draw_captioned, write_corpus
+from jobs.suites.labelling import SPEC, count_replica_threads
+from jobs.suites.result import alternate, describe_machine, summarise_known_rounds, summarise_rounds
 from sppruner.models.loading import resolve_model
 from sppruner.spec import DENSE
 from sppruner.tiny.questions import CAPTION_PROMPT
 
 if TYPE_CHECKING:
-    from jobs.suites.load import Load
+    from jobs.suites.load import LoadResult
 
 _UNDER_BATCH: Final = (1, 4)
-_UNIT_ROWS: Final = 256  # as jobs cut corpora
+_UNIT_ROWS: Final = 256  # the unit size of jobs
 _MOST_TOKENS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """requests: of one case in one round, by the number of clients. batch_rows: of the job, which
-    must outlast the requests beside it."""
+class SuiteSize:
+    """How much the suite runs."""
 
     rounds: int
+    """Rounds over all scenarios."""
     requests: Mapping[int, int]
+    """Requests of one scenario in one round, by number of clients."""
     batch_rows: int
+    """Rows of the batch job, which must outlast the requests beside it."""
 
 
-FULL: Final = Extent(rounds=5, requests={1: 40, 4: 80, 16: 160}, batch_rows=8192)
-QUICK: Final = Extent(rounds=2, requests={1: 6, 4: 12, 16: 32}, batch_rows=2048)
+FULL: Final = SuiteSize(rounds=5, requests={1: 40, 4: 80, 16: 160}, batch_rows=8192)
+QUICK: Final = SuiteSize(rounds=2, requests={1: 6, 4: 12, 16: 32}, batch_rows=2048)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class LoadScenario:
     """How requests are sent."""
 
     pruned: bool
+    """Whether requests carry the suite's spec; False: dense."""
     clients: int
+    """Requests in flight."""
     under_batch: bool = False
+    """Whether a batch job runs on the same replicas."""
 
     @property
     def name(self) -> str:
@@ -80,16 +85,18 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
-    """One way in one round. batch_rows_per_second: None where there was no job."""
+class ScenarioTiming:
+    """One scenario in one round."""
 
-    load: Load
+    load: LoadResult
+    """Responses and errors."""
     batch_rows_per_second: float | None
+    """Throughput of the batch job; None without a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One way over the rounds. See the module for what each column covers."""
+class OnlineCase:
+    """One scenario over all rounds; the module docstring defines the columns."""
 
     case: str
     requests: int
@@ -102,52 +109,58 @@ class Case:
     errors: int
 
 
-def online(
+def run_online_suite(
     model: str,
     *,
-    extent: Extent | None = None,
+    size: SuiteSize | None = None,
     quick: bool,
     root: str,
     environment: Mapping[str, str] | None = None,
-    told: Console,
+    console: Console,
 ) -> dict[str, Any]:
-    """root: where the batch job's corpora and labels go. environment: with which Ray's workers
-    reach it. Raises UsageError without httpx, and as `BatchJob.check` does."""
+    """root: URI prefix of the batch job's corpora and labels. environment: variables with which
+    Ray's workers reach it. Raises UsageError without httpx, and as `BatchJob.check` does."""
     if importlib.util.find_spec("httpx") is None:
         raise UsageError("--suite online needs httpx: pip install 'sppruner[benchmark]'")
-    about = machine() | {"torch_threads": threads_of_one_replica()}
-    extent = extent or (QUICK if quick else FULL)
+    machine = describe_machine() | {"torch_threads": count_replica_threads()}
+    size = size or (QUICK if quick else FULL)
     served = EngineSettings(model=model, revision=resolve_model(model).revision)
     with open_fleet(FleetSettings(engine=served, environment=environment or {})) as fleet:
-        timed = in_turns(fleet, extent, root=root, told=told)
+        timings = time_scenarios(fleet, size, root=root, console=console)
     return {
         "suite": "online",
-        "machine": about | {"model": model, "replicas": fleet.replicas, "rounds": extent.rounds},
-        "cases": [asdict(_case(way, timed[way])) for way in ways(extent)],
-        "ratios": ratios(timed),
+        "machine": machine | {"model": model, "replicas": fleet.replicas, "rounds": size.rounds},
+        "cases": [
+            asdict(_make_case(scenario, timings[scenario])) for scenario in list_scenarios(size)
+        ],
+        "ratios": compare_scenarios(timings),
     }
 
 
-def ways(extent: Extent) -> list[Way]:
+def list_scenarios(size: SuiteSize) -> list[LoadScenario]:
     return [
-        Way(pruned=pruned, clients=clients, under_batch=under_batch)
+        LoadScenario(pruned=pruned, clients=clients, under_batch=under_batch)
         for under_batch in (False, True)
-        for clients in (_UNDER_BATCH if under_batch else extent.requests)
+        for clients in (_UNDER_BATCH if under_batch else size.requests)
         for pruned in (False, True)
     ]
 
 
-def in_turns(fleet: Fleet, extent: Extent, *, root: str, told: Console) -> dict[Way, list[Timed]]:
-    """What was timed of each way, by round. Raises as `_timed` and `BatchJob` do."""
+def time_scenarios(
+    fleet: Fleet, size: SuiteSize, *, root: str, console: Console
+) -> dict[LoadScenario, list[ScenarioTiming]]:
+    """Timings of each scenario, one per round. Raises as `_time_scenario` and `BatchJob` do."""
     rows = draw_rows("caption", seed=0)
-    timed: dict[Way, list[Timed]] = {way: [] for way in ways(extent)}
-    warm = max(extent.requests)
+    timings: dict[LoadScenario, list[ScenarioTiming]] = {
+        scenario: [] for scenario in list_scenarios(size)
+    }
+    warm = max(size.requests)
     for pruned in (False, True):
-        _timed(fleet, Way(pruned=pruned, clients=warm), extent, rows)
-    for number in range(extent.rounds):
-        for under_batch in in_turn((False, True), number):
-            told.print(
-                f"round {number + 1} of {extent.rounds}, "
+        _time_scenario(fleet, LoadScenario(pruned=pruned, clients=warm), size, rows)
+    for number in range(size.rounds):
+        for under_batch in alternate((False, True), number):
+            console.print(
+                f"round {number + 1} of {size.rounds}, "
                 f"{'under a batch job' if under_batch else 'idle'}",
                 highlight=False,
             )
@@ -155,72 +168,86 @@ def in_turns(fleet: Fleet, extent: Extent, *, root: str, told: Console) -> dict[
                 job = None
                 if under_batch:
                     corpus, output = f"{root}/corpus-{number}", f"{root}/labels-{number}"
-                    write_corpus(corpus, captioned(extent.batch_rows, number + 1), _UNIT_ROWS)
-                    units = -(-extent.batch_rows // _UNIT_ROWS)
+                    write_corpus(corpus, draw_captioned(size.batch_rows, number + 1), _UNIT_ROWS)
+                    units = -(-size.batch_rows // _UNIT_ROWS)
                     job = stack.enter_context(BatchJob(fleet, corpus, output, units=units))
-                for way in in_turn([w for w in timed if w.under_batch == under_batch], number):
-                    timed[way].append(_timed(fleet, way, extent, rows))
+                for scenario in alternate(
+                    [s for s in timings if s.under_batch == under_batch], number
+                ):
+                    timings[scenario].append(_time_scenario(fleet, scenario, size, rows))
                     if job is not None:
                         job.check()
-    return timed
+    return timings
 
 
-def _timed(fleet: Fleet, way: Way, extent: Extent, rows: Iterator[Row]) -> Timed:
-    """rows: to ask about. Raises RunError where no request was answered."""
-    from jobs.suites.load import chat_body, closed_loop
+def _time_scenario(
+    fleet: Fleet, scenario: LoadScenario, size: SuiteSize, rows: Iterator[DrawnRow]
+) -> ScenarioTiming:
+    """rows: source of the images. Raises LoadFailed if no request got a complete response."""
+    from jobs.suites.load import build_chat_body, run_closed_loop
 
     bodies = [
-        chat_body(
+        build_chat_body(
             fleet.model,
             CAPTION_PROMPT,
             row.image or b"",
-            spec=SPEC if way.pruned else DENSE,
+            spec=SPEC if scenario.pruned else DENSE,
             max_tokens=_MOST_TOKENS,
         )
-        for row in islice(rows, extent.requests[way.clients])
+        for row in islice(rows, size.requests[scenario.clients])
     ]
-    before, began = fleet.stats().rows, time.perf_counter()
-    load = closed_loop(fleet.http_url, bodies, way.clients)
-    seconds, after = time.perf_counter() - began, fleet.stats().rows
+    before, started = fleet.stats().rows, time.perf_counter()
+    load = run_closed_loop(fleet.http_url, bodies, scenario.clients)
+    seconds, after = time.perf_counter() - started, fleet.stats().rows
     if not load.answered:
-        raise RunError(f"{way.name}: no request was answered; the first: {load.errors[0]}")
+        raise LoadFailed(
+            f"{scenario.name}: no request was answered; the first error: {load.errors[0]}"
+        )
     batch_rows = after - before - len(load.answered)
-    return Timed(load=load, batch_rows_per_second=batch_rows / seconds if way.under_batch else None)
+    return ScenarioTiming(
+        load=load, batch_rows_per_second=batch_rows / seconds if scenario.under_batch else None
+    )
 
 
-def ratios(timed: Mapping[Way, Sequence[Timed]]) -> dict[str, dict[str, float]]:
-    """Of the same round each."""
+def compare_scenarios(
+    timings: Mapping[LoadScenario, Sequence[ScenarioTiming]],
+) -> dict[str, dict[str, float]]:
+    """Ratios of two scenarios within the same round."""
 
-    def paired(figure: Callable[[Load], float], above: Way, below: Way) -> dict[str, float]:
-        pairs = zip(timed[above], timed[below], strict=True)
-        return ratio([figure(one.load) / figure(other.load) for one, other in pairs])
+    def paired(
+        figure: Callable[[LoadResult], float], above: LoadScenario, below: LoadScenario
+    ) -> dict[str, float]:
+        pairs = zip(timings[above], timings[below], strict=True)
+        return summarise_rounds([figure(one.load) / figure(other.load) for one, other in pairs])
 
-    most, some = max(way.clients for way in timed), max(_UNDER_BATCH)
+    most_clients, some = max(scenario.clients for scenario in timings), max(_UNDER_BATCH)
     return {
         "online_pruned_vs_dense": paired(
             lambda load: load.requests_per_second,
-            Way(pruned=True, clients=most),
-            Way(pruned=False, clients=most),
+            LoadScenario(pruned=True, clients=most_clients),
+            LoadScenario(pruned=False, clients=most_clients),
         ),
-        # Pruned requests, as the job's rows are.
+        # Pruned requests beside a pruned job.
         "online_p95_under_batch_vs_idle": paired(
             lambda load: load.latency_ms(95),
-            Way(pruned=True, clients=some, under_batch=True),
-            Way(pruned=True, clients=some),
+            LoadScenario(pruned=True, clients=some, under_batch=True),
+            LoadScenario(pruned=True, clients=some),
         ),
     }
 
 
-def _case(way: Way, timed: Sequence[Timed]) -> Case:
-    loads = [one.load for one in timed]
-    return Case(
-        case=way.name,
+def _make_case(scenario: LoadScenario, timings: Sequence[ScenarioTiming]) -> OnlineCase:
+    loads = [one.load for one in timings]
+    return OnlineCase(
+        case=scenario.name,
         requests=len(loads[0].answered) + len(loads[0].errors),
-        requests_per_second=ratio([load.requests_per_second for load in loads]),
-        latency_p50_ms=ratio([load.latency_ms(50) for load in loads]),
-        latency_p95_ms=ratio([load.latency_ms(95) for load in loads]),
-        ttft_p50_ms=ratio([load.first_words_ms(50) for load in loads]),
-        ttft_p95_ms=ratio([load.first_words_ms(95) for load in loads]),
-        batch_rows_per_second=known_ratio([one.batch_rows_per_second for one in timed]),
+        requests_per_second=summarise_rounds([load.requests_per_second for load in loads]),
+        latency_p50_ms=summarise_rounds([load.latency_ms(50) for load in loads]),
+        latency_p95_ms=summarise_rounds([load.latency_ms(95) for load in loads]),
+        ttft_p50_ms=summarise_rounds([load.ttft_ms(50) for load in loads]),
+        ttft_p95_ms=summarise_rounds([load.ttft_ms(95) for load in loads]),
+        batch_rows_per_second=summarise_known_rounds(
+            [one.batch_rows_per_second for one in timings]
+        ),
         errors=sum(len(load.errors) for load in loads),
     )

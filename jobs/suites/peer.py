@@ -1,9 +1,9 @@
-"""vLLM as a peer of suite `engine`: the same weights, images and prompts in a process of its own.
+"""vLLM as a peer of suite `engine`: the same weights, images and prompts in a separate process.
 
-It is never a dependency: `--peer` names the interpreter of an environment where vLLM's CPU build is
-installed, which runs `peer_worker.py` there. Both sides choose greedily in float32 with as many
-threads, and the peer encodes and reads every image anew, as our engines do when they are timed:
-its caches of prompts and of processed images are off.
+vLLM is never a dependency: `--peer` names the interpreter of an environment with vLLM's CPU build,
+which runs `peer_worker.py`. Both sides decode greedily in the model's precision with equally many
+threads. The peer encodes and prefills every image in every pass, as our engines do when they are
+timed: its prefix cache and its cache of processed images are off.
 """
 
 from __future__ import annotations
@@ -26,32 +26,37 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import FleetUnavailable, UsageError
-from jobs.suites.passes import Timed
-from sppruner.cost.decoder import DecoderCost
+from jobs.suites.passes import EngineTiming
+from sppruner.cost.decoder_cost import DecoderCost
 from sppruner.engine import Request
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_inputs
 
 NAME: Final = "vLLM dense"
 _WORKER: Final = Path(__file__).with_name("peer_worker.py")
-_BLOCK: Final = 128  # tokens of a piece of vLLM's cache on a CPU
-# Its processes look for work for a second before they sleep; nothing else is timed until then.
+_BLOCK: Final = 128  # tokens per block of vLLM's KV cache on a CPU
+# vLLM's processes poll for work for a second before they sleep; nothing is timed until then.
 _SETTLED_SECONDS: Final = 1.5
 _EXIT_SECONDS: Final = 30
 _LOG_LINES: Final = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
-    """Of all requests but the one that is also timed alone. tokens: of each answer."""
+class PeerAnswers:
+    """Answers to all requests except the one that is timed singly."""
 
     seconds: float
+    """From the first submission to the last answer."""
     tokens: list[list[int]]
+    """Generated token ids by request."""
 
 
 class Peer:
-    """A worker that has loaded the model. about: what it is, and what it may use. prompts: tokens
-    of each request as we read it; the last request is the one that is timed alone."""
+    """A worker process that has loaded the model.
+
+    about: its version and cores. prompts: prompt token ids of each request as our engine builds
+    them; the last request is the one that is timed singly.
+    """
 
     def __init__(
         self,
@@ -67,12 +72,12 @@ class Peer:
         cores = " ".join(_cores())
         self.about: str = f"{self._reply()['loaded']} (a thread on each of the cores {cores})"
 
-    def answer(self) -> Answers:
-        """Raises FleetUnavailable for a peer that died, or that read other prompts than we do or
-        said another number of tokens: its seconds would say nothing."""
+    def answer(self) -> PeerAnswers:
+        """Answers all requests but the last. Raises FleetUnavailable if the peer died, read other
+        prompts than ours or generated another number of tokens: its time is no measurement."""
         *together, _ = range(len(self._prompts))
-        said = self._ask({"answer": together})
-        for number, read, answer in zip(together, said["prompts"], said["answers"], strict=True):
+        reply = self._call({"answer": together})
+        for number, read, answer in zip(together, reply["prompts"], reply["answers"], strict=True):
             ours = self._prompts[number]
             if read != ours:
                 raise FleetUnavailable(
@@ -82,27 +87,27 @@ class Peer:
                 )
             if len(answer) != self._new_tokens:
                 raise FleetUnavailable(
-                    f"{NAME}, request {number}: {len(answer)} tokens were said instead of "
+                    f"{NAME}, request {number}: {len(answer)} tokens generated instead of "
                     f"{self._new_tokens}: leave out --peer, or give the interpreter of another "
                     "version of vLLM"
                 )
         time.sleep(_SETTLED_SECONDS)
-        return Answers(seconds=said["seconds"], tokens=said["answers"])
+        return PeerAnswers(seconds=reply["seconds"], tokens=reply["answers"])
 
-    def timed(self) -> Timed:
-        """One round. Raises as `answer` does."""
+    def time_round(self) -> EngineTiming:
+        """Times one round. Raises as `answer` does."""
         *together, number = range(len(self._prompts))
-        alone = self._ask({"alone": number})
-        rest = alone["last_token"] - alone["first_token"]
-        return Timed(
-            first_token=alone["first_token"],
-            between_tokens=rest / (self._new_tokens - 1),
+        single = self._call({"single": number})
+        rest = single["last_token"] - single["first_token"]
+        return EngineTiming(
+            first_token=single["first_token"],
+            inter_token=rest / (self._new_tokens - 1),
             images_per_second=len(together) / self.answer().seconds,
         )
 
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._worker.stdin is not None
-        # Of a worker that died, `_reply` tells more than the broken pipe.
+        # If the worker died, `_reply` raises with its log, which says more than the broken pipe.
         with suppress(BrokenPipeError):
             print(json.dumps(command), file=self._worker.stdin, flush=True)
         return self._reply()
@@ -115,7 +120,7 @@ class Peer:
             last = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
             raise FleetUnavailable(
                 f"--peer {self._python}: it ended with status {status}. Check that this "
-                "interpreter can `import vllm` and has memory for the model. Its last words:\n"
+                "interpreter can `import vllm` and has memory for the model. The end of its log:\n"
                 + "\n".join(last)
             )
         reply: dict[str, Any] = json.loads(line)
@@ -123,35 +128,37 @@ class Peer:
 
 
 @contextmanager
-def opened(
+def open_peer(
     python: Path, loaded: LoadedModel, requests: Sequence[Request], *, slots: int
 ) -> Iterator[Peer]:
-    """The peer, ready to answer `requests`, of which the last is timed alone. slots: those side by
-    side at most. Raises UsageError for an interpreter that is none, or a model on a GPU;
-    FleetUnavailable for one that cannot load the model."""
+    """A peer that is ready to answer `requests`, the last of which is timed singly.
+
+    slots: most requests side by side. Raises UsageError if `python` is no interpreter or the model
+    is on a GPU, FleetUnavailable if the interpreter cannot load the model.
+    """
     if loaded.model.device.type != "cpu":
         raise UsageError("--peer is for vLLM's CPU build: leave it out on a machine with a GPU")
     with tempfile.TemporaryDirectory(prefix="peer-") as name:
         folder = Path(name)
-        prompts = _write(folder, loaded, requests, slots)
-        with _started(python, folder) as (worker, log):
+        prompts = _write_inputs(folder, loaded, requests, slots)
+        with _start_worker(python, folder) as (worker, log):
             new_tokens = requests[0].generation.max_new_tokens
             yield Peer(python, worker, log, prompts=prompts, new_tokens=new_tokens)
 
 
-def _write(
+def _write_inputs(
     folder: Path, loaded: LoadedModel, requests: Sequence[Request], slots: int
 ) -> list[list[int]]:
-    """What the worker reads; returns the tokens of each prompt as our engines read them."""
+    """Writes the worker's input; returns the prompt token ids of each request in our engines."""
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # as where models are loaded
+        transformers.logging.disable_progress_bar()  # as `load_model` does
     loaded.model.save_pretrained(folder / "model")
     loaded.processor.save_pretrained(folder / "model")
-    # Again, in a file of its own, from which processors for videos are made too, if there are any.
+    # vLLM builds a family's video processor from this separate file.
     loaded.processor.image_processor.save_pretrained(folder / "model")
     for weights in (folder / "model").glob("*.safetensors"):
-        _name_as_published(weights)
-    prompts, asked = [], []
+        _rename_tower_weights(weights)
+    prompts, prepared = [], []
     for number, request in enumerate(requests):
         (image,) = request.images
         inputs = build_inputs(loaded.processor, [request.prompt], [image])
@@ -161,32 +168,32 @@ def _write(
         prompt = loaded.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        asked.append({"prompt": prompt, "image": f"{number}.png"})
+        prepared.append({"prompt": prompt, "image": f"{number}.png"})
     new_tokens = requests[0].generation.max_new_tokens
     longest = max(map(len, prompts)) + new_tokens
     written = {
-        "settings": _settings(
+        "settings": _vllm_settings(
             loaded.model.config, loaded.model.dtype, -(-longest // _BLOCK) * _BLOCK, slots
         ),
         "new_tokens": new_tokens,
-        "requests": asked,
+        "requests": prepared,
     }
-    (folder / "asked.json").write_text(json.dumps(written))
+    (folder / "requests.json").write_text(json.dumps(written))
     return prompts
 
 
-def _settings(config: Any, dtype: torch.dtype, context: int, slots: int) -> dict[str, Any]:
-    """Of vLLM's `LLM`. context: tokens of a prompt and its answer, at most."""
+def _vllm_settings(config: Any, dtype: torch.dtype, context: int, slots: int) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`. context: most tokens of a prompt and its answer."""
     decoder = DecoderCost.from_config(config.get_text_config(), bytes_per_value=dtype.itemsize)
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        # Compiled it spent as much CPU time on a pass of `llava`, and began 40 s later.
+        # Compiled it took the same CPU time on a pass of `llava` and started 40 s later.
         "enforce_eager": True,
         "max_model_len": context,
         "max_num_seqs": slots,
-        # One more, as it keeps a block for itself.
+        # One slot more: vLLM reserves a block.
         "kv_cache_memory_bytes": decoder.kv_bytes([context] * decoder.layers, 1) * (slots + 1),
-        # With both of these off it gives every image a new name, which its encodings go by.
+        # With both off, every image gets a new id, so no vision features are reused.
         "enable_prefix_caching": False,
         "mm_processor_cache_gb": 0,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
@@ -195,9 +202,9 @@ def _settings(config: Any, dtype: torch.dtype, context: int, slots: int) -> dict
     }
 
 
-def _name_as_published(weights: Path) -> None:
-    """transformers 5 saves a CLIP tower under shorter names than those of released checkpoints,
-    which are all that vLLM knows."""
+def _rename_tower_weights(weights: Path) -> None:
+    """Renames a CLIP tower's weights: transformers 5 saves shorter names than released checkpoints
+    have, and vLLM knows only those of the released ones."""
     short, long = "vision_tower.", "vision_tower.vision_model."
     tensors = load_file(weights)
     named = {
@@ -211,13 +218,13 @@ def _name_as_published(weights: Path) -> None:
 
 
 @contextmanager
-def _started(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The worker's process, and what it writes to stderr."""
+def _start_worker(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The worker's process and the file of its stderr."""
     log = folder / "log.txt"
     with log.open("w") as errors:
         try:
             worker = subprocess.Popen(
-                # Isolated: nothing of this project, nor of its environment, is on its path.
+                # Isolated: neither this project nor its environment is on the worker's path.
                 [python.absolute(), "-I", _WORKER, folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -233,34 +240,34 @@ def _started(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str]
             ) from error
     assert worker.stdin is not None
     with worker:
-        patience = 0
+        exit_seconds = 0
         try:
             yield worker, log
-            patience = _EXIT_SECONDS
+            exit_seconds = _EXIT_SECONDS
         finally:
-            # Closing it writes what a dead worker did not take.
+            # Closing flushes what a dead worker did not read.
             with suppress(BrokenPipeError):
                 worker.stdin.close()
             with suppress(subprocess.TimeoutExpired):
-                worker.wait(patience)
-            # Processes that vLLM has started outlive one that is killed.
+                worker.wait(exit_seconds)
+            # vLLM's child processes outlive a killed parent.
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _environment(python: Path) -> dict[str, str]:
-    """As many threads as torch has here, each on a core of its own; and no traffic."""
-    set_here = {
+    """As many threads as torch has here, each on its own core, and no network traffic."""
+    variables = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(_cores()),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    # vLLM installs it and warns that it is slower without.
-    intel = python.absolute().parent.parent / "lib" / "libiomp5.so"
-    if intel.exists():
-        set_here["LD_PRELOAD"] = f"{os.environ.get('LD_PRELOAD', '')} {intel}".strip()
-    return os.environ | set_here
+    # vLLM installs this library and warns that it is slower without it.
+    openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
+    if openmp.exists():
+        variables["LD_PRELOAD"] = f"{os.environ.get('LD_PRELOAD', '')} {openmp}".strip()
+    return os.environ | variables
 
 
 def _cores() -> list[str]:

@@ -1,7 +1,8 @@
-"""Where the seconds of a pass go: timers put around an engine's steps from outside, for one pass.
+"""Phase timers: wrappers around an engine's steps for the duration of one pass.
 
-They wrap what every engine calls: the tower, the choice of tokens, the model's forward and the step
-over slots. The library holds no timers of its own.
+They wrap what every engine calls: the vision tower, token selection, the model's forward and the
+decode step over slots. The library itself has no timers. `list_hooks` names the wrapped attributes;
+a renamed one raises before anything is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import torch
 
@@ -24,13 +25,15 @@ Phase: TypeAlias = Literal["vision", "pruner", "prefill", "decode", "other"]
 _PHASES: Final[tuple[Phase, ...]] = ("vision", "pruner", "prefill", "decode", "other")
 
 
-class Trace:
-    """Of one pass. seconds: of every phase, those of a phase within another being its own alone;
-    together they are the pass. kv_bytes: keys and values of one request when it held most.
-    first_token: seconds from the beginning until the first token was there, or None.
+class PhaseTimes:
+    """Times of one pass.
 
-    wait: for the device wherever a phase begins or ends; else what one phase queued there may be
-    charged to the next.
+    seconds: by phase; a nested phase is not counted in the outer one, so they sum to the pass.
+    kv_bytes: largest KV cache of one request. first_token: seconds from the start to the first
+    token, None before it.
+
+    wait: synchronise the device where a phase begins or ends; otherwise work that one phase queued
+    may be charged to the next.
     """
 
     def __init__(self, *, wait: bool) -> None:
@@ -46,9 +49,9 @@ class Trace:
         return sum(self.seconds.values())
 
     @contextmanager
-    def within(self, phase: Phase) -> Iterator[None]:
+    def measure(self, phase: Phase) -> Iterator[None]:
         self.charge()
-        # What a decode step is given is the first token.
+        # The first decode step receives the first token.
         if phase == "decode" and self.first_token is None:
             self.first_token = self.total
         self._phases.append(phase)
@@ -59,13 +62,13 @@ class Trace:
             self._phases.pop()
 
     def charge(self) -> None:
-        """The seconds since the last call go to the phase that runs."""
+        """Charges the seconds since the last call to the current phase."""
         now = self._now()
         self.seconds[self._phases[-1]] += now - self._since
         self._since = now
 
-    def begin(self) -> None:
-        """What has passed so far does not count."""
+    def restart(self) -> None:
+        """Drops the time that has passed since the last charge."""
         self._since = self._now()
 
     def _now(self) -> float:
@@ -74,55 +77,66 @@ class Trace:
         return time.perf_counter()
 
 
-@contextmanager
-def traced(model: Any, *, wait: bool = True) -> Iterator[Trace]:
-    """Times what engines around `model` do inside the block; one block at a time. wait: for a GPU,
-    so that every phase gets its own seconds."""
-    trace = Trace(wait=wait and model.device.type == "cuda")
+def list_hooks(model: Any) -> list[tuple[Any, str, Phase | Literal["forward", "step"]]]:
+    """Owner, attribute and charged phase of everything the timers wrap; `forward` and `step` tell
+    prefill from decode themselves."""
+    return [
+        (type(adapter_for(model)), "encode", "vision"),
+        (model.model, "get_image_features", "vision"),  # called by `generate` itself
+        (TextRelevance, "of", "pruner"),
+        (sppruner.pruner, "token_schedules", "pruner"),
+        (sppruner.pruner, "select", "pruner"),
+        (sppruner.pruner, "keep", "pruner"),
+        (model, "forward", "forward"),
+        (DecodeStep, "__call__", "step"),
+    ]
 
-    def timed(phase: Phase) -> Callable[..., Any]:
-        return lambda run, *args, **kwargs: _call(trace, phase, run, *args, **kwargs)
+
+@contextmanager
+def time_phases(model: Any, *, wait: bool = True) -> Iterator[PhaseTimes]:
+    """Times what engines on `model` do inside the block; blocks must not overlap. wait: synchronise
+    a GPU so that each phase is charged its own work. Raises AttributeError for a hook that is gone.
+    """
+    times = PhaseTimes(wait=wait and model.device.type == "cuda")
+
+    def charge_to(phase: Phase) -> Callable[..., Any]:
+        return lambda run, *args, **kwargs: _call(times, phase, run, *args, **kwargs)
 
     def forward(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
         if not cache.get_seq_length():
-            return _call(trace, "prefill", run, *args, **kwargs)
-        output = _call(trace, "decode", run, *args, **kwargs)
+            return _call(times, "prefill", run, *args, **kwargs)
+        output = _call(times, "decode", run, *args, **kwargs)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        trace.kv_bytes = max(trace.kv_bytes, held // len(cache.layers[0].keys))
+        times.kv_bytes = max(times.kv_bytes, held // len(cache.layers[0].keys))
         return output
 
     def step(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = _call(trace, "decode", run, *args, **kwargs)
+        output = _call(times, "decode", run, *args, **kwargs)
         _, tokens_N, _, cache = args
-        trace.kv_bytes = max(trace.kv_bytes, _slot_bytes(cache, len(tokens_N)))
+        times.kv_bytes = max(times.kv_bytes, _slot_bytes(cache, len(tokens_N)))
         return output
 
     with ExitStack() as stack:
-        for owner, name, wrapper in (
-            (type(adapter_for(model)), "encode", timed("vision")),
-            (model.model, "get_image_features", timed("vision")),  # by `generate` itself
-            (TextRelevance, "of", timed("pruner")),
-            (sppruner.pruner, "token_schedules", timed("pruner")),
-            (sppruner.pruner, "select", timed("pruner")),
-            (sppruner.pruner, "keep", timed("pruner")),
-            (model, "forward", forward),
-            (DecodeStep, "__call__", step),
-        ):
-            stack.enter_context(_wrapped(owner, name, wrapper))
-        trace.begin()
-        yield trace
-        trace.charge()
+        wrappers = {"forward": forward, "step": step}
+        for owner, name, kind in list_hooks(model):
+            wrapper = wrappers.get(kind) or charge_to(cast(Phase, kind))
+            stack.enter_context(_wrap(owner, name, wrapper))
+        times.restart()
+        yield times
+        times.charge()
 
 
-def _call(trace: Trace, phase: Phase, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with trace.within(phase):
+def _call(
+    times: PhaseTimes, phase: Phase, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with times.measure(phase):
         return run(*args, **kwargs)
 
 
 @contextmanager
-def _wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `owner.name` go to `wrapper`, with what it was in front of their arguments."""
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Redirects calls of `owner.name` to `wrapper`, with the original as its first argument."""
     before, own = getattr(owner, name), name in vars(owner)
 
     @functools.wraps(before)
@@ -140,7 +154,7 @@ def _wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[Non
 
 
 def _slot_bytes(cache: KVSlots, rows: int) -> int:
-    """Of the longest of the first slots, with the token that the last step wrote."""
+    """KV cache bytes of the longest of the first slots, with the token of the last step."""
     layers = len(cache.keys)
     tokens = max(sum(cache.lengths(slot)) + layers for slot in range(rows))
     _, heads, _, width = cache.keys[0].shape

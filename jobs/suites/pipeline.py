@@ -1,13 +1,14 @@
-"""The job against the bare engine on the same images.
+"""Suite `pipeline`: the batch job against the bare engine on the same images.
 
-A corpus is labelled in turns: with the replica's engine alone in this process, fed from memory and
-kept full, and with the job (S3 server, Ray Data, a Serve replica, commits). Both have the same
-settings and as many threads; both answer some rows before any clock starts. Every round has images
-of its own, and every other one begins with the job. With fewer threads than cores the others are
-left to Ray, as a GPU leaves it all of them: else the job's own processes slow the model down.
+Each corpus is labelled twice in turn: by the replica's engine in this process, fed from memory and
+kept full, and by the job (S3 server, Ray Data, a Serve replica, commits). Both sides have the same
+settings and thread count, and both answer some rows before any clock starts. Every round has its
+own images, and every second round starts with the job. With fewer threads than cores the remaining
+cores are Ray's, as all cores are when the model runs on a GPU; otherwise the job's own processes
+slow the model down.
 
-What is labelled is a named model's captions, or answers of a fixed length by the random weights of
-a shape: there the model takes nearly all of the time, as it does on a GPU.
+Rows are captioned by a named model, or answered at a fixed length by the random weights of a shape:
+there the model takes nearly all of the time, as it does on a GPU.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ import torch
 from rich.console import Console
 
 from cluster.config import MediaLimits
-from cluster.demo import Row
+from cluster.demo import DrawnRow
 from cluster.images import decode_image
 from cluster.protocol import rows_held
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings, default_slots
 from cluster.serving.fleet import open_fleet
-from jobs.suites.corpora import captioned, squares, write_corpus
-from jobs.suites.labelling import SPEC, captions, carry_out, threads_of_one_replica
+from jobs.suites.corpora import draw_captioned, draw_squares, write_corpus
+from jobs.suites.labelling import SPEC, build_caption_config, count_replica_threads, run_job
 from jobs.suites.random_models import save
-from jobs.suites.result import in_turn, known_ratio, machine, ratio
-from jobs.suites.shapes import Shape
+from jobs.suites.result import alternate, describe_machine, summarise_known_rounds, summarise_rounds
+from jobs.suites.shapes import ModelShape
 from sppruner.engine import Engine, Request, SamplingParams
 from sppruner.errors import EngineError
 from sppruner.models.loading import dtype_on, resolve_model
@@ -46,29 +47,39 @@ _NEW_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What either side does in a round. batch_rows: slots of the engine. side: pixels of the images
-    of a shape, whose answers all have `new_tokens` tokens; None for a named model, whose answers
-    end where it wants. dtype: of the model."""
+class Workload:
+    """What either side does in a round."""
 
     model: str
+    """Folder or Hub name."""
     images: int
+    """Images of one round."""
     unit_rows: int
+    """Rows per unit of the job."""
     batch_rows: int = 16
+    """Slots of the engine."""
     new_tokens: int = 64
+    """Most tokens of an answer; the exact number for a shape."""
     side: int | None = None
+    """Side of a shape's square images in pixels; None for a named model, which ends its answers
+    itself."""
     dtype: str = "auto"
+    """Model precision, as in `load_model`."""
 
     @property
     def generation(self) -> SamplingParams:
         return SamplingParams(max_new_tokens=self.new_tokens)
 
-    def draw(self, count: int, seed: int) -> list[Row]:
-        return captioned(count, seed) if self.side is None else squares(count, seed, self.side)
+    def draw(self, count: int, seed: int) -> list[DrawnRow]:
+        return (
+            draw_captioned(count, seed)
+            if self.side is None
+            else draw_squares(count, seed, self.side)
+        )
 
     def check(self, answered: int, completion_tokens: int) -> None:
-        """Raises EngineError where the seconds of so many answers would not be those of the work
-        that was meant."""
+        """Raises EngineError if a shape's answers do not have the fixed length: their time is no
+        measurement."""
         if self.side is not None and completion_tokens != answered * self.new_tokens:
             raise EngineError(
                 f"{answered} answers have {completion_tokens} tokens instead of {self.new_tokens} "
@@ -77,17 +88,20 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """One side in one round. busy_share: of a job, the share of time in which an engine ran."""
+class SideTiming:
+    """One side in one round."""
 
     seconds: float
+    """Engine: submission to last answer. Job: first read to last commit."""
     images_per_second: float
+    """Throughput over `seconds`."""
     busy_share: float | None = None
+    """Share of the job's time in which a replica's engine ran; None for the bare engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One side, over the rounds. replica_busy_share: see `cluster.output.summary.Attempt`."""
+class PipelineCase:
+    """One side over all rounds; `replica_busy_share` as in `cluster.output.summary.Attempt`."""
 
     case: str
     images: int
@@ -96,17 +110,19 @@ class Case:
     replica_busy_share: dict[str, float] | None
 
 
-def work_of_model(model: str, *, dtype: str = "auto", quick: bool) -> Work:
+def build_model_workload(model: str, *, dtype: str = "auto", quick: bool) -> Workload:
     rows, units = (64, 4) if quick else (256, 8)
-    return Work(model=model, images=rows * units, unit_rows=rows, dtype=dtype)
+    return Workload(model=model, images=rows * units, unit_rows=rows, dtype=dtype)
 
 
-def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool) -> Work:
-    """folder: holds its model. A unit has as many images as a pass of suite `engine`; the engine as
-    many slots as there, but no more than a job's replica. Ray's workers take seconds to start: with
-    this many units, minutes are timed."""
+def build_shape_workload(
+    shape: ModelShape, folder: str, *, dtype: str = "auto", quick: bool
+) -> Workload:
+    """folder: holds the shape's model. A unit has as many images as a pass of suite `engine`, and
+    the engine as many slots as there, up to those of a job's replica. Ray's workers take seconds to
+    start: with this many units the job runs for minutes."""
     rows, units = (shape.quick_images, 3) if quick else (shape.images, 36)
-    return Work(
+    return Workload(
         model=folder,
         images=rows * units,
         unit_rows=rows,
@@ -118,7 +134,7 @@ def work_of_shape(shape: Shape, folder: str, *, dtype: str = "auto", quick: bool
 
 
 @contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
+def use_torch_threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -127,11 +143,13 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def engine_pass(engine: Engine, work: Work, images: Sequence[bytes], held: int) -> Pass:
-    """The engine alone, kept full: decode and submit while fewer than `held` are in flight. Raises
-    EngineError for an answer that failed or is not as long as it should be."""
+def time_engine(
+    engine: Engine, workload: Workload, images: Sequence[bytes], held: int
+) -> SideTiming:
+    """Times the bare engine, kept full: images are decoded and submitted while fewer than `held`
+    are in flight. Raises EngineError if an answer failed or has not the fixed length."""
     limits = MediaLimits()
-    began = time.monotonic()
+    started = time.monotonic()
     waiting = iter(enumerate(images))
     left, tokens = len(images), 0
     while left:
@@ -142,7 +160,7 @@ def engine_pass(engine: Engine, work: Work, images: Sequence[bytes], held: int) 
                     prompt=CAPTION_PROMPT,
                     images=(decode_image(data, limits, engine.jpeg_scale),),
                     spec=SPEC,
-                    generation=work.generation,
+                    generation=workload.generation,
                 )
             )
         engine.step()
@@ -153,131 +171,134 @@ def engine_pass(engine: Engine, work: Work, images: Sequence[bytes], held: int) 
                 raise EngineError(f"image {update.result.id}: {update.result.error_message}")
             left -= 1
             tokens += update.result.completion_tokens
-    seconds = time.monotonic() - began
-    work.check(len(images), tokens)
-    return Pass(seconds=seconds, images_per_second=len(images) / seconds)
+    seconds = time.monotonic() - started
+    workload.check(len(images), tokens)
+    return SideTiming(seconds=seconds, images_per_second=len(images) / seconds)
 
 
-def job_pass(corpus: str, output: str, work: Work, told: Console) -> Pass:
-    """The job on replicas that are up; its clock runs from the first read to the last commit.
-    Raises EngineError as `engine_pass` does, RunErrors as jobs do."""
-    config = captions(
+def time_job(corpus: str, output: str, workload: Workload, console: Console) -> SideTiming:
+    """Times the job on running replicas, from its first read to its last commit. Raises EngineError
+    as `time_engine` does and RunErrors as `run` does."""
+    config = build_caption_config(
         corpus,
         output,
-        work.model,
-        generation=work.generation,
-        dtype=work.dtype,
-        unit_rows=work.unit_rows,
-        slots=work.batch_rows,
+        workload.model,
+        generation=workload.generation,
+        dtype=workload.dtype,
+        unit_rows=workload.unit_rows,
+        slots=workload.batch_rows,
     )
-    summary, attempt = carry_out(config, told)
-    work.check(attempt.rows, summary.total.completion_tokens)
-    return Pass(
+    summary, attempt = run_job(config, console)
+    workload.check(attempt.rows, summary.total.completion_tokens)
+    return SideTiming(
         seconds=attempt.wall_seconds,
         images_per_second=attempt.rows_per_second,
         busy_share=attempt.replica_busy_share,
     )
 
 
-def pipeline(
+def run_pipeline_suite(
     model: str,
     *,
-    shape: Shape | None = None,
+    shape: ModelShape | None = None,
     dtype: str = "auto",
     threads: int | None = None,
     quick: bool,
     root: str,
     environment: Mapping[str, str] | None = None,
-    told: Console,
+    console: Console,
 ) -> dict[str, Any]:
-    """model: whose captions are timed if no shape is given. threads: of the model on a CPU, None
-    for those that a replica gets. root: where corpora and labels go. environment: with which Ray's
-    workers reach it. Raises UsageError as `build` does."""
+    """Runs the suite.
+
+    model: labels captions if no shape is given. threads: model threads on a CPU; None: those of a
+    replica. root: URI prefix of corpora and labels. environment: variables with which Ray's workers
+    reach it. Raises UsageError as `build` does.
+    """
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(threads or threads_of_one_replica()))
-        about = machine()
+        stack.enter_context(use_torch_threads(threads or count_replica_threads()))
+        machine = describe_machine()
         if shape is None:
-            work = work_of_model(model, dtype=dtype, quick=quick)
+            workload = build_model_workload(model, dtype=dtype, quick=quick)
         else:
             folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
             save(shape, Path(folder), dtype)
-            work = work_of_shape(shape, folder, dtype=dtype, quick=quick)
+            workload = build_shape_workload(shape, folder, dtype=dtype, quick=quick)
         rounds = 2 if quick else 5
-        passes = sides_in_turns(
-            work,
+        timings = time_sides(
+            workload,
             rounds=rounds,
             root=root,
             environment=environment or {},
             threads=threads,
-            told=told,
+            console=console,
         )
-    speeds = {side: [one.images_per_second for one in passes[side]] for side in _SIDES}
+    speeds = {side: [one.images_per_second for one in timings[side]] for side in _SIDES}
     return {
         "suite": "pipeline",
-        "machine": about
+        "machine": machine
         | {
             "model": shape.name if shape else model,
             "dtype": dtype_on("cuda" if torch.cuda.is_available() else "cpu", dtype),
-            "images": work.images,
-            "unit_rows": work.unit_rows,
-            "slots": work.batch_rows,
-            "most_new_tokens": work.new_tokens,
+            "images": workload.images,
+            "unit_rows": workload.unit_rows,
+            "slots": workload.batch_rows,
+            "most_new_tokens": workload.new_tokens,
             "rounds": rounds,
         },
-        "cases": [asdict(_case(side, work, passes[side])) for side in _SIDES],
+        "cases": [asdict(_make_case(side, workload, timings[side])) for side in _SIDES],
         "ratios": {
-            "ray_vs_engine": ratio(
-                [job / alone for alone, job in zip(speeds["engine"], speeds["job"], strict=True)]
+            "ray_vs_engine": summarise_rounds(
+                [job / bare for bare, job in zip(speeds["engine"], speeds["job"], strict=True)]
             )
         },
     }
 
 
-def sides_in_turns(
-    work: Work,
+def time_sides(
+    workload: Workload,
     *,
     rounds: int,
     root: str,
     environment: Mapping[str, str],
     threads: int | None = None,
-    told: Console,
-) -> dict[str, list[Pass]]:
-    """What was timed of each side, by round. Raises as the passes do."""
-    served = EngineSettings(
-        model=work.model,
-        revision=resolve_model(work.model).revision,
-        slots=work.batch_rows,
-        dtype=work.dtype,
+    console: Console,
+) -> dict[str, list[SideTiming]]:
+    """Timings by side, one per round. Raises as `time_engine` and `time_job` do."""
+    settings = EngineSettings(
+        model=workload.model,
+        revision=resolve_model(workload.model).revision,
+        slots=workload.batch_rows,
+        dtype=workload.dtype,
     )
-    engine, held = served.build(), rows_held(work.batch_rows)
-    passes: dict[str, list[Pass]] = {side: [] for side in _SIDES}
+    engine, held = settings.build(), rows_held(workload.batch_rows)
+    timings: dict[str, list[SideTiming]] = {side: [] for side in _SIDES}
     with ExitStack() as stack:
         stack.callback(engine.close)
-        fleet = FleetSettings(engine=served, threads=threads, environment=environment)
+        fleet = FleetSettings(engine=settings, threads=threads, environment=environment)
         stack.enter_context(open_fleet(fleet))
         for number in range(-1, rounds):
-            uncounted = number < 0
-            count = min(work.images, 2 * work.batch_rows) if uncounted else work.images
-            rows = work.draw(count, seed=number + 1)
+            warmup = number < 0
+            count = min(workload.images, 2 * workload.batch_rows) if warmup else workload.images
+            rows = workload.draw(count, seed=number + 1)
             corpus = f"{root}/corpus-{number + 1}"
-            write_corpus(corpus, rows, work.unit_rows)
-            told.print(f"round {number + 1} of {rounds}: {count} images", highlight=False)
-            for side in in_turn(_SIDES, number):
+            write_corpus(corpus, rows, workload.unit_rows)
+            console.print(f"round {number + 1} of {rounds}: {count} images", highlight=False)
+            for side in alternate(_SIDES, number):
                 if side == "engine":
                     images = [row.image for row in rows if row.image is not None]
-                    timed = engine_pass(engine, work, images, held)
+                    timing = time_engine(engine, workload, images, held)
                 else:
-                    timed = job_pass(corpus, f"{root}/labels-{number + 1}", work, told)
-                if not uncounted:
-                    passes[side].append(timed)
-    return passes
+                    timing = time_job(corpus, f"{root}/labels-{number + 1}", workload, console)
+                if not warmup:
+                    timings[side].append(timing)
+    return timings
 
 
-def _case(side: str, work: Work, passes: Sequence[Pass]) -> Case:
-    return Case(
+def _make_case(side: str, workload: Workload, timings: Sequence[SideTiming]) -> PipelineCase:
+    return PipelineCase(
         case=side,
-        images=work.images,
-        seconds=ratio([one.seconds for one in passes]),
-        images_per_second=ratio([one.images_per_second for one in passes]),
-        replica_busy_share=known_ratio([one.busy_share for one in passes]),
+        images=workload.images,
+        seconds=summarise_rounds([one.seconds for one in timings]),
+        images_per_second=summarise_rounds([one.images_per_second for one in timings]),
+        replica_busy_share=summarise_known_rounds([one.busy_share for one in timings]),
     )

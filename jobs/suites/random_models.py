@@ -1,7 +1,7 @@
-"""Builds the model of a shape from its config: random weights, nothing is downloaded.
+"""Builds a shape's model from its config with random weights; nothing is downloaded.
 
-Tokenizer and chat template are those of the embedded models; pixels are prepared as the published
-models want them.
+Tokenizer and chat template are those of the embedded models; image preprocessing is that of the
+published models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cluster.errors import UsageError
-from jobs.suites.shapes import Shape, Widths
+from jobs.suites.shapes import ModelShape, ModelWidths
 from sppruner.models.loading import (
     EMBEDDED,
     LoadedModel,
@@ -32,46 +32,47 @@ from sppruner.tiny.model import build_processor
 from sppruner.tiny.qwen import IMAGE_PAD, VISION_END, VISION_START, build_qwen_tokenizer
 
 _CONTEXT: Final = 4096
-_PATCH: Final = 14  # pixels, of both towers
-_MERGE: Final = 2  # Qwen: patches of a token along either axis
+_PATCH: Final = 14  # pixels per patch side, in both towers
+_MERGE: Final = 2  # Qwen: patches per token along each axis
 
 
-def build(shape: Shape, dtype: str = "auto") -> LoadedModel:
-    """The model on a GPU if there is one, else on the CPU; dtype as for `load_model`. Its answers
-    end only where `max_new_tokens` does. Raises UsageError for a model that needs a GPU."""
+def build(shape: ModelShape, dtype: str = "auto") -> LoadedModel:
+    """Builds the model on a GPU if there is one, else on the CPU; dtype as for `load_model`. It has
+    no end token, so every answer has `max_new_tokens` tokens. Raises UsageError for a shape that
+    needs a GPU where there is none."""
     if shape.needs_gpu and not torch.cuda.is_available():
         raise UsageError(f"--shape {shape.name} needs a CUDA device: use one of its smaller shapes")
     if shape.widths is None:
         loaded = load_model(EMBEDDED, dtype=dtype)
     else:
-        loaded = _random(shape, shape.widths, dtype)
-    # Lengths are then those that were asked for, whatever a model says.
+        loaded = _build_random(shape, shape.widths, dtype)
+    # Without an end token every answer has exactly max_new_tokens tokens.
     loaded.model.generation_config.eos_token_id = None
     return loaded
 
 
-def save(shape: Shape, folder: Path, dtype: str = "auto") -> None:
-    """Writes what `build` makes as a folder that `load_model` takes, in this process or another:
-    there too its answers end only where `max_new_tokens` does. Raises as `build` does."""
+def save(shape: ModelShape, folder: Path, dtype: str = "auto") -> None:
+    """Writes the model of `build` as a folder for `load_model`, still without an end token. Raises
+    as `build` does."""
     loaded = build(shape, dtype)
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # as where models are loaded
+        transformers.logging.disable_progress_bar()  # as `load_model` does
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
 
 
-def config_and_processor(shape: Shape, widths: Widths) -> tuple[Any, Any]:
-    """Those of a random model of these widths."""
-    return _llava(shape, widths) if widths.family == "llava" else _qwen(shape, widths)
+def build_config_and_processor(shape: ModelShape, widths: ModelWidths) -> tuple[Any, Any]:
+    """Config and processor of a random model of these widths."""
+    return _build_llava(shape, widths) if widths.family == "llava" else _build_qwen(shape, widths)
 
 
-def _random(shape: Shape, widths: Widths, dtype: str) -> LoadedModel:
-    config, processor = config_and_processor(shape, widths)
+def _build_random(shape: ModelShape, widths: ModelWidths, dtype: str) -> LoadedModel:
+    config, processor = build_config_and_processor(shape, widths)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made_in = getattr(torch, dtype_on(device, dtype))
+    torch_dtype = getattr(torch, dtype_on(device, dtype))
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=made_in)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch_dtype)
     return LoadedModel(
         identity=ModelIdentity(name=f"random {shape.name}", path="", revision="random"),
         model=model.eval(),
@@ -80,7 +81,7 @@ def _random(shape: Shape, widths: Widths, dtype: str) -> LoadedModel:
     )
 
 
-def _decoder(widths: Widths, tokenizer: Any) -> dict[str, Any]:
+def _decoder_config(widths: ModelWidths, tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": max(widths.vocabulary, len(tokenizer)),
         "hidden_size": widths.hidden,
@@ -95,7 +96,7 @@ def _decoder(widths: Widths, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _llava(shape: Shape, widths: Widths) -> tuple[Any, Any]:
+def _build_llava(shape: ModelShape, widths: ModelWidths) -> tuple[Any, Any]:
     square = {"height": shape.side, "width": shape.side}
     processor = build_processor()
     processor.image_processor = CLIPImageProcessorPil(size=square, crop_size=square)
@@ -111,7 +112,7 @@ def _llava(shape: Shape, widths: Widths) -> tuple[Any, Any]:
     }
     config = LlavaConfig(
         vision_config=vision,
-        text_config={"model_type": "llama"} | _decoder(widths, processor.tokenizer),
+        text_config={"model_type": "llama"} | _decoder_config(widths, processor.tokenizer),
         image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(shape.side // _PATCH) ** 2,
         vision_feature_layer=-2,
@@ -120,7 +121,7 @@ def _llava(shape: Shape, widths: Widths) -> tuple[Any, Any]:
     return config, processor
 
 
-def _qwen(shape: Shape, widths: Widths) -> tuple[Any, Any]:
+def _build_qwen(shape: ModelShape, widths: ModelWidths) -> tuple[Any, Any]:
     tokenizer = build_qwen_tokenizer()
     head = widths.hidden // widths.heads
     vision = {
@@ -145,7 +146,7 @@ def _qwen(shape: Shape, widths: Widths) -> tuple[Any, Any]:
     convert = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config=_decoder(widths, tokenizer) | {"rope_parameters": rotary},
+        text_config=_decoder_config(widths, tokenizer) | {"rope_parameters": rotary},
         image_token_id=convert(IMAGE_PAD),
         video_token_id=convert("<|video_pad|>"),
         vision_start_token_id=convert(VISION_START),
@@ -156,7 +157,7 @@ def _qwen(shape: Shape, widths: Widths) -> tuple[Any, Any]:
         patch_size=_PATCH,
         merge_size=_MERGE,
     )
-    # The family's processor without its videos is made from a folder only.
+    # `load_processor` builds the family's processor without video support only from a folder.
     with tempfile.TemporaryDirectory() as folder:
         for part in (config, tokenizer, images):
             part.save_pretrained(folder)

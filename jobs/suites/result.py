@@ -1,4 +1,4 @@
-"""What every suite returns: the machine it ran on, its timed cases, and ratios with their range."""
+"""Parts of every suite's result: the machine, and figures over rounds with their range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 _T = TypeVar("_T")
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
+    """Processors, torch version and threads, and the load average before the suite."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpus": os.cpu_count(),
@@ -25,18 +26,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def ratio(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of one figure per round."""
+def summarise_rounds(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of a figure with one value per round."""
     return {"value": median(values), "low": min(values), "high": max(values)}
 
 
-def known_ratio(values: Sequence[float | None]) -> dict[str, float] | None:
-    """`ratio` of a figure that may be unknown: None if it was in any round."""
+def summarise_known_rounds(values: Sequence[float | None]) -> dict[str, float] | None:
+    """`summarise_rounds` of a figure that may be unknown; None if any round lacks it."""
     known = [value for value in values if value is not None]
-    return ratio(known) if len(known) == len(values) else None
+    return summarise_rounds(known) if len(known) == len(values) else None
 
 
-def in_turn(things: Sequence[_T], number: int) -> Sequence[_T]:
-    """The order of round `number`: every other one backwards, so that nothing always runs behind
-    the same."""
-    return things[::-1] if number % 2 else things
+def alternate(items: Sequence[_T], number: int) -> Sequence[_T]:
+    """The order of round `number`: reversed in every second round, so that no participant always
+    follows the same one."""
+    return items[::-1] if number % 2 else items

@@ -1,9 +1,10 @@
-"""What selecting tokens costs beside the prefill it shortens, at the widths of 7B models.
+"""Suite `selection`: cost of token selection beside the prefill it shortens, at 7B widths.
 
-A whole 7B model does not fit every machine, one of its decoder layers does: the prefill is timed
-on one layer of random weights and multiplied by the number of layers; all layers are alike. The
-selection is timed whole, on random features of the model's widths. Both run in turns, in one
-process, in the same precision and threads.
+One decoder layer of a 7B model fits on machines that cannot hold the whole model, and all layers
+have the same cost: the prefill is timed on one layer of random weights and multiplied by the number
+of layers. Selection is timed in full, on random features of the model's widths. Both run in turn in
+one process, with the same precision and thread count.
+Shapes: N visual tokens, D decoder width, V encoder width, S prompt tokens; 2: row and column.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from jobs.suites.result import machine, ratio
-from jobs.suites.shapes import LLAVA_7B, QWEN_7B, Widths
+from jobs.suites.result import describe_machine, summarise_rounds
+from jobs.suites.shapes import LLAVA_7B, QWEN_7B, ModelWidths
 from sppruner import Budget, PruneSpec
 from sppruner.selectors import selector_for
 from sppruner.signals import ATTENTION, KEYS
@@ -31,29 +32,34 @@ METHODS = ("sppruner", "fsr", "prunesid", "visionzip", "vispruner", "divprune", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt of a model of these widths. encoder_width: of what its selectors see."""
+class PromptShape:
+    """Lengths and widths of one prompt."""
 
     model: str
-    widths: Widths
+    """Published model with these widths."""
+    widths: ModelWidths
+    """Widths of decoder and tower."""
     encoder_width: int
+    """Width of the encoder states that selectors see."""
     grid: int
+    """Visual tokens along each side of the image."""
     text_tokens: int
+    """Text tokens of the prompt."""
 
     @property
     def visual_tokens(self) -> int:
         return self.grid**2
 
 
-# Qwen's tower merges four patches into a token.
-_LLAVA = Prompt(
+# Qwen's tower merges four patches into one token.
+_LLAVA = PromptShape(
     model="LLaVA-1.5-7B",
     widths=LLAVA_7B,
     encoder_width=LLAVA_7B.tower_hidden,
     grid=24,
     text_tokens=60,
 )
-_QWEN = Prompt(
+_QWEN = PromptShape(
     model="Qwen2.5-VL-7B",
     widths=QWEN_7B,
     encoder_width=4 * QWEN_7B.tower_hidden,
@@ -62,30 +68,39 @@ _QWEN = Prompt(
 )
 
 
-def published() -> list[Prompt]:
-    """576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
+def list_published_prompts() -> list[PromptShape]:
+    """Prompts of 576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
     return [replace(prompt, grid=grid) for prompt in (_LLAVA, _QWEN) for grid in (24, 36)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One method at one prompt. Seconds are medians over the rounds; prefill_seconds is the layer's
-    times the number of layers, with every visual token and with those kept."""
+class SelectionCase:
+    """One method on one prompt; seconds are medians over the rounds."""
 
     model: str
+    """Published model with the prompt's widths."""
     visual_tokens: int
+    """Visual tokens before pruning."""
     method: str
+    """Pruning method."""
     rounds: int
+    """Timed rounds."""
     select_seconds: float
+    """Selection of one image."""
     prefill_seconds: float
+    """Dense prefill: one layer's time multiplied by the number of layers."""
     prefill_seconds_pruned: float
+    """The same with the kept tokens only."""
     share_of_prefill: float
+    """Median over rounds of selection over dense prefill."""
     share_low: float
+    """Smallest share of any round."""
     share_high: float
+    """Largest share of any round."""
 
 
-def _image(prompt: Prompt, dtype: torch.dtype) -> VisualTokens:
-    """Features with the structure real ones have: a smooth map plus noise."""
+def _make_tokens(prompt: PromptShape, dtype: torch.dtype) -> VisualTokens:
+    """Random visual tokens with the structure of real ones: a smooth map plus noise."""
     generator = torch.Generator().manual_seed(0)
 
     def smooth(width: int) -> Tensor:
@@ -107,7 +122,7 @@ def _image(prompt: Prompt, dtype: torch.dtype) -> VisualTokens:
     )
 
 
-def _layer(prompt: Prompt, dtype: torch.dtype) -> LlamaModel:
+def _build_layer(prompt: PromptShape, dtype: torch.dtype) -> LlamaModel:
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=prompt.widths.hidden,
@@ -119,25 +134,25 @@ def _layer(prompt: Prompt, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(config).to(dtype).eval()
 
 
-def _select(method: str, image: VisualTokens, kept: int) -> Callable[[], object]:
+def _prepare_selection(method: str, tokens: VisualTokens, kept: int) -> Callable[[], object]:
     selector = selector_for(PruneSpec(method=method, budget=Budget(ratio=_RATIO)))
     assert selector is not None
-    return lambda: selector.select([image], [kept])
+    return lambda: selector.select([tokens], [kept])
 
 
-def _in_turns(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work per round; one more round before them is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in work}
+def _time_rounds(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each task per round, after one warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(-1, rounds):
-        for name, run in work.items():
-            began = time.perf_counter()
+        for name, run in tasks.items():
+            started = time.perf_counter()
             run()
             if number >= 0:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.perf_counter() - started)
     return times
 
 
-def _prefill(model: LlamaModel, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+def _prepare_prefill(model: LlamaModel, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
     states_1SD = torch.randn(1, tokens, model.config.hidden_size).to(dtype)
     return lambda: model(
         inputs_embeds=states_1SD, past_key_values=DynamicCache(config=model.config)
@@ -145,39 +160,39 @@ def _prefill(model: LlamaModel, tokens: int, dtype: torch.dtype) -> Callable[[],
 
 
 @torch.no_grad()
-def selection(
+def run_selection_suite(
     *,
     quick: bool,
-    told: Console,
+    console: Console,
     dtype: torch.dtype = torch.float32,
     methods: Sequence[str] = METHODS,
-    prompts: Sequence[Prompt] | None = None,
+    prompts: Sequence[PromptShape] | None = None,
 ) -> dict[str, Any]:
-    """Every method at every prompt; `ratios` holds the share of the dense prefill per case, and
-    `pruner_share` the largest one of `sppruner`."""
+    """Times every method on every prompt. `ratios` holds each case's share of the dense prefill;
+    `pruner_share` is the largest share of `sppruner`."""
     rounds = 2 if quick else 7
-    about = machine()
-    cases: list[Case] = []
+    machine = describe_machine()
+    cases: list[SelectionCase] = []
     shares: dict[str, dict[str, float]] = {}
-    for prompt in prompts or published():
-        told.print(f"{prompt.model}, {prompt.visual_tokens} visual tokens", highlight=False)
-        image = _image(prompt, dtype)
+    for prompt in prompts or list_published_prompts():
+        console.print(f"{prompt.model}, {prompt.visual_tokens} visual tokens", highlight=False)
+        tokens = _make_tokens(prompt, dtype)
         kept = Budget(ratio=_RATIO).count(prompt.visual_tokens)
-        layer = _layer(prompt, dtype)
-        dense = _prefill(layer, prompt.visual_tokens + prompt.text_tokens, dtype)
-        pruned = _prefill(layer, kept + prompt.text_tokens, dtype)
-        selectors = {name: _select(name, image, kept) for name in methods}
-        times = _in_turns({"dense": dense, "pruned": pruned} | selectors, rounds)
+        layer = _build_layer(prompt, dtype)
+        dense = _prepare_prefill(layer, prompt.visual_tokens + prompt.text_tokens, dtype)
+        pruned = _prepare_prefill(layer, kept + prompt.text_tokens, dtype)
+        selectors = {name: _prepare_selection(name, tokens, kept) for name in methods}
+        times = _time_rounds({"dense": dense, "pruned": pruned} | selectors, rounds)
         for name in selectors:
-            part = ratio(
+            share = summarise_rounds(
                 [
-                    took / (prompt.widths.layers * whole)
-                    for took, whole in zip(times[name], times["dense"], strict=True)
+                    selecting / (prompt.widths.layers * prefilling)
+                    for selecting, prefilling in zip(times[name], times["dense"], strict=True)
                 ]
             )
-            shares[f"{name} {prompt.model} {prompt.visual_tokens}"] = part
+            shares[f"{name} {prompt.model} {prompt.visual_tokens}"] = share
             cases.append(
-                Case(
+                SelectionCase(
                     model=prompt.model,
                     visual_tokens=prompt.visual_tokens,
                     method=name,
@@ -185,17 +200,17 @@ def selection(
                     select_seconds=median(times[name]),
                     prefill_seconds=prompt.widths.layers * median(times["dense"]),
                     prefill_seconds_pruned=prompt.widths.layers * median(times["pruned"]),
-                    share_of_prefill=part["value"],
-                    share_low=part["low"],
-                    share_high=part["high"],
+                    share_of_prefill=share["value"],
+                    share_low=share["low"],
+                    share_high=share["high"],
                 )
             )
-    ours = [part for name, part in shares.items() if name.startswith("sppruner ")]
-    if ours:
-        shares["pruner_share"] = max(ours, key=lambda part: part["value"])
+    sppruner_shares = [share for name, share in shares.items() if name.startswith("sppruner ")]
+    if sppruner_shares:
+        shares["pruner_share"] = max(sppruner_shares, key=lambda share: share["value"])
     return {
         "suite": "selection",
-        "machine": about | {"dtype": str(dtype).removeprefix("torch.")},
+        "machine": machine | {"dtype": str(dtype).removeprefix("torch.")},
         "cases": [asdict(case) for case in cases],
         "ratios": shares,
     }

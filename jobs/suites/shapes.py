@@ -1,12 +1,12 @@
-"""Models to time: the embedded one, and random weights in the proportions of published 7B models.
+"""Models to time: the embedded model, and random weights in the proportions of 7B models.
 
 Speed depends on widths and lengths, not on what a model has learned. `llava` is LLaVA-1.5-7B at
 5/16 of its widths and half of its decoder's layers (0.32 B parameters in them), with 576 visual
 tokens; `qwen` is Qwen2.5-VL-7B at a quarter of its widths and three quarters of its decoder's
 layers (0.31 B), with 1,024. Vocabularies shrink so that the head keeps its share of the decoder,
-and towers so that they keep theirs: by the cost model, of the FLOPs of encoding an image and
-reading its tokens, tower and projector are 5.1 % in `llava` as in LLaVA-1.5-7B (5.1 %), and 30.0 %
-in `qwen` where Qwen2.5-VL-7B has 29.1 %.
+and towers so that they keep theirs: by the cost model, tower and projector take 5.1 % of the FLOPs
+of encoding and prefilling an image in `llava` (LLaVA-1.5-7B: 5.1 %), and 30.0 % in `qwen`
+(Qwen2.5-VL-7B: 29.1 %).
 """
 
 from __future__ import annotations
@@ -22,39 +22,52 @@ from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Widths:
-    """Of a decoder and of its tower. full_attention: every so many layers of Qwen's tower, one that
-    attends to the whole image; the others attend within windows."""
+class ModelWidths:
+    """Widths and depths of a decoder and its vision tower."""
 
     family: Literal["llava", "qwen"]
+    """Architecture of config and processor."""
     layers: int
+    """Decoder layers."""
     hidden: int
+    """Decoder width."""
     heads: int
+    """Attention heads of a decoder layer."""
     kv_heads: int
+    """Key-value heads of a decoder layer."""
     intermediate: int
+    """Width of the decoder's MLP."""
     vocabulary: int
+    """Vocabulary size; raised to the tokenizer's if smaller."""
     tower_layers: int
+    """Layers of the vision tower."""
     tower_hidden: int
+    """Width of the vision tower."""
     tower_heads: int
+    """Attention heads of a tower layer."""
     tower_intermediate: int
+    """Width of the tower's MLP."""
     full_attention: int = 8
+    """Qwen: every n-th tower layer attends to the whole image, the others within windows."""
 
-    def scaled(self, *, width: Fraction, depth: Fraction, tower_depth: Fraction) -> Widths:
-        """So much of every width, with heads as wide as they were, and so much of the depths."""
-        wide = ["hidden", "heads", "kv_heads", "intermediate"]
-        wide += ["tower_hidden", "tower_heads", "tower_intermediate"]
-        parts = {
-            **dict.fromkeys(wide, width),
+    def scaled(self, *, width: Fraction, depth: Fraction, tower_depth: Fraction) -> ModelWidths:
+        """Scales widths and depths by these fractions; the width of a head stays."""
+        widths = ["hidden", "heads", "kv_heads", "intermediate"]
+        widths += ["tower_hidden", "tower_heads", "tower_intermediate"]
+        fractions = {
+            **dict.fromkeys(widths, width),
             "layers": depth,
             "vocabulary": width * depth,
             "tower_layers": tower_depth,
             "full_attention": tower_depth,
         }
-        changed: dict[str, Any] = {n: int(getattr(self, n) * part) for n, part in parts.items()}
+        changed: dict[str, Any] = {
+            n: int(getattr(self, n) * fraction) for n, fraction in fractions.items()
+        }
         return replace(self, **changed)
 
 
-LLAVA_7B: Final = Widths(
+LLAVA_7B: Final = ModelWidths(
     family="llava",
     layers=32,
     hidden=4096,
@@ -67,7 +80,7 @@ LLAVA_7B: Final = Widths(
     tower_heads=16,
     tower_intermediate=4096,
 )
-QWEN_7B: Final = Widths(
+QWEN_7B: Final = ModelWidths(
     family="qwen",
     layers=28,
     hidden=3584,
@@ -83,20 +96,26 @@ QWEN_7B: Final = Widths(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model and what it is asked. side: pixels of its square images. images: of one pass.
-    rows: most requests side by side. widths: of random weights, or None for the embedded model."""
+class ModelShape:
+    """A model to time and the size of its requests."""
 
     name: str
+    """Value of --shape."""
     side: int
+    """Side of the square images in pixels."""
     images: int
+    """Images of one pass."""
     quick_images: int
+    """The same with --quick."""
     rows: int
-    widths: Widths | None = None
+    """Most requests side by side."""
+    widths: ModelWidths | None = None
+    """Widths of the random weights; None: the embedded model."""
     needs_gpu: bool = False
+    """Whether the model is refused on a machine without a GPU."""
 
 
-_LLAVA: Final = Shape(
+_LLAVA: Final = ModelShape(
     name="llava",
     side=336,
     images=8,
@@ -106,7 +125,7 @@ _LLAVA: Final = Shape(
         width=Fraction(5, 16), depth=Fraction(1, 2), tower_depth=Fraction(5, 12)
     ),
 )
-_QWEN: Final = Shape(
+_QWEN: Final = ModelShape(
     name="qwen",
     side=896,
     images=8,
@@ -116,7 +135,7 @@ _QWEN: Final = Shape(
 )
 
 
-def _whole(shape: Shape, widths: Widths) -> Shape:
+def _unscaled(shape: ModelShape, widths: ModelWidths) -> ModelShape:
     return replace(
         shape,
         name=f"{shape.name}-7b",
@@ -129,15 +148,15 @@ def _whole(shape: Shape, widths: Widths) -> Shape:
 
 
 _ALL: Final = (
-    Shape(name="tiny", side=192, images=256, quick_images=32, rows=64),
+    ModelShape(name="tiny", side=192, images=256, quick_images=32, rows=64),
     _LLAVA,
     _QWEN,
-    _whole(_LLAVA, LLAVA_7B),
-    _whole(_QWEN, QWEN_7B),
+    _unscaled(_LLAVA, LLAVA_7B),
+    _unscaled(_QWEN, QWEN_7B),
 )
-SHAPES: Final[Mapping[str, Shape]] = {shape.name: shape for shape in _ALL}
+SHAPES: Final[Mapping[str, ModelShape]] = {shape.name: shape for shape in _ALL}
 
 
-def scenes(shape: Shape, count: int) -> list[Image.Image]:
-    """Drawn scenes, all different."""
+def draw_scenes(shape: ModelShape, count: int) -> list[Image.Image]:
+    """Renders `count` different scenes at the shape's size."""
     return [render(sample_scene(HELD_OUT_SEED + n), shape.side) for n in range(count)]

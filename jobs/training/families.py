@@ -1,9 +1,11 @@
-"""What the recipe must know of an architecture: how it is built, how it looks, where text stands.
+"""The architectures of the recipe: model, vision encoder, saliency and position ids of each.
 
 Both families share the vocabulary, the token space, the scenes and every stage. To train the second
-model: `python jobs/train_tiny.py --family qwen --output DIR --work WORK`, with the scenes of the
-first run's work folder linked into WORK to save rendering them again. Interrupted, the same command
-continues from WORK.
+model: `python jobs/train_tiny.py --family qwen --output DIR --work WORK`; link the scenes of the
+first run's work folder into WORK to avoid rendering them again. After an interruption the same
+command resumes from WORK.
+Shapes: B images, C channels, H height, W width, N = 144 visual tokens, K kept ones, T text tokens,
+D width of a token, V width of the pooled vector.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from jobs.training.scene_cache import SceneCache
-from jobs.training.vision import Eyes, init_vision
-from jobs.training.windows import WindowEyes, init_windows
+from jobs.training.vision import VisionEncoder, init_vision
+from jobs.training.windows import WindowVisionEncoder, init_windows
 from sppruner.tiny.layout import GRID
 from sppruner.tiny.model import (
     SPECIAL_TOKENS,
@@ -38,22 +40,22 @@ from sppruner.tiny.qwen import (
 
 __all__ = ["FAMILIES", "LLAVA", "QWEN", "Family"]
 
-_OPENING: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
+_PROMPT_START: Final = (SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>"))
 
 
 class Family(ABC):
-    """One architecture.
-
-    before, after: token ids around an image's visual tokens; `before` opens the prompt.
-    """
+    """One architecture."""
 
     name: ClassVar[str]
+    """Value of --family."""
     before: tuple[int, ...]
+    """Token ids before an image's visual tokens; the prompt starts with them."""
     after: tuple[int, ...]
+    """Token ids after an image's visual tokens."""
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its tokenizer; ids of the shared vocabulary agree."""
+        """The tokenizer; ids of the shared vocabulary are equal in all families."""
 
     @abstractmethod
     def build(self, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -61,33 +63,33 @@ class Family(ABC):
 
     @abstractmethod
     def init_vision(self, model: Any, cache: SceneCache) -> None:
-        """The recipe's initialisation of the vision tower."""
+        """Applies the recipe's initialisation of the vision tower."""
 
     @abstractmethod
-    def eyes(self, model: Any) -> nn.Module:
-        """Images (B, 3, H, W) to visual tokens (B, N, D) and a pooled vector (B, V)."""
+    def build_vision_encoder(self, model: Any) -> nn.Module:
+        """A module: images (B, 3, H, W) to visual tokens (B, N, D) and a pooled vector (B, V)."""
 
     @abstractmethod
     def saliency(self, model: Any, images_BCHW: Tensor) -> list[Tensor]:
-        """(B, N) attention saliency of every layer that has one, the pruners' own last."""
+        """(B, N) attention saliency of every layer that has one; pruners read the last."""
 
     @abstractmethod
     def positions(self, keep_BK: Tensor, text_BT: Tensor) -> Tensor:
-        """Position ids of `before`, kept visual tokens, `after` and text, as the model takes them.
+        """Position ids of `before`, kept visual tokens, `after` and text, in the model's format.
 
-        `text_BT` counts from 0 behind the image; visual tokens keep their places.
+        `text_BT` counts from 0 after the image; visual tokens keep their positions.
         """
 
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:
-        """Write a folder for `from_pretrained`."""
+        """Writes a folder for `from_pretrained`."""
 
 
 class LlavaFamily(Family):
-    """CLIP tower with a class token, one position per token."""
+    """CLIP tower with a class token, one-dimensional positions."""
 
     name = "llava"
-    before = _OPENING
+    before = _PROMPT_START
     after = ()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -99,8 +101,8 @@ class LlavaFamily(Family):
     def init_vision(self, model: Any, cache: SceneCache) -> None:
         init_vision(model, cache)
 
-    def eyes(self, model: Any) -> nn.Module:
-        return Eyes(model)
+    def build_vision_encoder(self, model: Any) -> nn.Module:
+        return VisionEncoder(model)
 
     @torch.inference_mode()
     def saliency(self, model: Any, images_BCHW: Tensor) -> list[Tensor]:
@@ -130,7 +132,7 @@ class QwenFamily(Family):
 
     def __init__(self) -> None:
         start, end = build_qwen_tokenizer().convert_tokens_to_ids([VISION_START, VISION_END])
-        self.before = (*_OPENING, start)
+        self.before = (*_PROMPT_START, start)
         self.after = (end,)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -142,19 +144,19 @@ class QwenFamily(Family):
     def init_vision(self, model: Any, cache: SceneCache) -> None:
         init_windows(model, cache)
 
-    def eyes(self, model: Any) -> nn.Module:
-        return WindowEyes(model)
+    def build_vision_encoder(self, model: Any) -> nn.Module:
+        return WindowVisionEncoder(model)
 
     def saliency(self, model: Any, images_BCHW: Tensor) -> list[Tensor]:
         """Attention received in the last block."""
-        return [WindowEyes(model).received(images_BCHW.to(model.dtype))]
+        return [WindowVisionEncoder(model).received_attention(images_BCHW.to(model.dtype))]
 
     def positions(self, keep_BK: Tensor, text_BT: Tensor) -> Tensor:
         first = len(self.before)
         head = torch.arange(first, device=keep_BK.device).expand(3, len(keep_BK), -1)
         row, column = keep_BK // GRID, keep_BK % GRID
         image = first + torch.stack([torch.zeros_like(row), row, column])
-        # Text goes on behind the longer side of the grid.
+        # M-RoPE: text continues after the longer side of the grid.
         tail = first + GRID + torch.arange(len(self.after), device=keep_BK.device)
         text = (first + GRID + len(self.after) + text_BT).expand(3, -1, -1)
         return torch.cat([head, image, tail.expand(3, len(keep_BK), -1), text], 2)

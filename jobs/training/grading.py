@@ -1,7 +1,8 @@
-"""Scores on held-out scenes: exact match per question kind, and how well saliency looks.
+"""Scores on held-out scenes: exact match per question kind, and the AUC of attention saliency.
 
-`generated` is the claim (JPEG bytes, processor, `generate`), asked as the library's evaluation
-asks any model; `teacher_forced` is the quick equivalent on visual-token subsets of our choosing.
+`score_generated` is the published figure: JPEG bytes, processor and `generate`, with the library's
+evaluation. `score_teacher_forced` is a fast equivalent on given subsets of visual tokens.
+Shapes: A answer tokens, V vocabulary, B scenes, N = 144 visual tokens.
 """
 
 from __future__ import annotations
@@ -16,48 +17,61 @@ import torch
 from torch import Tensor
 
 from jobs.training.families import Family
-from jobs.training.packing import Pack, answer_logits, pack, random_keep
-from jobs.training.scene_cache import scene_table
-from jobs.training.space import Truth
-from jobs.training.vision import pixels
+from jobs.training.packing import (
+    PackedQuestions,
+    compute_answer_logits,
+    pack_scenes,
+    sample_random_keep,
+)
+from jobs.training.scene_cache import build_scene_table
+from jobs.training.space import PatchTruth
+from jobs.training.vision import normalise_images
 from sppruner.errors import EvaluationError
 from sppruner.evaluation import compare, method_label
 from sppruner.evaluation import score as evaluation
 from sppruner.evaluation.dataset import Dataset
-from sppruner.evaluation.drawn_scenes import JPEG_QUALITY
 from sppruner.models.loading import LoadedModel
 from sppruner.spec import PruneSpec
 from sppruner.tiny.questions import KINDS
-from sppruner.tiny.scenes import HELD_OUT_SEED
+from sppruner.tiny.scenes import HELD_OUT_SEED, JPEG_QUALITY
 
-__all__ = ["KIND_NAMES", "Score", "generated", "graded", "saliency_auc", "teacher_forced"]
+__all__ = [
+    "KIND_NAMES",
+    "KindScore",
+    "grade_answers",
+    "measure_saliency_auc",
+    "score_generated",
+    "score_teacher_forced",
+]
 
 KIND_NAMES: Final = (*KINDS, "caption")
 _CPU: Final = torch.device("cpu")
 
 
 @dataclass(slots=True)
-class Score:
-    """Right answers among the asked."""
+class KindScore:
+    """Correct answers to the questions of one kind."""
 
-    right: float = 0
-    asked: int = 0
+    correct: float = 0
+    """Sum of correct answers; fractional if a question was answered several times."""
+    total: int = 0
+    """Questions."""
 
-    def add(self, right: float) -> None:
-        """Count one answer; a share of it where it was asked several times."""
-        self.right += right
-        self.asked += 1
+    def add(self, correct: float) -> None:
+        """Adds one question; `correct` is a share if it was answered several times."""
+        self.correct += correct
+        self.total += 1
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.right / max(1, self.asked)
+        """Share of correct answers."""
+        return self.correct / max(1, self.total)
 
 
-def generated(
+def score_generated(
     loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec] = ()
-) -> list[dict[str, Score]]:
-    """Exact match of greedy `generate` per kind: of all tokens first, then under each spec.
+) -> list[dict[str, KindScore]]:
+    """Exact match of greedy `generate` per kind: dense first, then with each spec.
 
     Raises EvaluationError for specs that the model cannot run.
     """
@@ -71,18 +85,18 @@ def generated(
         raise EvaluationError(
             f"{loaded.identity.name} cannot run these specs, leave them out: {'; '.join(reasons)}"
         )
-    return [_per_kind(score) for score in (comparison.dense, *comparison.scores)]
+    return [_group_by_kind(score) for score in (comparison.dense, *comparison.scores)]
 
 
-def _per_kind(answered: evaluation.SpecScore) -> dict[str, Score]:
-    scores: dict[str, Score] = defaultdict(Score)
-    for item, right in zip(answered.dataset.items, answered.per_item, strict=True):
-        scores[item.kind].add(right)
+def _group_by_kind(scored: evaluation.SpecScore) -> dict[str, KindScore]:
+    scores: dict[str, KindScore] = defaultdict(KindScore)
+    for item, correct in zip(scored.dataset.items, scored.per_item, strict=True):
+        scores[item.kind].add(correct)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
 
 
 @torch.inference_mode()
-def teacher_forced(
+def score_teacher_forced(
     family: Family,
     model: Any,
     scenes: int,
@@ -90,53 +104,52 @@ def teacher_forced(
     kept: int | None = None,
     draw: int = 0,
     batch: int = 20,
-) -> dict[str, Score]:
-    """Exact match when every answer token is predicted from the true ones before it.
+) -> dict[str, KindScore]:
+    """Exact match with teacher forcing: answer tokens are predicted from the true ones before them.
 
-    Equal to greedy decoding; with `kept`, each image keeps that many random visual tokens.
+    Equals greedy decoding; with `kept`, each image keeps that many random visual tokens.
     """
-    cache = scene_table(first, scenes, JPEG_QUALITY)
-    look = family.eyes(model)
+    cache = build_scene_table(first, scenes, JPEG_QUALITY)
+    encode = family.build_vision_encoder(model)
     generator = torch.Generator().manual_seed(draw)
     rng = np.random.default_rng(0)
-    scores: dict[str, Score] = defaultdict(Score)
+    scores: dict[str, KindScore] = defaultdict(KindScore)
     for start in range(0, scenes, batch):
         rows = np.arange(start, min(start + batch, scenes))
-        text = pack(cache, rows, rng, 1.0, _CPU)
-        seen, _ = look(pixels(cache, rows, _CPU).to(model.dtype))
-        keep = None if kept is None else random_keep(len(rows), kept, generator)
-        logits = answer_logits(family, model, seen, text, keep)
-        for kind, right in graded(logits, text):
-            scores[kind].add(right)
+        text = pack_scenes(cache, rows, rng, 1.0, _CPU)
+        tokens, _ = encode(normalise_images(cache, rows, _CPU).to(model.dtype))
+        keep = None if kept is None else sample_random_keep(len(rows), kept, generator)
+        logits = compute_answer_logits(family, model, tokens, text, keep)
+        for kind, correct in grade_answers(logits, text):
+            scores[kind].add(correct)
     return {kind: scores[kind] for kind in KIND_NAMES if kind in scores}
 
 
-def graded(logits_AV: Tensor, text: Pack) -> list[tuple[str, bool]]:
-    """Kind of every question, in order, and whether all tokens of its answer are right."""
+def grade_answers(logits_AV: Tensor, text: PackedQuestions) -> list[tuple[str, bool]]:
+    """Kind of every question, in order, and whether all tokens of its answer are correct."""
     wrong = logits_AV.argmax(-1) != text.labels_A
     count = int(text.questions_A.max()) + 1
-    missed = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
+    wrong_answers = torch.zeros(count).index_add(0, text.questions_A, wrong.float()) > 0
     kinds = torch.zeros(count, dtype=torch.long).scatter(0, text.questions_A, text.kinds_A)
     return [
-        (KIND_NAMES[kind], not miss)
-        for kind, miss in zip(kinds.tolist(), missed.tolist(), strict=True)
+        (KIND_NAMES[kind], not wrong_answer)
+        for kind, wrong_answer in zip(kinds.tolist(), wrong_answers.tolist(), strict=True)
     ]
 
 
 @torch.inference_mode()
-def saliency_auc(
+def measure_saliency_auc(
     family: Family, model: Any, scenes: int, first: int = HELD_OUT_SEED
 ) -> list[float]:
-    """Per vision layer with one: how well attention saliency ranks things above background.
-
-    Mean over scenes of the area under the ROC curve, 0.5 for attention that does not care. Things
-    are objects and signs; distractors count as background.
+    """How well attention saliency ranks objects and signs above background, per vision layer that
+    has saliency: area under the ROC curve, mean over scenes; 0.5 is chance. Distractors count as
+    background.
     """
-    cache = scene_table(first, scenes, JPEG_QUALITY)
+    cache = build_scene_table(first, scenes, JPEG_QUALITY)
     rows = np.arange(scenes)
-    things = Truth(cache, rows, _CPU).things_BN
+    things = PatchTruth(cache, rows, _CPU).things_BN
     areas = []
-    for saliency in family.saliency(model, pixels(cache, rows, _CPU)):
+    for saliency in family.saliency(model, normalise_images(cache, rows, _CPU)):
         per_scene = []
         for score, mask in zip(saliency, things, strict=True):
             inside, outside = score[mask], score[~mask]

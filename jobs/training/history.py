@@ -1,4 +1,4 @@
-"""How the weights of a model folder came about, kept beside them as `training.json`."""
+"""Training history of a model folder, stored beside the weights as `training.json`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ _FILE: Final = "training.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Steps of every stage. again: joint steps added by later runs; note: what only these weights
-    can say about themselves."""
+    """Steps of every stage; the fields are the keys of `training.json`."""
 
     language: int
+    """Steps of the language stage."""
     vision: int
+    """Steps of the vision stage."""
     sharpen: int
+    """Steps of the second vision stage."""
     joint: int
+    """Steps of the joint stage."""
     again: int = 0
+    """Joint steps added by later runs."""
     note: str = ""
+    """Text for the model card that holds for these weights only."""
 
     def __post_init__(self) -> None:
         for name in (*STAGES, "again"):
@@ -37,7 +42,7 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """Of a model folder. Raises UnsupportedModel where the recipe did not make it."""
+        """The history of a model folder. Raises UnsupportedModel if the recipe did not write it."""
         file = folder / _FILE
         try:
             return cls(**json.loads(file.read_text()))
@@ -51,19 +56,20 @@ class History:
             ) from error
 
     def write(self, folder: Path) -> None:
+        """Writes `training.json`."""
         (folder / _FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @property
     def joint_steps(self) -> int:
-        """Of joint training, by all runs."""
+        """Joint steps of all runs."""
         return self.joint + self.again
 
     def continued(self, steps: int) -> History:
-        """After `steps` more joint steps."""
+        """The history after `steps` more joint steps."""
         return replace(self, again=self.again + steps)
 
     def __str__(self) -> str:
-        """The sentences of the model card that depend on it."""
+        """The sentences of the model card that depend on the history."""
         again = (
             f" Then the joint training went on for {self.again:,} steps, without those losses."
             if self.again

@@ -1,7 +1,7 @@
-"""The step loop every stage shares: schedule, optimizer, atomic checkpoints, exact resume.
+"""The training loop of every stage: schedule, optimizers, atomic checkpoints, exact resume.
 
-Every random draw is a function of (stage, step, rank) and nothing else, so a run killed at any
-moment continues from its last checkpoint with the same data it would have seen.
+Every random draw is a function of (stage, step, rank) only, so a killed run resumes from its last
+checkpoint with the data it would have used.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ _LOG_STEPS: Final = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateSchedule:
-    """Linear warm-up, constant until `hold` of the steps, then cosine down to `floor`."""
+    """Linear warm-up, then constant, then cosine decay."""
 
     steps: int
+    """Steps of the stage."""
     peak: float
+    """Highest learning rate."""
     warmup: int
+    """Steps of the linear warm-up."""
     hold: float = 0.0
+    """Share of the steps after which the decay starts."""
     floor: float = 0.05
+    """Final learning rate as a share of the peak."""
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
@@ -49,11 +54,14 @@ class LearningRateSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """All randomness of one step of one rank."""
+    """The random draws of one step on one rank."""
 
     stage: int
+    """Number of the stage; stages have independent draws."""
     step: int
+    """Step within the stage, from 0."""
     rank: int = 0
+    """Rank of the process."""
 
     def numpy(self) -> np.random.Generator:
         """Generator for index and question choices."""
@@ -65,19 +73,19 @@ class Draws:
         return torch.Generator().manual_seed(int(state[0]))
 
     def scenes(self, total: int, batch: int, world: int = 1) -> Array:
-        """The scenes of this batch: epochs over a fresh permutation each, split among ranks."""
+        """The scenes of this batch: each epoch is a new permutation, split among the ranks."""
         first = (self.step * world + self.rank) * batch
         places = np.arange(first, first + batch)
-        return np.array([_order(self.stage, int(p // total), total)[p % total] for p in places])
+        return np.array([_permute(self.stage, int(p // total), total)[p % total] for p in places])
 
 
 @lru_cache(maxsize=2)
-def _order(stage: int, epoch: int, total: int) -> Array:
+def _permute(stage: int, epoch: int, total: int) -> Array:
     return np.random.default_rng([stage, epoch]).permutation(total)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the file atomically: a kill leaves the old checkpoint or the new one."""
+    """Replaces the file atomically: after a kill it is the old checkpoint or the new one."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as stream:
         torch.save(state, stream)
@@ -87,7 +95,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint written by `save_checkpoint`."""
+    """Reads a checkpoint of `save_checkpoint`."""
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     return state
 
@@ -103,10 +111,10 @@ def run_steps(
     average: Callable[[list[Tensor]], None] | None = None,
     save_seconds: float = 60.0,
 ) -> None:
-    """Train `trained` to the end of its schedule, resuming from `checkpoint` if it exists.
+    """Trains `trained` to the end of its schedule, resuming from `checkpoint` if it exists.
 
-    `loss_at(step)` returns the loss and numbers to log; `average` makes gradients equal on all
-    ranks. Only rank 0 writes, every `save_seconds` and at the end.
+    `loss_at(step)` returns the loss and figures to log; `average` makes gradients equal on all
+    ranks. Only rank 0 writes checkpoints, every `save_seconds` and at the end.
     """
     log = structlog.get_logger().bind(stage=name, rank=rank)
     parameters = [p for p in trained.parameters() if p.requires_grad]

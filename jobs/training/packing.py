@@ -1,9 +1,10 @@
-"""Many questions per image in one sequence: the main economy of the recipe.
+"""Packs many questions per image into one sequence, so that one vision pass serves a dozen answers.
 
-Every question sees the image prefix and itself only and restarts its position ids right behind
-the image, which is exactly the layout at test time; one vision pass thus serves a dozen answers.
-Dropped visual tokens are simply absent, the kept ones keep their original positions.
-Shapes: B scenes, N = 144 patches, K kept, T text tokens, S all tokens, D = 128, A answer tokens.
+Every question attends to the image prefix and to itself only, and its position ids restart directly
+after the image: exactly the layout at inference. Dropped visual tokens are absent; kept ones keep
+their positions.
+Shapes: B scenes, N = 144 patches, K kept, T text tokens, S all tokens, D = 128, A answer tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,75 +22,86 @@ from jobs.training.scene_cache import CAPTION_KIND, Array, SceneCache
 from sppruner.tiny.model import VISUAL_TOKENS
 
 __all__ = [
-    "Pack",
-    "answer_logits",
-    "lm_loss",
-    "pack",
+    "PackedQuestions",
+    "compute_answer_logits",
+    "compute_lm_loss",
+    "find_shown_entities",
     "pack_questions",
-    "random_keep",
-    "shown_entities",
+    "pack_scenes",
+    "sample_random_keep",
 ]
 
 _ROUND: Final = 16  # text lengths are padded to a multiple, for fewer distinct shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pack:
-    """The text half of a batch; segment 0 is padding, questions count from 1."""
+class PackedQuestions:
+    """The text tokens of a batch and the answer tokens among them."""
 
     ids_BT: Tensor
+    """Token ids, padded."""
     segments_BT: Tensor
-    positions_BT: Tensor  # from 0 for every question
-    rows_A: Tensor  # scene of each answer token
-    columns_A: Tensor  # text column whose logits predict it
+    """Number of the question in its row, from 1; 0 is padding."""
+    positions_BT: Tensor
+    """Position within the question, from 0."""
+    rows_A: Tensor
+    """Row (scene) of each answer token."""
+    columns_A: Tensor
+    """Text column whose logits predict the answer token."""
     labels_A: Tensor
+    """Token id of the answer token."""
     kinds_A: Tensor
-    questions_A: Tensor  # running number of the question within the batch
-    evidence_A: Tensor  # bits of the entities the question is about
+    """Kind of the question."""
+    questions_A: Tensor
+    """Number of the question within the batch, from 0."""
+    evidence_A: Tensor
+    """Bits of the entities that the question is about."""
 
 
-def pack(
+def pack_scenes(
     cache: SceneCache,
     scenes: Array,
     rng: np.random.Generator,
     caption_rate: float,
     device: torch.device,
-) -> Pack:
-    """Tokenized questions of `scenes`; captions are asked with probability `caption_rate`."""
+) -> PackedQuestions:
+    """Tokenized questions of `scenes`, with captions at probability `caption_rate`."""
     groups = []
     for scene in scenes:
-        asked = np.arange(cache.starts[scene], cache.starts[scene + 1])
+        questions = np.arange(cache.starts[scene], cache.starts[scene + 1])
         if rng.random() >= caption_rate:
-            asked = asked[cache.spans[asked, 3] != CAPTION_KIND]
-        groups.append(asked)
+            questions = questions[cache.spans[questions, 3] != CAPTION_KIND]
+        groups.append(questions)
     return pack_questions(cache, groups, device)
 
 
-def pack_questions(cache: SceneCache, groups: Sequence[Array], device: torch.device) -> Pack:
+def pack_questions(
+    cache: SceneCache, groups: Sequence[Array], device: torch.device
+) -> PackedQuestions:
     """One row per group of questions, given as indices into `SceneCache.spans`."""
     texts: list[Array] = []
     answers: list[tuple[int, int, int, int, int, int]] = []
     question = 0
-    for row, asked in enumerate(groups):
-        parts = []
+    for row, questions in enumerate(groups):
+        pieces = []
         column = 0
-        about = zip(cache.spans[asked], cache.evidence[asked], strict=True)
+        about = zip(cache.spans[questions], cache.evidence[questions], strict=True)
         for segment, ((first, length, answer, kind), bits) in enumerate(about, start=1):
             ids = np.asarray(cache.tokens[first : first + length], dtype=np.int64)
             place = np.arange(length)
-            parts.append(np.stack([ids, np.full(length, segment), place]))
+            pieces.append(np.stack([ids, np.full(length, segment), place]))
             for index in range(length - answer, length):
                 answers.append((row, column + index - 1, int(ids[index]), kind, question, bits))
             column += length
             question += 1
-        texts.append(np.concatenate(parts, axis=1))
+        texts.append(np.concatenate(pieces, axis=1))
     width = -(-max(text.shape[1] for text in texts) // _ROUND) * _ROUND
     padded = np.zeros((len(texts), 3, width), dtype=np.int64)
     for row, text in enumerate(texts):
         padded[row, :, : text.shape[1]] = text
     table = torch.from_numpy(padded).to(device)
     rows, columns, labels, kinds, numbers, bits = torch.tensor(answers, device=device).T
-    return Pack(
+    return PackedQuestions(
         ids_BT=table[:, 0],
         segments_BT=table[:, 1],
         positions_BT=table[:, 2],
@@ -102,17 +114,17 @@ def pack_questions(cache: SceneCache, groups: Sequence[Array], device: torch.dev
     )
 
 
-def random_keep(batch: int, kept: int, generator: torch.Generator) -> Tensor:
+def sample_random_keep(batch: int, kept: int, generator: torch.Generator) -> Tensor:
     """(B, K) sorted indices of uniformly random visual tokens."""
     order = torch.rand(batch, VISUAL_TOKENS, generator=generator).argsort(1)
     return order[:, :kept].sort(1).values
 
 
-def answer_logits(
+def compute_answer_logits(
     family: Family,
     model: Any,
     visual_BND: Tensor,
-    text: Pack,
+    text: PackedQuestions,
     keep_BK: Tensor | None = None,
 ) -> Tensor:
     """(A, V) logits of every answer token, teacher-forced, from projected visual tokens."""
@@ -137,15 +149,15 @@ def answer_logits(
 
 
 def _block_mask(segments_BT: Tensor, before: int) -> Tensor:
-    """(B, 1, S, S) bool: causal, and a question sees only the prefix and itself."""
+    """(B, 1, S, S) bool: causal; a question attends to the prefix and itself only."""
     segments = nn.functional.pad(segments_BT, (before, 0), value=-1)
     same = segments[:, :, None] == segments[:, None, :]
     same[:, :, :before] = True
     return same.tril()[:, None]
 
 
-def shown_entities(cache: SceneCache, scenes: Array, keep_BK: Tensor) -> Tensor:
-    """(B,) int64 with bit e set where a patch of entity e's core is among the kept tokens."""
+def find_shown_entities(cache: SceneCache, scenes: Array, keep_BK: Tensor) -> Tensor:
+    """(B,) int64 with bit e set if a patch of entity e's core is among the kept tokens."""
     kept_BN = np.zeros((len(scenes), VISUAL_TOKENS), dtype=bool)
     np.put_along_axis(kept_BN, keep_BK.cpu().numpy(), True, axis=1)
     owners_BN = np.asarray(cache.owners[scenes]).astype(np.int64)
@@ -153,14 +165,14 @@ def shown_entities(cache: SceneCache, scenes: Array, keep_BK: Tensor) -> Tensor:
     return torch.from_numpy(np.bitwise_or.reduce(bits_BN, axis=1))
 
 
-def lm_loss(
-    logits_AV: Tensor, text: Pack, kind_weights: Tensor, shown_B: Tensor | None = None
+def compute_lm_loss(
+    logits_AV: Tensor, text: PackedQuestions, kind_weights: Tensor, shown_B: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy over answer tokens, weighted by the question's kind.
 
-    With `shown_B` (see `shown_entities`), questions about things that no kept token shows count
-    nothing: trained to name what it cannot see, a model learns to guess beyond what it sees, and
-    then does so too when a pruner has kept every thing.
+    With `shown_B` (see `find_shown_entities`), questions about entities that no kept token shows
+    have weight 0: a model that is trained to name them learns to guess, and then guesses even when
+    a pruner has kept every entity.
     """
     weights = kind_weights[text.kinds_A]
     if shown_B is not None:

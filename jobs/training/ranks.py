@@ -1,6 +1,6 @@
-"""Several training processes as one: gradients averaged, everything else replicated.
+"""Data-parallel training processes: gradients are averaged, everything else is replicated.
 
-On a CPU two single-thread ranks are faster than two threads in one process.
+On a CPU two single-threaded ranks are faster than two threads in one process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """Membership in a group of training processes that share gradients; one rank needs none."""
+    """Context manager: membership in a group of processes that share gradients; one rank needs no
+    group."""
 
     def __init__(self, rank: int, world: int, rendezvous: Path | None) -> None:
         self.rank, self.world, self.rendezvous = rank, world, rendezvous
@@ -23,7 +24,7 @@ class Ranks:
     def __enter__(self) -> Ranks:
         if self.world > 1:
             if self.rendezvous is None:
-                raise ValueError("several ranks need a rendezvous file")
+                raise ValueError("several ranks need a rendezvous file: give --rendezvous")
             distributed.init_process_group(
                 "gloo",
                 init_method=f"file://{self.rendezvous.resolve()}",
@@ -42,7 +43,7 @@ class Ranks:
             distributed.destroy_process_group()
 
     def average(self, gradients: list[Tensor]) -> None:
-        """Replace every gradient by its mean over ranks, in one message."""
+        """Replaces every gradient by its mean over ranks, in one all-reduce."""
         if self.world == 1:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -1,8 +1,10 @@
 """Stage V: the vision tower and projector learn to emit oracle tokens, without a language model.
 
-Dense targets per patch (words, place, anchor, the full token) and, for the class token, a
-contrastive loss against captions: without one the attention of the class token is meaningless.
-Shapes: B images, N = 144 patches, C = channels, D = 128.
+The losses are dense targets per patch (words, position, anchor, the full token) and, for the class
+token, a contrastive loss against captions: without it the attention of the class token is
+meaningless.
+Shapes: B images, C colour channels, H height, W width; of tokens: N = 144 patches, D = 128; of
+weights: C channels of the token space.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from jobs.training.scene_cache import Array, SceneCache
-from jobs.training.space import ANCHOR, CHANNELS, TokenSpace, Truth
+from jobs.training.space import ANCHOR, CHANNELS, PatchTruth, TokenSpace
 from sppruner.tiny.layout import GRID, SHAPES
 from sppruner.tiny.model import PATCH_SIDE, WORDS
 
-__all__ = ["DenseLoss", "Eyes", "init_vision", "pixels"]
+__all__ = ["DenseLoss", "VisionEncoder", "init_vision", "normalise_images"]
 
 
-class Eyes(nn.Module):
-    """Vision tower and projector with the forward pass that training needs.
+class VisionEncoder(nn.Module):
+    """Vision tower and projector with the forward pass of training.
 
-    Computes what `get_image_features` computes, plus the pooled class token. Its input to the
-    last layer is cut from the gradient, so whatever the contrastive loss asks of the class token
-    has to be gathered by the last layer's attention, the one that saliency pruners read.
+    Computes what `get_image_features` computes, plus the pooled class token. The class token is
+    detached before the last layer, so the contrastive loss can only use what the last layer's
+    attention gathers, which is the attention that saliency pruners read.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
@@ -44,19 +46,20 @@ class Eyes(nn.Module):
         return self.projector(hidden[:, 1:]), self.tower.post_layernorm(hidden[:, 0])
 
 
-def pixels(cache: SceneCache, scenes: Array, device: torch.device) -> Tensor:
-    """(B, 3, 96, 96) normalised exactly as the image processor does."""
+def normalise_images(cache: SceneCache, scenes: Array, device: torch.device) -> Tensor:
+    """(B, 3, 96, 96), normalised exactly as by the image processor."""
     raw = torch.from_numpy(cache.images[np.asarray(scenes)]).to(device)
     return (raw.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
 def init_vision(model: LlavaForConditionalGeneration, cache: SceneCache) -> None:
-    """Whitening patch filters, 2-D sine positions, content-matching attention."""
+    """Initialises the tower: whitening patch filters, 2-D sine positions, content-matching
+    attention."""
     generator = torch.Generator().manual_seed(22)
     tower = model.model.vision_tower
     width = tower.config.hidden_size
     embeddings = tower.embeddings
-    embeddings.patch_embedding.weight.data.copy_(_whitening(cache, width))
+    embeddings.patch_embedding.weight.data.copy_(_whitening_filters(cache, width))
     embeddings.position_embedding.weight.data[1:] = 0.75 * _sine_positions(width)
 
     def normal(linear: nn.Linear, gain: float) -> None:
@@ -80,9 +83,9 @@ def init_vision(model: LlavaForConditionalGeneration, cache: SceneCache) -> None
     normal(model.model.multi_modal_projector.linear_2, 1.0)
 
 
-def _whitening(cache: SceneCache, width: int) -> Tensor:
+def _whitening_filters(cache: SceneCache, width: int) -> Tensor:
     """(width, 3, 8, 8): the leading principal components of patches, scaled to unit variance."""
-    images = pixels(cache, np.arange(min(600, len(cache))), torch.device("cpu"))
+    images = normalise_images(cache, np.arange(min(600, len(cache))), torch.device("cpu"))
     patches = nn.functional.unfold(images, PATCH_SIDE, stride=PATCH_SIDE)
     flat = patches.transpose(1, 2).reshape(-1, 3 * PATCH_SIDE**2)
     values, vectors = torch.linalg.eigh(torch.cov(flat.T))
@@ -102,9 +105,9 @@ def _sine_positions(width: int) -> Tensor:
 
 
 class DenseLoss:
-    """How far projected patches are from their oracle tokens.
+    """Distance of projected patches from their oracle tokens.
 
-    `sharp` puts the weight on what is learned last: digits, shapes and anchors.
+    sharp: put the weight on what is learned last: digits, shapes and anchors.
     """
 
     def __init__(self, space: TokenSpace, *, sharp: bool = False) -> None:
@@ -120,9 +123,9 @@ class DenseLoss:
         self.channel_weights_C = weights
 
     def __call__(
-        self, tokens_BND: Tensor, truth: Truth, mse_weight: float
+        self, tokens_BND: Tensor, truth: PatchTruth, mse_weight: float
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss and numbers to log."""
+        """Loss and figures to log."""
         tokens = tokens_BND.float()
         marks, places = self.space.read(tokens)
         things, cores = truth.things_BN.float(), truth.cores_BN.float()

@@ -1,8 +1,9 @@
-"""The Qwen2.5-VL vision tower with the forward pass that training needs: batched and compilable.
+"""The Qwen2.5-VL vision tower with the forward pass of training: batched and compilable.
 
-The library's own forward packs all images into one sequence and attends window by window in a
-Python loop. Images of one size have the same windows, so here they are one batched attention.
-Shapes: B images, P patches of 4 px in merge order, N = P / 4 visual tokens, W windows of S slots.
+transformers packs all images into one sequence and attends window by window in a Python loop.
+Images of one size have the same windows, so here they are one batched attention.
+Shapes: B images, C colour channels, H height, W width; P patches of 4 px in merge order, N = P / 4
+visual tokens, V tower width; of a layout: W windows of S slots; 2: row and column.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from jobs.training.scene_cache import SceneCache
-from jobs.training.vision import pixels
+from jobs.training.vision import normalise_images
 from sppruner.tiny.qwen import MERGE
 
-__all__ = ["WindowEyes", "init_windows", "patchify"]
+__all__ = ["WindowVisionEncoder", "init_windows", "patchify"]
 
 _UNIT = MERGE**2
 
@@ -40,18 +41,22 @@ def patchify(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    """Geometry of one image size: rotary positions and windows."""
+    """Geometry of one image size."""
 
     places_P2: Tensor
-    slots_WS: Tensor  # patch in each slot; empty slots repeat patch 0
-    filled_WS: Tensor | None  # None where windows have no empty slot
-    slot_P: Tensor  # where each patch is among the W * S slots
+    """Row and column of each patch, for rotary embeddings."""
+    slots_WS: Tensor
+    """Patch in each slot; empty slots repeat patch 0."""
+    filled_WS: Tensor | None
+    """Whether a slot has a patch; None if all have."""
+    slot_P: Tensor
+    """Index of each patch among the W * S slots."""
 
 
 @torch.compiler.disable
 @lru_cache(maxsize=16)
-def _layout(rows: int, columns: int, window: int) -> _Layout:
-    """For `rows` x `columns` merged tokens and windows of `window` x `window` of them."""
+def _build_layout(rows: int, columns: int, window: int) -> _Layout:
+    """Layout of `rows` x `columns` merged tokens with windows of `window` x `window` tokens."""
     cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     inner = torch.cartesian_prod(torch.arange(MERGE), torch.arange(MERGE))
     places = (cells[:, None] * MERGE + inner).reshape(-1, 2)
@@ -71,12 +76,12 @@ def _layout(rows: int, columns: int, window: int) -> _Layout:
     return _Layout(places, slots, None if bool(filled.all()) else filled, slot)
 
 
-class WindowEyes(nn.Module):
-    """Vision tower and merger; also a pooled vector for the contrastive loss.
+class WindowVisionEncoder(nn.Module):
+    """Vision tower and merger, plus a pooled vector for the contrastive loss.
 
-    The tower has no class token. The pooled vector is the mean output of the last block's
-    attention, computed on inputs cut from the gradient: whatever the contrastive loss asks for has
-    to be gathered by what that attention looks at, which is what saliency pruners read.
+    The tower has no class token. The pooled vector is the mean output of the last block's attention
+    on detached inputs, so the contrastive loss can only use what that attention gathers, which is
+    the attention that saliency pruners read.
     """
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
@@ -100,7 +105,7 @@ class WindowEyes(nn.Module):
         return tokens, pooled
 
     @torch.no_grad()
-    def received(self, images_BCHW: Tensor) -> Tensor:
+    def received_attention(self, images_BCHW: Tensor) -> Tensor:
         """(B, N) attention each token receives in the last block, mean over heads and queries."""
         tower = self.tower
         hidden, layout, waves = self._embed(images_BCHW)
@@ -117,7 +122,7 @@ class WindowEyes(nn.Module):
     def _embed(self, images_BCHW: Tensor) -> tuple[Tensor, _Layout, tuple[Tensor, Tensor]]:
         tower = self.tower
         unit = tower.patch_size * MERGE
-        layout = _layout(
+        layout = _build_layout(
             images_BCHW.shape[2] // unit, images_BCHW.shape[3] // unit, tower.window_size // unit
         )
         patches = patchify(images_BCHW, tower.patch_size)
@@ -167,15 +172,15 @@ class WindowEyes(nn.Module):
 
 
 def init_windows(model: Qwen2_5_VLForConditionalGeneration, cache: SceneCache) -> None:
-    """Whitening patch filters and content-matching attention, as for the CLIP tower."""
+    """Initialises the tower like the CLIP tower: whitening filters, content-matching attention."""
     generator = torch.Generator().manual_seed(22)
     tower = model.model.visual
     width, side = tower.patch_embed.embed_dim, tower.patch_size
-    images = pixels(cache, np.arange(min(600, len(cache))), torch.device("cpu"))
+    images = normalise_images(cache, np.arange(min(600, len(cache))), torch.device("cpu"))
     flat = patchify(images, side).reshape(-1, 3, 2, side * side)[:, :, 0].flatten(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat.T))
     whitening = (vectors / (values + 3e-3).sqrt()).T
-    # Fewer components than channels: the rest mixes them.
+    # There are fewer components than channels: the other filters are mixtures of them.
     mixed = torch.randn(width - len(whitening), len(whitening), generator=generator)
     filters = torch.cat([whitening, mixed @ whitening / len(whitening) ** 0.5])
     filters = filters.reshape(width, 3, 1, side, side).expand(-1, -1, 2, -1, -1) / 2

@@ -1,6 +1,6 @@
 """One training process: `python -m jobs.training.worker STAGE --work DIR`.
 
-`jobs/train_tiny.py` starts these; a worker whose stage is finished returns at once.
+`jobs/train_tiny.py` starts the workers; one whose stage is complete returns immediately.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jobs.training.families import FAMILIES
 from jobs.training.joint import train_joint
 from jobs.training.ranks import Ranks
 from jobs.training.scene_cache import SceneCache
-from jobs.training.stages import Workshop, sharpen_vision, train_language, train_vision
+from jobs.training.stages import TrainingContext, sharpen_vision, train_language, train_vision
 
 __all__: list[str] = []
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("language", "vision", "sharpen", "joint"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
-    parser.add_argument("--start", type=Path, help="joint: go on from this model folder")
+    parser.add_argument("--start", type=Path, help="joint: continue from this model folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--no-compile", action="store_true")
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--rendezvous", type=Path, help="a new file path shared by all ranks")
     arguments = parser.parse_args()
     if arguments.start is not None and arguments.stage != "joint":
-        parser.error(f"--start is for stage joint: {arguments.stage} goes on from no model folder")
+        parser.error(
+            f"--start is for stage joint: {arguments.stage} does not start from a model folder"
+        )
     structlog.configure(
         processors=[
             structlog.processors.TimeStamper(fmt="%H:%M:%S"),
@@ -43,7 +45,7 @@ def main() -> None:
         ]
     )
     torch.set_num_threads(1)
-    shop = Workshop(
+    context = TrainingContext(
         folder=arguments.work,
         cache=SceneCache.load(arguments.work / "scenes"),
         device=torch.device(arguments.device),
@@ -54,12 +56,12 @@ def main() -> None:
         save_seconds=arguments.save_seconds,
     )
     if arguments.stage == "language":
-        train_language(shop)
+        train_language(context)
     elif arguments.stage == "vision":
-        train_vision(shop)
+        train_vision(context)
     else:
         with Ranks(arguments.rank, arguments.world, arguments.rendezvous) as ranks:
-            (sharpen_vision if arguments.stage == "sharpen" else train_joint)(shop, ranks)
+            (sharpen_vision if arguments.stage == "sharpen" else train_joint)(context, ranks)
 
 
 if __name__ == "__main__":

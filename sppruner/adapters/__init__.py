@@ -59,7 +59,6 @@ def adapter_for(model: Any) -> Adapter:
 
 __all__ = [
     "Adapter",
-    "Capabilities",
     "Encoded",
     "EncodedImage",
     "Idefics3Adapter",

@@ -40,7 +40,7 @@ class Idefics3Adapter(Adapter):
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
         require_dense_decoder(config)
-        return Capabilities.of(config, "received")
+        return Capabilities.of(config, "received", merged=True)
 
     @classmethod
     def encoder_cost(cls, config: Any) -> EncoderCost:

@@ -49,7 +49,7 @@ class InternVLAdapter(Adapter):
                 f"InternVL with tiles of {height}×{width} pixels: its pixel shuffle needs square "
                 "tiles, load a checkpoint whose vision_config.image_size is square"
             )
-        return Capabilities.of(config, "cls")
+        return Capabilities.of(config, "cls", merged=True)
 
     @classmethod
     def encoder_cost(cls, config: Any) -> EncoderCost:

@@ -48,7 +48,7 @@ class QwenVLAdapter(Adapter):
                 f"{config.model_type} with sliding-window attention: its cost is not modelled; "
                 "load the model with use_sliding_window=False"
             )
-        return Capabilities.of(config, "received", positions=("keep",))
+        return Capabilities.of(config, "received", merged=True, positions=("keep",))
 
     @property
     def _merge(self) -> int:

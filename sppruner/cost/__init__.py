@@ -6,7 +6,7 @@ exactly. Norms, softmax and activations are not counted. Modelled figures descri
 they are never reported as measured seconds.
 """
 
-from sppruner.cost.decoder import DecoderCost
+from sppruner.cost.decoder_cost import DecoderCost
 from sppruner.cost.encoders import ClipTowerCost, LlavaEncoderCost
 from sppruner.cost.encoders_qwen import QwenEncoderCost
 from sppruner.cost.encoders_tiled import SiglipTowerCost, TiledEncoderCost

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sppruner.cost.decoder import DecoderCost
+from sppruner.cost.decoder_cost import DecoderCost
 
 PARTS = ("vision", "projector", "pruner", "prefill", "decode")
 """The parts of a row's FLOPs, in the order in which they run."""
@@ -90,8 +90,8 @@ class ModelCost:
         without pruning. pruner_flops: work of selecting before the decoder.
 
         Selection follows the projector, so vision and projector cost the same pruned and dense. The
-        pruner's own work counts for the pruned row only: `pruner_flops`, and the attention rows
-        that its stages score inside the decoder.
+        pruner's own work counts for the pruned row only: `pruner_flops` (`PruneReport`'s
+        `selection_flops`), and the attention rows that its stages score inside the decoder.
         """
         shared = {
             "vision": sum(self.encoder.vision(image) for image in images),

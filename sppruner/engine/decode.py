@@ -44,25 +44,42 @@ class DecodeStep:
                 mode="reduce-overhead" if adapter.model.device.type == "cuda" else None,
             )
 
-    def __call__(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        positions_RN: Tensor,
+        cache: KVSlots,
+        dropped_LN: Tensor | None = None,
+    ) -> Tensor:
         """Logits [N, vocabulary] after `tokens_N`, whose positions are `positions_RN`.
+
+        dropped_LN: tokens that stages have dropped of each row in front of each of the L layers,
+        where positions are renumbered: the position there is smaller by as many; only with one row
+        of positions. None, where no stage renumbers, has a graph of its own.
 
         Reads and writes the first N slots; the caller counts the token with `KVSlots.end_step`.
         """
         cache.begin_step(len(tokens_N))
-        logits: Tensor = self._forward(tokens_N, positions_RN, cache)
+        logits: Tensor = self._forward(tokens_N, positions_RN, cache, dropped_LN)
         return logits
 
-    def _run(self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots) -> Tensor:
+    def _run(
+        self, tokens_N: Tensor, positions_RN: Tensor, cache: KVSlots, dropped_LN: Tensor | None
+    ) -> Tensor:
         hidden = self._embed(tokens_N[:, None])
         text_N1 = positions_RN[0, :, None]
         # Of four rows the first counts text only; rotary embeddings use time, height and width.
         rotated = text_N1 if len(positions_RN) == 1 else positions_RN[1:, :, None]
-        rotary = self._decoder.rotary_emb(hidden, rotated)
+        if dropped_LN is not None:
+            rotated = text_N1 - dropped_LN.T  # of every layer at once
+        rotary = all_rotary = self._decoder.rotary_emb(hidden, rotated)
         mask = None
         for index, layer in enumerate(self._decoder.layers):
             if cache.starts_segment(index):
                 mask = cache.mask(index)
+            if dropped_LN is not None:
+                text_N1 = rotated[:, index : index + 1]
+                rotary = tuple(part[:, index : index + 1] for part in all_rotary)
             hidden = layer(
                 hidden,
                 attention_mask=mask,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 from PIL import Image
 
@@ -14,10 +13,6 @@ from sppruner.spec import DENSE, PruneSpec
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 """A model's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
-
-JpegScale: TypeAlias = Callable[[int, int], int]
-"""The factor by which an upright JPEG of a width and height may be decoded smaller: 1, 2, 4 or 8,
-a divisor of both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

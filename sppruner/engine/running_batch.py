@@ -60,6 +60,15 @@ class RunningRequest:
         return [tokens + new for tokens in self.report.layer_tokens]
 
     @property
+    def dropped(self) -> list[int] | None:
+        """Tokens that stages have dropped in front of each layer, where positions are renumbered;
+        None where they are not."""
+        tokens = self.report.layer_tokens
+        if self.report.spec.positions == "keep" or tokens[-1] == tokens[0]:
+            return None
+        return [tokens[0] - held for held in tokens]
+
+    @property
     def stopped(self) -> bool:
         """Whether its answer contains a stop string."""
         return self.detokenizer is not None and self.detokenizer.stopped
@@ -164,6 +173,7 @@ class RunningBatch:
             torch.tensor(tokens, device=self._device),
             torch.tensor(positions, device=self._device).T.contiguous(),
             self.cache,
+            self._dropped(requests, padding),
         )[: len(requests)]
         self.cache.end_step(len(requests))
         for running in requests:
@@ -183,6 +193,17 @@ class RunningBatch:
             self.requests[slot] = self.requests[last]
         self.requests.pop()
         self.cache.release(last)
+
+    def _dropped(self, requests: Sequence[RunningRequest], padding: int) -> torch.Tensor | None:
+        """See `DecodeStep`. padding: empty slots that run along. A captured step always gets it, so
+        that it is one graph."""
+        dropped = [running.dropped for running in requests]
+        one_row = len(requests[0].positions) == 1
+        if not one_row or not (any(dropped) or self._padded_slots):
+            return None
+        none = [0] * len(self.cache.keys)
+        filled = [row or none for row in dropped] + [none] * padding
+        return torch.tensor(filled, device=self._device).T.contiguous()
 
     def _start(self, prepared: PreparedRequest, prompt: Prefilled) -> RunningRequest:
         request = prepared.request

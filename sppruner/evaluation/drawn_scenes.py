@@ -24,14 +24,13 @@ from sppruner.tiny.questions import (
     caption,
     questions,
 )
-from sppruner.tiny.scenes import HELD_OUT_SEED, render, sample_scene
+from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 Split: TypeAlias = Literal["report", "tuning"]
 
 CAPTION = "caption"
 SPLIT_SCENES = 1_000_000
 """Scenes in each split: "report" starts at HELD_OUT_SEED, "tuning" this many seeds later."""
-JPEG_QUALITY = 92
 """JPEG quality of held-out scenes, wherever they are encoded."""
 
 
@@ -88,9 +87,7 @@ def _item(scene: Scene, index: int, question: Question) -> Item:
 @functools.lru_cache(maxsize=64)
 def _decode_scene(seed: int) -> Image.Image:
     """The scene as a user's JPEG of it decodes."""
-    buffer = io.BytesIO()
-    render(sample_scene(seed)).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(encode_scene(sample_scene(seed)))).convert("RGB")
 
 
 def subject_outlines(scene: Scene, question: Question) -> tuple[Outline, ...]:

@@ -17,7 +17,7 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from sppruner.engine.interface import JpegScale
+from sppruner.models import JpegScale
 
 _Size: TypeAlias = tuple[int, int]
 """(rows, columns)"""

@@ -40,6 +40,11 @@ class Selector(ABC):
     def __post_init__(self) -> None:  # noqa: B027 - a method need not check anything
         """Raises SpecError for an option's value that cannot mean anything."""
 
+    def on(self, can: Capabilities) -> Selector:
+        """The method as it runs on a model that can do `can`: with what its options leave to the
+        family filled in."""
+        return self
+
     @property
     def signals(self) -> frozenset[str]:
         return frozenset()

@@ -11,11 +11,26 @@ purely diverse at 0 towards purely relevant; the released code leaves it out, as
 OpenVINO's version for Qwen has θ 0.5, takes positive cosines with word embeddings for r and splits
 the tokens in raster order into two halves that share the budget: `split_halves`.
 
-Ours: min and max are each image's own, where the code takes them over the batch; relevance
-defaults to word embeddings, since LLaVA checkpoints lack the text tower the paper uses ("clip",
-whose sign is `ClipText`'s, is the released code's); without text, or with one that tells no token
-from another, all qualities are 1; where the span is used up, d² is rounding and the quality
-decides alone.
+Ours, other than the released code for LLaVA (Theia-4869/CDPruner at ed9c12d):
+  relevance  defaults to word embeddings, since LLaVA checkpoints lack the text tower the paper uses
+             ("clip", whose sign is `ClipText`'s, is the code's). Without text, or with one that
+             tells no token from another, all qualities are 1.
+  prompts    longer than the text tower's context (77 tokens) are cut in chunks either way, whose
+             relevance is averaged. Ours each stand between a start and an end token of their own
+             and hold 75 tokens of the prompt. The code tokenises the whole prompt once and cuts the
+             result every 77 tokens, padded with zeros at the end: there the first chunk alone has a
+             start token and the last alone the end token whose state CLIP reads, and the others
+             are read at another place. Prompts of up to 75 tokens are the same. "embed" relevance
+             has no chunks: it is the mean over all words of the prompt but stop words.
+  scaling    min and max are those of each plane (a whole image or one tile), where the code takes
+             them over the whole tensor, all tiles of all images of a batch together.
+  tiles      each plane is a determinantal process of its own, as each tile is in the code. The
+             budget counts what the prompt holds and is shared by the planes by size, and row ends
+             are not candidates (they stay where there is room beside all planes). The code gives
+             every tile the same number, drops what lies in padding afterwards, and keeps every row
+             end on top.
+  span       where it is used up, d² is rounding and the quality decides alone; the code goes on
+             with the rounding.
 """
 
 from __future__ import annotations

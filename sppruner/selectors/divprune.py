@@ -5,7 +5,15 @@
     then, until k are kept: the token of largest distance to its nearest kept token
 
 All of it is the paper's and its code's: the greedy solution of the max-min diversity problem. No
-attention and no text.
+attention and no text. For an image of one plane (LLaVA-1.5, the Qwen families) the choice is that
+of the code.
+
+Families that cut images into tiles or show them at two resolutions (LLaVA-NeXT, LLaVA-OneVision,
+InternVL, Idefics3, SmolVLM) differ: here each plane is a problem of its own, with a share of the
+image's budget by its size, and the row ends between them are not candidates: they stay only where
+there is room beside all planes. The released code (vbdi/divprune) solves one problem over all
+features of the image's run, tiles, both resolutions and row ends alike, so that a token of one tile
+may stand for a like one of another; it also serves one image per prompt only.
 """
 
 from __future__ import annotations

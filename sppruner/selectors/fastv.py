@@ -20,7 +20,8 @@ class FastVSelector(StagedSelector):
     count.
 
     The paper describes the attention a token receives on average; its code, which others follow,
-    takes the row of the last token, and so does this.
+    takes the row of the last token in the layer before, which has run, and so does this. As in the
+    code, the tokens that are left keep their positions unless the spec renumbers them.
     """
 
     name: ClassVar[str] = "fastv"

@@ -11,11 +11,11 @@
 Known from the paper: all of the above with α 3, β 1, ρ 0.9, κ 1. No code was published. Ours: K_F
 leaves at least a tenth of the budget, and one token, to the scan, since eq 4 alone may exceed the
 budget and then only the top of φ would be kept, and it leaves at least one token to the focus,
-from which the scan starts; weights are φ + 1e-6, since the least φ is 0; where the text is missing
-or tells no token from another, φ = s^β, as the paper's own runs on Qwen2.5-VL have it; relevance
-defaults to the language model's word embeddings, since LLaVA checkpoints lack the text tower of
-CLIP that eq 2 takes. The sign of "clip" relevance, on which paper and related code differ, is
-`ClipText`'s.
+from which the scan starts; where the weights φ of a home and of all it receives are 0, which eq 9
+leaves undefined, their plain mean; where the text is missing or tells no token from another,
+φ = s^β, as the paper's own runs on Qwen2.5-VL have it; relevance defaults to the language model's
+word embeddings, since LLaVA checkpoints lack the text tower of CLIP that eq 2 takes. The sign of
+"clip" relevance, on which paper and related code differ, is `ClipText`'s.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class FSRSelector(SaliencyOption, RelevanceOptions):
         alike_MS = cosine_NN[dropped_M[:, None], scan_S]
         best_M = closest(alike_MS, merges)
         refined_SD, received_S1 = absorb(
-            features_ND, phi_N + 1e-6, scan_S, dropped_M[best_M], alike_MS[best_M]
+            features_ND, phi_N, scan_S, dropped_M[best_M], alike_MS[best_M]
         )
         refined_ND = features_ND.clone()
         refined_ND[scan_S] = torch.where(

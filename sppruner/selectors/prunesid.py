@@ -13,15 +13,30 @@
                 each is shared by survivors, or by size
     kept        of each group its quota: survivors by score, then suppressed tokens by score
 
-Paper and released code differ, and both are options. center: "token" subtracts each token's mean
-over its features (the code), "feature" each feature's mean over the tokens (paper). score:
-"attention" (the code for LLaVA) or "loading" (paper, and the code for Qwen2-VL). tau_mode: as in
-the code for either model. quota: "survivors" (code) or "size" (paper). Defaults are the LLaVA
-code's, since the published figures were measured with it. With them τ is above 1, and nothing is
-suppressed, as soon as ρ is above 32 / K.
+Paper and released code differ, the code for LLaVA and that for Qwen2-VL differ too, and all of it
+is options:
 
-Ours: an exact decomposition, in fp64, where the code draws a randomised one; raster order; the CLS
-token is not kept and its place goes to a patch; suppression holds one row of cosines for each
+                      paper       code for LLaVA    code for Qwen2-VL
+    features          encoder     encoder           projected: behind the merger
+    score             loading     attention (CLS)   loading
+    tau_mode          llava       llava             qwen
+    center            feature     token             token
+    quota             size        survivors         survivors
+
+features: "encoder" is the states in front of the projector, where there are such of each token.
+center: "token" subtracts each token's mean over its features, "feature" each feature's mean over
+the tokens. An "auto" is the code's for the model at hand: that for LLaVA where saliency is the row
+of a CLS token and each token is one patch (LLaVA, LLaVA-NeXT), that for Qwen2-VL where tokens join
+several patches or no token attends for all (the Qwen families, InternVL, Idefics3, SmolVLM,
+LLaVA-OneVision), of which the authors have run Qwen2-VL alone. The published figures were measured
+with LLaVA's. With its threshold τ is above 1, and nothing is suppressed, as soon as ρ is above
+32 / K.
+
+On the same features the choice is that of the code but for: an exact decomposition, in fp64, where
+the code draws a randomised one; raster order; the CLS token, which LLaVA's code keeps, is not, and
+its place goes to a patch; the count, which is the budget's, where Qwen's code keeps at least 16
+tokens and prunes no image of 16 or fewer (a budget's min_keep=16 does so), and no fewer than four
+groups, which only its own minimum makes possible. Suppression holds one row of cosines for each
 group's present best instead of a matrix for each group.
 
 Dynamic budgets. The paper gives an image tokens in proportion to φ = 1 − ρ at an equal average over
@@ -36,8 +51,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -56,23 +71,30 @@ from sppruner.selectors.similarity import (
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
 
+# What "auto" stands for, by whose code it is.
+_LLAVA: Final = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
+_QWEN: Final = {"features": "projected", "score": "loading", "tau_mode": "qwen"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSIDSelector(SaliencyOption):
-    """See the module's docstring. saliency only counts where score is "attention"."""
+    """See the module's docstring. saliency only counts where score is "attention". Without a
+    model to fill them in (`on`), "auto" options are those of the code for LLaVA."""
 
     name: ClassVar[str] = "prunesid"
+    features: str = "auto"
     center: str = "token"
-    score: str = "attention"
-    tau_mode: str = "llava"
+    score: str = "auto"
+    tau_mode: str = "auto"
     quota: str = "survivors"
     usual_information: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(self, "features", ("auto", "encoder", "projected"))
         one_of(self, "center", ("token", "feature"))
-        one_of(self, "score", ("attention", "loading"))
-        one_of(self, "tau_mode", ("llava", "qwen"))
+        one_of(self, "score", ("auto", "attention", "loading"))
+        one_of(self, "tau_mode", ("auto", "llava", "qwen"))
         one_of(self, "quota", ("survivors", "size"))
         if self.usual_information <= 0:
             raise SpecError(
@@ -82,28 +104,40 @@ class PruneSIDSelector(SaliencyOption):
 
     @property
     def signals(self) -> frozenset[str]:
-        return super().signals if self.score == "attention" else frozenset()
+        return frozenset() if self.score == "loading" else super().signals
+
+    def on(self, can: Capabilities) -> PruneSIDSelector:
+        code = _LLAVA if can.attention == "cls" and not can.merged else _QWEN
+
+        def filled(option: str) -> str:
+            said: str = getattr(self, option)
+            return code[option] if said == "auto" else said
+
+        return replace(
+            self,
+            features=filled("features"),
+            score=filled("score"),
+            tau_mode=filled("tau_mode"),
+        )
 
     def check(self, budget: Budget, can: Capabilities) -> None:
         """Any budget, with spread or without."""
 
     def information(self, planes: Sequence[VisualTokens]) -> float:
         """φ over the usual φ; of an image of several planes, their mean weighted by tokens."""
-        held = sum(
-            plane.count * (1 - float(mean_cosine(encoder_states(plane)))) for plane in planes
-        )
+        held = sum(plane.count * (1 - float(mean_cosine(self._states(plane)))) for plane in planes)
         return held / sum(plane.count for plane in planes) / self.usual_information
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        states = [encoder_states(image) for image in images]
+        states = [self._states(image) for image in images]
         # Centred states of D features have D − 1 components; what is beyond them is arbitrary.
         groups = [max(1, min(k // 4, states[0].shape[1] - 1)) for k in counts]
         psca = [self._components(s, g) for s, g in zip(states, groups, strict=True)]
         group_IN = torch.stack([group_N for group_N, _ in psca])
-        if self.score == "attention":
-            score_IN = saliency_IN(images, self.saliency)
-        else:
+        if self.score == "loading":
             score_IN = torch.stack([loading_N for _, loading_N in psca])
+        else:
+            score_IN = saliency_IN(images, self.saliency)
         order_IN = score_IN.argsort(dim=1, descending=True, stable=True)
         tau_I = torch.stack([self._tau(s, k) for s, k in zip(states, counts, strict=True)])
         survives_IN = _suppress(group_IN, order_IN, cosines_INN(states), tau_I)
@@ -124,6 +158,9 @@ class PruneSIDSelector(SaliencyOption):
         kept_IN = place_IN < quota_IG.to(group_IN.device).gather(1, group_IN)
         return [Selection(index_K=from_mask(kept_N)) for kept_N in kept_IN]
 
+    def _states(self, image: VisualTokens) -> Tensor:
+        return image.features_ND if self.features == "projected" else encoder_states(image)
+
     def _components(self, states_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Group and loading of each token, [N] each. Left singular vectors of X are eigenvectors of
         X Xᵀ; in fp64, since that squares the singular values."""
@@ -136,9 +173,9 @@ class PruneSIDSelector(SaliencyOption):
 
     def _tau(self, states_ND: Tensor, k: int) -> Tensor:
         n, rho = len(states_ND), mean_cosine(states_ND)
-        if self.tau_mode == "llava":
-            return k / 32 * rho
-        return max(18 * k / n, 1.0) * (rho * (n - 1) / 2 + 1) / n
+        if self.tau_mode == "qwen":
+            return max(18 * k / n, 1.0) * (rho * (n - 1) / 2 + 1) / n
+        return k / 32 * rho
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
         """Two squares of products, and 9 N³ for a symmetric eigendecomposition, counting the
@@ -174,18 +211,18 @@ def quotas(
     """How many of `k` tokens each group gives; groups may be empty, but not more than k are not.
 
     Shares of `weights` are differences of rounded running sums, so they add up; what bounds cut off
-    goes to the groups with most survivors.
+    goes to the groups with most survivors. The sums are fp32, as in the code: many come out half
+    way between two counts, and its roundings are then what decides.
     """
     bound = 5 * math.ceil(k / 64)
     most = [min(bound, left) for left in survivors]
     while sum(most) < k:
         most = [min(m + 1, size) for m, size in zip(most, sizes, strict=True)]
     given = [min(1, size) for size in sizes]
-    extra, total, run = k - sum(given), sum(weights), 0
-    for g, weight in enumerate(weights):
-        before = math.floor(extra * run / total + 0.5)
-        run += weight
-        share = math.floor(extra * run / total + 0.5) - before
+    extra = k - sum(given)
+    parts = torch.tensor(weights) / sum(weights)
+    running = (parts.cumsum(dim=0) * extra).round().int()
+    for g, share in enumerate(running.diff(prepend=running.new_zeros(1)).tolist()):
         given[g] = min(given[g] + share, most[g])
     for g in sorted(range(len(sizes)), key=lambda g: -survivors[g]):
         given[g] += min(most[g] - given[g], k - sum(given))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from sppruner.errors import SpecError
 from sppruner.selectors.staged import StagedSelector
-from sppruner.stages import TokenSchedule
+from sppruner.stages import Scoring, TokenSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +21,27 @@ class PyramidDropSelector(StagedSelector):
     stays after the last stage (the paper's share of 0.5 is a budget of 0.125), or with "average"
     the mean over all layers (0.469).
 
-    The paper computes the scores at a stage from the hidden states in front of it, with the next
-    layer's weights. Ours are the attention of the layer before, which has been computed already.
+    scoring: what a stage ranks by. "stage", the paper's and its code's: the attention that the
+    last token would pay in the stage's own layer to the hidden states in front of it, with that
+    layer's input norm, query and key projections and rotary embeddings. "before": the attention it
+    has paid in the layer before, which costs nothing but chooses other tokens.
+
+    As in the code, a stage keeps n · share^i tokens cut to a whole number. Not as in the code: what
+    stays after the last stage is the budget's own count, rounded as every method's is; with count
+    "average" the counts are rounded to the nearest, to meet the average; a stage ranks the tokens
+    of all images of a prompt together, where the code knows one image. The code also renumbers the
+    tokens that are left, from each stage's layer on: a spec's positions "renumber" does that (not
+    with M-RoPE); "keep" leaves them where they were.
     """
 
     name: ClassVar[str] = "pyramiddrop"
     layers: str = ""
+    scoring: str = "stage"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scoring not in ("stage", "before"):
+            raise SpecError(f"scoring={self.scoring!r} of 'pyramiddrop': use 'stage' or 'before'")
         chosen = self._chosen()
         if list(chosen) != sorted(set(chosen)) or any(layer < 1 for layer in chosen):
             raise SpecError(
@@ -58,10 +71,16 @@ class PyramidDropSelector(StagedSelector):
         stages = self.stage_layers(layers)
         if self.count == "final":
             share = (k / n) ** (1 / len(stages))
-            kept = [round(n * share**i) for i in range(1, len(stages))] + [k]
+            # A whole number may come out as a little less.
+            kept = [math.floor(n * share**i + 1e-9) for i in range(1, len(stages))] + [k]
         else:
             kept = self._averaging(n, k, layers, stages)
-        return TokenSchedule(before=n, counted=k, stages=tuple(zip(stages, kept, strict=True)))
+        return TokenSchedule(
+            before=n,
+            counted=k,
+            stages=tuple(zip(stages, kept, strict=True)),
+            scoring=cast(Scoring, self.scoring),
+        )
 
     def _averaging(self, n: int, k: int, layers: int, stages: tuple[int, ...]) -> list[int]:
         lengths = [end - at for at, end in zip(stages, (*stages[1:], layers), strict=True)]

@@ -113,16 +113,23 @@ def absorb(
     """Tokens `into_C` as weighted means of themselves and of the tokens `from_M` they are home to.
 
     A token's home is where `alike_MC` is largest. Returns the means [C, D] fp32 and which received
-    any [C, 1] bool. One product instead of scattered additions: the same sum in the same order on
-    every device.
+    any [C, 1] bool. weight_N: fp32, from 0; only ratios within a group count, however small the
+    weights are. A group whose weights are all 0 gets its plain mean, which is what the weights
+    plus ε tend to as ε falls to 0. One product instead of scattered additions: the same sum in the
+    same order on every device.
     """
     home_M = alike_MC.argmax(dim=1)
-    places_C1 = torch.arange(len(into_C), device=into_C.device)[:, None]
-    share_CM = weight_N[from_M] * (places_C1 == home_M)
-    own_C1 = weight_N[into_C, None]
-    summed_CD = own_C1 * features_ND[into_C].float() + share_CM @ features_ND[from_M].float()
-    received_C1 = (places_C1 == home_M).any(dim=1, keepdim=True)
-    return summed_CD / (own_C1 + share_CM.sum(dim=1, keepdim=True)), received_C1
+    joins_CM = torch.arange(len(into_C), device=into_C.device)[:, None] == home_M
+    own_C1, share_CM = weight_N[into_C, None], weight_N[from_M] * joins_CM
+    total_C1 = own_C1 + share_CM.sum(dim=1, keepdim=True)
+    # Below the least normal number weights have lost their digits.
+    weightless_C1 = total_C1 < torch.finfo(total_C1.dtype).tiny
+    own_C1 = own_C1.masked_fill(weightless_C1, 1.0)
+    share_CM = torch.where(weightless_C1, joins_CM.to(share_CM.dtype), share_CM)
+    total_C1 = own_C1 + share_CM.sum(dim=1, keepdim=True)
+    mean_CD = own_C1 / total_C1 * features_ND[into_C].float()
+    mean_CD = mean_CD + (share_CM / total_C1) @ features_ND[from_M].float()
+    return mean_CD, joins_CM.any(dim=1, keepdim=True)
 
 
 def closest(alike_MC: Tensor, count: int) -> Tensor:

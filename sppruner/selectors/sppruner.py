@@ -79,8 +79,8 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
     share of the longer grid side. windows: the grid is split in windows × windows for the coverage
     pass. kappa: dropped tokens merged per context token. mode: "pre" spends the budget in front of
     the decoder; with "pre+mid" it is the average over the decoder's layers: 1.5 times as many
-    tokens enter, and in front of the middle layer the attention of the last prompt token leaves
-    0.5 times as many, the split of VScan.
+    tokens enter, and in front of the middle layer the attention that the last prompt token has paid
+    in the layer before leaves 0.5 times as many, the split of VScan.
     """
 
     name: ClassVar[str] = "sppruner"
@@ -284,7 +284,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         alike_MC = cosine_NN[dropped_M[:, None], context_C] * torch.exp(-apart_MC / (2 * reach**2))
         best_M = closest(alike_MC, merges)
         merged_CD, received_C1 = absorb(
-            features_ND, phi_N + 1e-6, context_C, dropped_M[best_M], alike_MC[best_M]
+            features_ND, phi_N, context_C, dropped_M[best_M], alike_MC[best_M]
         )
         before_CD = features_ND[context_C].float()
         if self.restore_norm:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sppruner.errors import InputError
+
+# Whose attention of the last token a stage goes by: the one that the layer before it has paid, or
+# the one that the stage's own layer would pay to the states in front of it.
+Scoring: TypeAlias = Literal["before", "stage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,11 +22,13 @@ class TokenSchedule:
 
     before: those that enter the decoder. stages: (layer, tokens) pairs, layers ascending: in front
     of that layer the image is cut to so many. counted: what the method's budget speaks of.
+    scoring: what the stages go by.
     """
 
     before: int
     counted: int
     stages: tuple[tuple[int, int], ...] = ()
+    scoring: Scoring = "before"
 
     def at(self, layer: int) -> int:
         """Tokens at a layer."""
@@ -38,12 +45,17 @@ class StagePlan:
 
     keep: layer → visual tokens each row keeps there, [B]; a stage may drop tokens of any of the
     row's images, so it keeps the sum over them. attention_mask_BL: the packed prompt's, 0 at
-    padding. visual_BL: where the packed prompt holds visual tokens.
+    padding. visual_BL: where the packed prompt holds visual tokens. own: layer → rows, [B], that
+    go by the scores of the stage's own layer there; where a layer is missing all go by the layer
+    before. renumber: whether the tokens left by a stage are counted from 0 again, from its layer
+    on; only for prompts that are counted so, not for M-RoPE.
     """
 
     keep: dict[int, list[int]]
     attention_mask_BL: Tensor
     visual_BL: Tensor
+    own: dict[int, list[bool]] = field(default_factory=dict)
+    renumber: bool = False
 
     @classmethod
     def of(
@@ -53,6 +65,7 @@ class StagePlan:
         *,
         attention_mask_BL: Tensor,
         visual_BL: Tensor,
+        renumber: bool = False,
     ) -> StagePlan | None:
         """The plan of a batch whose image i lies in prompt rows[i]; None where nothing is pruned
         inside the decoder.
@@ -70,10 +83,24 @@ class StagePlan:
                     "the last token of the text, so put some text after the image"
                 )
         keep = {layer: [0] * len(visual_BL) for layer in layers}
-        for layer in layers:
-            for row, schedule in zip(rows, schedules, strict=True):
+        ways: dict[int, dict[int, Scoring]] = {layer: {} for layer in layers}
+        for row, schedule in zip(rows, schedules, strict=True):
+            for layer in layers:
                 keep[layer][row] += schedule.at(layer)
-        return cls(keep=keep, attention_mask_BL=attention_mask_BL, visual_BL=visual_BL)
+            for layer, _ in schedule.stages:
+                ways[layer][row] = schedule.scoring
+        own = {}
+        for layer, way in ways.items():
+            # Rows that lose nothing there do as the others do: one way of scoring may be enough.
+            usual = "stage" if set(way.values()) == {"stage"} else "before"
+            own[layer] = [way.get(row, usual) == "stage" for row in range(len(visual_BL))]
+        return cls(
+            keep=keep,
+            attention_mask_BL=attention_mask_BL,
+            visual_BL=visual_BL,
+            own=own,
+            renumber=renumber,
+        )
 
 
 def most_attended(row_BL: Tensor, visual_BL: Tensor, keep_B: Tensor) -> Tensor:

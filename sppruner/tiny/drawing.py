@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sppruner.tiny.layout import Ground, Scene, Sign, mark_outline, outline
 
-__all__ = ["render"]
+__all__ = ["JPEG_QUALITY", "encode_scene", "render"]
+
+JPEG_QUALITY: Final = 92
+"""JPEG quality of held-out scenes, wherever they are encoded."""
 
 _RGB: Final[dict[str, tuple[int, int, int]]] = {
     "red": (214, 40, 40),
@@ -44,6 +48,23 @@ def render(scene: Scene, pixels: int = 192) -> Image.Image:
     for sign in scene.signs:
         _draw_sign(draw, sign, side)
     return image.reduce(_SUPERSAMPLE)
+
+
+def encode_scene(
+    scene: Scene,
+    pixels: int = 192,
+    *,
+    format: Literal["JPEG", "PNG"] = "JPEG",
+    quality: int = JPEG_QUALITY,
+) -> bytes:
+    """The rendered scene as an image file of `pixels` per side; `quality` applies to JPEG only.
+
+    Published scores depend on these bytes: tests/sppruner/tiny/test_encoding.py pins them.
+    """
+    buffer = io.BytesIO()
+    options = {"quality": quality} if format == "JPEG" else {}
+    render(scene, pixels).save(buffer, format, **options)
+    return buffer.getvalue()
 
 
 def _draw_sign(draw: ImageDraw.ImageDraw, sign: Sign, side: int) -> None:

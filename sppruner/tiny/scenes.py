@@ -11,7 +11,7 @@ import math
 import random
 from typing import Final
 
-from sppruner.tiny.drawing import render
+from sppruner.tiny.drawing import JPEG_QUALITY, encode_scene, render
 from sppruner.tiny.layout import (
     BACKGROUNDS,
     COLORS,
@@ -35,6 +35,7 @@ __all__ = [
     "COLORS",
     "FEWEST_OBJECTS",
     "HELD_OUT_SEED",
+    "JPEG_QUALITY",
     "MOST_OBJECTS",
     "MOST_SIGNS",
     "SHAPES",
@@ -43,6 +44,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "Sign",
+    "encode_scene",
     "render",
     "sample_scene",
 ]

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable, RowError
 from cluster.images import decode_image
-from sppruner.engine.interface import JpegScale
+from sppruner.models import JpegScale
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 
 LIMITS = MediaLimits()

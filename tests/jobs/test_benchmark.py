@@ -1,4 +1,4 @@
-"""The benchmark's result has the shape its readers rely on, and its figures fit together."""
+"""Suite `selection`: the result has the documented shape, and its figures are consistent."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.suites.selection import Prompt, published, selection
+from jobs.suites.selection import PromptShape, list_published_prompts, run_selection_suite
 from jobs.suites.shapes import LLAVA_7B
 
 WIDTHS = replace(
     LLAVA_7B, layers=3, hidden=64, heads=4, kv_heads=2, intermediate=96, tower_hidden=32
 )
-SMALL = Prompt(model="small", widths=WIDTHS, encoder_width=32, grid=8, text_tokens=5)
+SMALL = PromptShape(model="small", widths=WIDTHS, encoder_width=32, grid=8, text_tokens=5)
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     methods = ("sppruner", "topk")
-    return selection(quick=True, told=Console(quiet=True), methods=methods, prompts=[SMALL])
+    return run_selection_suite(
+        quick=True, console=Console(quiet=True), methods=methods, prompts=[SMALL]
+    )
 
 
 def test_every_method_is_timed_at_every_shape_beside_the_same_prefill(
@@ -39,8 +41,8 @@ def test_the_headline_ratio_is_the_worst_shape_of_sppruner(result: dict[str, Any
     assert ratios["pruner_share"] == ratios["sppruner small 64"]
 
 
-def test_the_published_prompts_are_those_of_the_models() -> None:
-    prompts = {(p.model, p.visual_tokens): p for p in published()}
+def test_the_published_prompts_have_the_sizes_of_the_models() -> None:
+    prompts = {(p.model, p.visual_tokens): p for p in list_published_prompts()}
     assert set(prompts) == {
         (model, n) for model in ("LLaVA-1.5-7B", "Qwen2.5-VL-7B") for n in (576, 1296)
     }

@@ -1,4 +1,4 @@
-"""The evaluation command: what it writes, and what it refuses with status 2."""
+"""The evaluation command: the files it writes, and the arguments it refuses with exit code 2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROW_KEYS = [
 
 
 def pope(folder: Path) -> list[str]:
-    """Two questions about one picture, and the options that ask them."""
+    """Writes two questions about one picture; returns the options that evaluate them."""
     Image.new("RGB", (96, 96), "gray").save(folder / "x.jpg")
     entry = {"question_id": 1, "image": "x.jpg", "text": "is there a red circle?", "label": "no"}
     lines = [json.dumps(entry), json.dumps({**entry, "question_id": 2})]
@@ -44,9 +44,9 @@ def test_every_output_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     files = [f"--{kind}={tmp_path / name}" for kind, name in
              (("json", "e.json"), ("markdown", "e.md"), ("csv", "e.csv"), ("plot", "e.png"),
               ("overlay", "shown"))]  # fmt: skip
-    asked = ["--questions", "10", "--retain", "0.25,0.1", "--split", "tuning"]
+    questions = ["--questions", "10", "--retain", "0.25,0.1", "--split", "tuning"]
     methods = ["--methods", "grid,sppruner:kappa=0,sppruner:relevance=clip"]
-    assert evaluate.main([*asked, *methods, *files]) == 0
+    assert evaluate.main([*questions, *methods, *files]) == 0
     document = json.loads((tmp_path / "e.json").read_text())
     assert [(row["method"], row["retained"]) for row in document["rows"]] == [
         ("none", 1.0),
@@ -72,17 +72,17 @@ def test_every_output_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "majority answer" in captured.out
 
 
-def test_files_of_the_user_are_asked_about(tmp_path: Path) -> None:
-    told = tmp_path / "e.json"
-    options = ["--methods", "grid", "--retain", "0.5", "--json", str(told)]
+def test_questions_come_from_the_files_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "e.json"
+    options = ["--methods", "grid", "--retain", "0.5", "--json", str(file)]
     assert evaluate.main([*pope(tmp_path), *options]) == 0
-    dense, grid = json.loads(told.read_text())["rows"]
+    dense, grid = json.loads(file.read_text())["rows"]
     assert dense["n"] == grid["n"] == 2
     assert grid["metrics"].keys() == {"f1", "precision", "recall", "yes_ratio"}
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--methods", "nope"], "there are none"),
         (["--methods", "sppruner:kapa=1"], "no option 'kapa'"),
@@ -98,16 +98,16 @@ def test_files_of_the_user_are_asked_about(tmp_path: Path) -> None:
         (["--json", "no/folder/e.json"], "its folder does not exist"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_runs(
+def test_bad_arguments_are_refused_before_anything_runs(
     options: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(evaluate, "load_model", lambda *given: pytest.fail("it ran"))
     assert evaluate.main(options) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_image_that_cannot_be_decoded_is_named(
@@ -119,9 +119,9 @@ def test_an_image_that_cannot_be_decoded_is_named(
     assert "x.jpg: cannot be used" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_log_gets_plain_lines_until_all_is_answered() -> None:
+def test_a_log_gets_plain_lines_until_every_question_is_answered() -> None:
     written = io.StringIO()
-    with evaluate.progress(Console(file=written), "model", 1200) as advance:
+    with evaluate.show_progress(Console(file=written), "model", 1200) as advance:
         for _ in range(4):
             advance(300)
     lines = written.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""The command line others build on: its options, its defaults, and what it refuses at once."""
+"""The frozen command line: its options and defaults, and the arguments it refuses at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from cluster.runs.run import fleet_settings
 from jobs import answer_vqa, caption_corpus, evaluate, report
-from jobs.labelling_cli import Job, config_of, parser
+from jobs.labelling_cli import Job, build_config, build_parser
 
 JOBS = [caption_corpus.JOB, answer_vqa.JOB]
 
@@ -17,7 +17,7 @@ JOBS = [caption_corpus.JOB, answer_vqa.JOB]
 def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
     options = {
         action.option_strings[0]: action.default
-        for action in parser(job)._actions
+        for action in build_parser(job)._actions
         if action.dest != "help"
     }
     assert options == {
@@ -35,9 +35,11 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
     }
 
 
-def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
-    asked = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
-    config = config_of(JOBS[0], parser(JOBS[0]).parse_args([*asked, "--replicas", "3"]), demo=False)
+def test_options_reach_the_replicas_and_their_requests() -> None:
+    options = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
+    config = build_config(
+        JOBS[0], build_parser(JOBS[0]).parse_args([*options, "--replicas", "3"]), demo=False
+    )
     assert config.generation.max_new_tokens == 7
     fleet = fleet_settings(config, "r", {})
     assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
@@ -45,7 +47,7 @@ def test_what_is_asked_for_reaches_the_replicas_and_their_requests() -> None:
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs the job in this process: had it started Ray or a server, it would not be that fast."""
+    """The error of a job run in this process; starting Ray or a server would take far longer."""
     assert caption_corpus.main(arguments) == 2
     return capsys.readouterr().err
 
@@ -84,13 +86,13 @@ def test_an_empty_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert str(tmp_path / "in") in refused(places, capsys)
 
 
-def test_report_of_something_that_is_no_output(
+def test_a_report_of_a_prefix_without_a_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_evaluate_names_the_methods_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_lists_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--methods", "nope", "--model", "unused"]) == 2
     assert "sppruner" in capsys.readouterr().err

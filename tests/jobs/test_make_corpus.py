@@ -1,4 +1,4 @@
-"""The demonstration corpus: reproducible, held out, readable by others, broken only as listed."""
+"""The drawn corpus: reproducible, held out, in standard formats, faulty only where listed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def outcome(data: bytes | None) -> str | None:
 
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_same_arguments_give_the_same_corpus(tmp_path: Path, kind: Kind, format: Format) -> None:
+def test_equal_arguments_give_equal_corpora(tmp_path: Path, kind: Kind, format: Format) -> None:
     for name in ("one", "two"):
         uri = str(tmp_path / name)
         make_corpus(kind=kind, rows=30, output=uri, format=format, faults=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_another_seed_gives_other_scenes_all_of_them_held_out(tmp_path: Path) -> None:
+def test_different_seeds_give_different_held_out_scenes(tmp_path: Path) -> None:
     keys: list[set[str]] = []
     for seed in (0, 1):
         make_corpus(kind="caption", rows=20, output=str(tmp_path / str(seed)), seed=seed)
@@ -79,7 +79,7 @@ def test_webdataset_members_of_a_key_are_consecutive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_planted_faults_are_all_there_and_nothing_else_is_broken(
+def test_every_planted_fault_is_present_and_nothing_else_is_faulty(
     tmp_path: Path, kind: Kind
 ) -> None:
     faults = make_corpus(kind=kind, rows=200, output=str(tmp_path), faults=True, seed=3)
@@ -101,7 +101,7 @@ def test_planted_faults_are_all_there_and_nothing_else_is_broken(
     assert max(len(row["key"]) for row in rows) == 4096
 
 
-def test_the_last_archive_breaks_off_within_one_more_row(tmp_path: Path) -> None:
+def test_the_last_archive_is_truncated_within_one_more_row(tmp_path: Path) -> None:
     uri = str(tmp_path)
     faults = make_corpus(kind="caption", rows=40, output=uri, format="webdataset", faults=True)
     assert (faults[-1].row, faults[-1].key) == (40, "00000.tar")

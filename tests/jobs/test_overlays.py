@@ -1,4 +1,4 @@
-"""Sheets of what methods keep: one of its own per model, with captions that say where tokens go."""
+"""Sheets of kept tokens: one per model and budget, with captions that count dropped tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cluster.demo.contact_sheet import Tile, contact_sheet
+from cluster.demo.contact_sheet import Tile, draw_contact_sheet
 from jobs import overlays
 from sppruner import Budget, PruneSpec
 from sppruner.evaluation import Dataset, drawn_scenes
@@ -31,7 +31,7 @@ def one_scene() -> Dataset:
 
 
 def sheets(folder: Path, model: str, methods: Sequence[str], ratio: float) -> list[Path]:
-    """What is written for a model that was asked for by this name."""
+    """The sheets of a model with this name."""
     loaded = replace(embedded(), identity=replace(embedded().identity, name=model))
     specs = [PruneSpec.parse(method, Budget(ratio=ratio)) for method in methods]
     return overlays.write_overlays(loaded, one_scene(), specs, folder)
@@ -44,7 +44,10 @@ def sheets(folder: Path, model: str, methods: Sequence[str], ratio: float) -> li
         (f"/a/{LONG}step-100", f"/b/{LONG}step-100"),
         ("org/model", "org-model"),
         ("../model", "model"),
-        ("\U00020000" * 60, "\U00020000" * 59),  # four bytes each: as long as a name can get
+        (
+            "\U00020000" * 60,
+            "\U00020000" * 59,
+        ),  # four bytes per character: the longest possible name
     ],
     ids=["end", "beginning", "slash", "dots", "bytes"],
 )
@@ -54,7 +57,7 @@ def test_no_model_overwrites_the_sheets_of_another(one: str, other: str, tmp_pat
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_sheets_are_named_by_what_tells_models_apart(tmp_path: Path) -> None:
+def test_sheet_names_keep_the_end_of_a_model_name(tmp_path: Path) -> None:
     (short,) = sheets(tmp_path, "tiny-llava", ["grid"], 0.5)
     assert short.name == "tiny-llava-0.5.png"
     (long,) = sheets(tmp_path, f"{LONG}step-100", ["grid"], 0.5)
@@ -72,16 +75,16 @@ def test_sheets_are_named_by_what_tells_models_apart(tmp_path: Path) -> None:
         ("sppruner:mode=pre+mid:kappa=0", 0.75, "all enter the decoder and are pruned there"),
     ],
 )
-def test_a_caption_says_what_is_dropped_before_the_decoder_and_inside_it(
+def test_a_caption_says_how_many_tokens_are_dropped_before_and_inside_the_decoder(
     method: str, ratio: float, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Tile] = []
 
-    def caught(tiles: Sequence[Tile], **options: Any) -> Image.Image:
+    def record(tiles: Sequence[Tile], **options: Any) -> Image.Image:
         drawn.extend(tiles)
-        return contact_sheet(tiles, **options)
+        return draw_contact_sheet(tiles, **options)
 
-    monkeypatch.setattr(overlays, "contact_sheet", caught)
+    monkeypatch.setattr(overlays, "draw_contact_sheet", record)
     sheets(tmp_path, EMBEDDED, [method], ratio)
     _, tile = drawn
     assert tile.text.endswith(says)

@@ -1,4 +1,4 @@
-"""The report's pictures: of what the rows say the model saw, or none at all."""
+"""The report's pictures: each shows the kept tokens that its row records, or is not drawn."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sppruner.spec import DENSE
 from tests.cluster.corpora import config, put_parquet
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.222))
-# As file names the first and the last are one, and the third is that with its number behind it.
+# The first and the last have the same file name; the third is that name with a number after it.
 KEYS = ["a/b", "broken", "a-b-2", "a-b"]
 QUESTIONS = ["what color is the circle ?", "is there a star ?", "how many objects ?", "is it red ?"]
 
@@ -48,7 +48,7 @@ def scenes() -> list[bytes]:
     images: list[bytes] = []
     for item in drawn_scenes(40).items:
         buffer = io.BytesIO()
-        # Large enough that a replica decodes it smaller: the picture must be of what it saw then.
+        # Large enough for reduced decoding on a replica, which the picture must reproduce.
         item.image().resize((768, 768)).save(buffer, "JPEG", quality=90)
         if buffer.getvalue() not in images:
             images.append(buffer.getvalue())
@@ -57,7 +57,7 @@ def scenes() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over two units, one of its rows broken, as a job commits it."""
+    """A committed run of two units, one of its rows faulty."""
     folder = tmp_path_factory.mktemp("run")
     images = [
         b"junk" if key == "broken" else data for key, data in zip(KEYS, scenes(), strict=True)
@@ -102,14 +102,14 @@ def copy(output: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(output, tmp_path / "labels"))
 
 
-def densely(labels: Path) -> None:
-    """Commits every row as if nothing had been pruned."""
+def mark_dense(labels: Path) -> None:
+    """Commits every row as if it were dense."""
     for path in labels.glob("*.parquet"):
         ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
         table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
         specs = [json.dumps(DENSE.to_dict())] * len(table)
-        at = table.column_names.index("prune_spec")
-        pq.write_table(table.set_column(at, "prune_spec", pa.array(specs)), path)
+        column = table.column_names.index("prune_spec")
+        pq.write_table(table.set_column(column, "prune_spec", pa.array(specs)), path)
 
 
 def change(labels: Path, **settings: Any) -> None:
@@ -117,37 +117,37 @@ def change(labels: Path, **settings: Any) -> None:
     manifest = json.loads((labels / "_run/manifest.json").read_text())
     for name, value in settings.items():
         part = manifest if name in manifest else manifest["settings"]
-        assert name in part or name == "dtype", "which a run has that was given one"
+        assert name in part or name == "dtype", "which a run has if it was set"
         part[name] = value
     (labels / "_run/manifest.json").write_text(json.dumps(manifest))
 
 
 def rewrite(labels: Path, key: str, mask: bytes | None) -> None:
-    """Commits another mask for one row; None leaves the whole column out."""
+    """Commits another mask for one row; None drops the whole column."""
     for path in labels.glob("*.parquet"):
         ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
         table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
-        at = table.column_names.index("kept_tokens")
+        column = table.column_names.index("kept_tokens")
         if mask is None:
-            pq.write_table(table.remove_column(at), path)
+            pq.write_table(table.remove_column(column), path)
             continue
         masks = [mask if r["key"] == key else r["kept_tokens"] for r in table.to_pylist()]
-        pq.write_table(table.set_column(at, "kept_tokens", pa.array(masks, pa.binary())), path)
+        pq.write_table(table.set_column(column, "kept_tokens", pa.array(masks, pa.binary())), path)
 
 
 def draw(labels: Path, folder: Path, *options: str) -> int:
     return report.main([str(labels), "--overlay", str(folder), *options])
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def read_errors(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_each_labelled_row_is_drawn_as_the_model_saw_it(output: Path, tmp_path: Path) -> None:
+def test_each_labelled_row_is_drawn_with_its_kept_tokens(output: Path, tmp_path: Path) -> None:
     assert draw(output, tmp_path / "new" / "seen") == 0
     seen = {path.name: Image.open(path) for path in (tmp_path / "new" / "seen").iterdir()}
     names = ["0000-a-b.png", "0001-a-b-2.png", "0002-a-b.png"]
-    assert sorted(seen) == names, "one each, the broken row left out"
+    assert sorted(seen) == names, "one per labelled row, without the faulty one"
     loaded = load_model(EMBEDDED)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     limits = config("in", "out").media
@@ -156,11 +156,11 @@ def test_each_labelled_row_is_drawn_as_the_model_saw_it(output: Path, tmp_path: 
         prompt = f"look: {QUESTIONS[row]}"
         prepared = prepare_image(pruner, loaded.processor, image, prompt, SPEC)
         view = visible_crop(image, loaded.processor.image_processor)
-        due = overlay(view, prepared.selections)
-        assert np.array_equal(np.asarray(seen[name]), np.asarray(due))
+        expected = overlay(view, prepared.selections)
+        assert np.array_equal(np.asarray(seen[name]), np.asarray(expected))
 
 
-def test_only_so_many_rows_are_drawn_and_the_report_stays_whole(
+def test_rows_limits_the_pictures_but_not_the_report(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(output, tmp_path, "--rows", "1", "--json") == 0
@@ -168,84 +168,88 @@ def test_only_so_many_rows_are_drawn_and_the_report_stays_whole(
     assert json.loads(capsys.readouterr().out)["rows"] == len(KEYS)
 
 
-def test_a_row_that_says_other_tokens_is_not_drawn(
+def test_a_row_that_records_other_tokens_is_not_drawn(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many tokens, so that no count gives it away."""
+    """With the same number of tokens, so that a count alone would not notice."""
     rewrite(copy, "a-b", ((1 << 32) - 1).to_bytes(18, "little"))
     assert draw(copy, tmp_path / "seen") == 1
-    assert "row 'a-b': selecting again" in told(capsys)
+    assert "row 'a-b': selecting again" in read_errors(capsys)
     assert not (tmp_path / "seen" / "0002-a-b.png").exists()
 
 
-def test_a_row_of_half_precision_is_drawn_as_it_says_and_the_difference_is_told(
+def test_a_half_precision_row_is_drawn_as_recorded_with_a_warning(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rounding in a batch tips scores there, so that no selection alone could back every row."""
+    """Rounding in a batch can swap tokens of nearly equal scores."""
     rewrite(copy, "a-b", ((1 << 32) - 1).to_bytes(18, "little"))
     change(copy, dtype="bfloat16")
     assert draw(copy, tmp_path / "seen") == 0
-    assert "overlay_as_told" in (said := told(capsys))
-    assert "a-b" in said
+    assert "overlay_as_told" in (errors := read_errors(capsys))
+    assert "a-b" in errors
     picture = np.asarray(Image.open(tmp_path / "seen" / "0002-a-b.png")).astype(int)
     grey = (np.ptp(picture[:480], axis=2) == 0).reshape(12, 40, 12, 40).all(axis=(1, 3))
     # The first 32 of 12 × 12 tokens: two whole rows and two thirds of a third.
-    assert grey[3:].all(), "which no row says was kept"
-    assert not grey.flatten()[:32].any(), "each of them has its line"
+    assert grey[3:].all(), "tokens that the row does not record as kept"
+    assert not grey.flatten()[:32].any(), "each kept token has an outline"
 
 
 @pytest.mark.parametrize("mask", [((1 << 33) - 1).to_bytes(18, "little"), b"\xff" * 4])
-def test_no_rounding_explains_another_number_of_tokens(
+def test_another_number_of_tokens_is_refused_in_half_precision_too(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mask: bytes
 ) -> None:
-    """More of the image's tokens than were kept, or as many of a smaller image."""
+    """More tokens than were kept, or as many of a smaller image."""
     rewrite(copy, "a-b", mask)
     change(copy, dtype="bfloat16")
     assert draw(copy, tmp_path / "seen") == 1
-    assert "row 'a-b': selecting again" in told(capsys)
+    assert "row 'a-b': selecting again" in read_errors(capsys)
 
 
 def test_a_dense_run_has_nothing_to_draw(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    densely(copy)
+    mark_dense(copy)
     assert draw(copy, tmp_path / "seen") == 2
-    assert "row 'a/b' was labelled with every token: nothing to draw" in told(capsys)
+    assert "row 'a/b' was labelled with every token: nothing to draw" in read_errors(capsys)
 
 
-def test_what_it_takes_to_draw_is_said_where_it_is_not_there(
+def test_missing_images_models_and_masks_are_named(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json.loads((copy / "_run/manifest.json").read_text())["source"]
     change(copy, source=str(tmp_path / "moved"))
     assert draw(copy, tmp_path / "seen") == 2
-    assert f"row 'a/b': its image cannot be read again from {tmp_path / 'moved'}" in told(capsys)
+    assert f"row 'a/b': its image cannot be read again from {tmp_path / 'moved'}" in read_errors(
+        capsys
+    )
     change(copy, source=source, model="no/such-model")
     assert draw(copy, tmp_path / "seen") == 2
-    assert "the run's model is needed to draw its rows: no model 'no/such-model'" in told(capsys)
+    assert "the run's model is needed to draw its rows: no model 'no/such-model'" in read_errors(
+        capsys
+    )
     change(copy, model=EMBEDDED, model_revision="0" * 16)
     assert draw(copy, tmp_path / "seen") == 2
-    assert "its files were changed" in told(capsys)
+    assert "its files were changed" in read_errors(capsys)
     rewrite(copy, "a-b", None)
     assert draw(copy, tmp_path / "seen") == 2
-    assert "do not say which tokens were kept" in told(capsys)
+    assert "do not say which tokens were kept" in read_errors(capsys)
     for path in copy.glob("*.parquet"):
         path.unlink()
     assert draw(copy, tmp_path / "seen") == 2
-    assert "no labelled row yet" in told(capsys)
+    assert "no labelled row yet" in read_errors(capsys)
     assert not any((tmp_path / "seen").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--rows", "3"], "--rows goes with --overlay"),
         (["--overlay", "x", "--rows", "0"], "give at least 1"),
         (["--overlay", __file__], "not a folder to write to"),
     ],
 )
-def test_options_that_cannot_work_are_named(
-    output: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_bad_options_are_named(
+    output: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main([str(output), *options]) == 2
-    assert says in told(capsys)
+    assert message in read_errors(capsys)

@@ -1,4 +1,4 @@
-"""The search for constants: it finds what is best on its own scenes, and says all it tried."""
+"""The search for constants: it finds the best options and records everything it tried."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ GRID = {"lam": [0.25, 0.5, 0.75], "mu": [0.0, 0.3, 0.5]}
 
 
 class Bowl:
-    """Worth most at lam 0.75, mu 0; remembers what it was asked."""
+    """A measure with its maximum at lam 0.75, mu 0; records the specs it gets."""
 
     def __init__(self) -> None:
-        self.asked: list[PruneSpec] = []
+        self.measured: list[PruneSpec] = []
 
     def __call__(self, specs: Sequence[PruneSpec]) -> list[float]:
-        self.asked += specs
+        self.measured += specs
         return [1 - abs(float(s.options["lam"]) - 0.75) - float(s.options["mu"]) for s in specs]
 
 
-def test_each_option_is_moved_to_its_best_value() -> None:
+def test_each_option_is_set_to_its_best_value() -> None:
     steps = list(tune.search(START, GRID, Bowl(), rounds=3))
     best = [step for step in steps if step["best"]]
     assert best[-1]["options"] == {"lam": 0.75, "mu": 0.0}
     assert best[-1]["worth"] == max(step["worth"] for step in steps)
 
 
-def test_nothing_is_computed_twice_and_a_settled_search_ends() -> None:
+def test_no_spec_is_measured_twice_and_a_round_without_change_ends_the_search() -> None:
     bowl = Bowl()
     steps = list(tune.search(START, GRID, bowl, rounds=99))
-    assert len(bowl.asked) == len(set(bowl.asked)) == len(steps)
-    # The start, two other values of each option, and the second round's other values of lam.
+    assert len(bowl.measured) == len(set(bowl.measured)) == len(steps)
+    # The start, two other values of each option, and the other values of lam in the second round.
     assert len(steps) == 1 + 2 + 2 + 2
 
 
@@ -47,13 +47,13 @@ def test_a_tie_changes_nothing() -> None:
     assert [step["options"] for step in steps if step["best"]] == [dict(START.options)]
 
 
-def test_a_grid_is_read_from_the_command_line() -> None:
+def test_a_grid_is_parsed_from_the_command_line() -> None:
     assert tune.parse_grid("lam=0.5,1 root=false,true") == {"lam": [0.5, 1], "root": [False, True]}
     with pytest.raises(SpecError, match="name=value,value"):
         tune.parse_grid("lam")
 
 
-def test_the_default_grid_is_of_options_there_are() -> None:
+def test_the_default_grid_has_valid_options() -> None:
     assert len(tune.parse_grid(tune.GRID)) >= 10
     assert tune.main(["--grid", "nonsense=1"]) == 2
 

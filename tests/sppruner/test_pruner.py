@@ -14,7 +14,7 @@ from sppruner.adapters import Encoded, Kept, LlavaAdapter
 from sppruner.compact import full_positions
 from sppruner.errors import InputError, MissingSignal, PruningHadNoEffect, SpecError, UnknownMethod
 from sppruner.selectors import selector_for
-from sppruner.spec import DENSE
+from sppruner.spec import DENSE, OptionValue
 from tests.sppruner.families.llava import IMAGE, TOKENS, batch, build
 
 NEW = 8
@@ -31,7 +31,9 @@ ROWS = [[1, 1, 1], [1, 2, 0]]
 
 
 def spec(method: str, ratio: float, **kwargs: Any) -> PruneSpec:
-    options = {"relevance": "none", "kappa": 0.0} if method == "sppruner" else {}
+    options: dict[str, OptionValue] = {}
+    if method == "sppruner":
+        options = {"relevance": "none", "kappa": 0.0}
     return PruneSpec(method=method, budget=Budget(ratio=ratio), options=options, **kwargs)
 
 

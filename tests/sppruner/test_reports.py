@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sppruner.pruner
+import sppruner.reports
 from sppruner import Budget, Prepared, Pruner, PruneReport, PruneSpec
 from sppruner.errors import PruningHadNoEffect
 from sppruner.spec import DENSE
@@ -103,7 +104,7 @@ def test_a_mask_with_a_wrong_number_of_tokens_raises(
     """The prompt itself is packed correctly: only the report would be wrong."""
     family = FAMILIES["llava"]
     pruner = Pruner(family.build())
-    prove: Callable[..., list[PruneReport]] = sppruner.pruner.pruned_reports
+    prove: Callable[..., list[PruneReport]] = sppruner.reports.pruned_reports
 
     def with_a_wrong_mask(adapter: Any, specs: Any, inputs: Any, **given: Any) -> Any:
         keep_BS = given["keep_BS"].clone()

@@ -9,7 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AttentionInterface, Idefics3VisionConfig, set_seed
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Idefics3VisionConfig,
+    set_seed,
+)
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from sppruner import signals
@@ -243,7 +248,7 @@ class Packed(nn.Module):
 
 def test_images_packed_into_one_sequence_are_read_one_by_one() -> None:
     AttentionInterface.register("flash_in_test", lambda module, query, *rest, **more: (query, None))
-    signals.AttentionMaskInterface.register("flash_in_test", lambda *given, **more: None)
+    AttentionMaskInterface.register("flash_in_test", lambda *given, **more: None)
     query, key = torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4)
     tower = Packed(torch.tensor([0, 3, 7]))
     probe = ReceivedProbe(tower)

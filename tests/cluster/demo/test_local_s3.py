@@ -1,4 +1,4 @@
-"""The embedded S3 server: up when entered, gone when left, whatever happens to its parent."""
+"""The local S3 server runs while entered and is gone afterwards, even if its parent is killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_serves_while_entered_and_restores_the_environment() -> None:
     assert not answers(server.endpoint)
 
 
-def test_it_ends_with_a_killed_parent() -> None:
+def test_it_ends_when_its_parent_is_killed() -> None:
     """A killed run must not leave a server behind on the user's machine."""
     script = (
         "import os, signal; from cluster.demo.local_s3 import LocalS3\n"
@@ -51,7 +51,7 @@ def test_it_ends_with_a_killed_parent() -> None:
     assert not answers(endpoint)
 
 
-def test_without_moto_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_moto_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'sppruner\[local\]'"):
         LocalS3().__enter__()

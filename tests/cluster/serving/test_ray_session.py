@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,29 @@ def test_the_address_of_a_stopped_cluster_is_ignored_without_waiting(address_fil
     assert _current_cluster() is None
     address_file.write_text("nonsense")
     assert _current_cluster() is None
+
+
+TWO_CLUSTERS = """
+import ray
+from cluster.serving.fleet import FleetSettings, open_fleet
+from cluster.serving.replica import EngineSettings
+
+engine = EngineSettings(model="fake-model", engine="tests.cluster.fake_engine:FakeEngine", slots=2)
+for _ in range(2):
+    with open_fleet(FleetSettings(engine=engine)) as fleet:
+        print("served", fleet.stats().replicas[0].model, flush=True)
+    assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_opens_a_fleet_on_one_local_ray_after_another() -> None:
+    """Each local cluster numbers its jobs from 1, so Serve takes its client of the first cluster
+    for one of the second."""
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    command = [sys.executable, "-c", TWO_CLUSTERS]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines().count("served fake-model") == 2

@@ -308,7 +308,7 @@ def test_a_replica_holds_what_one_labeller_sends_and_one_control_call_more(
 
 
 def test_invalid_engine_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match="slots"):
+    with pytest.raises(UsageError, match="max_batch_rows 0: give at least 1"):
         EngineSettings(model="m", slots=0)
     with pytest.raises(UsageError, match="dtype 'bf16': use one of auto, float32"):
         EngineSettings(model="m", dtype="bf16")

@@ -1,10 +1,12 @@
-"""Suite `engine`: its result has the promised shape, its timers account for all of a pass, and its
-models are what they claim to be."""
+"""Suite `engine`: the result has the documented shape, phase times sum to the pass, every timer
+hook exists and is called, and scaled models keep the proportions of the published ones."""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -15,12 +17,12 @@ from rich.console import Console
 
 import sppruner.pruner
 import sppruner.selection
-from jobs.benchmark import main, markdown
-from jobs.suites.engine import engine
-from jobs.suites.passes import Way, in_turns
-from jobs.suites.phases import Trace, traced
-from jobs.suites.random_models import build, config_and_processor
-from jobs.suites.shapes import SHAPES, Shape, Widths, scenes
+from jobs.benchmark import format_markdown, main
+from jobs.suites.engine import run_engine_suite
+from jobs.suites.passes import EngineMode, time_rounds
+from jobs.suites.phases import PhaseTimes, _wrap, list_hooks, time_phases
+from jobs.suites.random_models import build, build_config_and_processor
+from jobs.suites.shapes import SHAPES, ModelShape, ModelWidths, draw_scenes
 from sppruner import DENSE, Budget, PruneSpec
 from sppruner.adapters import cost_of
 from sppruner.adapters.llava import LlavaAdapter
@@ -34,7 +36,7 @@ SMALL = {
     family: replace(
         SHAPES[family],
         side=112,
-        widths=Widths(
+        widths=ModelWidths(
             family=family,
             layers=2,
             hidden=64,
@@ -56,17 +58,21 @@ SMALL = {
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     shape = replace(SHAPES["tiny"], quick_images=4)
-    found: dict[str, Any] = json.loads(json.dumps(engine(shape, quick=True, told=QUIET)))
+    found: dict[str, Any] = json.loads(
+        json.dumps(run_engine_suite(shape, quick=True, console=QUIET))
+    )
     return found
 
 
 @pytest.fixture(scope="module", params=SMALL)
-def small(request: pytest.FixtureRequest) -> tuple[LoadedModel, Shape]:
+def small(request: pytest.FixtureRequest) -> tuple[LoadedModel, ModelShape]:
     shape = SMALL[request.param]
     return build(shape), shape
 
 
-def asked(shape: Shape, images: int, *specs: PruneSpec, tokens: int = 5) -> list[Request]:
+def build_requests(
+    shape: ModelShape, images: int, *specs: PruneSpec, tokens: int = 5
+) -> list[Request]:
     return [
         Request(
             id=f"{number}",
@@ -75,11 +81,11 @@ def asked(shape: Shape, images: int, *specs: PruneSpec, tokens: int = 5) -> list
             spec=specs[number % len(specs)],
             generation=SamplingParams(max_new_tokens=tokens),
         )
-        for number, image in enumerate(scenes(shape, images))
+        for number, image in enumerate(draw_scenes(shape, images))
     ]
 
 
-def test_the_result_has_the_promised_shape_and_positive_figures(result: dict[str, Any]) -> None:
+def test_the_result_has_the_documented_shape_and_positive_figures(result: dict[str, Any]) -> None:
     assert list(result) == ["suite", "machine", "cases", "ratios"]
     assert result["suite"] == "engine"
     assert [case["case"] for case in result["cases"]] == [
@@ -105,25 +111,25 @@ def test_the_result_has_the_promised_shape_and_positive_figures(result: dict[str
     assert result["ratios"]["pruner_share"]["high"] < 1
 
 
-def test_the_pruner_costs_generate_nothing_and_spares_the_engine_keys_and_values(
+def test_generate_has_no_pruner_time_and_pruning_shrinks_the_kv_cache(
     result: dict[str, Any],
 ) -> None:
-    alone, static, dense, pruned = result["cases"]
-    assert alone["pruner_ms"] == static["pruner_ms"] == 0 < pruned["pruner_ms"]
-    assert alone["kv_bytes"] == static["kv_bytes"] == dense["kv_bytes"] > pruned["kv_bytes"]
+    single, static, dense, pruned = result["cases"]
+    assert single["pruner_ms"] == static["pruner_ms"] == 0 < pruned["pruner_ms"]
+    assert single["kv_bytes"] == static["kv_bytes"] == dense["kv_bytes"] > pruned["kv_bytes"]
 
 
 def test_the_markdown_has_a_line_for_every_case_and_ratio(result: dict[str, Any]) -> None:
-    lines = markdown(result).splitlines()
+    lines = format_markdown(result).splitlines()
     for name in [case["case"] for case in result["cases"]] + list(result["ratios"]):
         assert sum(line.startswith(f"| {name} |") for line in lines) == 1
 
 
-def test_both_engines_say_the_same_until_the_last_token_asked_for(
-    small: tuple[LoadedModel, Shape],
+def test_both_engines_generate_the_same_tokens_up_to_max_new_tokens(
+    small: tuple[LoadedModel, ModelShape],
 ) -> None:
     loaded, shape = small
-    requests = asked(shape, 4, DENSE, SPEC)
+    requests = build_requests(shape, 4, DENSE, SPEC)
     expected = BatchEngine(loaded, slots=1).run(requests)
     with closing(ContinuousEngine(loaded, slots=3, cache_bytes=0)) as continuous:
         found = continuous.run(requests)
@@ -134,25 +140,25 @@ def test_both_engines_say_the_same_until_the_last_token_asked_for(
         assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
 
 
-def test_an_answer_of_the_embedded_model_goes_on_behind_its_end() -> None:
+def test_answers_of_the_embedded_model_have_the_full_length_too() -> None:
     """Its weights were trained to end after a word or two."""
     shape = SHAPES["tiny"]
-    found = BatchEngine(build(shape)).run(asked(shape, 2, DENSE, SPEC, tokens=40))
+    found = BatchEngine(build(shape)).run(build_requests(shape, 2, DENSE, SPEC, tokens=40))
     assert [one.completion_tokens for one in found] == [40, 40]
 
 
 @pytest.mark.parametrize("spec", [DENSE, SPEC])
-def test_keys_and_values_that_were_measured_are_those_of_the_cost_model(
-    small: tuple[LoadedModel, Shape], spec: PruneSpec
+def test_the_measured_kv_cache_is_that_of_the_cost_model(
+    small: tuple[LoadedModel, ModelShape], spec: PruneSpec
 ) -> None:
     loaded, shape = small
-    requests = asked(shape, 1, spec)
+    requests = build_requests(shape, 1, spec)
     with closing(ContinuousEngine(loaded, slots=2, cache_bytes=0)) as continuous:
-        for answering in (BatchEngine(loaded), continuous):
-            with traced(loaded.model) as trace:
-                (found,) = answering.run(requests)
+        for engine in (BatchEngine(loaded), continuous):
+            with time_phases(loaded.model) as times:
+                (found,) = engine.run(requests)
             assert found.cost is not None
-            assert trace.kv_bytes == found.cost.kv_bytes
+            assert times.kv_bytes == found.cost.kv_bytes
 
 
 def test_a_phase_within_another_keeps_its_seconds_to_itself(
@@ -160,40 +166,76 @@ def test_a_phase_within_another_keeps_its_seconds_to_itself(
 ) -> None:
     ticks = count()
     monkeypatch.setattr("jobs.suites.phases.time.perf_counter", lambda: float(next(ticks)))
-    trace = Trace(wait=False)
-    with trace.within("prefill"):
-        with trace.within("vision"):
+    times = PhaseTimes(wait=False)
+    with times.measure("prefill"):
+        with times.measure("vision"):
             pass
-        trace.charge()
-    with trace.within("decode"):
+        times.charge()
+    with times.measure("decode"):
         pass
-    assert trace.seconds == {
+    assert times.seconds == {
         "other": 2.0,
         "prefill": 3.0,
         "vision": 1.0,
         "decode": 1.0,
         "pruner": 0.0,
     }
-    assert trace.first_token == 6.0
+    assert times.first_token == 6.0
 
 
-def test_timers_leave_nothing_behind(small: tuple[LoadedModel, Shape]) -> None:
+def test_every_wrapped_attribute_exists_and_is_called_where_the_timers_wrap_it(
+    small: tuple[LoadedModel, ModelShape],
+) -> None:
+    """The hooks are names: a function that is renamed or imported elsewhere would no longer be
+    timed, and its time would count as another phase."""
     loaded, shape = small
-    with pytest.raises(ValueError, match="stop"), traced(loaded.model):
+    calls: Counter[str] = Counter()
+
+    def count_calls(name: str) -> Callable[..., Any]:
+        def wrapper(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return run(*args, **kwargs)
+
+        return wrapper
+
+    hooks = list_hooks(loaded.model)
+    for owner, name, _ in hooks:
+        assert callable(getattr(owner, name, None)), f"{owner} has no {name}"
+    with ExitStack() as stack:
+        for owner, name, _ in hooks:
+            stack.enter_context(_wrap(owner, name, count_calls(name)))
+        BatchEngine(loaded).run(build_requests(shape, 1, DENSE))
+        with closing(ContinuousEngine(loaded, slots=2, cache_bytes=0)) as continuous:
+            continuous.run(build_requests(shape, 2, DENSE, SPEC))
+    assert {name for _, name, _ in hooks} == {name for name, number in calls.items() if number}
+
+
+def test_a_hook_that_is_gone_stops_the_timers(
+    small: tuple[LoadedModel, ModelShape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _ = small
+    monkeypatch.delattr(sppruner.pruner, "select")
+    with pytest.raises(AttributeError, match="select"), time_phases(loaded.model):
+        pass
+
+
+def test_timers_are_removed_afterwards(small: tuple[LoadedModel, ModelShape]) -> None:
+    loaded, shape = small
+    with pytest.raises(ValueError, match="stop"), time_phases(loaded.model):
         raise ValueError("stop")
     assert "forward" not in vars(loaded.model)
     assert "get_image_features" not in vars(loaded.model.model)
-    assert sppruner.pruner.select is sppruner.selection.select
-    with traced(loaded.model) as trace:
+    assert vars(sppruner.pruner)["select"] is sppruner.selection.select
+    with time_phases(loaded.model) as times:
         pass
-    BatchEngine(loaded).run(asked(shape, 1, SPEC))
-    assert {phase for phase, seconds in trace.seconds.items() if seconds} == {"other"}
+    BatchEngine(loaded).run(build_requests(shape, 1, SPEC))
+    assert {phase for phase, seconds in times.seconds.items() if seconds} == {"other"}
 
 
-def test_every_round_encodes_every_image_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_round_encodes_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SMALL["llava"]
     loaded = build(shape)
-    *requests, alone = asked(shape, 4, DENSE)
+    *requests, single = build_requests(shape, 4, DENSE)
     encoded = []
     encode = LlavaAdapter.encode
 
@@ -202,10 +244,10 @@ def test_every_round_encodes_every_image_anew(monkeypatch: pytest.MonkeyPatch) -
         return encode(self, inputs, signals)
 
     monkeypatch.setattr(LlavaAdapter, "encode", counted)
-    ways = [Way(name="engine", rows=3, continuous=True, spec=SPEC)]
-    timed = in_turns(loaded, ways, requests, alone, rounds=2, uncounted=1, told=QUIET)
+    modes = [EngineMode(name="engine", rows=3, continuous=True, spec=SPEC)]
+    timed = time_rounds(loaded, modes, requests, single, rounds=2, warmup_rounds=1, console=QUIET)
     assert len(timed) == 2
-    assert sum(encoded) == 3 * len([*requests, alone])
+    assert sum(encoded) == 3 * len([*requests, single])
 
 
 @pytest.mark.parametrize(
@@ -223,7 +265,7 @@ def test_a_scaled_model_keeps_the_parts_of_the_published_one(
     """Parameters of the decoder's layers, and what the tower takes of encoding and reading."""
     shape = SHAPES[name]
     assert shape.widths is not None
-    config, processor = config_and_processor(shape, shape.widths)
+    config, processor = build_config_and_processor(shape, shape.widths)
     cost = cost_of(config)
     assert cost.decoder.layers * cost.decoder.layer(1, 0) / 2e9 == pytest.approx(billions, abs=5e-3)
 
@@ -232,7 +274,7 @@ def test_a_scaled_model_keeps_the_parts_of_the_published_one(
     share = seen / (seen + cost.decoder.prefill([tokens] * cost.decoder.layers))
     assert share == pytest.approx(0.051 if name.startswith("llava") else 0.291, abs=0.01)
 
-    ids = processor(text=processor.image_token, images=scenes(shape, 1), return_tensors="pt")
+    ids = processor(text=processor.image_token, images=draw_scenes(shape, 1), return_tensors="pt")
     assert int((ids["input_ids"] == config.image_token_id).sum()) == tokens
 
 

@@ -1,4 +1,4 @@
-"""Suite `online`: what its clients count and time, and what each of its figures compares."""
+"""Suite `online`: what its clients count and time, and what its ratios compare."""
 
 from __future__ import annotations
 
@@ -16,66 +16,82 @@ import pytest
 from rich.console import Console
 
 import jobs.suites.load
-from cluster.errors import RunError, UsageError
+from cluster.errors import LoadFailed, RunError, UsageError
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet, open_fleet
 from jobs.suites import online as suite
 from jobs.suites.background import BatchJob
-from jobs.suites.corpora import captioned, write_corpus
-from jobs.suites.load import Answered, Failed, Load, chat_body, closed_loop, percentile_ms
-from jobs.suites.online import FULL, QUICK, Extent, Timed, Way, in_turns, online, ratios, ways
+from jobs.suites.corpora import draw_captioned, write_corpus
+from jobs.suites.load import (
+    LoadResult,
+    RequestTiming,
+    build_chat_body,
+    percentile_ms,
+    run_closed_loop,
+)
+from jobs.suites.online import (
+    FULL,
+    QUICK,
+    LoadScenario,
+    ScenarioTiming,
+    SuiteSize,
+    compare_scenarios,
+    list_scenarios,
+    run_online_suite,
+    time_scenarios,
+)
 from sppruner import DENSE, Budget, PruneSpec
 from sppruner.models.loading import resolve_model
 from tests.cluster.fake_engine import picture
 
 QUIET = Console(quiet=True)
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-SMALL = Extent(rounds=2, requests={1: 1, 4: 2, 16: 3}, batch_rows=3)
+SMALL = SuiteSize(rounds=2, requests={1: 1, 4: 2, 16: 3}, batch_rows=3)
 
 
-def load(*latencies: float, seconds: float = 1.0, errors: int = 0) -> Load:
-    answered = tuple(Answered(first_words=end / 2, end=end) for end in latencies)
-    return Load(seconds=seconds, answered=answered, errors=("no",) * errors)
+def load(*latencies: float, seconds: float = 1.0, errors: int = 0) -> LoadResult:
+    answered = tuple(RequestTiming(first_token=end / 2, end=end) for end in latencies)
+    return LoadResult(seconds=seconds, answered=answered, errors=("no",) * errors)
 
 
-def test_percentiles_lie_between_the_values_beside_them() -> None:
+def test_percentiles_interpolate_between_neighbours() -> None:
     seconds = [0.1 * n for n in range(1, 12)]
     assert percentile_ms(seconds, 50) == pytest.approx(600)
     assert percentile_ms(seconds[::-1], 95) == pytest.approx(1050)
     assert percentile_ms([0.2], 95) == pytest.approx(200)
 
 
-def test_requests_that_failed_are_neither_speed_nor_latency() -> None:
+def test_failed_requests_count_neither_as_speed_nor_as_latency() -> None:
     found = load(0.2, 0.4, seconds=4.0, errors=6)
     assert found.requests_per_second == 0.5
     assert found.latency_ms(50) == pytest.approx(300)
-    assert found.first_words_ms(50) == pytest.approx(150)
+    assert found.ttft_ms(50) == pytest.approx(150)
 
 
-def test_as_many_requests_are_under_way_as_there_are_clients_and_none_is_sent_twice(
+def test_each_client_has_one_request_in_flight_and_none_is_sent_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    under_way = most = 0
+    in_flight = most_in_flight = 0
     sent: list[bytes] = []
 
-    async def ask(http: httpx.AsyncClient, url: str, body: bytes) -> Answered:
-        nonlocal under_way, most
+    async def ask(http: httpx.AsyncClient, url: str, body: bytes) -> RequestTiming:
+        nonlocal in_flight, most_in_flight
         sent.append(body)
-        under_way += 1
-        most = max(most, under_way)
+        in_flight += 1
+        most_in_flight = max(most_in_flight, in_flight)
         await asyncio.sleep(0.001)
-        under_way -= 1
+        in_flight -= 1
         if body == b"3":
-            raise Failed("no")
-        return Answered(first_words=0.1, end=0.2)
+            raise LoadFailed("no")
+        return RequestTiming(first_token=0.1, end=0.2)
 
-    monkeypatch.setattr(jobs.suites.load, "_ask", ask)
+    monkeypatch.setattr(jobs.suites.load, "_send", ask)
     bodies = [b"%d" % number for number in range(20)]
-    found = closed_loop("http://nowhere", bodies, 4)
-    assert most == 4
+    found = run_closed_loop("http://nowhere", bodies, 4)
+    assert most_in_flight == 4
     assert sorted(sent) == sorted(bodies)
-    assert (len(found.answered), found.errors) == (19, ("Failed: no",))
+    assert (len(found.answered), found.errors) == (19, ("LoadFailed: no",))
 
 
 @dataclass
@@ -86,8 +102,8 @@ class Clock:
         return self.now
 
 
-def asked(*chunks: dict[str, Any], status: int = 200, clock: Clock | None = None) -> Answered:
-    """What one client makes of an answer whose chunks come a second apart."""
+def send(*chunks: dict[str, Any], status: int = 200, clock: Clock | None = None) -> RequestTiming:
+    """The timing of one response whose chunks arrive a second apart."""
     clock = clock or Clock()
 
     async def pieces() -> AsyncGenerator[bytes]:
@@ -96,10 +112,10 @@ def asked(*chunks: dict[str, Any], status: int = 200, clock: Clock | None = None
             yield f"data: {json.dumps(chunk)}\n\n".encode()
         yield b"data: [DONE]\n\n"
 
-    async def ask() -> Answered:
+    async def ask() -> RequestTiming:
         transport = httpx.MockTransport(lambda request: httpx.Response(status, content=pieces()))
         async with httpx.AsyncClient(transport=transport) as http:
-            return await jobs.suites.load._ask(http, "http://nowhere", b"{}")
+            return await jobs.suites.load._send(http, "http://nowhere", b"{}")
 
     return asyncio.run(ask())
 
@@ -108,43 +124,43 @@ def chunk(content: str = "", finish: str | None = None) -> dict[str, Any]:
     return {"choices": [{"delta": {"content": content}, "finish_reason": finish}]}
 
 
-def test_first_words_are_the_first_with_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_token_is_the_first_chunk_with_text(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(jobs.suites.load, "time", clock)
-    found = asked(chunk(""), chunk("a"), chunk("b"), chunk(finish="stop"), clock=clock)
-    assert found == Answered(first_words=2.0, end=4.0)
+    found = send(chunk(""), chunk("a"), chunk("b"), chunk(finish="stop"), clock=clock)
+    assert found == RequestTiming(first_token=2.0, end=4.0)
 
 
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (lambda: asked(chunk("a")), "ended before"),
-        (lambda: asked(chunk("a"), {"error": {"code": "overloaded"}}), "overloaded"),
-        (lambda: asked(status=503), "503"),
+        (lambda: send(chunk("a")), "ended before"),
+        (lambda: send(chunk("a"), {"error": {"code": "overloaded"}}), "overloaded"),
+        (lambda: send(status=503), "503"),
     ],
 )
-def test_an_answer_that_is_not_whole_is_an_error(answer: Callable[[], Answered], why: str) -> None:
-    with pytest.raises(Failed, match=why):
+def test_an_incomplete_response_is_an_error(answer: Callable[[], RequestTiming], why: str) -> None:
+    with pytest.raises(LoadFailed, match=why):
         answer()
 
 
-def test_clients_ask_the_real_endpoint_with_the_budget_of_the_spec(fleet: Fleet) -> None:
+def test_clients_send_the_budget_of_the_spec_to_a_real_endpoint(fleet: Fleet) -> None:
     bodies = [
-        chat_body("fake-model", "p", picture(n), spec=(DENSE, SPEC)[n % 2], max_tokens=8)
+        build_chat_body("fake-model", "p", picture(n), spec=(DENSE, SPEC)[n % 2], max_tokens=8)
         for n in range(6)
     ]
-    wrong = chat_body("other-model", "p", picture(9), spec=DENSE, max_tokens=8)
+    wrong = build_chat_body("other-model", "p", picture(9), spec=DENSE, max_tokens=8)
     kept = [json.loads(body).get("prune") for body in bodies]
     assert kept == [None, {"method": "sppruner", "retain": 0.25}] * 3
-    found = closed_loop(fleet.http_url, [*bodies, wrong], 3)
+    found = run_closed_loop(fleet.http_url, [*bodies, wrong], 3)
     assert len(found.answered) == 6
-    assert all(0 < one.first_words <= one.end <= found.seconds for one in found.answered)
+    assert all(0 < one.first_token <= one.end <= found.seconds for one in found.answered)
     assert ["other-model" in error for error in found.errors] == [True]
 
 
 @dataclass
-class Recorded:
-    """A fleet that notes down who asks it for what. rows: that it says it has answered."""
+class RecordingFleet:
+    """A fleet that records the requests it gets. rows: its counter of answered rows."""
 
     model: str = "m"
     http_url: str = "http://nowhere"
@@ -158,7 +174,7 @@ class Recorded:
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(rows=self.rows)
 
-    def closed_loop(self, base_url: str, bodies: list[bytes], clients: int) -> Load:
+    def run_closed_loop(self, base_url: str, bodies: list[bytes], clients: int) -> LoadResult:
         self.sent.append((bodies, clients, self.batch))
         self.rows += len(bodies) + 7 * self.batch
         if self.fails:
@@ -174,9 +190,9 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    fleet = Recorded()
-    monkeypatch.setattr(jobs.suites.load, "closed_loop", fleet.closed_loop)
+def recording_fleet(monkeypatch: pytest.MonkeyPatch) -> RecordingFleet:
+    fleet = RecordingFleet()
+    monkeypatch.setattr(jobs.suites.load, "run_closed_loop", fleet.run_closed_loop)
     monkeypatch.setattr(suite, "BatchJob", fleet.batch_job)
     monkeypatch.setattr(suite, "write_corpus", lambda *_: None)
     return fleet
@@ -186,37 +202,39 @@ def pruned(body: bytes) -> bool:
     return "prune" in json.loads(body)
 
 
-def test_rounds_alternate_and_ask_about_every_image_once(recorded: Recorded) -> None:
-    timed = in_turns(cast(Fleet, recorded), SMALL, root="", told=QUIET)
+def test_rounds_alternate_and_send_every_image_once(recording_fleet: RecordingFleet) -> None:
+    timed = time_scenarios(cast(Fleet, recording_fleet), SMALL, root="", console=QUIET)
     order = [
-        Way(pruned=pruned(bodies[0]), clients=clients, under_batch=batch)
-        for bodies, clients, batch in recorded.sent
+        LoadScenario(pruned=pruned(bodies[0]), clients=clients, under_batch=batch)
+        for bodies, clients, batch in recording_fleet.sent
     ]
     warm, first, second = order[:2], order[2:12], order[12:]
-    assert [way.clients for way in warm] == [16, 16]
-    assert first == ways(SMALL)
+    assert [scenario.clients for scenario in warm] == [16, 16]
+    assert first == list_scenarios(SMALL)
     assert second == first[::-1]
-    bodies = [body for sent, _, _ in recorded.sent for body in sent]
+    bodies = [body for sent, _, _ in recording_fleet.sent for body in sent]
     images = [json.loads(b)["messages"][0]["content"][0]["image_url"]["url"] for b in bodies]
     assert len(set(images)) == len(images) == 2 * 3 + 2 * (2 * (1 + 2 + 3) + 2 * (1 + 2))
-    assert {way: len(rounds) for way, rounds in timed.items()} == dict.fromkeys(ways(SMALL), 2)
-    for way, rounds in timed.items():
+    assert {scenario: len(rounds) for scenario, rounds in timed.items()} == dict.fromkeys(
+        list_scenarios(SMALL), 2
+    )
+    for scenario, rounds in timed.items():
         for one in rounds:
-            assert (one.batch_rows_per_second is not None) == way.under_batch
-            assert len(one.load.answered) == SMALL.requests[way.clients]
+            assert (one.batch_rows_per_second is not None) == scenario.under_batch
+            assert len(one.load.answered) == SMALL.requests[scenario.clients]
             if one.batch_rows_per_second is not None:
                 assert one.batch_rows_per_second > 0
 
 
-def test_a_case_without_a_single_answer_stops_the_suite(recorded: Recorded) -> None:
-    recorded.fails = True
-    with pytest.raises(RunError, match="dense, 16 clients, idle: no request was answered"):
-        in_turns(cast(Fleet, recorded), SMALL, root="", told=QUIET)
+def test_a_scenario_without_any_response_stops_the_suite(recording_fleet: RecordingFleet) -> None:
+    recording_fleet.fails = True
+    with pytest.raises(LoadFailed, match="dense, 16 clients, idle: no request was answered"):
+        time_scenarios(cast(Fleet, recording_fleet), SMALL, root="", console=QUIET)
 
 
-@pytest.mark.parametrize("extent", [FULL, QUICK])
-def test_the_cases_are_those_that_were_promised(extent: Extent) -> None:
-    assert [way.name for way in ways(extent)] == [
+@pytest.mark.parametrize("size", [FULL, QUICK])
+def test_the_cases_are_the_documented_ones(size: SuiteSize) -> None:
+    assert [scenario.name for scenario in list_scenarios(size)] == [
         f"{tokens}, {clients}, {beside}"
         for beside, all_clients in (
             ("idle", ["1 client", "4 clients", "16 clients"]),
@@ -227,22 +245,24 @@ def test_the_cases_are_those_that_were_promised(extent: Extent) -> None:
     ]
 
 
-def test_ratios_compare_the_same_round_of_the_ways_they_name() -> None:
+def test_ratios_compare_scenarios_within_the_same_round() -> None:
     timed = {
-        way: [Timed(load=load(9.0, seconds=9.0), batch_rows_per_second=None)] * 3
-        for way in ways(SMALL)
+        scenario: [ScenarioTiming(load=load(9.0, seconds=9.0), batch_rows_per_second=None)] * 3
+        for scenario in list_scenarios(SMALL)
     }
 
-    def give(way: Way, *loads: Load) -> None:
-        timed[way] = [Timed(load=one, batch_rows_per_second=None) for one in loads]
+    def set_loads(scenario: LoadScenario, *loads: LoadResult) -> None:
+        timed[scenario] = [ScenarioTiming(load=one, batch_rows_per_second=None) for one in loads]
 
-    most = Way(pruned=True, clients=16)
-    give(most, *(load(1.0, 1.0, seconds=s) for s in (1.0, 0.5, 2.0)))
-    give(replace(most, pruned=False), *(load(1.0, seconds=s) for s in (1.0, 1.0, 1.0)))
-    some = Way(pruned=True, clients=4)
-    give(some, load(0.1), load(0.2), load(0.5))
-    give(replace(some, under_batch=True), load(0.3), load(0.4), load(2.0))
-    found = ratios(timed)
+    most_in_flight = LoadScenario(pruned=True, clients=16)
+    set_loads(most_in_flight, *(load(1.0, 1.0, seconds=s) for s in (1.0, 0.5, 2.0)))
+    set_loads(
+        replace(most_in_flight, pruned=False), *(load(1.0, seconds=s) for s in (1.0, 1.0, 1.0))
+    )
+    few_clients = LoadScenario(pruned=True, clients=4)
+    set_loads(few_clients, load(0.1), load(0.2), load(0.5))
+    set_loads(replace(few_clients, under_batch=True), load(0.3), load(0.4), load(2.0))
+    found = compare_scenarios(timed)
     assert found["online_pruned_vs_dense"] == {"value": 2.0, "low": 1.0, "high": 4.0}
     assert found["online_p95_under_batch_vs_idle"] == pytest.approx(
         {"value": 3.0, "low": 2.0, "high": 4.0}
@@ -250,24 +270,26 @@ def test_ratios_compare_the_same_round_of_the_ways_they_name() -> None:
 
 
 @pytest.mark.slow
-def test_users_are_answered_idle_and_beside_a_job(serving: str, s3: str) -> None:
-    extent = replace(SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=2048)
-    found = online("tiny-llava", extent=extent, quick=True, root=s3, told=QUIET)
+def test_requests_are_answered_idle_and_beside_a_job(serving: str, s3: str) -> None:
+    size = replace(SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=2048)
+    found = run_online_suite("tiny-llava", size=size, quick=True, root=s3, console=QUIET)
     assert found["suite"] == "online"
-    assert [case["case"] for case in found["cases"]] == [way.name for way in ways(extent)]
-    for case, way in zip(found["cases"], ways(extent), strict=True):
-        assert (case["requests"], case["errors"]) == (extent.requests[way.clients], 0)
+    assert [case["case"] for case in found["cases"]] == [
+        scenario.name for scenario in list_scenarios(size)
+    ]
+    for case, scenario in zip(found["cases"], list_scenarios(size), strict=True):
+        assert (case["requests"], case["errors"]) == (size.requests[scenario.clients], 0)
         assert case["requests_per_second"]["low"] > 0
         for figure in ("latency", "ttft"):
             assert 0 < case[f"{figure}_p50_ms"]["value"] <= case[f"{figure}_p95_ms"]["value"]
         assert case["ttft_p50_ms"]["value"] <= case["latency_p50_ms"]["value"]
-        assert (case["batch_rows_per_second"] is not None) == way.under_batch
+        assert (case["batch_rows_per_second"] is not None) == scenario.under_batch
     assert set(found["ratios"]) == {"online_pruned_vs_dense", "online_p95_under_batch_vs_idle"}
 
 
 @pytest.mark.slow
-def test_a_job_that_was_over_too_early_is_not_measured_beside(serving: str, s3: str) -> None:
-    write_corpus(f"{s3}/corpus", captioned(48, 0), 16)
+def test_a_job_that_finishes_before_the_requests_is_an_error(serving: str, s3: str) -> None:
+    write_corpus(f"{s3}/corpus", draw_captioned(48, 0), 16)
     served = EngineSettings(model="tiny-llava", revision=resolve_model("tiny-llava").revision)
     with (
         open_fleet(FleetSettings(engine=served)) as fleet,
@@ -275,10 +297,10 @@ def test_a_job_that_was_over_too_early_is_not_measured_beside(serving: str, s3: 
     ):
         job.check()
         with pytest.raises(UsageError, match="give a slower --model"):
-            check_for(job, seconds=100)
+            keep_checking(job, seconds=100)
 
 
-def check_for(job: BatchJob, seconds: float) -> None:
+def keep_checking(job: BatchJob, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         job.check()
@@ -286,7 +308,7 @@ def check_for(job: BatchJob, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_named_with_what_it_said(serving: str, s3: str) -> None:
+def test_a_job_that_fails_is_reported_with_its_output(serving: str, s3: str) -> None:
     served = EngineSettings(model="tiny-llava", revision=resolve_model("tiny-llava").revision)
     with (
         open_fleet(FleetSettings(engine=served)) as fleet,

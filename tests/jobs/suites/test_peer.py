@@ -1,5 +1,5 @@
-"""The peer of suite `engine`: the worker that runs beside vLLM, in a real process around a stand-in
-for vLLM, gets what we get and is asked in turns; whatever goes wrong in it has one clear error."""
+"""The peer of suite `engine`: its worker, in a real process around a stand-in for vLLM, receives
+the same requests as our engines and is timed in turn; every failure has one clear error."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 from cluster.errors import FleetUnavailable, UsageError
-from jobs.benchmark import markdown
+from jobs.benchmark import format_markdown
 from jobs.suites import passes, peer
-from jobs.suites.engine import engine
-from jobs.suites.passes import Timed, Way, in_turns, spoken
-from jobs.suites.peer import NAME, Peer, opened
+from jobs.suites.engine import run_engine_suite
+from jobs.suites.passes import EngineMode, EngineTiming, generate_tokens, time_rounds
+from jobs.suites.peer import NAME, Peer, open_peer
 from jobs.suites.random_models import build
-from jobs.suites.shapes import SHAPES, scenes
+from jobs.suites.shapes import SHAPES, draw_scenes
 from sppruner.engine import Request, SamplingParams
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_inputs
@@ -49,19 +49,19 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    """Three to be timed together, and one alone."""
+    """Three that are timed together and one that is timed singly."""
     generation = SamplingParams(max_new_tokens=TOKENS)
     return [
         Request(id=str(n), prompt=PROMPT, images=(image,), generation=generation)
-        for n, image in enumerate(scenes(SHAPES["tiny"], 4))
+        for n, image in enumerate(draw_scenes(SHAPES["tiny"], 4))
     ]
 
 
 @pytest.fixture
-def open_peer(
+def connect(
     stand_in: StandIn, loaded: LoadedModel, requests: list[Request]
 ) -> Callable[[ExitStack], Peer]:
-    return lambda stack: stack.enter_context(opened(stand_in.python, loaded, requests, slots=2))
+    return lambda stack: stack.enter_context(open_peer(stand_in.python, loaded, requests, slots=2))
 
 
 def alive(pid: int) -> bool:
@@ -73,30 +73,28 @@ def alive(pid: int) -> bool:
 
 
 def ended(pid: int) -> bool:
-    """Whether it has, or does within a few seconds."""
+    """Whether the process has ended, or does within a few seconds."""
     until = time.monotonic() + 5
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.01)
     return not alive(pid)
 
 
-def test_a_peer_has_a_case_of_its_own_and_ratios_to_it(
-    stand_in: StandIn, loaded: LoadedModel
-) -> None:
+def test_a_peer_has_its_own_case_and_ratios(stand_in: StandIn, loaded: LoadedModel) -> None:
     shape = replace(SHAPES["tiny"], quick_images=4)
-    asked = [
+    requests = [
         Request(
             id=str(n),
             prompt=PROMPT,
             images=(image,),
             generation=SamplingParams(max_new_tokens=TOKENS),
         )
-        for n, image in enumerate(scenes(shape, 4))
+        for n, image in enumerate(draw_scenes(shape, 4))
     ]
-    ours = spoken(loaded, Way(name="engine", rows=4, continuous=True), asked)
+    ours = generate_tokens(loaded, EngineMode(name="engine", rows=4, continuous=True), requests)
     ours[2][-1] += 1
-    stand_in.told(answers=ours)
-    result = engine(shape, quick=True, told=QUIET, peer=stand_in.python)
+    stand_in.configure(answers=ours)
+    result = run_engine_suite(shape, quick=True, console=QUIET, peer=stand_in.python)
     *_, dense, pruned, other = result["cases"]
     assert (other["case"], other["batch_rows"]) == (NAME, 4)
     speed = other["images_per_second"]
@@ -113,86 +111,91 @@ def test_a_peer_has_a_case_of_its_own_and_ratios_to_it(
         assert ratio["high"] <= above["high"] / below["low"]
     assert result["machine"]["peer_equal_answers"] == 0.75
     assert "vLLM 0" in result["machine"]["peer"]
-    (line,) = (line for line in markdown(result).splitlines() if line.startswith(f"| {NAME} |"))
+    (line,) = (
+        line for line in format_markdown(result).splitlines() if line.startswith(f"| {NAME} |")
+    )
     assert line.endswith("|" + "  |" * 7)
-    # Once to compare answers, then in both rounds.
+    # One batch to compare answers, then both rounds.
     kinds = [next(iter(note)) for note in stand_in.notes]
-    assert kinds == ["settings", "asked", *("alone", "asked") * 2, "tidied"]
+    assert kinds == ["settings", "batch", *("single", "batch") * 2, "exited"]
 
 
-def test_rounds_go_through_our_ways_and_the_peer_and_back(
+def test_rounds_visit_our_modes_and_the_peer_in_both_orders(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, requests: list[Request]
 ) -> None:
     order = []
-    timed = Timed(images_per_second=1.0, first_token=1.0, between_tokens=1.0)
+    time_round = EngineTiming(images_per_second=1.0, first_token=1.0, inter_token=1.0)
 
-    def turn(name: str) -> Timed:
+    def turn(name: str) -> EngineTiming:
         order.append(name)
-        return timed
+        return time_round
 
-    monkeypatch.setattr(passes, "_timed", lambda loaded, engine, way, *_: turn(way.name))
-    ways = [Way(name="generate", rows=1), Way(name="engine", rows=2, continuous=True)]
-    *together, alone = requests
-    found = in_turns(
+    monkeypatch.setattr(passes, "_time_mode", lambda loaded, engine, mode, *_: turn(mode.name))
+    modes = [
+        EngineMode(name="generate", rows=1),
+        EngineMode(name="engine", rows=2, continuous=True),
+    ]
+    *together, single = requests
+    found = time_rounds(
         loaded,
-        ways,
+        modes,
         together,
-        alone,
+        single,
         rounds=2,
-        uncounted=1,
-        told=QUIET,
+        warmup_rounds=1,
+        console=QUIET,
         others={NAME: lambda: turn(NAME)},
     )
-    there = ["generate", "engine", NAME]
-    assert order == [*there[::-1], *there, *there[::-1]]
-    assert [set(row) for row in found] == [set(there)] * 2
+    forward = ["generate", "engine", NAME]
+    assert order == [*forward[::-1], *forward, *forward[::-1]]
+    assert [set(row) for row in found] == [set(forward)] * 2
 
 
-def test_the_peer_gets_our_prompts_pixels_and_threads_and_remembers_nothing(
+def test_the_peer_gets_our_prompts_pixels_and_threads_and_caches_nothing(
     stand_in: StandIn,
-    open_peer: Callable[[ExitStack], Peer],
+    connect: Callable[[ExitStack], Peer],
     loaded: LoadedModel,
     requests: list[Request],
 ) -> None:
     with ExitStack() as stack:
-        open_peer(stack).timed()
-    begun, alone, together, _ = stand_in.notes
+        connect(stack).time_round()
+    received, single, batch, _ = stand_in.notes
     pixels = [request.images[0].convert("RGB").tobytes().hex() for request in requests]
-    assert [alone["alone"], *together["asked"]] == [pixels[-1], *pixels[:-1]]
-    settings = begun["settings"]
+    assert [single["single"], *batch["batch"]] == [pixels[-1], *pixels[:-1]]
+    settings = received["settings"]
     assert settings["dtype"] == "float32"
     assert settings["max_num_seqs"] == 2
     assert settings["enable_prefix_caching"] is False
     assert settings["mm_processor_cache_gb"] == 0
     longest = len(build_inputs(loaded.processor, [PROMPT], [requests[0].images[0]])["input_ids"][0])
     assert longest + TOKENS <= settings["max_model_len"] <= 4096
-    cores = begun["environment"]["VLLM_CPU_OMP_THREADS_BIND"].split(",")
+    cores = received["environment"]["VLLM_CPU_OMP_THREADS_BIND"].split(",")
     assert {int(core) for core in cores} <= os.sched_getaffinity(0)
-    assert int(begun["environment"]["OMP_NUM_THREADS"]) == torch.get_num_threads()
-    tower = [name for name in begun["weights"] if name.startswith("vision_tower.")]
+    assert int(received["environment"]["OMP_NUM_THREADS"]) == torch.get_num_threads()
+    tower = [name for name in received["weights"] if name.startswith("vision_tower.")]
     assert tower
     assert all(name.startswith("vision_tower.vision_model.") for name in tower)
-    assert len(begun["weights"]) == len(set(loaded.model.state_dict()) - {"lm_head.weight"})
+    assert len(received["weights"]) == len(set(loaded.model.state_dict()) - {"lm_head.weight"})
 
 
-def test_seconds_alone_are_told_apart(open_peer: Callable[[ExitStack], Peer]) -> None:
-    """The stand-in takes a while to its first token, and less from one to the next."""
+def test_a_single_request_has_its_own_times(connect: Callable[[ExitStack], Peer]) -> None:
+    """The stand-in is slower to its first token than between tokens."""
     with ExitStack() as stack:
-        timed = open_peer(stack).timed()
-    assert timed.first_token >= 0.06
-    assert 0.01 <= timed.between_tokens < timed.first_token
-    assert 0 < timed.images_per_second <= 3 / 0.01
+        time_round = connect(stack).time_round()
+    assert time_round.first_token >= 0.06
+    assert 0.01 <= time_round.inter_token < time_round.first_token
+    assert 0 < time_round.images_per_second <= 3 / 0.01
 
 
-def test_nothing_else_is_timed_until_the_peer_sleeps(
-    open_peer: Callable[[ExitStack], Peer], monkeypatch: pytest.MonkeyPatch
+def test_answer_returns_only_after_the_peer_sleeps(
+    connect: Callable[[ExitStack], Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ExitStack() as stack:
-        other = open_peer(stack)
+        other = connect(stack)
         monkeypatch.setattr(peer, "_SETTLED_SECONDS", 0.3)
-        began = time.perf_counter()
+        started = time.perf_counter()
         answers = other.answer()
-        assert time.perf_counter() - began >= 0.3 + answers.seconds
+        assert time.perf_counter() - started >= 0.3 + answers.seconds
 
 
 @pytest.mark.parametrize(
@@ -200,24 +203,24 @@ def test_nothing_else_is_timed_until_the_peer_sleeps(
     [
         ("one more", r"request 0: it read 156 prompt tokens, and we read 155:"),
         ("other words", r"request 1: it read 155 prompt tokens, and we read 155 others:"),
-        ("ends early", r"request 0: 7 tokens were said instead of 8:"),
+        ("ends early", r"request 0: 7 tokens generated instead of 8:"),
         ("dies", r"ended with status 3\.(.|\n)*out of luck"),
     ],
 )
-def test_what_would_make_its_seconds_meaningless_is_refused(
-    stand_in: StandIn, open_peer: Callable[[ExitStack], Peer], fault: str, error: str
+def test_answers_that_cannot_be_compared_are_refused(
+    stand_in: StandIn, connect: Callable[[ExitStack], Peer], fault: str, error: str
 ) -> None:
-    stand_in.told(fault=fault)
+    stand_in.configure(fault=fault)
     with pytest.raises(FleetUnavailable, match=error), ExitStack() as stack:
-        open_peer(stack).answer()
+        connect(stack).answer()
 
 
 def test_a_peer_that_died_between_two_rounds_is_named(
-    stand_in: StandIn, open_peer: Callable[[ExitStack], Peer]
+    stand_in: StandIn, connect: Callable[[ExitStack], Peer]
 ) -> None:
-    stand_in.told(fault="dies later")
+    stand_in.configure(fault="dies later")
     with ExitStack() as stack:
-        other = open_peer(stack)
+        other = connect(stack)
         other.answer()
         worker, _ = stand_in.notes[0]["pids"]
         assert ended(worker)
@@ -231,53 +234,53 @@ def test_an_interpreter_without_vllm_is_named_with_the_reason(
     python = Path(sys.executable)
     with (
         pytest.raises(FleetUnavailable, match=rf"--peer {python}(.|\n)*No module named 'vllm'"),
-        opened(python, loaded, requests, slots=2),
+        open_peer(python, loaded, requests, slots=2),
     ):
         pass
 
 
 @pytest.mark.parametrize("name", ["absent", "."])
-def test_what_is_no_interpreter_is_a_usage_error(
+def test_a_path_that_is_no_interpreter_is_a_usage_error(
     name: str, tmp_path: Path, loaded: LoadedModel, requests: list[Request]
 ) -> None:
     python = tmp_path / name
     with (
         pytest.raises(UsageError, match=rf"--peer {python}: "),
-        opened(python, loaded, requests, slots=2),
+        open_peer(python, loaded, requests, slots=2),
     ):
         pass
 
 
 def test_a_model_on_a_gpu_has_no_peer(requests: list[Request]) -> None:
-    there: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
+    on_gpu: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
     with (
         pytest.raises(UsageError, match="CPU build"),
-        opened(Path(sys.executable), there, requests, slots=2),
+        open_peer(Path(sys.executable), on_gpu, requests, slots=2),
     ):
         pass
 
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_no_process_and_no_folder_is_left_behind(
-    stand_in: StandIn, open_peer: Callable[[ExitStack], Peer], failing: bool
+    stand_in: StandIn, connect: Callable[[ExitStack], Peer], failing: bool
 ) -> None:
-    """Nor what vLLM has started: the stand-in starts a process that would sleep for a minute."""
+    """Child processes of vLLM included: the stand-in starts one that would sleep for a minute."""
     with ExitStack() as stack:
         if failing:
             stack.enter_context(pytest.raises(KeyboardInterrupt))
-        open_peer(stack)
-        begun = stand_in.notes[0]
-        assert all(alive(pid) for pid in begun["pids"])
-        assert Path(begun["folder"]).is_dir()
+        connect(stack)
+        received = stand_in.notes[0]
+        assert all(alive(pid) for pid in received["pids"])
+        assert Path(received["folder"]).is_dir()
         if failing:
             raise KeyboardInterrupt
-    assert all(ended(pid) for pid in begun["pids"])
-    assert not Path(begun["folder"]).exists()
-    # Where nothing failed, vLLM had the time to end by itself.
-    assert failing or stand_in.notes[-1] == {"tidied": True}
+    assert all(ended(pid) for pid in received["pids"])
+    assert not Path(received["folder"]).exists()
+    # Without a failure vLLM has time to exit by itself.
+    assert failing or stand_in.notes[-1] == {"exited": True}
 
 
-def test_the_worker_needs_nothing_but_what_comes_with_vllm() -> None:
+def test_the_worker_imports_nothing_that_vllm_does_not_bring() -> None:
     source = Path(peer.__file__).with_name("peer_worker.py").read_text()
     imported = {
         name.split(".")[0]

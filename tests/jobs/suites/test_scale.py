@@ -1,4 +1,4 @@
-"""Suite `scale`: its ratios are of cost per row, and its memory is that of one job."""
+"""Suite `scale`: ratios compare the cost per row, and the memory peak is that of one job."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jobs.suites.scale import SIZES, Pass, forget_peak, growth, peak_mib, scale
+from jobs.suites.scale import (
+    SIZES,
+    JobTiming,
+    compare_row_costs,
+    read_peak_mib,
+    reset_peak,
+    run_scale_suite,
+)
 
 
-def passes(cost: dict[int, list[float]]) -> dict[int, list[Pass]]:
-    """By size: seconds a row of ten times as many rows, by round."""
+def passes(seconds_per_row: dict[int, list[float]]) -> dict[int, list[JobTiming]]:
+    """Timings by size: `cost` holds seconds per row by round; a size has ten times as many rows."""
     return {
         size: [
-            Pass(
+            JobTiming(
                 rows=10 * size,
                 seconds=10 * size * seconds,
                 planning_seconds=20 * size,
@@ -23,16 +30,16 @@ def passes(cost: dict[int, list[float]]) -> dict[int, list[Pass]]:
                 objects_written=1,
                 peak_mib=None,
             )
-            for seconds in cost[size]
+            for seconds in seconds_per_row[size]
         ]
         for size in SIZES
     }
 
 
-def test_growth_compares_the_cost_of_a_row_within_each_round() -> None:
-    cost = {size: [1.0, 10.0, 100.0] for size in SIZES} | {8: [2.0, 20.0, 100.0]}
-    cost[16] = [3.0, 20.0, 400.0]
-    found = growth(passes(cost))
+def test_row_costs_are_compared_within_each_round() -> None:
+    seconds_per_row = {size: [1.0, 10.0, 100.0] for size in SIZES} | {8: [2.0, 20.0, 100.0]}
+    seconds_per_row[16] = [3.0, 20.0, 400.0]
+    found = compare_row_costs(passes(seconds_per_row))
     assert found == {
         "seconds_per_row_16x_vs_1x": {"value": 3.0, "low": 2.0, "high": 4.0},
         "seconds_per_row_16x_vs_8x": {"value": 1.5, "low": 1.0, "high": 4.0},
@@ -40,21 +47,23 @@ def test_growth_compares_the_cost_of_a_row_within_each_round() -> None:
     }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_the_peak_is_that_of_the_time_since_it_was_forgotten() -> None:
-    assert forget_peak()
-    before = peak_mib()
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak")
+def test_the_peak_is_that_of_the_time_since_its_reset() -> None:
+    assert reset_peak()
+    before = read_peak_mib()
     held = np.ones(2**27, dtype=np.uint8)
-    assert peak_mib() >= before + 120
+    assert read_peak_mib() >= before + 120
     del held
-    assert peak_mib() >= before + 120
-    assert forget_peak()
-    assert peak_mib() < before + 60
+    assert read_peak_mib() >= before + 120
+    assert reset_peak()
+    assert read_peak_mib() < before + 60
 
 
 @pytest.mark.slow
 def test_every_size_is_labelled_and_planned(serving: str, s3: str) -> None:
-    found = scale("tiny-llava", base=4, rounds=2, quick=True, root=s3, told=Console(quiet=True))
+    found = run_scale_suite(
+        "tiny-llava", base_rows=4, rounds=2, quick=True, root=s3, console=Console(quiet=True)
+    )
     assert found["suite"] == "scale"
     assert (found["machine"]["base_rows"], found["machine"]["rounds"]) == (4, 2)
     assert [case["case"] for case in found["cases"]] == ["1x", "2x", "4x", "8x", "16x"]

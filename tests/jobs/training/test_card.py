@@ -1,4 +1,4 @@
-"""The shipped model cards say what the recipe would write, around the measured figures."""
+"""The shipped model cards match the template of the recipe around their measured figures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sppruner.tiny import TINY_MODELS
 
 
 @pytest.mark.parametrize("name", sorted(TINY_MODELS))
-def test_a_shipped_card_has_the_words_of_the_template_and_its_history(name: str) -> None:
+def test_a_shipped_card_has_the_text_of_the_template_and_its_history(name: str) -> None:
     folder, family = TINY_MODELS[name], name.removeprefix("tiny-")
     history = History.read(folder)
-    told = FAMILY_TEXT[family] | {"family": family, "history": str(history)}
-    told |= {stage: f"{getattr(history, stage):,}" for stage in STAGES}
+    known = FAMILY_TEXT[family] | {"family": family, "history": str(history)}
+    known |= {stage: f"{getattr(history, stage):,}" for stage in STAGES}
     pattern = ""
-    for words, field, _, _ in string.Formatter().parse(CARD):
-        pattern += re.escape(words)
+    for literal, field, _, _ in string.Formatter().parse(CARD):
+        pattern += re.escape(literal)
         if field is not None:
-            # What was measured may be any text, or none.
-            pattern += re.escape(told[field]) if field in told else r"[\s\S]*?"
+            # Measured parts may be any text, or empty.
+            pattern += re.escape(known[field]) if field in known else r"[\s\S]*?"
     assert re.fullmatch(pattern, (folder / "README.md").read_text())

@@ -1,4 +1,4 @@
-"""The recipe's view of each architecture equals what the library's own model computes."""
+"""The recipe's forward passes equal those of the transformers model of each architecture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from jobs.training.families import QWEN
-from jobs.training.packing import answer_logits, pack
-from jobs.training.scene_cache import SceneCache, scene_table
-from jobs.training.vision import pixels
-from jobs.training.windows import WindowEyes, patchify
+from jobs.training.packing import compute_answer_logits, pack_scenes
+from jobs.training.scene_cache import SceneCache, build_scene_table
+from jobs.training.vision import normalise_images
+from jobs.training.windows import WindowVisionEncoder, patchify
 from sppruner.tiny.model import build_tokenizer
 from sppruner.tiny.qwen import (
     IMAGE_PAD,
@@ -37,7 +37,7 @@ def model() -> Qwen2_5_VLForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def table() -> SceneCache:
-    return scene_table(0, 3, 92)
+    return build_scene_table(0, 3, 92)
 
 
 def _resized(size: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:
@@ -48,42 +48,42 @@ def _resized(size: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
-def test_batched_windows_equal_the_librarys_tower(
+def test_batched_windows_equal_the_tower_of_transformers(
     model: Qwen2_5_VLForConditionalGeneration, size: tuple[int, int]
 ) -> None:
-    """Also for sizes that leave partial windows at the edges."""
+    """Includes sizes with partial windows at the edges."""
     images = [render(sample_scene(seed)).resize(size) for seed in range(2)]
     inputs = build_qwen_images()(images=images, return_tensors="pt")
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     raw = _resized(size, (4 * columns, 4 * rows))
     torch.testing.assert_close(patchify(raw, 4).flatten(0, 1), inputs["pixel_values"])
     own = model.model.get_image_features(**inputs, return_dict=True).pooler_output
-    torch.testing.assert_close(WindowEyes(model)(raw)[0], torch.stack(list(own)))
+    torch.testing.assert_close(WindowVisionEncoder(model)(raw)[0], torch.stack(list(own)))
 
 
 def test_received_attention_is_a_distribution(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    received_BN = WindowEyes(model).received(_resized((192, 192), (96, 96)))
+    received_BN = WindowVisionEncoder(model).received_attention(_resized((192, 192), (96, 96)))
     assert received_BN.shape == (2, 144)
-    # Four patches share a token, so their mean sums to a quarter.
+    # A token is the mean of four patches, so the sum over tokens is a quarter.
     torch.testing.assert_close(received_BN.sum(1), torch.full((2,), 0.25))
 
 
 @torch.no_grad()
-def test_a_packed_question_is_answered_as_if_alone(
+def test_a_packed_question_has_the_logits_of_a_single_question(
     model: Qwen2_5_VLForConditionalGeneration, table: SceneCache
 ) -> None:
-    """With the library's own M-RoPE positions and window order."""
+    """With the M-RoPE positions and the window order of transformers."""
     scenes = np.arange(3)
-    images = pixels(table, scenes, CPU)
-    text = pack(table, scenes, np.random.default_rng(0), 1.0, CPU)
-    packed = answer_logits(QWEN, model, WindowEyes(model)(images)[0], text)
+    images = normalise_images(table, scenes, CPU)
+    text = pack_scenes(table, scenes, np.random.default_rng(0), 1.0, CPU)
+    packed = compute_answer_logits(QWEN, model, WindowVisionEncoder(model)(images)[0], text)
     pad = build_qwen_tokenizer().convert_tokens_to_ids(IMAGE_PAD)
     prefix = [*QWEN.before, *[pad] * 144, *QWEN.after]
     question = 0
     for scene in scenes:
         for first, length, answer, _ in table.spans[table.starts[scene] : table.starts[scene + 1]]:
             ids = torch.tensor([prefix + table.tokens[first : first + length].tolist()])
-            alone = model(
+            single = model(
                 input_ids=ids,
                 pixel_values=patchify(images[scene : scene + 1], 4)[0],
                 image_grid_thw=torch.tensor([[1, 24, 24]]),
@@ -91,7 +91,7 @@ def test_a_packed_question_is_answered_as_if_alone(
             ).logits
             torch.testing.assert_close(
                 packed[text.questions_A == question],
-                alone[0, -1 - answer : -1],
+                single[0, -1 - answer : -1],
                 atol=2e-4,
                 rtol=1e-4,
             )

@@ -1,4 +1,4 @@
-"""A model folder keeps how it was trained; what is not such a record is refused by name."""
+"""A model folder's training history is read back; any other file is refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sppruner.errors import UnsupportedModel
 STEPS = {"language": 10, "vision": 20, "sharpen": 3, "joint": 7}
 
 
-def test_a_history_is_read_back_and_counts_all_joint_training(tmp_path: Path) -> None:
+def test_a_history_is_read_back_and_counts_all_joint_steps(tmp_path: Path) -> None:
     history = History(**STEPS, note="by hand").continued(5).continued(2)
     history.write(tmp_path)
     assert History.read(tmp_path) == history
@@ -36,7 +36,7 @@ def test_a_history_is_read_back_and_counts_all_joint_training(tmp_path: Path) ->
         json.dumps(STEPS | {"note": 1}),
     ],
 )
-def test_a_file_that_tells_no_history_is_named(written: str, tmp_path: Path) -> None:
+def test_a_file_without_a_history_is_named(written: str, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_bytes(written.encode("latin-1"))
     with pytest.raises(UnsupportedModel, match=r"training\.json tells no history") as raised:
         History.read(tmp_path)

@@ -1,4 +1,4 @@
-"""The recipe's shortcuts equal what they stand for: packing, features, labels, resume."""
+"""Packing, features and labels equal their straightforward versions, and resume is exact."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from jobs.training.contrast import CaptionContrast
 from jobs.training.families import LLAVA
 from jobs.training.language import sample_keep
 from jobs.training.loop import Draws, LearningRateSchedule, load_checkpoint, run_steps
-from jobs.training.packing import answer_logits, pack, random_keep
-from jobs.training.scene_cache import BARE, GROUNDS, SIGNS, SceneCache, build_cache, scene_table
-from jobs.training.space import ANCHOR, CHANNELS, THING, TokenSpace, Truth
-from jobs.training.stages import Workshop
-from jobs.training.vision import DenseLoss, Eyes, pixels
+from jobs.training.packing import compute_answer_logits, pack_scenes, sample_random_keep
+from jobs.training.scene_cache import (
+    BARE,
+    GROUNDS,
+    SIGNS,
+    SceneCache,
+    build_cache,
+    build_scene_table,
+)
+from jobs.training.space import ANCHOR, CHANNELS, THING, PatchTruth, TokenSpace
+from jobs.training.stages import TrainingContext
+from jobs.training.vision import DenseLoss, VisionEncoder, normalise_images
 from sppruner.tiny.layout import COLORS, SHAPES, SIZES
 from sppruner.tiny.model import DIGITS, SPECIAL_TOKENS, WORDS, build_processor
-from sppruner.tiny.scenes import render, sample_scene
+from sppruner.tiny.scenes import encode_scene, sample_scene
 
 CPU = torch.device("cpu")
 SCENES = np.arange(3)
@@ -35,16 +42,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> SceneCache:
 
 
 @pytest.fixture(scope="module")
-def shop(cache: SceneCache, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(folder=tmp_path_factory.mktemp("work"), cache=cache, device=CPU)
+def context(cache: SceneCache, tmp_path_factory: pytest.TempPathFactory) -> TrainingContext:
+    return TrainingContext(folder=tmp_path_factory.mktemp("work"), cache=cache, device=CPU)
 
 
-def test_cached_images_are_what_the_processor_makes(cache: SceneCache) -> None:
-    buffer = io.BytesIO()
+def test_cached_images_equal_the_output_of_the_processor(cache: SceneCache) -> None:
     quality = random.Random("jpeg:5").randint(85, 97)
-    render(sample_scene(5)).save(buffer, "JPEG", quality=quality)
-    inputs = build_processor()(images=[Image.open(buffer)], text=["<image>"], return_tensors="pt")
-    torch.testing.assert_close(pixels(cache, np.array([5]), CPU), inputs["pixel_values"])
+    image = Image.open(io.BytesIO(encode_scene(sample_scene(5), quality=quality)))
+    inputs = build_processor()(images=[image], text=["<image>"], return_tensors="pt")
+    torch.testing.assert_close(normalise_images(cache, np.array([5]), CPU), inputs["pixel_values"])
 
 
 def test_a_finished_cache_is_reused(tmp_path: Path) -> None:
@@ -72,22 +78,22 @@ def test_labels_agree_with_the_scene(cache: SceneCache) -> None:
         assert grounds <= {GROUNDS + i for i in range(len(scene.grounds))}
 
 
-def test_only_the_core_of_a_thing_tells_what_it_is(cache: SceneCache) -> None:
-    truth = Truth(cache, SCENES, CPU)
+def test_only_the_core_of_an_entity_shows_its_kind(cache: SceneCache) -> None:
+    truth = PatchTruth(cache, SCENES, CPU)
     marks, cores = truth.marks_BNC.bool(), truth.cores_BN
     kinds = [WORDS.index(word) for word in (*SHAPES, *SIZES, *DIGITS)]
     assert not marks[~cores][:, kinds].any()
     assert marks[cores][:, kinds].any(1).all()
     assert not marks[~cores][:, ANCHOR].any()
     assert (marks[..., THING] == truth.things_BN).all()
-    # A patch of an object that is not its core still shows the object's colour.
+    # A patch of an object outside its core shows the object's colour only.
     rim = truth.things_BN & ~cores & ~truth.signs_BN
     colors = [WORDS.index(word) for word in COLORS]
     assert (marks[rim][:, colors].sum(1) == 1).all()
 
 
 def test_distractors_show_their_colour_and_nothing_else(cache: SceneCache) -> None:
-    truth = Truth(cache, SCENES, CPU)
+    truth = PatchTruth(cache, SCENES, CPU)
     stained = torch.from_numpy(cache.stains[SCENES] != BARE) & ~truth.things_BN
     assert stained.any()
     colors = [WORDS.index(word) for word in COLORS]
@@ -97,9 +103,9 @@ def test_distractors_show_their_colour_and_nothing_else(cache: SceneCache) -> No
     assert not marks[stained][:, THING].any()
 
 
-def test_oracle_tokens_can_be_read_back(shop: Workshop) -> None:
-    _, space = shop.build()
-    truth = Truth(shop.cache, SCENES, CPU)
+def test_oracle_tokens_can_be_read_back(context: TrainingContext) -> None:
+    _, space = context.build()
+    truth = PatchTruth(context.cache, SCENES, CPU)
     marks, places = space.read(space.oracle(truth))
     torch.testing.assert_close(marks, truth.marks_BNC, atol=1e-5, rtol=0)
     torch.testing.assert_close(places, truth.places_BNP, atol=1e-5, rtol=0)
@@ -108,8 +114,8 @@ def test_oracle_tokens_can_be_read_back(shop: Workshop) -> None:
     assert loss < 0.3
 
 
-def test_word_directions_are_orthonormal(shop: Workshop) -> None:
-    model, space = shop.build()
+def test_word_directions_are_orthonormal(context: TrainingContext) -> None:
+    model, space = context.build()
     gram = space.marks_CD @ space.marks_CD.T
     torch.testing.assert_close(gram, torch.eye(CHANNELS), atol=1e-5, rtol=0)
     embedding = model.get_input_embeddings().weight
@@ -120,32 +126,32 @@ def test_word_directions_are_orthonormal(shop: Workshop) -> None:
 
 
 @torch.no_grad()
-def test_training_forward_equals_the_models_own_features(shop: Workshop) -> None:
-    model, _ = shop.build()
-    images = pixels(shop.cache, SCENES, CPU)
+def test_training_forward_equals_the_models_own_features(context: TrainingContext) -> None:
+    model, _ = context.build()
+    images = normalise_images(context.cache, SCENES, CPU)
     own = model.get_image_features(pixel_values=images, return_dict=True).pooler_output
-    torch.testing.assert_close(Eyes(model)(images)[0], torch.stack(list(own)))
+    torch.testing.assert_close(VisionEncoder(model)(images)[0], torch.stack(list(own)))
 
 
 @torch.no_grad()
-def test_a_packed_question_is_answered_as_if_alone(shop: Workshop) -> None:
-    model, _ = shop.build()
-    images = pixels(shop.cache, SCENES, CPU)
-    text = pack(shop.cache, SCENES, np.random.default_rng(0), 1.0, CPU)
-    packed = answer_logits(LLAVA, model, Eyes(model)(images)[0], text)
+def test_a_packed_question_has_the_logits_of_a_single_question(context: TrainingContext) -> None:
+    model, _ = context.build()
+    images = normalise_images(context.cache, SCENES, CPU)
+    text = pack_scenes(context.cache, SCENES, np.random.default_rng(0), 1.0, CPU)
+    packed = compute_answer_logits(LLAVA, model, VisionEncoder(model)(images)[0], text)
     prefix = [SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("<user>")]
     prefix += [SPECIAL_TOKENS.index("<image>")] * 144
     question = 0
     for scene in SCENES:
-        for first, length, answer, _ in shop.cache.spans[
-            shop.cache.starts[scene] : shop.cache.starts[scene + 1]
+        for first, length, answer, _ in context.cache.spans[
+            context.cache.starts[scene] : context.cache.starts[scene + 1]
         ]:
-            tokens = shop.cache.tokens[first : first + length].tolist()
+            tokens = context.cache.tokens[first : first + length].tolist()
             ids = torch.tensor([prefix + tokens])
-            alone = model(input_ids=ids, pixel_values=images[scene : scene + 1]).logits
+            single = model(input_ids=ids, pixel_values=images[scene : scene + 1]).logits
             torch.testing.assert_close(
                 packed[text.questions_A == question],
-                alone[0, -1 - answer : -1],
+                single[0, -1 - answer : -1],
                 atol=2e-4,
                 rtol=1e-4,
             )
@@ -153,14 +159,14 @@ def test_a_packed_question_is_answered_as_if_alone(shop: Workshop) -> None:
 
 
 @torch.no_grad()
-def test_keeping_all_tokens_changes_nothing_and_positions_stay(shop: Workshop) -> None:
-    model, space = shop.build()
-    text = pack(shop.cache, SCENES, np.random.default_rng(0), 0.0, CPU)
-    tokens = space.oracle(Truth(shop.cache, SCENES, CPU))
-    everything = random_keep(len(SCENES), 144, torch.Generator())
+def test_keeping_all_tokens_changes_nothing_and_positions_stay(context: TrainingContext) -> None:
+    model, space = context.build()
+    text = pack_scenes(context.cache, SCENES, np.random.default_rng(0), 0.0, CPU)
+    tokens = space.oracle(PatchTruth(context.cache, SCENES, CPU))
+    everything = sample_random_keep(len(SCENES), 144, torch.Generator())
     torch.testing.assert_close(
-        answer_logits(LLAVA, model, tokens, text, everything),
-        answer_logits(LLAVA, model, tokens, text),
+        compute_answer_logits(LLAVA, model, tokens, text, everything),
+        compute_answer_logits(LLAVA, model, tokens, text),
     )
 
 
@@ -183,7 +189,7 @@ def test_changed_captions_are_other_scenes(cache: SceneCache) -> None:
 
 
 def test_held_out_table_matches_the_cache_layout() -> None:
-    table = scene_table(7, 2, 92)
+    table = build_scene_table(7, 2, 92)
     assert len(table) == 2
     assert table.starts[-1] == len(table.spans)
 
@@ -206,7 +212,7 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
 
 
 def _run(steps: int, checkpoint: Path) -> nn.Module:
-    """A toy stage whose data are drawn per step."""
+    """A toy stage with data drawn per step."""
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
 

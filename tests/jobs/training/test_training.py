@@ -1,4 +1,4 @@
-"""The training command survives `kill -9` and ends in a loadable, described model."""
+"""The training command resumes after `kill -9` and writes a loadable model with a card."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
         while first.poll() is None and not (work / "vision.pt").exists():
             time.sleep(0.05)
     finally:
-        # The whole group at once, as a machine that loses power would.
+        # The whole process group at once, like a machine that loses power.
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
     assert load_checkpoint(work / "vision.pt", torch.device("cpu"))["step"] > 0
@@ -72,7 +72,7 @@ def test_training_resumes_after_a_kill(tmp_path: Path) -> None:
     ("start", "message"),
     [("nowhere", "holds no training.json"), (str(TINY_MODELS[EMBEDDED]), "holds a llava model")],
 )
-def test_what_cannot_be_trained_on_is_refused_before_any_work(
+def test_a_folder_that_cannot_be_continued_is_refused_before_any_work(
     start: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "model"
@@ -84,7 +84,7 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """What the command looks at before it starts any work."""
+    """The files that the command checks before it starts any work."""
     folder = tmp_path / "finished"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llava"}')
@@ -128,9 +128,9 @@ def test_a_continuation_does_not_overwrite_what_it_starts_from(
     assert "give another" in capsys.readouterr().err
 
 
-def test_the_work_folder_is_named_by_the_whole_output() -> None:
+def test_the_work_folder_has_the_full_name_of_the_output() -> None:
     def work(*options: str) -> Path:
-        folder: Path = train_tiny.parse(list(options)).work
+        folder: Path = train_tiny.parse_arguments(list(options)).work
         return folder
 
     assert work("--output", "models/v1.0") == Path("models/v1.0.work")
@@ -139,10 +139,10 @@ def test_the_work_folder_is_named_by_the_whole_output() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_only_the_joint_stage_goes_on_from_a_model(device: str, finished: Path) -> None:
+def test_only_the_joint_stage_continues_from_a_model(device: str, finished: Path) -> None:
     def stages(*options: str) -> list[list[str]]:
-        arguments = train_tiny.parse(["--output", "model", *options])
-        rounds = train_tiny.stage_rounds(arguments, device)
+        arguments = train_tiny.parse_arguments(["--output", "model", *options])
+        rounds = train_tiny.plan_stages(arguments, device)
         for command in (command for commands in rounds for command in commands):
             assert ("--start" in command) == bool(options)
         return [[command[3] for command in commands] for commands in rounds]
@@ -157,7 +157,7 @@ def test_only_the_joint_stage_goes_on_from_a_model(device: str, finished: Path) 
 
 
 @pytest.mark.parametrize("stage", ["language", "vision", "sharpen"])
-def test_a_stage_that_starts_from_no_model_refuses_one(
+def test_a_stage_that_does_not_start_from_a_model_refuses_one(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["worker", stage, "--work", "w", "--start", "m"])
@@ -168,8 +168,8 @@ def test_a_stage_that_starts_from_no_model_refuses_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_joint_training_goes_on_from_the_shipped_weights_and_says_so(tmp_path: Path) -> None:
-    # A finished joint stage in the work folder is not that of this command.
+def test_joint_training_continues_from_the_shipped_weights_and_records_it(tmp_path: Path) -> None:
+    # The finished joint stage in the work folder belongs to another run.
     work = tmp_path / "work"
     work.mkdir()
     save_checkpoint(work / "joint.pt", {"model": {}, "optimizers": [], "step": 2000})

@@ -77,7 +77,11 @@ def test_the_row_cost_of_a_pruned_generation_equals_the_flop_counter(
     model = FAMILIES[family].build("eager")
     pruner = Pruner(model)
     spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
-    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [2, IMAGE]}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": [2, IMAGE],
+    }
     generated: list[Any] = []
     total = counted_flops(lambda: generated.append(pruner.generate(batch([2]), spec, **settings)))
     report = generated[0].reports[0]

@@ -1,4 +1,4 @@
-"""Requests of every sort: any method, number of images, length and way of choosing tokens."""
+"""Random requests: any method, number of images, length and sampling settings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from sppruner.engine.base import ModelEngine
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
 
-METHODS = [
+METHODS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
     ("grid", {"ratio": 0.25}),
     ("sppruner", {"ratio": 0.3}),
     ("sppruner:mode=pre+mid", {"ratio": 0.3}),
     ("fastv:layer=1", {"ratio": 0.4}),
     ("fastv:layer=2", {"ratio": 0.2}),
+    ("pyramiddrop", {"ratio": 0.3}),
+    ("pyramiddrop:layers=2", {"ratio": 0.3}),
     ("topk", {"tokens": 1}),
     ("random", {"tokens": 0}),
     ("prunesid", {"ratio": 0.5, "spread": 0.5}),
@@ -40,7 +42,7 @@ def drawn(rng: random.Random) -> Image.Image:
 
 
 def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Request]:
-    """Any method the model can run, with any number of images, length and way of choosing."""
+    """Random requests under any spec that the model can run."""
     specs = []
     for method, budget in METHODS:
         for positions in ("keep", "renumber"):
@@ -52,14 +54,16 @@ def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Reques
             specs.append(spec)
     made = []
     for number in range(count):
-        chance = {"temperature": 1.3, "top_p": 0.9, "seed": number} if rng.random() < 0.3 else {}
+        sampled: dict[str, Any] = {}
+        if rng.random() < 0.3:
+            sampled = {"temperature": 1.3, "top_p": 0.9, "seed": number}
         made.append(
             Request(
                 id=str(number),
                 prompt="what is it? " * rng.randint(1, 4),
                 images=tuple(drawn(rng) for _ in range(rng.choice([0, 1, 1, 1, 2]))),
                 spec=rng.choice(specs),
-                generation=SamplingParams(max_new_tokens=rng.randint(1, 8), **chance),
+                generation=SamplingParams(max_new_tokens=rng.randint(1, 8), **sampled),
                 priority=rng.randint(0, 1),
             )
         )
@@ -67,5 +71,5 @@ def requests(engine: ModelEngine, rng: random.Random, count: int) -> list[Reques
 
 
 def facts(result: Result) -> Result:
-    """Everything but the seconds."""
+    """The result without its seconds."""
     return replace(result, seconds=0.0, control_seconds=None)

@@ -1,4 +1,4 @@
-"""Prompts processed one by one and collated are the batch the processor makes of them together."""
+"""Prompts that are processed one by one and collated equal the processor's own batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def test_a_collated_batch_is_the_processors_own(
 ) -> None:
     processor = load_processor(resolve_model(str(write_folder(family, tmp_path))))
     rng = random.Random(5)
-    shown = [[drawn(rng) for _ in range(count)] for count in images]
+    image_lists = [[drawn(rng) for _ in range(count)] for count in images]
     prompts = ["what is it? " * (1 + n) for n in range(len(images))]
-    together = build_inputs(processor, prompts, shown)
-    single = [dict(build_inputs(processor, [p], [s])) for p, s in zip(prompts, shown, strict=True)]
+    together = build_inputs(processor, prompts, image_lists)
+    single = [
+        dict(build_inputs(processor, [prompt], [one]))
+        for prompt, one in zip(prompts, image_lists, strict=True)
+    ]
     batch = collate(single, PAD)
     assert batch.keys() == together.keys()
     for name, value in together.items():

@@ -1,5 +1,5 @@
-"""Continuous batching changes no answer: whoever else runs, arrives, leaves or is cancelled, each
-request gets what `generate` gives it alone."""
+"""Continuous batching changes no answer: whichever requests run, arrive, leave or are cancelled,
+each one gets the answer of `generate` on it alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: LoadedModel) -> BatchEngine:
+def reference(loaded: LoadedModel) -> BatchEngine:
     return BatchEngine(loaded, slots=1)
 
 
@@ -38,12 +38,12 @@ def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_arrivals_get_the_answers_they_would_get_alone(
-    engine: ContinuousEngine, alone: BatchEngine, seed: int
+def test_random_arrivals_get_the_answers_of_single_requests(
+    engine: ContinuousEngine, reference: BatchEngine, seed: int
 ) -> None:
     rng = random.Random(seed)
-    waiting = requests(alone, rng, 14)
-    expected = [facts(result) for result in alone.run(waiting)]
+    waiting = requests(reference, rng, 14)
+    expected = [facts(result) for result in reference.run(waiting)]
     assert not [result.error_message for result in expected if result.error_code]
     tickets: dict[int, int] = {}
     answered: dict[int, Result] = {}
@@ -58,58 +58,58 @@ def test_random_arrivals_get_the_answers_they_would_get_alone(
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_cancelled_requests_leave_no_trace_in_the_others_or_in_the_slots(
-    engine: ContinuousEngine, alone: BatchEngine, seed: int
+def test_cancelled_requests_change_neither_other_answers_nor_leave_tokens_in_slots(
+    engine: ContinuousEngine, reference: BatchEngine, seed: int
 ) -> None:
     rng = random.Random(100 + seed)
-    asked = requests(alone, rng, 12)
-    expected = [facts(result) for result in alone.run(asked)]
-    tickets = [engine.submit(request) for request in asked]
-    victims = rng.sample(range(len(asked)), 5)
+    batch = requests(reference, rng, 12)
+    expected = [facts(result) for result in reference.run(batch)]
+    tickets = [engine.submit(request) for request in batch]
+    victims = rng.sample(range(len(batch)), 5)
     answered: dict[int, Result] = {}
-    gone: set[int] = set()
+    cancelled: set[int] = set()
     while engine.step():
         if victims and rng.random() < 0.5 and engine.cancel(tickets[victims[-1]]):
-            gone.add(tickets[victims.pop()])
+            cancelled.add(tickets[victims.pop()])
         answered |= {u.ticket: u.result for u in engine.poll() if u.result is not None}
     answered |= {u.ticket: u.result for u in engine.poll() if u.result is not None}
-    assert gone
-    assert not gone & answered.keys()
+    assert cancelled
+    assert not cancelled & answered.keys()
     for ticket, result in zip(tickets, expected, strict=True):
-        assert ticket in gone or facts(answered[ticket]) == result
+        assert ticket in cancelled or facts(answered[ticket]) == result
     assert engine.in_flight == 0
     cache = engine._running.cache
     assert [cache.lengths(slot) for slot in range(cache.slots)] == [[0] * len(cache.keys)] * 4
 
 
-def test_a_compiled_step_is_one_graph_whatever_runs(
-    loaded: LoadedModel, alone: BatchEngine, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_step_is_one_graph_for_every_batch(
+    loaded: LoadedModel, reference: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Budgets, lengths, numbers of rows and stages change no shape of a step."""
+    """Budgets, lengths, numbers of requests and stages change no shape of a step."""
     torch._dynamo.reset()
     graphs = CompileCounter()
     compiling = torch.compile
     monkeypatch.setattr(
         "sppruner.engine.decode.torch.compile",
-        lambda function, **how: compiling(
-            function, fullgraph=how["fullgraph"], dynamic=how["dynamic"], backend=graphs
+        lambda function, **options: compiling(
+            function, fullgraph=options["fullgraph"], dynamic=options["dynamic"], backend=graphs
         ),
     )
-    asked = requests(alone, random.Random(9), 14)
+    batch = requests(reference, random.Random(9), 14)
     engine = ContinuousEngine(loaded, slots=4, capacity=512, compiled=True)
-    assert [facts(a) for a in engine.run(asked)] == [facts(a) for a in alone.run(asked)]
+    assert [facts(a) for a in engine.run(batch)] == [facts(a) for a in reference.run(batch)]
     assert graphs.frame_count == 1
     engine.close()
 
 
-def test_slots_that_have_grown_while_answering_take_the_next_request(
-    loaded: LoadedModel, alone: BatchEngine
+def test_slots_that_have_grown_serve_the_next_request(
+    loaded: LoadedModel, reference: BatchEngine
 ) -> None:
     engine = ContinuousEngine(loaded, slots=2)
     long = SamplingParams(max_new_tokens=80)
-    asked = [Request(id=str(n), prompt="a" * 40, generation=long) for n in range(3)]
-    expected = [facts(result) for result in alone.run(asked)]
-    assert expected[0].completion_tokens > 64, "places of a slot that has not grown"
-    for request, result in zip(asked, expected, strict=True):
+    batch = [Request(id=str(n), prompt="a" * 40, generation=long) for n in range(3)]
+    expected = [facts(result) for result in reference.run(batch)]
+    assert expected[0].completion_tokens > 64, "tokens of a slot that has not grown"
+    for request, result in zip(batch, expected, strict=True):
         assert facts(engine.run([request])[0]) == result
     engine.close()

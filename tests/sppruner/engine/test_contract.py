@@ -1,4 +1,4 @@
-"""What every engine promises: answers in order, bad rows kept to themselves, honest reports."""
+"""The contract of every engine: answers in order, isolated errors, true reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOVED = PruneSpec(method="topk", budget=Budget(tokens=20), positions="renumber")
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Random weights, larger than initialised so that answers depend on what is seen."""
+    """Random weights, scaled up so that answers depend on the image."""
     folder = tmp_path_factory.mktemp("model")
     processor = build_processor()
     model = build_model(processor.tokenizer)
@@ -55,15 +55,15 @@ def picture(seed: int) -> Image.Image:
 
 def request(name: str, *, images: int = 1, **changes: Any) -> Request:
     seed = sum(map(ord, name))
-    seen = tuple(picture(seed + i) for i in range(images))
+    shown = tuple(picture(seed + i) for i in range(images))
     return replace(
-        Request(id=name, prompt=f"what color is the {name} ?", images=seen, generation=NEW),
+        Request(id=name, prompt=f"what color is the {name} ?", images=shown, generation=NEW),
         **changes,
     )
 
 
 def facts(result: Result) -> Result:
-    """Everything but the seconds."""
+    """The result without its seconds."""
     return replace(result, seconds=0.0, control_seconds=None)
 
 
@@ -81,7 +81,9 @@ def mixed() -> list[Request]:
     ]
 
 
-def test_mixed_requests_come_back_in_order_as_if_each_ran_alone(engine: ModelEngine) -> None:
+def test_mixed_requests_come_back_in_order_with_the_results_of_single_requests(
+    engine: ModelEngine,
+) -> None:
     requests = mixed()
     together = engine.run(requests)
     assert [r.id for r in together] == [r.id for r in requests]
@@ -104,7 +106,7 @@ def test_results_count_the_tokens_of_their_own_spec(engine: ModelEngine) -> None
         assert (result.cost.flops["pruner"] > 0) == (one.spec == SPP)
 
 
-def test_selection_work_grows_with_the_images_not_with_their_square(engine: ModelEngine) -> None:
+def test_selection_flops_grow_linearly_with_the_number_of_images(engine: ModelEngine) -> None:
     one, two = engine.run([request("a", spec=SPP), request("b", images=2, spec=SPP)])
     assert one.cost is not None
     assert two.cost is not None
@@ -123,7 +125,7 @@ def test_selection_work_grows_with_the_images_not_with_their_square(engine: Mode
     ],
 )
 @pytest.mark.parametrize("images", [0, 1])
-def test_a_bad_request_becomes_an_error_and_its_neighbours_do_not_notice(
+def test_a_bad_request_becomes_an_error_and_its_neighbours_are_unchanged(
     engine: ModelEngine, bad: dict[str, Any], images: int
 ) -> None:
     if "spec" in bad and images == 0:
@@ -132,12 +134,12 @@ def test_a_bad_request_becomes_an_error_and_its_neighbours_do_not_notice(
     broken = request("bad", images=images, **({"spec": GRID} | bad))
     first, failed, second = engine.run([good[0], broken, good[1]])
     assert (failed.id, failed.text, failed.cost) == ("bad", None, None)
-    assert failed.error_code == "prompt_invalid"
+    assert (failed.error_code, failed.error_stage) == ("prompt_invalid", "prompt")
     assert failed.error_message
     assert [facts(first), facts(second)] == [facts(engine.run([g])[0]) for g in good]
 
 
-def test_a_failure_of_the_model_is_not_blamed_on_the_prompt(
+def test_a_failure_of_the_model_is_no_prompt_error(
     engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
@@ -146,6 +148,7 @@ def test_a_failure_of_the_model_is_not_blamed_on_the_prompt(
     monkeypatch.setattr(engine._model.model.language_model, "forward", broken)
     results = engine.run([request("a"), request("b", spec=GRID)])
     assert [r.error_code for r in results] == ["inference_failed"] * 2
+    assert [r.error_stage for r in results] == ["infer"] * 2
 
 
 def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
@@ -154,12 +157,12 @@ def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
     plain = [request(name, spec=SPP) for name in ("cat", "red", "tall", "x", "yes")]
     controls = engine.run([replace(r, control=True) for r in plain])
     dense = engine.run([replace(r, spec=DENSE) for r in plain])
-    for control, alone, twin in zip(controls, engine.run(plain), dense, strict=True):
-        assert control.text == alone.text
+    for control, pruned, twin in zip(controls, engine.run(plain), dense, strict=True):
+        assert control.text == pruned.text
         assert control.control_text == twin.text
         assert control.control_seconds is not None
         assert control.control_seconds > 0
-        assert (alone.control_text, alone.control_seconds) == (None, None)
+        assert (pruned.control_text, pruned.control_seconds) == (None, None)
 
 
 def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: ModelEngine) -> None:
@@ -173,18 +176,18 @@ def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: Mode
 
 def test_a_seed_samples_the_same_text_in_any_company(engine: ModelEngine) -> None:
     def sampled(seed: int) -> Request:
-        chance = SamplingParams(max_new_tokens=12, temperature=1.5, seed=seed)
-        return request("cat", spec=GRID, generation=chance)
+        params = SamplingParams(max_new_tokens=12, temperature=1.5, seed=seed)
+        return request("cat", spec=GRID, generation=params)
 
-    alone = engine.run([sampled(3)])[0].text
+    single = engine.run([sampled(3)])[0].text
     torch.rand(5)
-    crowd = engine.run([request("a"), sampled(4), sampled(3), request("b", spec=GRID)])
-    assert crowd[2].text == alone
-    assert crowd[1].text != alone
+    batch = engine.run([request("a"), sampled(4), sampled(3), request("b", spec=GRID)])
+    assert batch[2].text == single
+    assert batch[1].text != single
 
 
 class IgnoresTheSelection(LlavaAdapter):
-    """Hands every feature on, whatever was selected."""
+    """Passes every feature on, whatever was selected."""
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         return super().pack(
@@ -205,7 +208,7 @@ def test_rows_whose_pruning_had_no_effect_are_errors_and_dense_rows_are_not(
     assert dense.error_code is None
 
 
-def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
+def test_a_model_that_ignores_a_selection_fails_in_warm_up(
     engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -215,7 +218,7 @@ def test_a_model_that_does_not_see_a_selection_fails_before_the_first_request(
     engine.warm_up()
 
 
-def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(
+def test_an_engine_that_cannot_answer_at_all_fails_in_warm_up(
     engine: ModelEngine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = loaded.model.config.get_text_config()
@@ -224,57 +227,57 @@ def test_an_engine_that_cannot_answer_at_all_fails_before_the_first_request(
         type(engine)(loaded).warm_up()
 
 
-def test_rows_end_at_their_limit(engine: ModelEngine) -> None:
+def test_answers_end_at_max_new_tokens(engine: ModelEngine) -> None:
     for limit in (1, 6):
         (answer,) = engine.run([request("a", generation=SamplingParams(max_new_tokens=limit))])
         assert (answer.finish_reason, answer.completion_tokens) == ("length", limit)
 
 
 def varied(engine: ModelEngine) -> tuple[Request, list[str]]:
-    """A request whose answer is of words that all differ, and these."""
+    """A request whose answer consists of different words, and these words."""
     for seed in range(50):
-        chance = replace(NEW, temperature=1.5, seed=seed)
-        asked = request("a", generation=chance)
-        words = str(engine.run([asked])[0].text).split()
+        params = replace(NEW, temperature=1.5, seed=seed)
+        sampled = request("a", generation=params)
+        words = str(engine.run([sampled])[0].text).split()
         if len(set(words)) == NEW.max_new_tokens:
-            return asked, words
+            return sampled, words
     raise AssertionError("no such answer")
 
 
-def test_a_row_ends_at_the_end_token_and_its_neighbours_go_on(
+def test_an_answer_ends_at_the_end_token_and_its_neighbours_continue(
     engine: ModelEngine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, words = varied(engine)
+    sampled, words = varied(engine)
     greedy = engine.run([request("b")])[0]
     assert words[1] not in str(greedy.text)
     end = loaded.processor.tokenizer.convert_tokens_to_ids(words[1])
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", end)
-    stopped, on = type(engine)(loaded).run([asked, request("b")])
+    stopped, other = type(engine)(loaded).run([sampled, request("b")])
     assert (stopped.finish_reason, stopped.completion_tokens) == ("stop", 2)
     assert stopped.text == " ".join(words[:2]), "the end token is a word here"
-    assert facts(on) == facts(greedy)
+    assert facts(other) == facts(greedy)
 
 
 def test_an_answer_is_cut_in_front_of_a_stop_string(engine: ModelEngine) -> None:
-    asked, words = varied(engine)
-    stop = ("never said", " ".join(words[1:3]))
-    ending = replace(asked, generation=replace(asked.generation, stop=stop))
-    (cut,) = engine.run([ending])
+    sampled, words = varied(engine)
+    stop = ("not in the answer", " ".join(words[1:3]))
+    stopping = replace(sampled, generation=replace(sampled.generation, stop=stop))
+    (cut,) = engine.run([stopping])
     assert (cut.finish_reason, cut.text, cut.completion_tokens) == ("stop", words[0], 3)
-    unsaid = replace(asked, generation=replace(asked.generation, stop=stop[:1]))
-    assert facts(engine.run([unsaid])[0]) == facts(engine.run([asked])[0])
+    absent = replace(sampled, generation=replace(sampled.generation, stop=stop[:1]))
+    assert facts(engine.run([absent])[0]) == facts(engine.run([sampled])[0])
 
 
-def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
+def test_the_context_limit_counts_the_unpruned_prompt_and_the_answer(
     engine: ModelEngine,
 ) -> None:
     dense = engine.run([request("a")])[0]
-    room = 2048 - dense.prompt_tokens
+    left = 2048 - dense.prompt_tokens
     engine._model.generation_config.max_time = 0.01  # The limit is checked, not run to its end.
     try:
-        fits = engine.run([request("a", spec=GRID, generation=SamplingParams(max_new_tokens=room))])
+        fits = engine.run([request("a", spec=GRID, generation=SamplingParams(max_new_tokens=left))])
         over = engine.run(
-            [request("a", spec=GRID, generation=SamplingParams(max_new_tokens=room + 1))]
+            [request("a", spec=GRID, generation=SamplingParams(max_new_tokens=left + 1))]
         )
     finally:
         engine._model.generation_config.max_time = None
@@ -283,7 +286,7 @@ def test_the_limit_of_the_context_counts_the_unpruned_prompt_and_the_answer(
 
 
 @pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
-def test_generation_settings_that_cannot_mean_anything_are_refused(bad: dict[str, Any]) -> None:
+def test_invalid_generation_settings_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(SpecError):
         SamplingParams(**bad)
 

@@ -97,5 +97,5 @@ def test_controls_get_the_answers_of_plain_requests(engine: ContinuousEngine) ->
     plain = engine.run([replace(request, spec=DENSE) for request in requests()])
     controls = engine.run([replace(request, control=True) for request in requests()])
     assert [control.control_text for control in controls] == [result.text for result in plain]
-    alone = [facts(result) for result in engine.run(requests())]
-    assert [replace(facts(c), control_text=None) for c in controls] == alone
+    pruned = [facts(result) for result in engine.run(requests())]
+    assert [replace(facts(c), control_text=None) for c in controls] == pruned

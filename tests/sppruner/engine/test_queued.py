@@ -1,5 +1,5 @@
-"""Batches of requests that may run together, the most urgent and oldest first, and a boundary
-around each request."""
+"""Batches hold requests of one kind, the most urgent and oldest first; an error stays with its
+request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sppruner.engine.queued import QueuedEngine
 
 
 class Echo(QueuedEngine):
-    """Answers with the prompt; notes its batches. "raise" raises, "fault" is the device's end."""
+    """Answers with the prompt; records its batches. "raise" raises, "fault" is a device fault."""
 
-    def __init__(self, rows: int = 4) -> None:
-        super().__init__(rows)
+    def __init__(self, slots: int = 4) -> None:
+        super().__init__(slots)
         self.batches: list[list[str]] = []
 
     def answer_batch(self, requests: list[Request]) -> list[Result]:
@@ -28,12 +28,12 @@ class Echo(QueuedEngine):
         return results[::-1] if "shuffle" in prompts else results
 
 
-def asked(name: str, prompt: str = "hello", **more: object) -> Request:
+def request(name: str, prompt: str = "hello", **more: object) -> Request:
     return Request(id=name, prompt=prompt, **more)  # type: ignore[arg-type]
 
 
 def answers(engine: Echo, *requests: Request) -> list[Result]:
-    tickets = [engine.submit(request) for request in requests]
+    tickets = [engine.submit(one) for one in requests]
     while engine.step():
         pass
     results = {update.ticket: update.result for update in engine.poll()}
@@ -41,45 +41,45 @@ def answers(engine: Echo, *requests: Request) -> list[Result]:
     return [results[ticket] for ticket in tickets if results[ticket] is not None]  # type: ignore[misc]
 
 
-def test_urgent_requests_overtake_and_kinds_never_share_a_batch() -> None:
+def test_urgent_requests_go_first_and_kinds_never_share_a_batch() -> None:
     engine = Echo()
     long = SamplingParams(max_new_tokens=500)
     answers(
         engine,
-        asked("a", priority=1),
-        asked("b", priority=1, control=True),
-        asked("c", priority=1, generation=long),
-        asked("d", priority=1),
-        asked("now", priority=0),
-        asked("e", priority=1, control=True),
+        request("a", priority=1),
+        request("b", priority=1, control=True),
+        request("c", priority=1, generation=long),
+        request("d", priority=1),
+        request("urgent", priority=0),
+        request("e", priority=1, control=True),
     )
-    assert engine.batches == [["now"], ["a", "d"], ["b", "e"], ["c"]]
+    assert engine.batches == [["urgent"], ["a", "d"], ["b", "e"], ["c"]]
 
 
 def test_a_request_that_raises_is_found_by_halving() -> None:
-    engine = Echo(rows=8)
-    results = answers(engine, *(asked(str(n), "raise" if n == 5 else "hello") for n in range(8)))
+    engine = Echo(slots=8)
+    results = answers(engine, *(request(str(n), "raise" if n == 5 else "hello") for n in range(8)))
     assert [r.error_code for r in results] == [None] * 5 + ["inference_failed"] + [None] * 2
     assert results[5].error_message == "RuntimeError: the model raised"
 
 
-def test_results_that_do_not_match_their_requests_are_failures_not_others_answers() -> None:
-    results = answers(Echo(), asked("a", "shuffle"), asked("b", "raise"))
+def test_results_that_do_not_match_their_requests_are_errors() -> None:
+    results = answers(Echo(), request("a", "shuffle"), request("b", "raise"))
     assert [r.error_code for r in results] == [None, "inference_failed"]
-    results = answers(Echo(), asked("a", "shuffle"), asked("b"))
+    results = answers(Echo(), request("a", "shuffle"), request("b"))
     assert [(r.text, r.error_code) for r in results] == [("shuffle", None), ("hello", None)]
 
 
-def test_a_device_fault_is_nobodys_error() -> None:
+def test_a_device_fault_is_no_requests_error() -> None:
     engine = Echo()
-    engine.submit(asked("a", "fault"))
+    engine.submit(request("a", "fault"))
     with pytest.raises(torch.AcceleratorError):
         engine.step()
 
 
-def test_what_is_cancelled_is_not_run_and_what_has_run_cannot_be_cancelled() -> None:
+def test_a_cancelled_request_does_not_run_and_an_ended_one_cannot_be_cancelled() -> None:
     engine = Echo()
-    first, second = engine.submit(asked("a")), engine.submit(asked("b"))
+    first, second = engine.submit(request("a")), engine.submit(request("b"))
     assert engine.cancel(first)
     engine.step()
     assert engine.batches == [["b"]]
@@ -87,9 +87,9 @@ def test_what_is_cancelled_is_not_run_and_what_has_run_cannot_be_cancelled() -> 
     assert [update.ticket for update in engine.poll()] == [second]
 
 
-def test_busy_seconds_count_batches_alone() -> None:
+def test_busy_seconds_count_batches_only() -> None:
     engine = Echo()
     engine.step()
     assert engine.busy_seconds == 0
-    answers(engine, asked("a"))
+    answers(engine, request("a"))
     assert engine.busy_seconds > 0

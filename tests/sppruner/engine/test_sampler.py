@@ -1,4 +1,4 @@
-"""Tokens are chosen as `generate` chooses them, and what only `generate` can do is refused."""
+"""Tokens are sampled as `generate` does, and settings that only `generate` supports are refused."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from sppruner.errors import UnsupportedModel
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def choices(**generation: Any) -> list[SamplingState]:
+def states(**generation: Any) -> list[SamplingState]:
     return [SamplingState(SamplingParams(seed=n, **generation), ids=[n, n + 1]) for n in range(5)]
 
 
-def test_greedy_takes_the_best_that_may_be_said_and_remembers_it() -> None:
+def test_greedy_takes_the_best_token_that_is_not_suppressed_and_records_it() -> None:
     best = LOGITS.argmax(dim=1).tolist()
-    asked = choices()
-    assert Sampler(GenerationConfig(), suppressed=()).sample(LOGITS, asked) == best
-    assert [choice.ids[-1] for choice in asked] == best
-    never = [*best[:2], 39]
-    allowed = LOGITS.index_fill(1, torch.tensor(never), float("-inf")).argmax(dim=1).tolist()
-    assert Sampler(GenerationConfig(), suppressed=never).sample(LOGITS, choices()) == allowed
+    sampled = states()
+    assert Sampler(GenerationConfig(), suppressed=()).sample(LOGITS, sampled) == best
+    assert [state.ids[-1] for state in sampled] == best
+    suppressed = [*best[:2], 39]
+    allowed = LOGITS.index_fill(1, torch.tensor(suppressed), float("-inf")).argmax(dim=1).tolist()
+    assert Sampler(GenerationConfig(), suppressed=suppressed).sample(LOGITS, states()) == allowed
 
 
 def test_a_models_repetition_penalty_counts_each_requests_own_tokens() -> None:
     config = GenerationConfig(repetition_penalty=1.7)
-    asked = choices()
-    for choice, row in zip(asked, LOGITS, strict=True):
-        choice.ids[:] = row.topk(3).indices.tolist()
+    sampled = states()
+    for state, row in zip(sampled, LOGITS, strict=True):
+        state.ids[:] = row.topk(3).indices.tolist()
     penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7)])
     expected = [
-        int(penalty(torch.tensor([choice.ids]), row[None].clone()).argmax())
-        for choice, row in zip(asked, LOGITS, strict=True)
+        int(penalty(torch.tensor([state.ids]), row[None].clone()).argmax())
+        for state, row in zip(sampled, LOGITS, strict=True)
     ]
     assert expected != LOGITS.argmax(dim=1).tolist()
-    assert Sampler(config, suppressed=()).sample(LOGITS, asked) == expected
+    assert Sampler(config, suppressed=()).sample(LOGITS, sampled) == expected
 
 
 def test_a_seed_draws_the_same_tokens_in_any_company() -> None:
-    chooser = Sampler(GenerationConfig(), suppressed=())
-    together = chooser.sample(LOGITS, choices(temperature=1.5, top_p=0.9))
-    alone = [
-        chooser.sample(row[None], [choice])[0]
-        for row, choice in zip(LOGITS, choices(temperature=1.5, top_p=0.9), strict=True)
+    sampler = Sampler(GenerationConfig(), suppressed=())
+    together = sampler.sample(LOGITS, states(temperature=1.5, top_p=0.9))
+    single = [
+        sampler.sample(row[None], [state])[0]
+        for row, state in zip(LOGITS, states(temperature=1.5, top_p=0.9), strict=True)
     ]
-    assert together == alone
+    assert together == single
     assert together != LOGITS.argmax(dim=1).tolist()
 
 
 def test_top_p_never_draws_from_the_tail() -> None:
-    chooser = Sampler(GenerationConfig(), suppressed=())
-    head = LOGITS[:1].softmax(dim=1).sort(descending=True)
-    within = head.indices[0, : int((head.values.cumsum(1) < 0.5).sum()) + 1].tolist()
+    sampler = Sampler(GenerationConfig(), suppressed=())
+    nucleus = LOGITS[:1].softmax(dim=1).sort(descending=True)
+    within = nucleus.indices[0, : int((nucleus.values.cumsum(1) < 0.5).sum()) + 1].tolist()
     drawn = {
-        chooser.sample(
+        sampler.sample(
             LOGITS[:1], [SamplingState(SamplingParams(temperature=1.0, top_p=0.5, seed=n), [])]
         )[0]
         for n in range(200)
@@ -68,9 +68,9 @@ def test_top_p_never_draws_from_the_tail() -> None:
 
 
 @pytest.mark.parametrize(
-    "asks", [{"no_repeat_ngram_size": 2}, {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}]
+    "setting", [{"no_repeat_ngram_size": 2}, {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}]
 )
-def test_a_model_that_asks_for_what_is_not_done_is_refused_by_name(asks: dict[str, Any]) -> None:
-    (name,) = asks
+def test_an_unsupported_setting_of_the_model_is_refused_by_name(setting: dict[str, Any]) -> None:
+    (name,) = setting
     with pytest.raises(UnsupportedModel, match=f"{name}=.*BatchEngine"):
-        Sampler(GenerationConfig(**asks), suppressed=())
+        Sampler(GenerationConfig(**setting), suppressed=())

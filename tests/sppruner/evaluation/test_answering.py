@@ -5,6 +5,8 @@ Shapes: A tokens of one answer, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -132,7 +134,12 @@ def test_a_batch_is_encoded_once_for_specs_with_the_same_signals(
     adapter = type(evaluator._pruner.adapter)
     calls = []
     encode = adapter.encode
-    monkeypatch.setattr(adapter, "encode", lambda *args: (calls.append(args[2]), encode(*args))[1])
+
+    def recorded(*args: Any) -> Any:
+        calls.append(args[2])
+        return encode(*args)
+
+    monkeypatch.setattr(adapter, "encode", recorded)
     specs = [
         PruneSpec(method=m, budget=Budget(ratio=r)) for m in ("grid", "topk") for r in (0.1, 0.2)
     ]

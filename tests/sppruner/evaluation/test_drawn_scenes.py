@@ -58,6 +58,8 @@ def test_an_outline_lies_where_the_object_is_drawn() -> None:
     x = sum(corner[0] for corner in corners) / len(corners)
     y = sum(corner[1] for corner in corners) / len(corners)
     image = item.image()
-    red, green, blue = image.getpixel((int(x * image.width), int(y * image.height)))
+    pixel = image.getpixel((int(x * image.width), int(y * image.height)))
+    assert isinstance(pixel, tuple)
+    red, green, blue = pixel
     assert red > 150 > green
     assert blue < 150

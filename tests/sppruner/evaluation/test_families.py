@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from sppruner.engine import BatchEngine, Request, SamplingParams
 from sppruner.evaluation import Dataset, compare, drawn_scenes
-from sppruner.evaluation.drawn_scenes import Outline
+from sppruner.evaluation.dataset import Outline
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pictures.geometry import WHOLE, plane_boxes
 from sppruner.pictures.overlay import count_kinds, overlay, prepare_image

@@ -49,14 +49,15 @@ def stage_layers(family: str, count: int) -> list[int]:
 
 
 def staged(
-    family: str, attention: str, spec: PruneSpec, stages: int, images: list[int]
+    family: str, attention: str, spec: PruneSpec, stages: int, images: list[int], **plan: Any
 ) -> Prepared:
-    """A batch pruned before the decoder by `spec` and to be halved at each stage; fresh, since
-    `generate` consumes it."""
+    """A batch pruned before the decoder by `spec` and to be halved at each stage, `plan` saying
+    how; fresh, since `generate` consumes it."""
     pruner = pruner_of(family, attention)
     prepared = pruner.prepare(FAMILIES[family].batch(images), spec)
     visual_BL = pruner.adapter.placeholders(prepared.inputs["input_ids"])
-    return replace(prepared, stages=halving(prepared, visual_BL, stage_layers(family, stages)))
+    layers = stage_layers(family, stages)
+    return replace(prepared, stages=halving(prepared, visual_BL, layers, **plan))
 
 
 def drive(family: str, prepared: Prepared, **extra: Any) -> Any:
@@ -96,6 +97,62 @@ def test_every_step_equals_the_masked_recomputation(
     suppressed = settings(family)["suppress_tokens"]
     expected_BTV[:, :, suppressed] = float("-inf")
     assert torch.equal(new_tokens(output), expected_BTV.argmax(dim=-1))
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "own scores": {"own": [True, True, True]},
+    "own scores of one row": {"own": [False, True, False]},
+    "renumbered": {"renumber": True},
+    "own scores, renumbered": {"own": [True, True, True], "renumber": True},
+}
+
+
+def plan_of(family: str, name: str) -> tuple[dict[str, Any], PruneSpec]:
+    """A plan, and what prunes before the decoder."""
+    plan = PLANS[name]
+    if not plan.get("renumber"):
+        return plan, HALF_INPUT
+    if "renumber" not in pruner_of(family).adapter.capabilities.positions:
+        pytest.skip("positions of M-RoPE cannot be renumbered")
+    return plan, replace(HALF_INPUT, positions="renumber")
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_plans_equal_the_masked_recomputation_too(family: str, name: str) -> None:
+    plan, spec = plan_of(family, name)
+    output = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan))
+    eager = pruner_of(family, "eager")
+    expected_BTV = recomputed(
+        eager.model,
+        eager.adapter.language_model(),
+        staged(family, "eager", spec, 2, MIXED, **plan),
+        new_tokens(output),
+    )
+    assert_close(logits(output), expected_BTV)
+    plain = drive(family, staged(family, "sdpa", spec, 2, MIXED))
+    assert not torch.allclose(logits(output), logits(plain), atol=1e-3), "the plan says nothing"
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_and_static_caches_under_other_plans(family: str, name: str) -> None:
+    plan, spec = plan_of(family, name)
+    eager = pruner_of(family, "eager")
+    beams = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan), num_beams=3)
+    prepared = staged(family, "eager", spec, 2, MIXED, **plan)
+    with hidden(eager.adapter.language_model(), prepared):
+        due = eager.model.generate(**prepared.inputs, **settings(family, num_beams=3))
+    assert torch.equal(new_tokens(beams), new_tokens(due))
+
+    growing = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan))
+    static = drive(
+        family,
+        staged(family, "sdpa", spec, 2, MIXED, **plan),
+        cache_implementation="static",
+    )
+    assert torch.equal(static.sequences, growing.sequences)
+    assert_close(logits(static), logits(growing))
 
 
 @pytest.mark.parametrize(
@@ -146,11 +203,14 @@ def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) 
     inputs = FAMILIES[family].batch([1, 2, 1, 1, 0, 1, 2])
     layer, later = stage_layers(family, 2)
     fastv = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layer})
-    nothing = PruneSpec(method="fastv", budget=Budget(tokens=0), options={"layer": layer})
+    nothing = PruneSpec(method="fastv", budget=Budget(tokens=0), options={"layer": later})
     pyramid = PruneSpec(
         method="pyramiddrop", budget=Budget(tokens=2), options={"layers": str(later)}
     )
     specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing, TWO_STEPS]
+    stages = pruner.prepare(inputs, specs).stages
+    assert stages is not None
+    assert stages.own[later] == [False, False, False, True, False, False, False]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, spec in enumerate(specs):
         alone = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from sppruner.adapters import Adapter, adapter_for
 from tests.sppruner.families import FAMILIES
 
-SOURCES = Path(__file__).parents[3] / "sppruner"
+ROOT = Path(__file__).parents[3]
+SOURCES = ROOT / "sppruner"
 VERSION = f"transformers {transformers.__version__}"
 
 # Imports from inside transformers, with the arguments that they are given.
@@ -117,14 +118,15 @@ def missing(function: Callable[..., Any], wanted: set[str]) -> str:
     return f"{VERSION}: {name} has no longer {sorted(gone)}" if gone else ""
 
 
-def trees() -> Iterator[tuple[Path, ast.AST]]:
-    for file in SOURCES.rglob("*.py"):
-        yield file, ast.parse(file.read_text())
+def trees(*folders: Path) -> Iterator[tuple[Path, ast.AST]]:
+    for folder in folders:
+        for file in folder.rglob("*.py"):
+            yield file, ast.parse(file.read_text())
 
 
 def test_every_import_from_inside_transformers_is_listed_here() -> None:
     inside = set()
-    for file, tree in trees():
+    for file, tree in trees(SOURCES, ROOT / "jobs" / "training"):
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
                 module = str(node.module).removeprefix("transformers.")
@@ -139,7 +141,7 @@ def test_every_import_from_inside_transformers_is_listed_here() -> None:
 
 def test_every_private_attribute_of_a_foreign_object_is_listed_here() -> None:
     found = set()
-    for _, tree in trees():
+    for _, tree in trees(SOURCES):
         own = {
             node.name if isinstance(node, ast.FunctionDef) else node.attr
             for node in ast.walk(tree)

@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sppruner.engine.interface import JpegScale
+from sppruner.models import JpegScale
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import load_processor, resolve_model
 from sppruner.prompts import build_inputs

@@ -179,7 +179,11 @@ def test_keeping_all_is_plain_generate_and_budgets_are_met_per_image(
     family: str, inputs: dict[str, Tensor]
 ) -> None:
     model = FAMILIES[family].build()
-    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [2, 5]}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": [2, 5],
+    }
     plain = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     pruner = Pruner(model)
     whole = PruneSpec(method="grid", budget=Budget(ratio=1.0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,15 @@ from hypothesis import strategies as st
 
 from sppruner import Pruner
 from sppruner.errors import SpecError
+from sppruner.evaluation import drawn_scenes
+from sppruner.models.loading import load_model
+from sppruner.prompts import build_inputs
 from sppruner.selectors import selector_for
 from sppruner.selectors.prunesid import PruneSIDSelector, quotas
 from sppruner.signals import ATTENTION
 from sppruner.spec import Budget, PruneSpec
 from sppruner.types import VisualTokens
-from tests.sppruner.families import FAMILIES
+from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.families.rows import one_row
 from tests.sppruner.selectors.images import choose, doubled, make, unit
 
@@ -74,7 +79,9 @@ def reference(image: VisualTokens, k: int, m: PruneSIDSelector) -> list[int]:
     given_G = np.minimum(1, sizes)
     weight = left if m.quota == "survivors" else sizes
     extra = k - given_G.sum()
-    running = np.floor(extra * np.cumsum(weight) / weight.sum() + 0.5)
+    share = weight.astype(np.float32) / np.float32(weight.sum())
+    # As PyTorch sums fp32 on a CPU.
+    running = np.round(np.cumsum(share, dtype=np.float64).astype(np.float32) * np.float32(extra))
     given_G = np.minimum(given_G + np.diff(running, prepend=0), most).astype(int)
     for g in np.argsort(-left, kind="stable"):
         while given_G.sum() < k and given_G[g] < most[g]:
@@ -101,6 +108,120 @@ def test_attention_is_asked_for_only_where_it_is_the_score() -> None:
     assert usual.signals == {ATTENTION}
     image = replace(make(6, 6), signals={})
     assert choose("prunesid", [image], [9], score="loading")[0].count == 9
+
+
+def official_qwen(features_ND: torch.Tensor, need: int) -> set[int]:
+    """What the authors' code for Qwen2-VL keeps of an image's merged features at `need` tokens of
+    576 (`Qwen2VisionTransformerPretrainedModel_prunesid` of ZhengyaoFang/PruneSID at 390d760, read
+    and restated here), but for its decomposition: `torch.pca_lowrank` draws a random projection,
+    this one is exact, in fp64."""
+    n = len(features_ND)
+    wanted = max(round(n * need / 576), 16)
+    if n <= 16:
+        return set(range(n))
+    squashed_DN = torch.sigmoid(features_ND.float()).T.double()
+    centred_DN = squashed_DN - squashed_DN.mean(dim=0)
+    components = torch.linalg.svd(centred_DN, full_matrices=False).Vh[: max(wanted // 4, 4)]
+    loading_NG = components.T.abs().float()
+    group_N = loading_NG.argmax(dim=1)
+
+    unit_ND = torch.nn.functional.normalize(features_ND, dim=-1)
+    product_NN = unit_ND @ unit_ND.T
+    cosine_NN = product_NN.tolist()
+    threshold = max(wanted / (n / 18), 1) * float(product_NN.triu().mean())
+    queues, alive = [], []
+    for g in range(loading_NG.shape[1]):
+        ranked = loading_NG[:, g].argsort(descending=True).tolist()
+        ranked = [i for i in ranked if group_N[i] == g]
+        survivors: list[int] = []
+        left = ranked
+        while left:
+            survivors.append(left[0])
+            left = [i for i in left[1:] if cosine_NN[survivors[-1]][i] <= threshold]
+        queues.append(survivors + [i for i in ranked if i not in survivors])
+        alive.append(len(survivors))
+
+    size_G, alive_G = torch.tensor([len(q) for q in queues]), torch.tensor(alive)
+    lower_G = size_G.clamp(max=1)
+    upper_G = alive_G.clamp(max=5 * math.ceil(wanted / 64))
+    while upper_G.sum() < wanted:
+        upper_G = torch.minimum(upper_G + 1, size_G)
+    others = max(0, wanted - int(lower_G.sum()))
+    running_G = ((alive_G / alive_G.sum()).cumsum(dim=0) * others).round().int()
+    given_G = torch.minimum(running_G.diff(prepend=running_G.new_zeros(1)) + lower_G, upper_G)
+    # The code's sort leaves the order of equals open.
+    for g in alive_G.argsort(descending=True, stable=True).tolist():
+        given_G[g] += min(upper_G[g] - given_G[g], others + lower_G.sum() - given_G.sum())
+    return {i for queue, count in zip(queues, given_G.tolist(), strict=True) for i in queue[:count]}
+
+
+@cache
+@torch.no_grad()
+def qwen_planes() -> tuple[Pruner, list[VisualTokens]]:
+    """The trained tiny Qwen2.5-VL, and planes of 24 × 24 tokens of three drawn scenes, with their
+    saliency."""
+    loaded = load_model("tiny-qwen")
+    pruner, planes = Pruner(loaded.model), []
+    loaded.processor.image_processor.size = {"shortest_edge": 192**2, "longest_edge": 192**2}
+    for item in islice(drawn_scenes(400).items, 0, 400, 140):
+        inputs = build_inputs(
+            loaded.processor, [item.prompt], [(item.image().resize((192, 192)),)], [None]
+        )
+        planes += pruner.adapter.encode(dict(inputs), frozenset({ATTENTION})).images[0].planes
+    assert [plane.grid for plane in planes] == [(24, 24)] * 3
+    return pruner, planes
+
+
+def overlap_with_official(need: int, **options: Any) -> float:
+    """Share of the official tokens that the method keeps, over `qwen_planes`."""
+    pruner, planes = qwen_planes()
+    selector = selector_for(PruneSpec(method="prunesid", options=options))
+    assert selector is not None
+    chosen = selector.on(pruner.adapter.capabilities).select(planes, [need] * len(planes))
+    due = [official_qwen(plane.features_ND, need) for plane in planes]
+    assert [len(one) for one in due] == [need] * len(planes)
+    shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(due, chosen, strict=True))
+    return shared / (need * len(planes))
+
+
+@pytest.mark.parametrize(("need", "of_llava_s"), [(192, 0.45), (128, 0.38), (64, 0.34), (32, 0.26)])
+def test_on_qwen_the_choice_is_that_of_the_authors_code(need: int, of_llava_s: float) -> None:
+    """Overlap 1.000 on merged features, on CPU, where fp32 sums are those of the code. As the code
+    for LLaVA would have it, by attention and on states in front of the merger, it is far less;
+    chance is need / 576."""
+    assert overlap_with_official(need) == 1.0
+    as_llava = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
+    assert overlap_with_official(need, **as_llava) == pytest.approx(of_llava_s, abs=0.03)
+
+
+def test_what_is_left_to_the_family_is_the_code_s_for_it() -> None:
+    """And any of it can be said."""
+    for family in FAMILIES:
+        can = pruner_of(family).adapter.capabilities
+        here = PruneSIDSelector().on(can)
+        code = "llava" if family in ("llava", "llava_next") else "qwen"
+        features = "encoder" if code == "llava" else "projected"
+        assert (here.tau_mode, here.features) == (code, features)
+        assert here.signals == (frozenset({ATTENTION}) if code == "llava" else frozenset())
+        assert here.on(can) == here
+        said = PruneSIDSelector(features="encoder", score="attention", tau_mode="llava")
+        assert said.on(can) == said
+
+
+def test_qwen_s_defaults_ask_the_tower_for_nothing_and_keep_what_the_switches_keep() -> None:
+    pruner = pruner_of("qwen2_vl")
+    inputs = FAMILIES["qwen2_vl"].batch([1, 1])
+    usual = PruneSpec(method="prunesid", budget=Budget(ratio=0.4))
+    said = {"features": "projected", "score": "loading", "tau_mode": "qwen"}
+    as_llava = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
+    assert pruner.signals([usual]) == frozenset()
+    assert pruner.signals([replace(usual, options=as_llava)]) == {ATTENTION}
+
+    def kept(spec: PruneSpec) -> list[list[int]]:
+        return [choice.index_K.tolist() for _, choice in pruner.prepare(inputs, spec).selections]
+
+    assert kept(usual) == kept(replace(usual, options=said))
+    assert kept(usual) != kept(replace(usual, options=as_llava))
 
 
 @given(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=20))

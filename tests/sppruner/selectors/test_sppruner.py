@@ -114,12 +114,12 @@ def reference(
             home = max(likeness, key=lambda j: likeness[j])
             homes.append((likeness[home], i, home))
     homes.sort(reverse=True)
-    weight = phi + 1e-6
     for c in context:
         guests = [i for _, i, home in homes[: int(m.kappa * len(context))] if home == c]
         if guests:
-            total = weight[c] * features[c] + sum(weight[i] * features[i] for i in guests)
-            merged[c] = total / (weight[c] + weight[guests].sum())
+            group = [c, *guests]
+            weight = phi[group] if phi[group].any() else np.ones(len(group))
+            merged[c] = weight @ features[group] / weight.sum()
             if m.restore_norm:
                 merged[c] *= np.linalg.norm(features[c]) / np.linalg.norm(merged[c])
     return focus, context, merged

@@ -51,7 +51,9 @@ def test_the_papers_settings() -> None:
     assert fastv == TokenSchedule(before=576, counted=288, stages=((2, 288),))
     even = ((8, 288), (16, 144), (24, 72))
     pyramid = selector("pyramiddrop").schedule(576, 72, 32)
-    assert pyramid == TokenSchedule(before=576, counted=72, stages=even)
+    assert pyramid == TokenSchedule(before=576, counted=72, stages=even, scoring="stage")
+    assert selector("pyramiddrop", scoring="before").schedule(576, 72, 32).scoring == "before"
+    assert fastv.scoring == "before"
     assert selector("pyramiddrop", count="average").schedule(576, 270, 32).stages == even
     two_steps = selector("sppruner", mode="pre+mid").schedule(576, 64, 32)
     assert two_steps == TokenSchedule(before=96, counted=64, stages=((16, 32),))
@@ -118,6 +120,18 @@ def test_pyramid_stages_lie_at_the_quarters_or_where_they_are_asked_for() -> Non
     )
 
 
+def test_pyramid_counts_are_cut_to_whole_numbers() -> None:
+    """As the code's `int(n * ratio)`; what is exact does not lose one to a rounding."""
+    method = selector("pyramiddrop")
+    share = (64 / 576) ** (1 / 3)
+    assert [576 * share, 576 * share**2] == pytest.approx([276.91, 133.13], abs=0.01)
+    assert method.schedule(576, 64, 32).stages == ((8, 276), (16, 133), (24, 64))
+    share = (65 / 576) ** (1 / 3)
+    assert [576 * share, 576 * share**2] == pytest.approx([278.35, 134.51], abs=0.01)
+    assert method.schedule(576, 65, 32).stages == ((8, 278), (16, 134), (24, 65))
+    assert method.schedule(343, 27, 32).stages == ((8, 147), (16, 63), (24, 27))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -126,6 +140,7 @@ def test_pyramid_stages_lie_at_the_quarters_or_where_they_are_asked_for() -> Non
         ("pyramiddrop", {"layers": "8,4"}, "ascending"),
         ("pyramiddrop", {"layers": "0,4"}, "ascending"),
         ("pyramiddrop", {"layers": "8;16"}, "such as '8,16,24'"),
+        ("pyramiddrop", {"scoring": "next"}, "use 'stage' or 'before'"),
         ("sppruner", {"mode": "mid"}, "use 'pre' or 'pre"),
     ],
 )

@@ -1,6 +1,7 @@
 """What pruning inside the decoder must equal: the whole sequence with eager attention, where a mask
 hides dropped tokens from each stage's layer on. Nothing is re-packed, and nothing is read but the
-attention maps that eager attention hands out.
+attention maps that eager attention hands out, of the layer before a stage or, for plans that go by
+the stage's own layer, of that layer's attention module run on what is still to be cut.
 """
 
 from __future__ import annotations
@@ -45,21 +46,47 @@ class Hidden:
         self.maps[index] = output[1]
 
     def _hide(self, index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if index in self.plan.keep and index not in self.dropped:
-            self.dropped[index] = self._choose(index)
-        before = [layer for layer in self.dropped if layer <= index]
+        given = self._given(args[0], kwargs, [layer for layer in self.dropped if layer <= index])
+        if index not in self.plan.keep or index in self.dropped:
+            return args, given
+        rows_BL = self._row(self.maps[index - 1])
+        if any(self.plan.own.get(index, [False])):
+            _, own_map = module.self_attn(
+                module.input_layernorm(args[0]),
+                position_embeddings=given["position_embeddings"],
+                attention_mask=given["attention_mask"],
+            )
+            copies = len(rows_BL) // len(self.plan.visual_BL)
+            own_B = torch.tensor(self.plan.own[index]).repeat_interleave(copies)
+            rows_BL = torch.where(own_B[:, None], self._row(own_map), rows_BL)
+        self.dropped[index] = self._choose(index, rows_BL)
+        return args, self._given(args[0], kwargs, list(self.dropped))
+
+    def _given(
+        self, hidden_BQD: Tensor, kwargs: dict[str, Any], before: Sequence[int]
+    ) -> dict[str, Any]:
+        """A layer's arguments behind the stages `before` it."""
         if not before:
-            return args, kwargs
+            return kwargs
         mask_B1QK = kwargs["attention_mask"]
         dropped_BL = self.dropped[max(before)]
         later = mask_B1QK.shape[-1] - dropped_BL.shape[1]
         hidden_BK = torch.nn.functional.pad(dropped_BL, (0, later), value=False)
         least = torch.finfo(mask_B1QK.dtype).min
         hidden_B1QK = mask_B1QK.masked_fill(hidden_BK[:, None, None], least)
-        return args, kwargs | {"attention_mask": hidden_B1QK}
+        masked = kwargs | {"attention_mask": hidden_B1QK}
+        if not self.plan.renumber:
+            return masked
+        copies = len(hidden_BK) // len(self.plan.visual_BL)
+        prompt_BL = self.plan.attention_mask_BL.bool().repeat_interleave(copies, dim=0)
+        there_BK = torch.nn.functional.pad(prompt_BL, (0, later), value=True) & ~hidden_BK
+        places_BQ = (there_BK.cumsum(dim=1) - 1).clamp(min=0)[:, -hidden_BQD.shape[1] :]
+        return masked | {"position_embeddings": self.decoder.rotary_emb(hidden_BQD, places_BQ)}
 
-    def _choose(self, index: int) -> Tensor:
-        rows_BL = self.maps[index - 1][:, :, self.length - 1, : self.length].mean(dim=1)
+    def _row(self, map_BHQK: Tensor) -> Tensor:
+        return map_BHQK[:, :, self.length - 1, : self.length].mean(dim=1)
+
+    def _choose(self, index: int, rows_BL: Tensor) -> Tensor:
         copies = len(rows_BL) // len(self.plan.visual_BL)
         visual_BL = self.plan.visual_BL.repeat_interleave(copies, dim=0)
         earlier = [self.dropped[layer] for layer in self.dropped]
@@ -113,13 +140,25 @@ def hidden(decoder: Any, prepared: Prepared) -> Any:
     return Hidden(decoder, prepared.stages).hooks()
 
 
-def halving(prepared: Prepared, visual_BL: Tensor, layers: Sequence[int]) -> StagePlan:
-    """A plan that keeps half of each row's visual tokens at every stage."""
+def halving(
+    prepared: Prepared,
+    visual_BL: Tensor,
+    layers: Sequence[int],
+    *,
+    own: Sequence[bool] | None = None,
+    renumber: bool = False,
+) -> StagePlan:
+    """A plan that keeps half of each row's visual tokens at every stage. own: rows that go by the
+    scores of the stage's own layer."""
     keep: dict[int, list[int]] = {}
     counts = visual_BL.sum(dim=1).tolist()
     for layer in layers:
         counts = [count // 2 for count in counts]
         keep[layer] = counts
     return StagePlan(
-        keep=keep, attention_mask_BL=prepared.inputs["attention_mask"], visual_BL=visual_BL
+        keep=keep,
+        attention_mask_BL=prepared.inputs["attention_mask"],
+        visual_BL=visual_BL,
+        own={} if own is None else {layer: list(own) for layer in layers},
+        renumber=renumber,
     )

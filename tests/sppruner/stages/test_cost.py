@@ -44,12 +44,15 @@ def test_each_layer_costs_what_the_row_says(family: str, spec: PruneSpec) -> Non
             return_dict_in_generate=True,
         )
 
+    own = spec.method == "pyramiddrop"
+    scoring = report.selection_flops if own else 0  # of the others: before the decoder
+    assert scoring == (cost.decoder.scoring(tokens) if own else 0)
     row = cost.row(
         images=report.image_shapes,
         layer_tokens=tokens,
         prompt_tokens_dense=report.prompt_tokens_dense,
         new_tokens=NEW,
-        pruner_flops=0,
+        pruner_flops=scoring,
     )
     modelled = sum(row.flops[part] for part in ("pruner", "prefill", "decode"))
     assert counter.get_total_flops() == modelled
@@ -60,7 +63,9 @@ def test_each_layer_costs_what_the_row_says(family: str, spec: PruneSpec) -> Non
     for layer, held in enumerate(tokens):
         due = cost.decoder.layer(held, held)
         due += sum(cost.decoder.layer(1, held + step) for step in range(1, NEW))
-        due += cost.decoder.stages(tokens[layer : layer + 2])
+        # Scores are read in the layer before a stage, or asked of the stage's own.
+        pair = tokens[max(0, layer - 1) : layer + 1] if own else tokens[layer : layer + 2]
+        due += cost.decoder.stages(pair) + (cost.decoder.scoring(pair) if own else 0)
         module = f"{type(pruner.model).__name__}.{path}.layers.{layer}"
         assert sum(counts[module].values()) == due
 

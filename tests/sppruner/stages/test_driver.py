@@ -153,6 +153,61 @@ def test_a_window_set_behind_the_capabilities_back_is_still_refused() -> None:
         pruner.generate(batch([1]), SPEC, **SETTINGS)
 
 
+def test_a_layer_that_cannot_be_asked_for_scores_is_refused() -> None:
+    pruner = Pruner(build())
+    attention = pruner.adapter.language_model().layers[1].self_attn
+    spec = PruneSpec(method="pyramiddrop", budget=Budget(ratio=0.3), options={"layers": "1"})
+    pruner.generate(batch([1]), spec, **SETTINGS)
+    attention.k_norm = torch.nn.LayerNorm(2 * attention.head_dim)  # of all heads, as OLMo 2 has it
+    with pytest.raises(UnsupportedModel, match="scoring='before'"):
+        pruner.generate(batch([1]), spec, **SETTINGS)
+    del attention.k_norm, attention.k_proj
+    with pytest.raises(UnsupportedModel, match="scoring='before'"):
+        pruner.generate(batch([1]), spec, **SETTINGS)
+    assert_untouched(pruner)
+
+
+def test_scores_of_a_stage_s_own_layer_need_no_probe(pruner: Pruner) -> None:
+    config = pruner.adapter.language_model().config
+    spec = PruneSpec(method="pyramiddrop", budget=Budget(ratio=0.3))
+    seen: list[str] = []
+    handle = pruner.adapter.language_model().register_forward_pre_hook(
+        lambda module, args: seen.append(config._attn_implementation)
+    )
+    pruner.generate(batch([1]), spec, **SETTINGS)
+    handle.remove()
+    assert seen == ["sdpa"] * NEW
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_renumbered_positions_have_no_gaps_at_any_layer(pruner: Pruner, method: str) -> None:
+    """Every row's tokens are counted from 0 at each layer, in the prompt and in later steps."""
+    spec = PruneSpec(method=method, budget=Budget(ratio=0.3), positions="renumber")
+    prepared = pruner.prepare(batch([1, 2, 0]), spec)
+    decoder = pruner.adapter.language_model()
+    given: dict[int, list[torch.Tensor]] = {}
+    assert prepared.stages is not None
+    with StageDriver(pruner.adapter, prepared.stages):
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda layer, args, kwargs, index=index: given.setdefault(index, []).append(
+                    kwargs["position_ids"]
+                ),
+                with_kwargs=True,
+            )
+            for index, layer in enumerate(decoder.layers)
+        ]
+        pruner.model.generate(**prepared.inputs, **SETTINGS)
+    for handle in handles:
+        handle.remove()
+    for row, report in enumerate(prepared.reports):
+        for index, held in enumerate(report.layer_tokens):
+            prompt, *steps = given[index]
+            assert prompt[row, -held:].tolist() == list(range(held))
+            assert [step[row].item() for step in steps] == list(range(held, held + NEW - 1))
+    assert len(set(prepared.reports[0].layer_tokens)) > 1
+
+
 def test_methods_ask_whether_the_decoder_has_stages() -> None:
     model = build()
     model.config.text_config.sliding_window = 8

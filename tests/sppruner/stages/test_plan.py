@@ -31,6 +31,19 @@ def test_a_row_keeps_the_sum_of_its_images_and_a_dense_row_everything() -> None:
     )
 
 
+def test_rows_go_by_their_own_method_s_scores_and_idle_ones_by_those_of_the_others() -> None:
+    visual_BL = torch.tensor([[True] * 8 + [False]] * 3)
+    mask_BL = torch.ones(3, 9, dtype=torch.int64)
+    own = TokenSchedule(before=8, counted=2, stages=((1, 4), (3, 2)), scoring="stage")
+    before = TokenSchedule(before=8, counted=2, stages=((1, 2), (2, 1)))
+    dense = TokenSchedule(before=8, counted=8)
+    plan = StagePlan.of(
+        [0, 1, 2], [own, before, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
+    )
+    assert plan is not None
+    assert plan.own == {1: [True, False, False], 2: [False] * 3, 3: [True] * 3}
+
+
 def test_the_earlier_of_two_equal_tokens_stays() -> None:
     row_BL = torch.tensor([[9.0, 1.0, 2.0, 1.0, 1.0, 2.0]])
     visual_BL = torch.tensor([[False, True, True, True, True, True]])

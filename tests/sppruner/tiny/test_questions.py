@@ -61,8 +61,8 @@ def _expected(scene: Scene, question: Question) -> str:
     if question.kind == "behind":
         assert scene.split is not None
         line = scene.split
-        first = (item.x if line.upright else item.y) < line.at
-        ground = scene.grounds[0 if first else 1]
+        before = (item.x if line.upright else item.y) < line.at
+        ground = scene.grounds[0 if before else 1]
         return f"{ground.texture} {ground.color}"
     if question.kind == "position":
         row = "top" if item.y < 1 / 3 else "middle" if item.y < 2 / 3 else "bottom"

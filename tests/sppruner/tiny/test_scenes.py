@@ -40,8 +40,9 @@ def test_objects_are_distinct_inside_and_apart(seed: int) -> None:
 @given(SEEDS)
 def test_centres_are_away_from_the_patch_grid_s_lines(seed: int) -> None:
     scene = sample_scene(seed)
-    for item in (*scene.objects, *scene.signs):
-        for value in (item.x, item.y):
+    centres = [(o.x, o.y) for o in scene.objects] + [(s.x, s.y) for s in scene.signs]
+    for centre in centres:
+        for value in centre:
             assert abs(value * GRID - round(value * GRID)) / GRID >= 1.5 / 96 - 1e-9
 
 

@@ -1,4 +1,4 @@
-"""An environment with vLLM, as suite `engine` is given one, with a stand-in where vLLM would be."""
+"""A Python environment for `--peer` in which a stand-in takes the place of vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# An interpreter that finds the stand-in where one with vLLM finds vLLM.
+# An interpreter whose `import vllm` finds the stand-in.
 PYTHON = """#!{python}
 import runpy, sys
 assert sys.argv[1] == "-I"
@@ -20,7 +20,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class StandIn:
-    """python: to be given as --peer. notes: what the stand-in was given, in order."""
+    """python: value for --peer. notes: what the stand-in received, in order."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.python, self._notes = folder / "python", folder / "notes"
@@ -28,11 +28,13 @@ class StandIn:
         here = str(Path(__file__).parent)
         self.python.write_text(PYTHON.format(python=sys.executable, folder=here))
         self.python.chmod(0o755)
-        self.told()
+        self.configure()
 
-    def told(self, *, fault: str | None = None, answers: list[list[int]] | None = None) -> None:
-        said = {"fault": fault, "answers": answers, "notes": str(self._notes)}
-        self._monkeypatch.setenv("STAND_IN", json.dumps(said))
+    def configure(
+        self, *, fault: str | None = None, answers: list[list[int]] | None = None
+    ) -> None:
+        settings = {"fault": fault, "answers": answers, "notes": str(self._notes)}
+        self._monkeypatch.setenv("STAND_IN", json.dumps(settings))
 
     @property
     def notes(self) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""Stands in for vLLM: reads prompts as it does, says what the test tells it to in the variable
-STAND_IN, and notes what it was given."""
+"""Stands in for vLLM: expands prompts as vLLM does, answers as the variable STAND_IN says, and
+writes down what it received."""
 
 import atexit
 import json
@@ -10,16 +10,17 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 __version__ = "0"
-told = json.loads(os.environ["STAND_IN"])
+settings_of_test = json.loads(os.environ["STAND_IN"])
 
 
-def note(**what):
-    with open(told["notes"], "a") as notes:
+def note(**what: object) -> None:
+    with open(settings_of_test["notes"], "a") as notes:
         notes.write(json.dumps(what) + "\n")
 
 
@@ -28,7 +29,7 @@ class SamplingParams(SimpleNamespace):
 
 
 class LLM:
-    def __init__(self, model, **settings):
+    def __init__(self, model: str, **settings: Any) -> None:
         names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE")
         child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL).pid
         with safe_open(f"{model}/model.safetensors", "np") as weights:
@@ -41,30 +42,34 @@ class LLM:
             )
         self.config = json.loads(Path(model, "config.json").read_text())
         self.tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-        self.llm_engine, self.renderer, self.waiting = self, self, []
-        print("loaded, says vLLM, to stdout")
-        atexit.register(note, tidied=True)
+        self.llm_engine = self.renderer = self
+        self.waiting: list[SimpleNamespace] = []
+        print("loaded, printed to stdout by vLLM")
+        atexit.register(note, exited=True)
 
-    def read(self, prompt):
-        visual, ids = self.config["image_token_index"], []
+    def read(self, prompt: dict[str, Any]) -> list[int]:
+        visual = self.config["image_token_index"]
+        ids: list[int] = []
         for token in self.tokenizer.encode(prompt["prompt"]).ids:
             ids += [token] * (self.config["image_seq_length"] if token == visual else 1)
-        return [*ids, 0] if told.get("fault") == "one more" else ids
+        return [*ids, 0] if settings_of_test.get("fault") == "one more" else ids
 
-    def generate(self, prompts, params, use_tqdm):
-        os.write(1, b"so does what vLLM has started\n")
-        if told.get("fault") == "dies":
+    def generate(
+        self, prompts: list[dict[str, Any]], params: Any, use_tqdm: bool
+    ) -> list[SimpleNamespace]:
+        os.write(1, b"printed by a child process of vLLM\n")
+        if settings_of_test.get("fault") == "dies":
             print("out of luck", file=sys.stderr, flush=True)
             os._exit(3)
-        if told.get("fault") == "dies later":
+        if settings_of_test.get("fault") == "dies later":
             threading.Timer(0.1, os._exit, (4,)).start()
         assert (params.temperature, params.ignore_eos) == (0.0, True)
-        note(asked=[prompt["multi_modal_data"]["image"].tobytes().hex() for prompt in prompts])
-        answers = told["answers"] or [[7] * params.max_tokens] * len(prompts)
-        if told.get("fault") == "ends early":
+        note(batch=[prompt["multi_modal_data"]["image"].tobytes().hex() for prompt in prompts])
+        answers = settings_of_test["answers"] or [[7] * params.max_tokens] * len(prompts)
+        if settings_of_test.get("fault") == "ends early":
             answers = [answer[:-1] for answer in answers]
         ids = [self.read(prompt) for prompt in prompts]
-        if told.get("fault") == "other words":
+        if settings_of_test.get("fault") == "other words":
             ids[1][-1] += 1
         time.sleep(0.01)
         return [
@@ -72,21 +77,21 @@ class LLM:
             for one, answer in zip(ids, answers, strict=True)
         ]
 
-    def render_cmpl(self, prompts):
+    def render_cmpl(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [prompt | {"rendered": True} for prompt in prompts]
 
-    def add_request(self, name, prompt, params):
+    def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
         assert prompt["rendered"]
-        note(alone=prompt["multi_modal_data"]["image"].tobytes().hex())
+        note(single=prompt["multi_modal_data"]["image"].tobytes().hex())
         self.waiting = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=())])]
         self.waiting += [
             SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * n)])
             for n in range(1, params.max_tokens + 1)
         ]
 
-    def has_unfinished_requests(self):
+    def has_unfinished_requests(self) -> bool:
         return bool(self.waiting)
 
-    def step(self):
+    def step(self) -> list[SimpleNamespace]:
         time.sleep(0.05 if len(self.waiting) > 8 else 0.01)
         return [self.waiting.pop(0)]

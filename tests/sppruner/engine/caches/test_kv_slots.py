@@ -1,4 +1,4 @@
-"""Slots hold what was written, each at its own length, and grow without losing any of it."""
+"""Slots hold what was written, each at its own length, and grow without losing content."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def test_every_slot_holds_its_prompt_and_its_own_steps_at_every_layer(
                 mask = slots.mask(layer)
             for row, held in enumerate(expected):
                 held[layer] = torch.cat([held[layer], new[row]], dim=1)
-                seen = mask[row, 0, 0]
-                assert torch.equal(read[row][:, seen], held[layer])
+                visible = mask[row, 0, 0]
+                assert torch.equal(read[row][:, visible], held[layer])
         slots.end_step(rows)
     if len(expected) > 1:
-        gone = data.draw(st.integers(0, len(expected) - 2))
-        slots.move(len(expected) - 1, gone)
-        expected[gone] = expected[-1]
+        freed = data.draw(st.integers(0, len(expected) - 2))
+        slots.move(len(expected) - 1, freed)
+        expected[freed] = expected[-1]
     for row, held in enumerate(expected):
         assert slots.lengths(row) == [layer.shape[1] for layer in held]
         for layer, kept in enumerate(held):
             assert torch.equal(slots.keys[layer][row, :, : kept.shape[1]], kept)
 
 
-def test_layers_behind_a_stage_take_no_more_room_than_they_need() -> None:
+def test_layers_after_a_stage_take_no_more_memory_than_they_need() -> None:
     plain, staged = cache(), cache()
     plain.reserve(1, [640] * LAYERS)
     staged.reserve(1, [640, 64, 64])
@@ -104,18 +104,18 @@ TOKEN = 2 * LAYERS * HEADS * WIDTH * 4  # bytes
 
 @given(
     groups=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=SLOTS), max_size=12),
-    places=st.integers(1, 12),
+    grains=st.integers(1, 12),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_fits_stays_within_the_limit_and_loses_nothing(
-    groups: list[list[int]], places: int
+def test_requests_that_fit_stay_within_the_limit_and_lose_nothing(
+    groups: list[list[int]], grains: int
 ) -> None:
-    """Groups of requests come one after another, each when the one before has gone."""
-    limit = places * 64 * TOKEN
+    """Groups of requests run one after another, each when the previous one has ended."""
+    limit = grains * 64 * TOKEN
     slots = cache(limit=limit)
     for group in groups:
         if not slots.fits(len(group), max(group)):
-            assert len(group) * (max(group) + 63) * TOKEN > limit, "refused for no reason"
+            assert len(group) * (max(group) + 63) * TOKEN > limit, "refused without need"
             continue
         for rows in range(1, len(group) + 1):
             slots.reserve(rows, [max(group)] * LAYERS)
@@ -132,7 +132,7 @@ def test_what_fits_stays_within_the_limit_and_loses_nothing(
             slots.release(row)
 
 
-def test_places_that_only_a_long_request_needed_are_given_back_for_more_slots() -> None:
+def test_memory_that_only_a_long_request_needed_is_freed_for_more_slots() -> None:
     slots = cache(limit=4 * 64 * TOKEN)
     assert slots.fits(1, 256)
     assert not slots.fits(2, 256)
@@ -147,12 +147,12 @@ def test_places_that_only_a_long_request_needed_are_given_back_for_more_slots() 
     assert slots.nbytes <= 4 * 64 * TOKEN
 
 
-def test_nothing_but_preparing_takes_memory_and_only_where_more_is_needed() -> None:
+def test_only_reserving_allocates_and_only_where_more_is_needed() -> None:
     slots = cache(limit=8 * 64 * TOKEN)
     slots.reserve(2, [100, 64, 64])
     held = [layer.data_ptr() for layer in (*slots.keys, *slots.values)]
     slots.write(0, *[states(0, [90, 50, 50])] * 2)
-    slots.reserve(2, [40] * LAYERS)  # shorter ones come: there is room, so nothing is moved
+    slots.reserve(2, [40] * LAYERS)  # shorter ones fit, so nothing is reallocated
     slots.write(1, *[states(1, [40] * LAYERS)] * 2)
     for _ in range(10):
         slots.begin_step(2)

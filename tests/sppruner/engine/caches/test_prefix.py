@@ -1,4 +1,4 @@
-"""A beginning that prompts share is read once, and no answer shows it."""
+"""A prefix that prompts share is read once, and no answer changes by that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.sppruner.engine.requests import drawn, facts, spec_of
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder
 
-BLIND = PruneSpec(method="visionzip", budget=Budget(ratio=0.4))  # goes by the image alone
-READING = PruneSpec(method="sppruner", budget=Budget(ratio=0.3))  # goes by the question, too
+BY_IMAGE = PruneSpec(method="visionzip", budget=Budget(ratio=0.4))  # selects by the image only
+BY_TEXT = PruneSpec(method="sppruner", budget=Budget(ratio=0.3))  # selects by the question, too
 STAGED = [
     spec_of("sppruner:mode=pre+mid", {"ratio": 0.3}),
     spec_of("fastv:layer=2", {"ratio": 0.2}),
 ]
 SPECS = [
     DENSE,
-    BLIND,
-    READING,
+    BY_IMAGE,
+    BY_TEXT,
     *STAGED,
     spec_of("random", {"tokens": 0}),
     spec_of("topk", {"ratio": 0.3}, positions="renumber"),
@@ -53,12 +53,12 @@ def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
     made.close()
 
 
-def ask(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Request:
+def question(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Request:
     new = SamplingParams(max_new_tokens=4)
     return replace(Request(id=prompt, prompt=prompt, images=images, generation=new), **changes)
 
 
-def prepared(engine: ContinuousEngine, *requests: Request) -> list[PreparedRequest]:
+def prepare(engine: ContinuousEngine, *requests: Request) -> list[PreparedRequest]:
     return [engine._preparer.prepare(request, i).result() for i, request in enumerate(requests)]
 
 
@@ -74,13 +74,13 @@ def runnable(engine: ContinuousEngine) -> list[PruneSpec]:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_answers_and_reports_are_those_of_prompts_that_are_read_whole(
+def test_answers_and_reports_equal_those_of_prompts_that_are_read_whole(
     loaded: LoadedModel, engine: ContinuousEngine, seed: int
 ) -> None:
     rng, specs = random.Random(seed), runnable(engine)
     pool = [drawn(rng) for _ in range(2)]
-    asked = [
-        ask(
+    batch = [
+        question(
             *rng.sample(pool, rng.choice([0, 1, 1, 1, 2])),
             prompt="what is it? " * rng.randint(1, 3),
             spec=rng.choice(specs),
@@ -88,38 +88,38 @@ def test_answers_and_reports_are_those_of_prompts_that_are_read_whole(
         )
         for number in range(24)
     ]
-    expected = [facts(result) for result in BatchEngine(loaded, slots=1).run(asked)]
+    expected = [facts(result) for result in BatchEngine(loaded, slots=1).run(batch)]
     assert not [result.error_message for result in expected if result.error_code]
     for _ in range(2):
-        assert [facts(result) for result in engine.run(asked)] == expected
-    named = sum(one.prefix_key is not None for one in prepared(engine, *asked))
-    assert engine.prefix_cache.hits >= named > 10
+        assert [facts(result) for result in engine.run(batch)] == expected
+    shareable = sum(one.prefix_key is not None for one in prepare(engine, *batch))
+    assert engine.prefix_cache.hits >= shareable > 10
 
 
-def test_keys_values_and_positions_are_those_of_a_prompt_that_is_read_whole(
+def test_keys_values_and_positions_equal_those_of_a_prompt_that_is_read_whole(
     engine: ContinuousEngine,
 ) -> None:
     rng, pruner = random.Random(5), engine._pruner
     one, two = drawn(rng), drawn(rng)
     shown = [(one,), (one, two), (one,), (one, two), (two,)]
-    asked = [
-        ask(*images, prompt="what is it? " * (1 + n % 3), spec=BLIND)
+    questions = [
+        question(*images, prompt="what is it? " * (1 + n % 3), spec=BY_IMAGE)
         for n, images in enumerate(shown)
     ]
-    group = prepared(engine, *asked)
+    group = prepare(engine, *questions)
     prefixes = PrefixCache(2**28)
     shared = prefill(pruner, group, EncoderCache(2**28), prefixes)
     assert (prefixes.misses, prefixes.hits) == (3, 2)
-    for ours, whole in zip(shared, prefill(pruner, group), strict=True):
-        assert ours.report == whole.report
-        assert ours.ids == whole.ids
-        assert ours.positions == whole.positions
-        torch.testing.assert_close(ours.logits_V, whole.logits_V, atol=1e-4, rtol=1e-4)
-        for mine, theirs in zip(ours.keys + ours.values, whole.keys + whole.values, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    for joined, whole in zip(shared, prefill(pruner, group), strict=True):
+        assert joined.report == whole.report
+        assert joined.ids == whole.ids
+        assert joined.positions == whole.positions
+        torch.testing.assert_close(joined.logits_V, whole.logits_V, atol=1e-4, rtol=1e-4)
+        for found, due in zip(joined.keys + joined.values, whole.keys + whole.values, strict=True):
+            torch.testing.assert_close(found, due, atol=1e-4, rtol=1e-4)
 
 
-def test_the_decoder_reads_a_shared_image_once_and_then_the_questions_alone(
+def test_the_decoder_reads_a_shared_image_once_and_then_only_suffixes(
     engine: ContinuousEngine,
 ) -> None:
     read: list[int] = []
@@ -129,50 +129,52 @@ def test_the_decoder_reads_a_shared_image_once_and_then_the_questions_alone(
         with_kwargs=True,
     )
     image = drawn(random.Random(1))
-    first, second = prepared(engine, *(ask(image, spec=BLIND, prompt=p) for p in ("a b c", "d")))
-    prefixes, encodings = PrefixCache(2**28), EncoderCache(2**28)
-    prefill(engine._pruner, [first], encodings, prefixes)
-    prefill(engine._pruner, [second], encodings, prefixes)
+    first, second = prepare(
+        engine, *(question(image, spec=BY_IMAGE, prompt=p) for p in ("a b c", "d"))
+    )
+    prefixes, encoder_cache = PrefixCache(2**28), EncoderCache(2**28)
+    prefill(engine._pruner, [first], encoder_cache, prefixes)
+    prefill(engine._pruner, [second], encoder_cache, prefixes)
     hook.remove()
     assert read[0] > second.suffix_tokens
     assert read[1:] == [second.suffix_tokens]
 
 
-def test_what_is_chosen_by_the_question_is_shared_for_the_same_question_alone(
+def test_a_prefix_selected_by_the_question_is_shared_for_that_question_only(
     engine: ContinuousEngine,
 ) -> None:
     image, other = drawn(random.Random(2)), drawn(random.Random(3))
-    asks = [
-        ask(image),
-        ask(image, prompt="where is it?"),
-        ask(other),
-        ask(image, system="be brief ."),
-        ask(),
+    questions = [
+        question(image),
+        question(image, prompt="where is it?"),
+        question(other),
+        question(image, system="be brief ."),
+        question(),
     ]
 
-    def names(spec: PruneSpec) -> list[Any]:
+    def keys(spec: PruneSpec) -> list[Any]:
         return [
-            asked.prefix_key for asked in prepared(engine, *(replace(a, spec=spec) for a in asks))
+            one.prefix_key for one in prepare(engine, *(replace(q, spec=spec) for q in questions))
         ]
 
-    for spec in (DENSE, BLIND):
-        same, reworded, elsewhere, told, imageless = names(spec)
+    for spec in (DENSE, BY_IMAGE):
+        same, reworded, elsewhere, instructed, imageless = keys(spec)
         assert same == reworded
-        assert len({same, elsewhere, told, None}) == 4
+        assert len({same, elsewhere, instructed, None}) == 4
         assert imageless is None
-    same, reworded, *_ = names(READING)
+    same, reworded, *_ = keys(BY_TEXT)
     assert same != reworded
-    assert same == names(READING)[0] != names(replace(READING, budget=Budget(ratio=0.5)))[0]
+    assert same == keys(BY_TEXT)[0] != keys(replace(BY_TEXT, budget=Budget(ratio=0.5)))[0]
     for spec in runnable(engine):
         if spec in STAGED:
-            assert set(names(spec)) == {None}
+            assert set(keys(spec)) == {None}
 
 
-def test_control_requests_are_read_whole_on_both_sides(engine: ContinuousEngine) -> None:
+def test_control_requests_bypass_the_prefix_cache_on_both_sides(engine: ContinuousEngine) -> None:
     image = drawn(random.Random(4))
-    engine.run([ask(image, spec=BLIND), ask(image)])
+    engine.run([question(image, spec=BY_IMAGE), question(image)])
     before = engine.prefix_cache.hits, engine.prefix_cache.misses, engine.prefix_cache.size
-    (result,) = engine.run([ask(image, spec=BLIND, control=True)])
+    (result,) = engine.run([question(image, spec=BY_IMAGE, control=True)])
     assert result.control_text is not None
     assert (
         engine.prefix_cache.hits,
@@ -183,16 +185,16 @@ def test_control_requests_are_read_whole_on_both_sides(engine: ContinuousEngine)
 
 def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngine) -> None:
     rng = random.Random(6)
-    asked = [ask(drawn(rng), id=str(n)) for n in range(6)]
-    expected = [facts(result) for result in engine.run(asked)]
+    batch = [question(drawn(rng), id=str(n)) for n in range(6)]
+    expected = [facts(result) for result in engine.run(batch)]
     held = list(copy.copy(engine.prefix_cache._entries).values())
     owned = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in held for t in p.keys}
     assert 2 * sum(storage.nbytes() for storage in owned.values()) == engine.prefix_cache.size
     limit = engine.prefix_cache.size // 2
-    little = ContinuousEngine(loaded, slots=4, cache_bytes=limit)
-    assert [facts(result) for result in little.run(asked)] == expected
-    assert 0 < little.prefix_cache.size <= limit
-    little.close()
+    small = ContinuousEngine(loaded, slots=4, cache_bytes=limit)
+    assert [facts(result) for result in small.run(batch)] == expected
+    assert 0 < small.prefix_cache.size <= limit
+    small.close()
 
 
 def test_a_negative_limit_is_refused() -> None:

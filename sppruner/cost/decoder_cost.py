@@ -78,6 +78,13 @@ class DecoderCost:
         scored = (tokens for tokens, after in pairwise(layer_tokens) if after < tokens)
         return sum(2 * self.heads * self.head_dim * tokens for tokens in scored)
 
+    def scoring(self, layer_tokens: Sequence[int]) -> int:
+        """What it costs on top to have these rows of the later layer, the stage's own, which has
+        not run yet: its keys of all tokens in front of it and its query of the last one."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        asked = (tokens for tokens, next_ in pairwise(layer_tokens) if next_ < tokens)
+        return sum(2 * self.hidden * (tokens * kv_width + width) for tokens in asked)
+
     def kv_bytes(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
         """Bytes of keys and values after the last token, which is not fed back."""
         cached = sum(layer_tokens) + len(layer_tokens) * max(0, new_tokens - 1)

@@ -1,4 +1,4 @@
-"""Small corpora written by hand, for tests that need a particular shape."""
+"""Small corpora of a given shape, and a run planned over them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def config(source: str, output: str, **settings: Any) -> RunConfig:
-    given = {"kind": "caption", "model": "m", "prompt": "describe", "spec": DENSE, **settings}
-    return RunConfig(input=source, output=output, **given)
+    """A dense caption run; `settings` override or add fields."""
+    fields = {"kind": "caption", "model": "m", "prompt": "describe", "spec": DENSE, **settings}
+    return RunConfig(input=source, output=output, **fields)
 
 
 class Planned(NamedTuple):
@@ -39,20 +40,22 @@ class Planned(NamedTuple):
 
 
 def plan(source: str, output: str, **settings: Any) -> Planned:
-    planned = RunOutput.open(output)
+    """Plans or resumes the run of `config` over the corpus at `source`."""
+    run_output = RunOutput.open(output)
     manifest = plan_run(
-        config(source, output, **settings), planned, model_revision="r1", image_backend="pil"
+        config(source, output, **settings), run_output, model_revision="r1", image_backend="pil"
     )
-    return Planned(manifest, planned)
+    return Planned(manifest, run_output)
 
 
 def read_all(planned: Planned) -> pa.Table:
-    """Every unit's rows, in plan order."""
+    """The rows of all units, in the order of the manifest."""
     store, mapping = open_store(planned.manifest.source), planned.manifest.mapping
     return pa.concat_tables(read_unit(store, unit, mapping) for unit in planned.units)
 
 
 def image(content: bytes | None = b"jpeg", path: str = "a.jpg") -> dict[str, Any]:
+    """One value of an image column, as Hugging Face datasets store it."""
     return {"bytes": content, "path": path}
 
 

@@ -1,4 +1,4 @@
-"""The HTTP edge without Ray: replicas that remember what they were asked, and ways to ask."""
+"""The HTTP API without Ray: replicas that record their requests, and a client for each route."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.cluster.fake_engine import picture
 ENGINE = "tests.cluster.fake_engine:FakeEngine"
 
 
-class Recorded:
-    """A replica in this process that remembers the calls it got, or fails as told: at once, or
-    after the first word of a stream."""
+class RecordingReplica:
+    """A replica in this process that records its requests. It raises `failure` on every request, or
+    `stream_failure` after the first piece of a stream."""
 
     def __init__(
-        self, failure: Exception | None = None, *, breaks: Exception | None = None
+        self, failure: Exception | None = None, *, stream_failure: Exception | None = None
     ) -> None:
-        self.calls: list[LabelRequest] = []
+        self.requests: list[LabelRequest] = []
         self._failure = failure
-        self._breaks = breaks
+        self._stream_failure = stream_failure
 
     async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
-        self.calls.extend(calls)
+        self.requests.extend(calls)
         if self._failure is not None:
             raise self._failure
         replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
@@ -43,12 +43,12 @@ class Recorded:
             replica.close()
 
     async def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
-        (answer,) = await self.label([call], priority=Priority.ONLINE)
-        for word in str(answer.text).split(" ") if answer.error_code is None else ():
+        (result,) = await self.label([call], priority=Priority.ONLINE)
+        for word in str(result.text).split(" ") if result.error_code is None else ():
             yield f"{word} "
-            if self._breaks is not None:
-                raise self._breaks
-        yield answer
+            if self._stream_failure is not None:
+                raise self._stream_failure
+        yield result
 
 
 def data_uri(data: bytes) -> str:
@@ -63,43 +63,50 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def user(*parts: dict[str, Any]) -> dict[str, Any]:
+def user_message(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-ASKED = user(text_part("describe"), image_part(data_uri(picture(1))))
+USER_MESSAGE = user_message(text_part("describe"), image_part(data_uri(picture(1))))
 
 
-def send(
+def send_request(
     method: str,
     path: str,
     replicas: StreamingReplicas | None = None,
     settings: ApiSettings | None = None,
     break_even: OnlineBreakEven | None = None,
-    **more: Any,
+    **options: Any,
 ) -> httpx.Response:
+    """Sends one request to the app of the model "fake". options: of `httpx.AsyncClient.request`."""
+
     async def body() -> httpx.Response:
         app = create_app(
-            replicas or Recorded(), settings or ApiSettings(), model="fake", break_even=break_even
+            replicas or RecordingReplica(),
+            settings or ApiSettings(),
+            model="fake",
+            break_even=break_even,
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
-            return await client.request(method, path, **more)
+            return await client.request(method, path, **options)
 
     return asyncio.run(asyncio.wait_for(body(), 20))
 
 
-def ask(
+def complete(
     replicas: StreamingReplicas | None = None,
     settings: ApiSettings | None = None,
     break_even: OnlineBreakEven | None = None,
     **fields: Any,
 ) -> httpx.Response:
-    body = {"model": "fake", "messages": [ASKED], **fields}
-    return send("POST", "/v1/chat/completions", replicas, settings, break_even, json=body)
+    """Sends a chat completion request; `fields` override or add fields of its body."""
+    body = {"model": "fake", "messages": [USER_MESSAGE], **fields}
+    return send_request("POST", "/v1/chat/completions", replicas, settings, break_even, json=body)
 
 
-def refusal(response: httpx.Response) -> tuple[int, dict[str, Any]]:
+def read_error(response: httpx.Response) -> tuple[int, dict[str, Any]]:
+    """Status and error object of a response, which must have OpenAI's error shape."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return response.status_code, error

@@ -1,5 +1,6 @@
-"""A model whose output can be checked: it answers with the image's colour hash and how many tokens
-it kept. What it should do wrong is written in the prompt, so that it travels with the row.
+"""A fake engine with checkable output: a hash of the image's pixels and the number of kept tokens.
+
+The fault it simulates is the row's prompt, so a fault reaches any process together with its row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VISUAL_TOKENS = 100
 
 
 def picture(number: int) -> bytes:
-    """A small PNG, different for each number."""
+    """A 4 x 4 PNG, different for each number up to 65,535."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (number % 256, number // 256 % 256, 7)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -32,22 +33,24 @@ def image_hash(image: Image.Image) -> str:
 
 
 def expected_text(data: bytes, kept: int = VISUAL_TOKENS) -> str:
-    """What the engine says of this image at this number of kept tokens."""
+    """The engine's text for this image with `kept` tokens kept."""
     with Image.open(io.BytesIO(data)) as image:
         return f"{image_hash(image.convert('RGB'))} kept {kept}"
 
 
 def first_kept(kept: int, total: int) -> bytes:
-    """The mask of `total` tokens of which the first `kept` stay."""
+    """A mask of `total` tokens with the first `kept` set."""
     return ((1 << kept) - 1).to_bytes(-(-total // 8), "little")
 
 
 class FakeEngine(QueuedEngine):
-    """Prompts that do something: "raise" (the whole batch raises), "fault" (the device does),
-    "die" (SIGKILL to this process), "slow" (2 s), "bad" (an error result).
+    """Runs a batch in `seconds`, unless a prompt asks for a fault.
 
-    seconds: how long a batch takes. journal: a file that gets one line per batch, and a * after
-    the id of each control row. reduced: the scale of every JPEG.
+    Prompts: "raise" makes the whole batch raise, "fault" raises an accelerator error, "die" sends
+    SIGKILL to this process, "slow" takes 2 s, "bad" gives an error result.
+
+    seconds: duration of a batch. journal: path of a file that receives one line per batch, the ids
+    of its rows with a * after those of control rows. reduced: the scale of every JPEG.
     """
 
     model_revision = "fake-1"

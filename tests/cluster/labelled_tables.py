@@ -1,4 +1,4 @@
-"""Labelled rows of one unit, as a caller hands them to the commit."""
+"""Labelled rows of one unit, as the labeller passes them to the commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.schema import COST_FIELD, output_schema
 from sppruner.spec import Budget, PruneSpec
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-TERMS = ExpectedUnits(
+EXPECTED = ExpectedUnits(
     run_id="run",
     kind="caption",
     source_schema=pa.schema([("note", pa.string())]),
@@ -21,11 +21,12 @@ TERMS = ExpectedUnits(
 
 
 def mask(kept: int, of: int) -> bytes:
-    """The last `kept` of so many tokens, so that the end of the mask matters."""
+    """A mask of `of` tokens with the last `kept` set, so that the end of the mask is tested."""
     return np.packbits(np.arange(of) >= of - kept, bitorder="little").tobytes()
 
 
 def row(number: int, **values: Any) -> dict[str, Any]:
+    """Row `number` of the unit, answered and pruned by SPEC; `values` override its columns."""
     answered = {
         "note": f"n{number}",
         "key": f"k{number}",
@@ -47,6 +48,6 @@ def row(number: int, **values: Any) -> dict[str, Any]:
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    schema = output_schema(TERMS.source_schema, TERMS.kind)
+    schema = output_schema(EXPECTED.source_schema, EXPECTED.kind)
     extra = [pa.field("_in_unit", pa.string()), COST_FIELD]
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))

@@ -1,3 +1,5 @@
+"""The run controller: progress from reported commits, error shares, and the actor by name."""
+
 from __future__ import annotations
 
 import pytest
@@ -43,7 +45,7 @@ def progress(controller: RunController) -> RunProgress:
     return found
 
 
-def test_a_unit_counts_once_however_often_its_commit_is_told() -> None:
+def test_a_unit_counts_once_if_its_commit_is_reported_repeatedly() -> None:
     controller = RunController()
     register(controller)
     for _ in range(3):
@@ -56,7 +58,7 @@ def test_a_unit_counts_once_however_often_its_commit_is_told() -> None:
     assert (now.seconds, now.flops, now.flops_dense) == (2.0, 5, 9)
 
 
-def test_rows_of_earlier_attempts_count_as_done_but_not_as_speed() -> None:
+def test_rows_of_earlier_attempts_count_as_done_but_not_towards_the_speed() -> None:
     controller = RunController()
     register(controller, units_done=["a", "b"], ledger_so_far=UNIT + UNIT)
 
@@ -72,7 +74,7 @@ def test_rows_of_earlier_attempts_count_as_done_but_not_as_speed() -> None:
     assert progress(controller).eta_seconds is not None
 
 
-def test_a_controller_that_lost_its_memory_is_rebuilt_by_registering_again() -> None:
+def test_a_restarted_controller_is_rebuilt_by_registering_again() -> None:
     restarted = RunController()
     assert not restarted.unit_committed("run", "a", UNIT)
     assert restarted.progress("run") is None
@@ -121,7 +123,7 @@ def test_completed_with_failed_rows_is_completed_with_errors() -> None:
     assert progress(controller).state == "completed_with_errors"
 
 
-def test_the_actor_is_one_for_the_cluster_and_commits_reach_it_by_name(local_ray: None) -> None:
+def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray: None) -> None:
     controller = get_controller()
     try:
         assert get_controller() == controller
@@ -143,7 +145,7 @@ def test_the_actor_is_one_for_the_cluster_and_commits_reach_it_by_name(local_ray
         ray.kill(controller)
 
 
-def test_telling_of_a_commit_never_fails_where_there_is_no_controller(local_ray: None) -> None:
+def test_reporting_a_commit_without_a_controller_does_not_fail(local_ray: None) -> None:
     report_commit("nobody", "a", UNIT)
     with pytest.raises(ValueError, match=CONTROLLER_NAME):
         ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)

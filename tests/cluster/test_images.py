@@ -1,5 +1,4 @@
-"""The hardened image path: what is refused, what is accepted, how early, and what is decoded
-smaller."""
+"""Image decoding: refused and accepted images, limits before decoding, and JPEGs at a scale."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A few dozen bytes that claim to be a picture of that size."""
+    """A PNG of a few dozen bytes whose header claims this size."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + body))
@@ -62,7 +61,7 @@ def test_allowed_formats_decode_to_rgb(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
-def test_other_formats_are_refused_although_pillow_could_read_them(kind: str) -> None:
+def test_other_formats_that_pillow_can_read_are_refused(kind: str) -> None:
     with pytest.raises(ImageUndecodable, match="not a JPEG, PNG or WebP"):
         decode_image(encoded(picture(), kind), LIMITS)
 
@@ -73,7 +72,7 @@ def test_every_pixel_mode_becomes_rgb(mode: str) -> None:
     assert decode_image(encoded(picture().convert(mode), kind), LIMITS).mode == "RGB"
 
 
-def test_sixteen_bit_grey_keeps_its_shades() -> None:
+def test_sixteen_bit_greyscale_keeps_its_shades() -> None:
     """Pillow's plain conversion turns nearly all of a 16-bit image white."""
     grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     image = decode_image(encoded(Image.fromarray(grey), "PNG"), LIMITS)
@@ -97,7 +96,7 @@ def test_animation_gives_its_first_frame() -> None:
     assert decode_image(data, LIMITS).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_missing_and_empty_are_told_apart() -> None:
+def test_missing_and_empty_images_are_different_errors() -> None:
     with pytest.raises(ImageMissing):
         decode_image(None, LIMITS)
     with pytest.raises(ImageUndecodable, match="0 bytes"):
@@ -111,19 +110,19 @@ def test_truncated_jpeg_is_an_error_not_a_half_grey_image() -> None:
         decode_image(data[: len(data) // 2], LIMITS)
 
 
-def test_html_named_jpg_shows_how_it_starts() -> None:
+def test_the_error_of_an_html_page_shows_its_first_bytes() -> None:
     with pytest.raises(ImageUndecodable, match="<!DOCTYPE html>"):
         decode_image(b"<!DOCTYPE html><html><body>404</body></html>", LIMITS)
 
 
-def test_byte_cap_is_checked_before_anything_is_parsed() -> None:
+def test_the_byte_limit_is_checked_before_parsing() -> None:
     data = encoded(picture(), "PNG")
     with pytest.raises(ImageTooLarge, match="bytes"):
         decode_image(data, MediaLimits(max_bytes=len(data) - 1))
     assert decode_image(data, MediaLimits(max_bytes=len(data)))
 
 
-def test_pixel_cap_is_exact() -> None:
+def test_the_pixel_limit_is_exact() -> None:
     data = encoded(picture(40, 20), "PNG")
     assert decode_image(data, MediaLimits(max_pixels=800))
     with pytest.raises(ImageTooLarge, match="40 x 20"):
@@ -131,8 +130,8 @@ def test_pixel_cap_is_exact() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(9_000, 9_000), (12_000, 12_000), (50_000, 50_000)])
-def test_decompression_bomb_is_refused_from_its_header(width: int, height: int) -> None:
-    """Below, between and above Pillow's own two thresholds: same error, within milliseconds."""
+def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int) -> None:
+    """The same error within milliseconds below, between and above Pillow's two thresholds."""
     data = png_header(width, height)
     started = time.perf_counter()
     with pytest.raises(ImageTooLarge):
@@ -162,13 +161,13 @@ def test_any_damage_to_a_png_gives_an_image_or_a_row_error(data: st.DataObject) 
         assert decode_image(bytes(damaged), LIMITS).mode == "RGB"
 
 
-def halved(width: int, height: int) -> int:
+def halve(width: int, height: int) -> int:
     return 2
 
 
 @cache
 def photograph(width: int, height: int) -> Image.Image:
-    """Light and shade of every size, edges in every direction, and grain."""
+    """A synthetic photograph: shades at every scale, edges in every direction, and grain."""
     generator = np.random.default_rng(0)
     light = np.zeros((height, width))
     for cells in (3, 9, 27, 81, 243):
@@ -200,94 +199,96 @@ def photograph(width: int, height: int) -> Image.Image:
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
-def test_what_a_model_is_given_of_a_photograph_hardly_depends_on_its_reduction(
+def test_pixel_values_of_a_photograph_hardly_depend_on_the_jpeg_scale(
     images: BaseImageProcessor, options: dict[str, object]
 ) -> None:
-    """In steps of the 255 of a pixel, with the margin all but used up."""
+    """Differences are in steps of 1/255. The bounds are close to the measured values."""
     jpeg_scale = jpeg_scale_of(SimpleNamespace(image_processor=images))
     data = encoded(photograph(640, 480), "JPEG", **{"quality": 90, **options})
     assert decode_image(data, LIMITS, jpeg_scale).size == (320, 240)
 
-    whole, reduced = (
+    full, scaled = (
         np.asarray(images(decode_image(data, LIMITS, how))["pixel_values"])
         for how in (None, jpeg_scale)
     )
-    steps = np.abs(whole - reduced) * 255 * max(images.image_std)
+    steps = np.abs(full - scaled) * 255 * max(images.image_std)
     assert 0 < steps.mean() < 0.6
     assert steps.max() < 25
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True, "quality": 30}])
-def test_every_kind_of_jpeg_is_reduced(mode: str, options: dict[str, object]) -> None:
+def test_every_kind_of_jpeg_is_decoded_at_its_scale(mode: str, options: dict[str, object]) -> None:
     source = picture(64, 48).convert(mode)
-    reduced = decode_image(encoded(source, "JPEG", **options), LIMITS, halved)
-    assert (reduced.mode, reduced.size) == ("RGB", (32, 24))
+    scaled = decode_image(encoded(source, "JPEG", **options), LIMITS, halve)
+    assert (scaled.mode, scaled.size) == ("RGB", (32, 24))
     expected = np.asarray(source.convert("RGB").reduce(2)).astype(int)
-    assert np.abs(np.asarray(reduced) - expected).mean() < 3
+    assert np.abs(np.asarray(scaled) - expected).mean() < 3
 
 
-def test_a_jpeg_with_a_second_picture_behind_it_is_reduced() -> None:
+def test_a_jpeg_followed_by_a_second_image_is_decoded_at_its_scale() -> None:
     data = encoded(picture(64, 48), "MPO", save_all=True, append_images=[picture(8, 8)])
-    assert decode_image(data, LIMITS, halved).size == (32, 24)
+    assert decode_image(data, LIMITS, halve).size == (32, 24)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_other_formats_are_never_reduced(kind: str) -> None:
+def test_other_formats_are_never_scaled(kind: str) -> None:
     data = encoded(picture(64, 48), kind)
-    asked: list[int] = []
+    sizes: list[int] = []
 
-    def halved(width: int, height: int) -> int:
-        asked.extend((width, height))
+    def halve(width: int, height: int) -> int:
+        sizes.extend((width, height))
         return 2
 
-    reduced = decode_image(data, LIMITS, halved)
-    assert reduced == decode_image(data, LIMITS)
-    assert not asked
+    decoded = decode_image(data, LIMITS, halve)
+    assert decoded == decode_image(data, LIMITS)
+    assert not sizes
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_reduction_is_asked_for_the_upright_image_and_leaves_it_upright(orientation: int) -> None:
-    """A bright corner shows where the top left has gone."""
+def test_the_jpeg_scale_depends_on_the_upright_size_and_keeps_the_image_upright(
+    orientation: int,
+) -> None:
+    """A bright corner marks the top left."""
     source = Image.new("RGB", (64, 32))
     source.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(source, "JPEG", exif=exif)
-    asked = []
+    sizes = []
 
     def jpeg_scale(width: int, height: int) -> int:
-        asked.append((width, height))
+        sizes.append((width, height))
         return 4
 
-    whole, reduced = decode_image(data, LIMITS), decode_image(data, LIMITS, jpeg_scale)
-    assert asked == [whole.size]
-    assert reduced.size == (whole.width // 4, whole.height // 4)
-    assert np.abs(np.asarray(reduced).astype(int) - np.asarray(whole.reduce(4))).mean() < 3
+    full, scaled = decode_image(data, LIMITS), decode_image(data, LIMITS, jpeg_scale)
+    assert sizes == [full.size]
+    assert scaled.size == (full.width // 4, full.height // 4)
+    assert np.abs(np.asarray(scaled).astype(int) - np.asarray(full.reduce(4))).mean() < 3
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
-def test_wherever_a_jpeg_is_cut_off_a_reduction_hides_nothing(options: dict[str, object]) -> None:
+def test_a_truncated_jpeg_has_the_same_error_at_any_scale(options: dict[str, object]) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     data = encoded(noise, "JPEG", **options)
-    whole = [verdict(data[:length], None) for length in range(1, len(data) + 1)]
-    reduced = [verdict(data[:length], halved) for length in range(1, len(data) + 1)]
-    assert whole == reduced
-    assert whole.count(None) < 20
+    full = [error_code(data[:length], None) for length in range(1, len(data) + 1)]
+    scaled = [error_code(data[:length], halve) for length in range(1, len(data) + 1)]
+    assert full == scaled
+    assert full.count(None) < 20
 
 
 @given(st.data())
-def test_damage_to_a_jpeg_gives_the_same_verdict_whatever_the_reduction(
+def test_a_damaged_jpeg_has_the_same_error_at_any_scale(
     data: st.DataObject,
 ) -> None:
     damaged = bytearray(encoded(picture(), "JPEG"))
     for _ in range(data.draw(st.integers(1, 3))):
         position = data.draw(st.integers(2, len(damaged) - 1))
         damaged[position] = data.draw(st.integers(0, 255))
-    assert verdict(bytes(damaged), None) == verdict(bytes(damaged), halved)
+    assert error_code(bytes(damaged), None) == error_code(bytes(damaged), halve)
 
 
-def verdict(data: bytes, jpeg_scale: JpegScale | None) -> str | None:
+def error_code(data: bytes, jpeg_scale: JpegScale | None) -> str | None:
     try:
         decode_image(data, LIMITS, jpeg_scale)
     except RowError as error:
@@ -295,19 +296,19 @@ def verdict(data: bytes, jpeg_scale: JpegScale | None) -> str | None:
     return None
 
 
-def test_a_lossless_jpeg_which_decodes_in_full_only_is_decoded_in_full() -> None:
-    """16 × 16 pixels, the upper half of shade 7, the lower of 200."""
+def test_a_lossless_jpeg_is_decoded_at_full_size() -> None:
+    """The image has 16 × 16 pixels, the upper half of shade 7, the lower half of shade 200."""
     start = (
         "ffd8ffe000104a46494600010100000100010000ffc3000b080010001001011100ffc400160001010100000000"
     )
     rest = "000000000000000000000708ffda0008010100010000830000000000000000000000000000000"
     data = bytes.fromhex(f"{start}{rest}0d8200000000000000000000000000000003fffd9")
-    image = decode_image(data, LIMITS, halved)
+    image = decode_image(data, LIMITS, halve)
     assert image.size == (16, 16)
     assert image.getcolors() == [(128, (7, 7, 7)), (128, (200, 200, 200))]
 
 
-def test_a_fault_of_what_decides_on_reductions_is_not_blamed_on_the_image() -> None:
+def test_an_error_of_the_scale_function_is_not_an_image_error() -> None:
     def faulty(width: int, height: int) -> int:
         raise ZeroDivisionError
 

@@ -1,3 +1,5 @@
+"""Logs: format, level and destination of events, and the hook of Ray's workers."""
+
 from __future__ import annotations
 
 import json
@@ -32,7 +34,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def logged(capsys: pytest.CaptureFixture[str]) -> str:
-    """What one event looks like on stderr; stdout must stay empty."""
+    """One event as written to stderr. Nothing is written to stdout."""
     configure_logs()
     structlog.get_logger("x").info("unit_labelled", unit_id="u 1", rows=3)
     structlog.get_logger("x").debug("too_fine")
@@ -41,7 +43,7 @@ def logged(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_away_from_a_terminal_events_are_key_value_lines_on_stderr(
+def test_events_are_key_value_lines_on_stderr_if_that_is_not_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (line,) = logged(capsys).splitlines()
@@ -69,32 +71,34 @@ def test_no_color_is_honoured_on_the_console(
     assert ("\x1b[" in logged(capsys)) is not no_color
 
 
-def test_an_unknown_format_is_refused_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_log_format_is_refused_and_the_known_ones_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(LOG_FORMAT_VARIABLE, "xml")
     with pytest.raises(UsageError, match="console, keyvalue, json"):
         log_format()
 
 
-def test_libraries_that_chatter_are_heard_from_warning_up(
+def test_chatty_libraries_log_from_warning_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     configure_logs()
     assert logging.getLogger("ray.serve").getEffectiveLevel() == logging.WARNING
     assert logging.getLogger("botocore").getEffectiveLevel() == logging.WARNING
-    # Serve does this when it is imported.
+    # Importing Serve does this.
     logging.getLogger("ray.serve").setLevel(logging.INFO)
     logging.getLogger("ray.serve").info("Started Serve")
     assert "Started Serve" not in caplog.text
 
 
-def test_the_worker_hook_names_a_function_that_needs_no_torch() -> None:
-    """Every Ray worker runs it at its start."""
+def test_the_worker_hook_does_not_import_torch() -> None:
+    """Each Ray worker runs the hook at its start."""
     module, name = WORKER_HOOK["worker_process_setup_hook"].rsplit(".", 1)
     code = f"import sys; from {module} import {name}; {name}(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_level_is_info_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_log_level_is_info(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LOG_LEVEL_VARIABLE, raising=False)
     assert log_level() == 20
     monkeypatch.setenv(LOG_LEVEL_VARIABLE, "debug")

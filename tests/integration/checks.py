@@ -1,4 +1,4 @@
-"""What must hold of any finished run, whatever happened on the way."""
+"""Invariants of every finished run, under any faults."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from cluster.demo import Fault
 from cluster.output.run_output import RunOutput
 from cluster.store import open_store
 
-# Rows whose fault costs them their answer; all others must be answered.
-BY_ROW = ("unit_id", "unit_row")
+POSITION = ("unit_id", "unit_row")
 
 
 def committed(output: str) -> list[dict[str, Any]]:
-    """Every committed row, in corpus order, as any Parquet reader of the prefix sees them."""
+    """Every committed row, in corpus order, as a Parquet reader of the prefix returns them."""
     manifest = RunOutput.open(output).manifest()
     assert manifest is not None
     order = {unit.unit_id: number for number, unit in enumerate(manifest.units)}
@@ -32,8 +31,8 @@ def planted_faults(corpus: str) -> list[Fault]:
 
 
 def check_every_row_once(rows: list[dict[str, Any]], expected: int) -> None:
-    places = Counter(tuple(row[name] for name in BY_ROW) for row in rows)
-    assert max(places.values()) == 1
+    positions = Counter(tuple(row[name] for name in POSITION) for row in rows)
+    assert max(positions.values()) == 1
     assert len(rows) == expected
     for row in rows:
         assert (row["text"] is None) != (row["error_code"] is None)
@@ -49,7 +48,7 @@ def check_pruned(rows: list[dict[str, Any]], *, tokens: int, kept: int) -> None:
 
 
 def check_faults(rows: list[dict[str, Any]], faults: list[Fault]) -> None:
-    """Each planted fault became what it should; nothing else failed."""
+    """Each planted fault has its expected error code, and no other row failed."""
     expected = {fault.row: fault for fault in faults}
     for number, row in enumerate(rows):
         fault = expected.get(number)

@@ -1,4 +1,4 @@
-"""`ray job submit` against `ray start --head`, as a user of a cluster types it."""
+"""`ray job submit` to a cluster started by `ray start --head`, with the commands a user types."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def takes_jobs(url: str) -> bool:
-    """Whether the node accepts jobs: its dashboard answers some seconds before its job agent."""
+def accepts_jobs(url: str) -> bool:
+    """Whether the node accepts jobs. Its dashboard responds some seconds before its job agent."""
     try:
         JobSubmissionClient(url).submit_job(entrypoint="true")
     except (ConnectionError, RuntimeError):
@@ -42,26 +42,26 @@ def takes_jobs(url: str) -> bool:
 
 @pytest.fixture
 def head(s3_server: LocalS3, tmp_path: Path) -> Iterator[str]:
-    """A head node of our own; the value is its dashboard's address. The nodes get the store's
-    variables from their environment, as they would from an instance role."""
-    # Ports of its own for all that jobs need: the session's Ray may hold the usual ones.
+    """The dashboard address of a new head node. Its workers inherit the store's variables from its
+    environment, as they would from an instance role."""
+    # Free ports for everything that jobs use: the session's Ray may hold the default ones.
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4",
                f"--port={port}", f"--dashboard-port={dashboard}",
                f"--dashboard-agent-listen-port={agent}",
                "--object-store-memory=300000000"]  # fmt: skip
     log = (tmp_path / "head.log").open("w")
-    # Submitted commands say `python`: on a node that is the one whose environment is active.
+    # Submitted commands run `python`, which on a node is the one of the active environment.
     active = os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=active)
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 120
-    while not takes_jobs(url):
+    while not accepts_jobs(url):
         assert process.poll() is None, (tmp_path / "head.log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
         time.sleep(0.5)
     yield url
-    os.killpg(process.pid, signal.SIGTERM)  # --block takes its node down with it
+    os.killpg(process.pid, signal.SIGTERM)  # with --block this stops the node too
     process.wait(timeout=60)
     log.close()
 

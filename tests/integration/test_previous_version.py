@@ -1,7 +1,7 @@
-"""An output that an earlier version left half finished is read, reported and resumed.
+"""An incomplete output of an earlier version is read, reported and resumed.
 
-Unit tests of today's code read what today's code wrote: they cannot see that a key, a column or
-the run id has changed. These outputs were written by version b477fbd (`previous_version/`).
+Unit tests read what the same version wrote, so they cannot detect a changed key, column or run id.
+These outputs were written by version b477fbd (`previous_version/`).
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def test_an_output_of_an_earlier_version_is_resumed(
     finished = json.loads((FILES / name / "summary.json").read_text())
     s3_server.create_bucket(BUCKET)
     for path in (FILES / name).rglob("*"):
-        # Where that version found the corpus and left the output.
+        # The addresses of corpus and output in the run of that version.
         if path.is_file() and path != FILES / name / "summary.json":
             key = path.relative_to(FILES).as_posix()
             open_store(f"s3://{BUCKET}").put(key, path.read_bytes())
     output = RunOutput.open(config(name).output)
 
-    half = summarise(output)
-    assert (half.run_id, half.state) == (finished["run_id"], "incomplete")
-    assert (half.units_done, half.total.rows) == (units - 1, rows - 8)
-    assert (half.break_even is not None) == (name == "auto")
+    partial = summarise(output)
+    assert (partial.run_id, partial.state) == (finished["run_id"], "incomplete")
+    assert (partial.units_done, partial.total.rows) == (units - 1, rows - 8)
+    assert (partial.break_even is not None) == (name == "auto")
     assert report.main([output.uri]) == 0
     assert finished["run_id"] in capfd.readouterr().out
     before = {info.key: info.etag for info in open_store(output.uri).list(suffixes=(".parquet",))}

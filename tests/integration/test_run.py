@@ -38,7 +38,7 @@ TOKENS, KEPT = 144, 32
 
 @pytest.fixture(scope="module")
 def embedded(serving: str) -> Iterator[Fleet]:
-    """A running application of the embedded model, which the jobs find, use and leave running."""
+    """A running application of the embedded model; jobs attach to it and leave it running."""
     served = EngineSettings(model=EMBEDDED, revision=resolve_model(EMBEDDED).revision)
     with open_fleet(FleetSettings(engine=served)) as fleet:
         yield fleet
@@ -61,10 +61,10 @@ def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
     check_pruned(rows, tokens=TOKENS, kept=KEPT)
 
     printed = capfd.readouterr().out
-    for words in ("completed with errors", "image_undecodable", "visual tokens", "dense / pruned"):
-        assert words in printed
+    for text in ("completed with errors", "image_undecodable", "visual tokens", "dense / pruned"):
+        assert text in printed
 
-    # Once more: nothing is left to do, and it says so without starting anything.
+    # A second invocation has nothing left to do: it reports that and starts nothing.
     assert caption_corpus.main(arguments(s3)) == 3
     again = capfd.readouterr()
     assert "nothing was left to do" in again.out
@@ -82,7 +82,7 @@ def test_every_row_of_a_damaged_corpus_is_committed_exactly_once(
         (["--model", str(TINY_MODELS[EMBEDDED])], '"tiny-llava" →'),
     ],
 )
-def test_another_setting_on_the_same_output_is_refused_with_the_difference(
+def test_a_changed_setting_on_the_same_output_is_refused_and_listed(
     embedded: Fleet, s3: str, extra: list[str], shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="caption", rows=4, output=f"{s3}/corpus")
@@ -107,26 +107,26 @@ def test_vqa_with_references_reports_accuracy(
     assert f"{100 * summary.accuracy.mean:.1f} % of 64 rows" in printed
     rows = committed(f"{s3}/labels")
     assert all(row["question"] and row["answer"] == row["text"] for row in rows)
-    # The embedded model knows these questions: guessing would be right about a third of the time.
+    # The embedded model was trained on these questions; a guess is right about one time in three.
     assert summary.accuracy.mean > 0.9
 
 
-def test_report_reads_the_same_figures_from_the_output_alone(
+def test_the_report_has_the_same_figures_from_the_output_only(
     embedded: Fleet, s3: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_corpus(kind="caption", rows=24, output=f"{s3}/corpus")
     assert caption_corpus.main(arguments(s3)) == 0
     capfd.readouterr()
     assert report.main([f"{s3}/labels", "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
+    summary = json.loads(capfd.readouterr().out)
     rows = committed(f"{s3}/labels")
-    assert told["rows"] == 24
-    assert told["visual_tokens"] == sum(row["visual_tokens"] for row in rows) == 24 * TOKENS
-    assert told["visual_tokens_kept"] == sum(row["visual_tokens_kept"] for row in rows)
-    assert told["measured"]["control_rows"] == sum(row["is_control"] for row in rows) > 0
+    assert summary["rows"] == 24
+    assert summary["visual_tokens"] == sum(row["visual_tokens"] for row in rows) == 24 * TOKENS
+    assert summary["visual_tokens_kept"] == sum(row["visual_tokens_kept"] for row in rows)
+    assert summary["measured"]["control_rows"] == sum(row["is_control"] for row in rows) > 0
     seconds = sum(row["seconds"] for row in rows)
-    assert told["measured"]["seconds"] == pytest.approx(seconds, rel=1e-6)
-    flops = told["modelled"]
+    assert summary["measured"]["seconds"] == pytest.approx(seconds, rel=1e-6)
+    flops = summary["modelled"]
     assert flops["flops"]["vision"] == flops["flops_dense"]["vision"] > 0
     assert flops["flops"]["prefill"] < flops["flops_dense"]["prefill"]
     store = open_store(f"{s3}/labels")
@@ -134,9 +134,7 @@ def test_report_reads_the_same_figures_from_the_output_alone(
     assert stored["modelled"] == flops
 
 
-def test_a_driver_that_died_before_its_summary_leaves_it_to_the_next(
-    embedded: Fleet, tmp_path: Path
-) -> None:
+def test_the_next_invocation_writes_a_missing_summary(embedded: Fleet, tmp_path: Path) -> None:
     local = str(tmp_path)
     make_corpus(kind="caption", rows=4, output=f"{local}/corpus")
     assert caption_corpus.main(arguments(local)) == 0
@@ -146,10 +144,10 @@ def test_a_driver_that_died_before_its_summary_leaves_it_to_the_next(
     assert json.loads(summary.read_text())["rows"] == 4
 
 
-def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
+def test_online_and_batch_requests_share_a_replica_and_give_equal_captions(
     embedded: Fleet, s3: str
 ) -> None:
-    """The official client asks for corpus images while the job runs on the same replica."""
+    """The official client requests captions of corpus images while the job uses the replica."""
     make_corpus(kind="caption", rows=480, output=f"{s3}/corpus")
     file = open_store(f"{s3}/corpus").get("00000.parquet")
     images = {r["key"]: r["image"]["bytes"] for r in pq.read_table(io.BytesIO(file)).to_pylist()}
@@ -158,16 +156,16 @@ def test_online_and_batch_give_one_caption_on_one_replica_at_one_time(
     job = threading.Thread(target=lambda: codes.append(caption_corpus.main(arguments(s3))))
     job.start()
     client = openai.OpenAI(base_url=f"{embedded.http_url}/v1", api_key="unused")
-    asked = {key: _caption(client, images[key]) for key in list(images)[::60]}
+    online = {key: _caption(client, images[key]) for key in list(images)[::60]}
     was_running = job.is_alive()
     job.join()
     assert codes == [0]
-    assert was_running, "the job was over before the client had asked: nothing was tested"
+    assert was_running, "the job ended before the online requests, so nothing was tested"
     after = embedded.stats()
     assert {r.pid for r in after.replicas} == {r.pid for r in before.replicas}
-    assert after.rows - before.rows >= 480 + len(asked)
+    assert after.rows - before.rows >= 480 + len(online)
     written = {row["key"]: row["text"] for row in committed(f"{s3}/labels")}
-    assert asked == {key: written[key] for key in asked}
+    assert online == {key: written[key] for key in online}
 
 
 def test_a_job_without_a_running_application_removes_the_one_it_deployed(

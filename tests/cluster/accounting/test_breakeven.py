@@ -1,4 +1,4 @@
-"""The break-even decision: only certainty prunes."""
+"""The break-even decision: rows are pruned only if pruning pays with certainty."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from sppruner.spec import DENSE, Budget, PruneSpec
 SPEC = PruneSpec(method="grid", budget=Budget(ratio=0.5))
 
 
-def decision(low: float | None, high: float | None = 9.0) -> BreakEven:
+def measured_decision(low: float | None, high: float | None = 9.0) -> BreakEven:
     return BreakEven(measured=MeasuredRatio(ratio=1.5, low=low, high=high, rows=8, batches=2))
 
 
 @pytest.mark.parametrize(
-    ("found", "pays"),
+    ("decision", "pays"),
     [
-        (decision(1.01), True),
-        (decision(1.0), False),
-        (decision(0.9), False),
-        (decision(None, None), False),
+        (measured_decision(1.01), True),
+        (measured_decision(1.0), False),
+        (measured_decision(0.9), False),
+        (measured_decision(None, None), False),
         (BreakEven(measured=None), False),
     ],
 )
-def test_rows_are_pruned_only_where_the_whole_interval_is_above_one(
-    found: BreakEven, pays: bool
+def test_rows_are_pruned_only_if_the_whole_interval_is_above_one(
+    decision: BreakEven, pays: bool
 ) -> None:
-    assert found.pays is pays
-    assert found.spec(SPEC) == (SPEC if pays else DENSE)
+    assert decision.pays is pays
+    assert decision.spec(SPEC) == (SPEC if pays else DENSE)
 
 
-@pytest.mark.parametrize("found", [decision(1.2), BreakEven(measured=None)])
-def test_a_decision_survives_its_own_json(found: BreakEven) -> None:
-    assert BreakEven.from_dict(found.to_dict()) == found
+@pytest.mark.parametrize("decision", [measured_decision(1.2), BreakEven(measured=None)])
+def test_a_decision_round_trips_through_json(decision: BreakEven) -> None:
+    assert BreakEven.from_dict(decision.to_dict()) == decision
 
 
 def test_control_rows_that_failed_are_not_measured() -> None:

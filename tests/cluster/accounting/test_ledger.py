@@ -1,4 +1,4 @@
-"""The ledger: what is summed, that sums cannot depend on order, and honest intervals."""
+"""The ledger: what is summed, and sums that do not depend on order or grouping."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LEDGERS = st.builds(
 
 
 def output_row(**values: Any) -> dict[str, Any]:
-    answered = {
+    columns = {
         "text": "a cat",
         "attempts": 1,
         "visual_tokens": 576,
@@ -50,7 +50,7 @@ def output_row(**values: Any) -> dict[str, Any]:
         "is_control": False,
         "_out_cost": json.dumps(COST.to_dict()),
     }
-    return answered | values
+    return columns | values
 
 
 def failed_row(code: str, **values: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def output_table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*OUTPUT_FIELDS, COST_FIELD]))
 
 
-def test_rows_are_counted_by_outcome_and_only_answers_are_summed() -> None:
+def test_rows_are_counted_by_outcome_and_only_successful_rows_are_summed() -> None:
     ledger = unit_ledger(
         output_table(
             output_row(),
@@ -81,7 +81,7 @@ def test_rows_are_counted_by_outcome_and_only_answers_are_summed() -> None:
     assert sum(ledger.flops_dense.values()) == 2 * 100
 
 
-def test_dense_twins_are_kept_apart_from_the_rows_own_seconds() -> None:
+def test_seconds_of_dense_control_passes_are_separate_from_the_rows_seconds() -> None:
     control = {"is_control": True, "control_seconds": 0.75}
     ledger = unit_ledger(
         output_table(
@@ -96,7 +96,7 @@ def test_dense_twins_are_kept_apart_from_the_rows_own_seconds() -> None:
     assert (ledger.control_rows, ledger.agreements) == (2, 1)
 
 
-def test_negative_savings_stay_negative() -> None:
+def test_negative_savings_are_reported_as_negative() -> None:
     cost = RowCost(flops={"pruner": 9}, flops_dense={"prefill": 2}, kv_bytes=0, kv_bytes_dense=0)
     ledger = unit_ledger(output_table(output_row(_out_cost=json.dumps(cost.to_dict()))))
     assert (ledger.flops, ledger.flops_dense) == ({"pruner": 9}, {"prefill": 2})
@@ -108,7 +108,7 @@ def test_negative_savings_stay_negative() -> None:
 
 
 @given(LEDGERS)
-def test_a_ledger_survives_its_own_json(ledger: UnitLedger) -> None:
+def test_a_ledger_round_trips_through_json(ledger: UnitLedger) -> None:
     assert UnitLedger.from_json(ledger.to_json()) == ledger
 
 
@@ -125,6 +125,6 @@ def test_the_measured_ratio_does_not_depend_on_commit_order(ledgers: list[UnitLe
     assert RunLedger.of(ledgers).measured_ratio() == RunLedger.of(ledgers[::-1]).measured_ratio()
 
 
-def test_nothing_adds_up_to_nothing() -> None:
+def test_the_sum_of_no_ledgers_is_empty() -> None:
     assert RunLedger.of([]).total == UnitLedger()
     assert RunLedger.of([]).measured_ratio() is None

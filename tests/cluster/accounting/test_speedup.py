@@ -1,4 +1,4 @@
-"""The measured ratio: batches are its observations, and few of them give no interval."""
+"""The measured ratio: each batch is one observation, and one batch gives no interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import measured_ratio
 
 
-def test_the_measured_ratio_weighs_rows_by_their_seconds() -> None:
+def test_the_measured_ratio_weights_rows_by_their_seconds() -> None:
     pairs = ((1_000, 3_000), (3_000, 5_000))
     ratio = RunLedger.of([UnitLedger(control_pairs=pairs)]).measured_ratio()
     assert ratio is not None
@@ -20,7 +20,8 @@ def test_the_measured_ratio_weighs_rows_by_their_seconds() -> None:
 
 
 def test_rows_of_one_batch_do_not_narrow_the_interval() -> None:
-    """A row's seconds are its batch's, divided: eight copies of a figure are one measurement."""
+    """A row's seconds are those of its batch divided by its rows, so eight equal rows are one
+    measurement."""
     pairs = tuple((1_000 + 37 * n, 2_000 + 311 * (n % 3)) for n in range(6))
     once = RunLedger.of([UnitLedger(control_pairs=pairs)]).measured_ratio()
     eightfold = RunLedger.of([UnitLedger(control_pairs=pairs * 8)]).measured_ratio()

@@ -1,4 +1,4 @@
-"""Committed rows read again beside their images: as many as are asked for, and no others."""
+"""Answered rows with their images: rows within the limit are read again, and no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import SPEC, mask
 
-IMAGES = [b"0", None, b"2", b"3"]  # the second has gone since it was labelled
+IMAGES = [b"0", None, b"2", b"3"]  # the second was removed after it was labelled
 FAILED = "image_missing"
 
 
@@ -26,7 +26,7 @@ def planned(tmp_path: Path) -> Planned:
 
 
 def commit(planned: Planned, number: int, errors: list[str | None]) -> None:
-    """The rows of a unit, answered where they have no error."""
+    """Commits the rows of unit `number`: answered where the error code is None."""
     unit = planned.units[number]
     table = pa.table(
         {
@@ -44,20 +44,20 @@ def keys(planned: Planned, limit: int) -> list[str]:
     return [row.key for row in answered_rows(planned.output.uri, limit)]
 
 
-def test_rows_come_in_corpus_order_without_those_that_failed(planned: Planned) -> None:
+def test_answered_rows_are_in_corpus_order_without_failed_rows(planned: Planned) -> None:
     commit(planned, 1, [None, None])
     commit(planned, 0, [None, FAILED])
     assert [keys(planned, limit) for limit in (1, 2, 9)] == [["a"], ["a", "c"], ["a", "c", "d"]]
 
 
-def test_an_image_that_is_gone_is_missed_only_where_its_row_is_asked_for(planned: Planned) -> None:
+def test_a_missing_image_is_an_error_only_if_its_row_is_within_the_limit(planned: Planned) -> None:
     commit(planned, 0, [None, None])
     assert keys(planned, 1) == ["a"]
     with pytest.raises(UsageError, match="row 'b': its image cannot be read again"):
         keys(planned, 2)
 
 
-def test_what_to_do_without_a_labelled_row_depends_on_whether_the_run_is_done(
+def test_without_answered_rows_the_error_depends_on_whether_the_run_is_complete(
     planned: Planned,
 ) -> None:
     commit(planned, 0, [FAILED, FAILED])

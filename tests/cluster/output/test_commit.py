@@ -1,4 +1,4 @@
-"""The commit: whole and honest units only, one object each, whoever else is writing."""
+"""The commit: complete and checked units only, one object each, under concurrent writers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cluster.schema import COST_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from tests.cluster.corpora import Planned, plan
-from tests.cluster.labelled_tables import SPEC, TERMS, mask, row, table
+from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
 
-WHOLE = table(row(2), row(0), row(1))
+COMPLETE = table(row(2), row(0), row(1))
 
 
 @pytest.fixture
@@ -39,29 +39,29 @@ def store(s3: str) -> Store:
 
 def commit(committed: pa.Table, store: Store, writer: str = "w", **options: Any) -> bool:
     output = RunOutput(store)
-    return commit_unit(committed, expected=TERMS, output=output, writer=writer, **options).won
+    return commit_unit(committed, expected=EXPECTED, output=output, writer=writer, **options).won
 
 
 def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: Store) -> None:
-    assert commit(WHOLE, store)
+    assert commit(COMPLETE, store)
     assert [info.key for info in store.list()] == ["unit.parquet"]
     read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
     assert read["unit_row"].to_pylist() == [0, 1, 2]
     assert read["note"].to_pylist() == ["n0", "n1", "n2"]
     assert not any(is_internal(name) for name in read.column_names)
-    assert read.schema.remove_metadata() == output_schema(TERMS.source_schema, TERMS.kind)
+    assert read.schema.remove_metadata() == output_schema(EXPECTED.source_schema, EXPECTED.kind)
 
 
-def test_the_ledger_lies_in_the_footer(store: Store) -> None:
-    commit(WHOLE, store)
+def test_the_ledger_is_in_the_parquet_footer(store: Store) -> None:
+    commit(COMPLETE, store)
     (ledger,) = RunOutput(store).ledgers(["unit"])
     assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
     footer = pq.read_metadata(io.BytesIO(store.get("unit.parquet"))).metadata
     assert UnitLedger.from_json(footer[b"sppruner.ledger"]) == ledger
 
 
-def test_the_second_writer_loses_without_an_error_or_a_trace(store: Store) -> None:
-    assert commit(WHOLE, store, "first")
+def test_the_second_writer_loses_without_an_error_and_changes_nothing(store: Store) -> None:
+    assert commit(COMPLETE, store, "first")
     slower = table(row(0, seconds=9.0), row(1), row(2))
     assert not commit(slower, store, "second")
     (ledger,) = RunOutput(store).ledgers(["unit"])
@@ -69,28 +69,28 @@ def test_the_second_writer_loses_without_an_error_or_a_trace(store: Store) -> No
 
 
 def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: Store) -> None:
-    seen: list[tuple[str, str, UnitLedger]] = []
+    reported: list[tuple[str, str, UnitLedger]] = []
 
     def attempt(number: int) -> bool:
         timed = table(row(0, seconds=float(number)), row(1), row(2))
-        return commit(timed, store, f"w{number}", on_commit=lambda *facts: seen.append(facts))
+        return commit(timed, store, f"w{number}", on_commit=lambda *event: reported.append(event))
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(attempt, range(6))) == 1
-    assert set(map(str, seen)) == {str(("run", "unit", RunOutput(store).ledgers(["unit"])[0]))}
-    assert len(seen) == 6
+    assert set(map(str, reported)) == {str(("run", "unit", RunOutput(store).ledgers(["unit"])[0]))}
+    assert len(reported) == 6
 
 
 @pytest.mark.parametrize(
     "refused", [table(row(0), row(1)), table(row(0), row(1), row(2, text=None))]
 )
-def test_a_refused_unit_leaves_nothing(store: Store, refused: pa.Table) -> None:
+def test_a_refused_unit_writes_no_object(store: Store, refused: pa.Table) -> None:
     with pytest.raises(CommitRefused):
         commit(refused, store)
     assert store.list() == []
 
 
-def test_which_tokens_a_row_saw_is_committed_bit_for_bit(store: Store) -> None:
+def test_the_mask_of_kept_tokens_is_committed_bit_for_bit(store: Store) -> None:
     error = {"text": None, "kept_tokens": None, "error_code": "image_missing"}
     assert commit(table(row(0, **error), row(1), row(2)), store)
     assert RunOutput(store).ledgers(["unit"])[0].failed == {"image_missing": 1}
@@ -98,40 +98,40 @@ def test_which_tokens_a_row_saw_is_committed_bit_for_bit(store: Store) -> None:
     assert read["kept_tokens"].to_pylist() == [None, mask(25, 100), mask(25, 100)]
 
 
-def test_columns_that_are_missing_or_unknown_are_named(store: Store) -> None:
+def test_missing_and_unknown_columns_are_refused_by_name(store: Store) -> None:
     with pytest.raises(CommitRefused, match=r"missing \['note'\], unknown \['extra'\]"):
-        commit(WHOLE.rename_columns(["extra", *WHOLE.column_names[1:]]), store)
+        commit(COMPLETE.rename_columns(["extra", *COMPLETE.column_names[1:]]), store)
 
 
-# From here on: the real Ray, from the corpus on S3 to committed units and back.
+# The tests below run on a real Ray, from a corpus on S3 to committed units.
 
 
 def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
-    """A stand-in for the caller: decodes each image and answers with its width."""
+    """A stand-in for the labeller: decodes each image; its text is the image's width."""
     rows = []
     for values in table.to_pylist():
-        answer = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
-        answer |= {"key": values["_in_key"], "_out_cost": None}
-        answer |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
-        answer |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
-        if answer["error_code"] is None:
+        output = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
+        output |= {"key": values["_in_key"], "_out_cost": None}
+        output |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
+        output |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
+        if output["error_code"] is None:
             try:
                 image = decode_image(values["_in_image"], MediaLimits())
-                answer |= {"text": f"{image.width}", "visual_tokens": 8, "visual_tokens_kept": 2}
-                answer |= {"kept_tokens": mask(2, 8)}
-                answer |= {"prune_method": SPEC.method, "prune_spec": SPEC.to_json()}
+                output |= {"text": f"{image.width}", "visual_tokens": 8, "visual_tokens_kept": 2}
+                output |= {"kept_tokens": mask(2, 8)}
+                output |= {"prune_method": SPEC.method, "prune_spec": SPEC.to_json()}
             except RowError as error:
-                answer |= {"error_code": error.code, "error_stage": error.stage}
+                output |= {"error_code": error.code, "error_stage": error.stage}
         source = {name: value for name, value in values.items() if not is_internal(name)}
-        asked = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
-        rows.append({**source, **answer, **asked})
+        vqa = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
+        rows.append({**source, **output, **vqa})
     source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
     schema = pa.schema([*output_schema(source_schema, kind), COST_FIELD])
     return pa.Table.from_pylist(rows, schema=schema)
 
 
 class RecordingSink(CommitSink):
-    """Keeps what was committed."""
+    """A sink that records its outcomes."""
 
     outcomes: list[CommitOutcome]
 
@@ -141,7 +141,7 @@ class RecordingSink(CommitSink):
 
 
 def label(planned: Planned, units: Sequence[Unit], sink: CommitSink) -> None:
-    """Labels and commits units."""
+    """Labels and commits units on Ray Data."""
     manifest = planned.manifest
     stage = partial(labelled, run_id=manifest.run_id, kind=manifest.kind)
     dataset = read_units(manifest.source, manifest.mapping, units)
@@ -149,7 +149,7 @@ def label(planned: Planned, units: Sequence[Unit], sink: CommitSink) -> None:
 
 
 def run(planned: Planned, units: Sequence[Unit]) -> RecordingSink:
-    """What a job does with units that are not committed yet."""
+    """What a job does with units that are not committed."""
     sink = RecordingSink(*planned)
     label(planned, units, sink)
     return sink
@@ -157,14 +157,14 @@ def run(planned: Planned, units: Sequence[Unit]) -> RecordingSink:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("format", "kind"), [("parquet", "caption"), ("webdataset", "vqa")])
-def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
+def test_every_row_of_a_corpus_with_faults_is_committed_exactly_once(
     s3: str, format: Format, kind: Kind
 ) -> None:
     faults = make_corpus(kind=kind, rows=260, output=f"{s3}/in", format=format, faults=True)
     planned = plan(f"{s3}/in", f"{s3}/out", kind=kind, spec=SPEC, unit_rows=40)
     store = open_store(planned.output.uri)
 
-    # Part of the run is there already: what a killed driver leaves behind.
+    # A part of the run is committed already, as after a killed driver.
     first = planned.units[:2]
     assert {o.unit_id for o in run(planned, first).outcomes} == {u.unit_id for u in first}
     before = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
@@ -178,19 +178,19 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
     after = {info.key: info.etag for info in store.list(suffixes=(".parquet",))}
     assert before.items() <= after.items()
 
-    # As any user would: the address alone, the AWS_* variables do the rest.
+    # As a user reads it: from its address, with the AWS_* variables.
     read = pq.read_table(planned.output.uri)
     expected = {(unit.unit_id, n) for unit in planned.units for n in range(unit.row_count)}
-    places = list(zip(read["unit_id"].to_pylist(), read["unit_row"].to_pylist(), strict=True))
-    assert len(places) == len(set(places))
-    assert set(places) == expected
+    positions = list(zip(read["unit_id"].to_pylist(), read["unit_row"].to_pylist(), strict=True))
+    assert len(positions) == len(set(positions))
+    assert set(positions) == expected
 
     starts = {unit.unit_id: unit.row_start for unit in planned.units}
     by_row = {starts[row["unit_id"]] + row["unit_row"]: row for row in read.to_pylist()}
-    broken = {fault.row: fault for fault in faults}
+    fault_by_row = {fault.row: fault for fault in faults}
     assert len(by_row) == 260 + (format == "webdataset")
     for number, found in by_row.items():
-        fault = broken.get(number)
+        fault = fault_by_row.get(number)
         assert found["error_code"] == (fault.error_code if fault else None)
         assert found["text"] == (None if found["error_code"] else "192")
         assert fault is None or fault.key == found["key"]
@@ -206,8 +206,8 @@ def test_every_row_of_a_broken_corpus_is_committed_exactly_once(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_rewritten_unit_is_a_lost_race_not_a_second_copy(s3: str) -> None:
-    """Ray reruns writes whose result it lost; the unit is there already then."""
+def test_a_unit_that_is_written_again_is_a_lost_race_and_not_a_second_copy(s3: str) -> None:
+    """Ray reruns a write whose result it lost, and the unit is committed already."""
     make_corpus(kind="caption", rows=30, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
     assert [outcome.won for outcome in run(planned, planned.units).outcomes] == [True] * 3

@@ -1,4 +1,4 @@
-"""The output prefix: its keys are a contract, and what is not a run's is named."""
+"""The output of a run: its keys are a contract, and objects that are not a run's are refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def output(store: Store) -> RunOutput:
 ROWS = pa.table({"key": ["a", "b"], "text": ["x", None]})
 
 
-def test_the_keys_of_a_prefix_stay(tmp_path: Path) -> None:
-    """Older runs are resumed and read by them."""
+def test_the_keys_of_an_output_are_fixed(tmp_path: Path) -> None:
+    """Runs of earlier versions are resumed and read by these keys."""
     put_parquet(open_store(f"{tmp_path}/in"), "a.parquet", pa.table({"image": [image()["bytes"]]}))
     _, output = plan(f"{tmp_path}/in", f"{tmp_path}/out")
     output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
@@ -56,15 +56,15 @@ def test_a_unit_is_read_whole_or_by_column(output: RunOutput) -> None:
     assert output.read_unit("u1", ["text"]).to_pydict() == {"text": ["x", None]}
 
 
-def test_of_two_writers_the_first_keeps_the_unit(output: RunOutput) -> None:
+def test_the_first_of_two_writers_commits_the_unit(output: RunOutput) -> None:
     assert output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="first")
     assert not output.commit_unit("u1", ROWS.slice(0, 1), UnitLedger(rows=1), writer="second")
     assert output.ledgers(["u1"]) == [UnitLedger(rows=2)]
 
 
 @pytest.mark.parametrize("units", [3, 40])
-def test_ledgers_come_in_the_order_asked_for(output: RunOutput, units: int) -> None:
-    """Of a few units by one request each, of many by one listing."""
+def test_ledgers_are_returned_in_the_requested_order(output: RunOutput, units: int) -> None:
+    """A few units take one request each, many units one listing."""
     names = [f"u{number}" for number in range(units)]
 
     def commit(number: int) -> bool:
@@ -78,7 +78,7 @@ def test_ledgers_come_in_the_order_asked_for(output: RunOutput, units: int) -> N
         output.ledgers([*names, "u999"])
 
 
-def test_objects_that_are_no_units_are_named(output: RunOutput, store: Store) -> None:
+def test_objects_that_are_not_units_are_refused_by_name(output: RunOutput, store: Store) -> None:
     put_parquet(store, "u1.parquet", pa.table({"x": [1]}))
     store.put("u2.parquet", b"not parquet")
     with pytest.raises(StoreError, match=r"u1\.parquet: no ledger"):
@@ -89,14 +89,16 @@ def test_objects_that_are_no_units_are_named(output: RunOutput, store: Store) ->
         output.ledgers(["u3"])
 
 
-def test_a_prefix_without_a_run_says_so(output: RunOutput) -> None:
+def test_a_prefix_without_a_run_has_no_manifest_and_requiring_one_is_a_usage_error(
+    output: RunOutput,
+) -> None:
     assert output.manifest() is None
     assert output.stray_object() is None
     with pytest.raises(UsageError, match=r"holds no run \(no _run/manifest\.json\)"):
         output.require_manifest()
 
 
-def test_a_decision_is_made_once(output: RunOutput) -> None:
+def test_the_first_break_even_decision_is_kept(output: RunOutput) -> None:
     measured = MeasuredRatio(ratio=2.0, low=1.5, high=2.5, rows=8, batches=3)
     first, second = BreakEven(measured=measured), BreakEven(measured=None)
     assert output.break_even() is None

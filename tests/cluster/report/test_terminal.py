@@ -1,4 +1,4 @@
-"""The report prints what was committed: losses as losses, nothing where nothing was measured."""
+"""The terminal report: committed figures, losses as losses, and nothing unmeasured."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def summary(**more: Any) -> Summary:
     return Summary(**(values | more))
 
 
-def text(of: Summary, note: str | None = None) -> str:
+def render_text(shown: Summary, note: str | None = None) -> str:
     console = Console(width=140, record=True, file=None, quiet=False)
     with console.capture() as captured:
-        console.print(render(of, note=note))
+        console.print(render(shown, note=note))
     return captured.get()
 
 
-def test_the_facts_of_a_run_are_all_there() -> None:
+def test_the_report_shows_all_figures_of_a_run() -> None:
     attempt = Attempt(
         rows=60,
         wall_seconds=6.0,
@@ -68,8 +68,10 @@ def test_the_facts_of_a_run_are_all_there() -> None:
         replicas=2,
         replica_busy_share=0.75,
     )
-    told = text(summary(attempt=attempt, accuracy=Accuracy(scored=80, mean=0.875)), "resumed")
-    for words in (
+    report = render_text(
+        summary(attempt=attempt, accuracy=Accuracy(scored=80, mean=0.875)), "resumed"
+    )
+    for text in (
         "completed with errors (resumed)",
         "sppruner, keeps 22.2 %",
         "3  (image_undecodable 3)",
@@ -84,32 +86,34 @@ def test_the_facts_of_a_run_are_all_there() -> None:
         "10.00 s estimated",
         "1 of 2 control rows, same text",
     ):
-        assert words in told, words
+        assert text in report, text
 
 
-def test_a_loss_is_printed_as_a_loss() -> None:
+def test_a_negative_saving_is_printed_as_a_loss() -> None:
     slower = MeasuredRatio(ratio=0.8, low=0.7, high=0.9, rows=16, batches=2)
-    told = text(summary(measured=slower))
-    assert "time lost" in told
-    assert "2.00 s estimated" in told
-    assert "time saved" not in told
+    report = render_text(summary(measured=slower))
+    assert "time lost" in report
+    assert "2.00 s estimated" in report
+    assert "time saved" not in report
     assert format_saving(100, 125) == "-25.0 %"
 
 
-def test_without_control_rows_no_saving_of_time_is_claimed() -> None:
-    told = text(summary(measured=None, total=replace(TOTAL, control_pairs=(), agreements=0)))
-    assert "no control rows" in told
-    assert "saved from" not in told
-    assert "estimated" not in told
+def test_without_control_rows_no_time_saving_is_printed() -> None:
+    report = render_text(
+        summary(measured=None, total=replace(TOTAL, control_pairs=(), agreements=0))
+    )
+    assert "no control rows" in report
+    assert "saved from" not in report
+    assert "estimated" not in report
 
 
-def test_states_follow_from_what_is_committed() -> None:
+def test_the_state_follows_from_the_committed_units() -> None:
     assert summary(units_done=1).state == "incomplete"
     assert summary().state == "completed_with_errors"
     assert summary(total=replace(TOTAL, failed={})).state == "completed"
 
 
-def test_quantities_carry_their_prefix() -> None:
+def test_quantities_have_si_prefixes() -> None:
     assert format_quantity(1_234_567, "B") == "1.23 MB"
     assert format_quantity(3.8e12, "FLOP") == "3.8 TFLOP"
     assert format_quantity(0, "B") == "0 B"

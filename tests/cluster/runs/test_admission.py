@@ -1,4 +1,4 @@
-"""Work on its way to replicas: rows until their length is known, tokens from then on."""
+"""Admission: rows in flight are bounded in rows until their length is known, then in tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from sppruner.engine import SamplingParams
 from sppruner.engine.interface import Result
 
 
-def learn(
+def observe(
     admission: Admission, *prompt_tokens: int, new: int = 10, error: str | None = None
 ) -> None:
+    """Reports results with these prompt lengths and answers of up to `new` tokens."""
     generation = SamplingParams(max_new_tokens=new)
     calls = [
         LabelRequest(id=str(n), prompt="p", generation=generation)
@@ -37,58 +38,58 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_until_a_row_is_answered_only_rows_are_counted() -> None:
+def test_before_the_first_result_only_rows_are_counted() -> None:
     admission = Admission(rows=48, tokens=100)
     assert admission.rows == 48
-    learn(admission, 0, error="image_missing")
+    observe(admission, 0, error="image_missing")
     assert admission.rows == 48
 
 
-def test_long_rows_are_fewer_and_short_rows_no_more_than_the_slots_take() -> None:
+def test_the_token_capacity_bounds_long_rows_and_the_slots_bound_short_rows() -> None:
     admission = Admission(rows=48, tokens=1000, waiting=5)
-    learn(admission, 90, 90)
-    assert admission.rows == 10 + 5  # 1,000 tokens of rows of 90 and an answer of 10
-    learn(admission, *[0] * 100)
+    observe(admission, 90, 90)
+    assert admission.rows == 10 + 5  # 1,000 tokens hold 10 rows of 90 + 10 tokens, and 5 wait
+    observe(admission, *[0] * 100)
     assert admission.rows == 48 + 5
 
 
-def test_without_a_bound_on_tokens_length_does_not_matter() -> None:
+def test_without_a_token_capacity_the_row_length_has_no_effect() -> None:
     admission = Admission(rows=48)
-    learn(admission, 100_000)
+    observe(admission, 100_000)
     assert admission.rows == 48
 
 
-def test_the_length_is_that_of_the_last_rows() -> None:
-    """A corpus in the order of its sizes has long rows first, and then none."""
+def test_the_row_length_is_estimated_from_recent_rows() -> None:
+    """A corpus that is sorted by size has its long rows first."""
     admission = Admission(rows=48, tokens=1000)
     for _ in range(1000):
-        learn(admission, *[990] * 16)
+        observe(admission, *[990] * 16)
     assert admission.rows == 1
     for _ in range(500):
-        learn(admission, *[0] * 16)
+        observe(admission, *[0] * 16)
     assert admission.rows == 48
 
 
-def test_a_call_larger_than_all_credits_goes_by_itself() -> None:
+def test_a_call_larger_than_the_bound_is_admitted_when_nothing_is_in_flight() -> None:
     async def body() -> None:
         admission = Admission(rows=1)
-        inside = 0
+        admitted = 0
 
         async def call() -> None:
-            nonlocal inside
+            nonlocal admitted
             async with admission.admit(16):
-                inside += 1
-                assert inside == 1
+                admitted += 1
+                assert admitted == 1
                 await asyncio.sleep(0)
-                inside -= 1
+                admitted -= 1
 
         await asyncio.gather(*(call() for _ in range(8)))
 
     run(body)
 
 
-def test_nobody_overtakes_a_large_call() -> None:
-    """Small calls fit into every gap: a call of control rows would wait for the last of them."""
+def test_admission_is_fifo_so_small_calls_do_not_overtake_a_large_one() -> None:
+    """Small calls fit into every gap, so a call of control rows would wait for all of them."""
 
     async def body() -> None:
         admission = Admission(rows=8)
@@ -106,7 +107,7 @@ def test_nobody_overtakes_a_large_call() -> None:
     run(body)
 
 
-def test_who_stops_waiting_holds_up_nobody() -> None:
+def test_a_cancelled_waiter_does_not_block_later_ones() -> None:
     async def body() -> None:
         admission = Admission(rows=4)
         async with admission.admit(4):
@@ -128,24 +129,24 @@ async def _hold(admission: Admission, rows: int) -> None:
 @given(
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     rows=st.integers(1, 40),
-    alone=st.sets(st.integers(0, 11)),
+    exclusive=st.sets(st.integers(0, 11)),
 )
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_rows_on_their_way_keep_within_bounds_and_who_is_alone_is_alone(
-    sizes: list[int], rows: int, alone: set[int]
+def test_rows_in_flight_stay_within_the_bound_and_exclusive_calls_run_exclusively(
+    sizes: list[int], rows: int, exclusive: set[int]
 ) -> None:
     async def body() -> None:
         admission = Admission(rows=rows)
-        inside: list[int] = []
+        admitted: list[int] = []
 
         async def call(number: int, size: int) -> None:
-            async with admission.admit(size, exclusive=number in alone):
-                inside.append(size)
-                assert len(inside) == 1 or (sum(inside) <= rows and number not in alone)
+            async with admission.admit(size, exclusive=number in exclusive):
+                admitted.append(size)
+                assert len(admitted) == 1 or (sum(admitted) <= rows and number not in exclusive)
                 for _ in range(3):
                     await asyncio.sleep(0)
-                    assert number not in alone or len(inside) == 1
-                inside.remove(size)
+                    assert number not in exclusive or len(admitted) == 1
+                admitted.remove(size)
 
         await asyncio.gather(*(call(n, size) for n, size in enumerate(sizes)))
 

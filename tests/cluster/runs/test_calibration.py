@@ -1,4 +1,4 @@
-"""A run that may choose prunes only where its own rows say that it pays, and stays with that."""
+"""Calibration of a run with --auto: the rule, retries, and the decision kept on resume."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 
 
 class TimedReplicas:
-    """Replicas whose dense answers to a batch of that number take `dense(number)` seconds a row,
-    and pruned ones a second. Of each batch in `deaths` a replica dies first."""
+    """Replicas that take one second for a pruned row and `dense(number)` seconds for a dense row of
+    batch `number`. The first attempt at each batch in `deaths` ends in the death of a replica."""
 
     def __init__(self, dense: Callable[[int], float], deaths: Sequence[int] = ()) -> None:
         self.batches: list[list[LabelRequest]] = []
@@ -34,7 +34,7 @@ class TimedReplicas:
         self._deaths = set(deaths)
 
     def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
-        raise AssertionError("nothing streams here")
+        raise AssertionError("calibration never streams")
 
     async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
@@ -53,7 +53,7 @@ def planned(tmp_path: Path) -> Planned:
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
 
 
-def chosen(
+def run_calibration(
     planned: Planned, replicas: TimedReplicas, rows: int = 4, units: int | None = None
 ) -> BreakEven:
     manifest, output = planned
@@ -61,80 +61,80 @@ def chosen(
     return calibrate(settings, manifest, manifest.units[:units], output, replicas, slots=rows)
 
 
-def test_pruning_is_chosen_where_dense_rows_were_slower_in_all_full_batches(
+def test_pruning_is_chosen_if_dense_rows_are_slower_in_all_full_batches(
     planned: Planned,
 ) -> None:
     replicas = TimedReplicas(lambda _: 2.0)
-    found = chosen(planned, replicas)
-    assert found.pays
-    assert found.spec(SPEC) == SPEC
-    assert found.measured is not None
-    assert found.measured.ratio == pytest.approx(2, rel=1e-4)
+    decision = run_calibration(planned, replicas)
+    assert decision.pays
+    assert decision.spec(SPEC) == SPEC
+    assert decision.measured is not None
+    assert decision.measured.ratio == pytest.approx(2, rel=1e-4)
     assert [len(batch) for batch in replicas.batches] == [4] * 7
-    asked = [call for batch in replicas.batches for call in batch]
-    assert all(call.control and call.spec == SPEC for call in asked)
-    assert len({call.id for call in asked}) == len(asked)
+    requests = [request for batch in replicas.batches for request in batch]
+    assert all(request.control and request.spec == SPEC for request in requests)
+    assert len({request.id for request in requests}) == len(requests)
 
 
 @pytest.mark.parametrize(
     "dense",
     [lambda _: 0.9, lambda _: 1.0, lambda n: 0.5 if n % 2 else 2.0],
-    ids="slower equal unsure".split(),
+    ids="slower equal uncertain".split(),
 )
-def test_a_run_is_dense_unless_pruning_surely_pays(
+def test_a_run_is_dense_unless_pruning_pays_with_certainty(
     planned: Planned, dense: Callable[[int], float]
 ) -> None:
-    found = chosen(planned, TimedReplicas(dense))
-    assert found.spec(SPEC) == DENSE
+    decision = run_calibration(planned, TimedReplicas(dense))
+    assert decision.spec(SPEC) == DENSE
 
 
 def test_the_first_batch_is_not_counted(planned: Planned) -> None:
-    found = chosen(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
-    assert found.pays
+    decision = run_calibration(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
+    assert decision.pays
 
 
-def test_a_replica_that_dies_meanwhile_costs_no_choice(planned: Planned) -> None:
+def test_a_replica_death_during_calibration_is_retried(planned: Planned) -> None:
     replicas = TimedReplicas(lambda _: 2.0, deaths=[0, 3])
-    found = chosen(planned, replicas)
-    assert found.pays
+    decision = run_calibration(planned, replicas)
+    assert decision.pays
     assert [len(batch) for batch in replicas.batches] == [4] * 7
 
 
-def test_too_few_rows_for_two_full_batches_are_not_known_to_pay(planned: Planned) -> None:
-    found = chosen(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
-    assert not found.pays
+def test_too_few_rows_for_two_full_batches_give_a_dense_run(planned: Planned) -> None:
+    decision = run_calibration(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
+    assert not decision.pays
 
 
-def test_of_few_rows_only_small_batches_are_measured(planned: Planned) -> None:
+def test_a_small_corpus_is_measured_in_small_batches(planned: Planned) -> None:
     replicas = TimedReplicas(lambda _: 2.0)
-    chosen(planned, replicas, rows=64)
+    run_calibration(planned, replicas, rows=64)
     assert {len(batch) for batch in replicas.batches} == {16}
 
 
-def test_a_run_that_may_choose_must_have_something_to_choose(planned: Planned) -> None:
+def test_auto_without_a_pruning_method_is_a_usage_error(planned: Planned) -> None:
     with pytest.raises(UsageError, match="--auto"):
         config(planned.manifest.source, planned.output.uri, spec=DENSE, auto=True)
 
 
-def test_a_resumed_run_holds_to_the_choice_and_measures_nothing(planned: Planned) -> None:
-    first = chosen(planned, TimedReplicas(lambda _: 2.0))
-    again = TimedReplicas(lambda _: 0.1)
-    second = chosen(planned, again)
+def test_a_resumed_run_keeps_the_decision_and_measures_nothing(planned: Planned) -> None:
+    first = run_calibration(planned, TimedReplicas(lambda _: 2.0))
+    unused = TimedReplicas(lambda _: 0.1)
+    second = run_calibration(planned, unused)
     assert second == first == planned.output.break_even()
-    assert not again.batches
+    assert not unused.batches
 
 
-def test_the_report_says_what_was_measured_and_what_ran(planned: Planned) -> None:
-    def said() -> str:
-        wide = open_console()
-        with wide.capture() as captured:
-            wide.print(render(summarise(planned.output.uri)))
+def test_the_report_shows_the_measured_ratio_and_the_decision(planned: Planned) -> None:
+    def report() -> str:
+        console = open_console()
+        with console.capture() as captured:
+            console.print(render(summarise(planned.output.uri)))
         return captured.get()
 
-    assert "break-even" not in said()
-    found = chosen(planned, TimedReplicas(lambda _: 0.5))
-    assert "dense / pruned was 0.50 ×" in said()
-    assert "every row ran dense" in said()
-    assert summarise(planned.output.uri).to_dict()["break_even"] == found.to_dict()
-    assert isinstance(found.measured, MeasuredRatio)
+    assert "break-even" not in report()
+    decision = run_calibration(planned, TimedReplicas(lambda _: 0.5))
+    assert "dense / pruned was 0.50 ×" in report()
+    assert "every row ran dense" in report()
+    assert summarise(planned.output.uri).to_dict()["break_even"] == decision.to_dict()
+    assert isinstance(decision.measured, MeasuredRatio)
     assert Path(planned.output.uri, "_run", "break-even.json").is_file()

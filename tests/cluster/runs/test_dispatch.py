@@ -1,3 +1,5 @@
+"""Dispatch: retries, bisection of calls that kill replicas, and bounded rows in flight."""
+
 from __future__ import annotations
 
 import asyncio
@@ -19,7 +21,10 @@ from sppruner.engine.interface import Result
 
 
 class OneReplica:
-    """A replica in which everything in flight dies together, as in a real process."""
+    """A replica whose death fails all calls in flight, as the death of a process does.
+
+    poison: ids of rows that kill it. refusals: calls that are refused as busy at first.
+    """
 
     def __init__(self, *, poison: frozenset[str] = frozenset(), refusals: int = 0) -> None:
         self.poison = poison
@@ -51,46 +56,46 @@ class OneReplica:
             self.in_flight -= 1
 
 
-def deliver(
+def dispatch(
     replica: OneReplica, chunks: Sequence[Sequence[str]], *, rows: int = 3, max_attempts: int = 2
 ) -> list[list[AttemptedRow]]:
     async def body() -> list[list[AttemptedRow]]:
-        delivery = Dispatcher(
+        dispatcher = Dispatcher(
             replica, admission=Admission(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
         )
         calls = [[LabelRequest(id=name, prompt="p") for name in chunk] for chunk in chunks]
-        return list(await asyncio.gather(*(delivery.dispatch(chunk) for chunk in calls)))
+        return list(await asyncio.gather(*(dispatcher.dispatch(chunk) for chunk in calls)))
 
     return asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_rows_in_flight_never_exceed_the_credits() -> None:
+def test_rows_in_flight_never_exceed_the_admission_bound() -> None:
     replica = OneReplica()
-    deliver(replica, [[str(n)] for n in range(20)], rows=3)
+    dispatch(replica, [[str(n)] for n in range(20)], rows=3)
     assert replica.most_in_flight == 3
 
 
-def test_busy_and_backpressure_are_asked_again_and_count_as_no_attempt() -> None:
-    ((delivered,),) = deliver(OneReplica(refusals=7), [["a"]], max_attempts=1)
-    assert (delivered.result.text, delivered.attempts) == ("a", 1)
+def test_busy_and_backpressure_are_retried_without_counting_as_attempts() -> None:
+    ((row,),) = dispatch(OneReplica(refusals=7), [["a"]], max_attempts=1)
+    assert (row.result.text, row.attempts) == ("a", 1)
 
 
-def test_only_the_row_that_kills_replicas_is_called_poison() -> None:
-    rows = [f"r{n}" for n in range(8)]
-    (answers,) = deliver(OneReplica(poison=frozenset({"r5"})), [rows])
-    assert [d.result.error_code for d in answers] == [
-        "poison_row" if name == "r5" else None for name in rows
+def test_only_the_row_that_kills_replicas_becomes_a_poison_row() -> None:
+    names = [f"r{n}" for n in range(8)]
+    (rows,) = dispatch(OneReplica(poison=frozenset({"r5"})), [names])
+    assert [row.result.error_code for row in rows] == [
+        "poison_row" if name == "r5" else None for name in names
     ]
-    assert answers[5].attempts > 2
+    assert rows[5].attempts > 2
 
 
-def test_an_error_that_is_no_death_ends_the_delivery() -> None:
+def test_an_unexpected_error_propagates() -> None:
     class Broken(OneReplica):
         async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
             raise TypeError("a bug")
 
     with pytest.raises(TypeError):
-        deliver(Broken(), [["a"]])
+        dispatch(Broken(), [["a"]])
 
 
 @given(
@@ -100,17 +105,17 @@ def test_an_error_that_is_no_death_ends_the_delivery() -> None:
     max_attempts=st.integers(1, 3),
 )
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_whatever_dies_every_row_is_answered_once_and_only_poison_is_accused(
+def test_under_any_replica_deaths_each_row_has_one_result_and_only_poison_rows_fail(
     sizes: list[int], poison: set[int], rows: int, max_attempts: int
 ) -> None:
-    """Neighbours in the call, and calls that shared the replica with it, are never accused."""
+    """Rows of the same call, and calls on the same replica, are never reported as poison."""
     numbers = iter(range(sum(sizes)))
     chunks = [[str(next(numbers)) for _ in range(size)] for size in sizes]
-    bad = frozenset(map(str, poison))
+    killers = frozenset(map(str, poison))
 
-    delivered = deliver(OneReplica(poison=bad), chunks, rows=rows, max_attempts=max_attempts)
+    attempted = dispatch(OneReplica(poison=killers), chunks, rows=rows, max_attempts=max_attempts)
 
-    answers = [d.result for chunk in delivered for d in chunk]
-    assert [a.id for a in answers] == [name for chunk in chunks for name in chunk]
-    accused = Counter(a.id for a in answers if a.error_code == "poison_row")
-    assert accused == Counter(name for chunk in chunks for name in chunk if name in bad)
+    results = [row.result for chunk in attempted for row in chunk]
+    assert [result.id for result in results] == [name for chunk in chunks for name in chunk]
+    reported = Counter(result.id for result in results if result.error_code == "poison_row")
+    assert reported == Counter(name for chunk in chunks for name in chunk if name in killers)

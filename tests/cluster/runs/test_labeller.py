@@ -1,3 +1,5 @@
+"""The labelling stage: calls, control rows, error rows and replica deaths, and the output table."""
+
 from __future__ import annotations
 
 import asyncio
@@ -7,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,8 +69,8 @@ def unit(
     return pa.table(columns, schema=input_schema(SOURCE))
 
 
-class Recorded:
-    """A replica in this process that remembers the calls it got."""
+class RecordingReplica:
+    """A replica in this process that records its calls."""
 
     def __init__(self, slots: int | None = None) -> None:
         self.calls: list[Sequence[LabelRequest]] = []
@@ -79,16 +82,18 @@ class Recorded:
         return await self._replica.label(calls, priority=priority)
 
 
-def label(run: RunConfig, *tables: pa.Table, run_id: str = "run") -> tuple[pa.Table, Recorded]:
-    async def body() -> tuple[pa.Table, Recorded]:
-        replicas = Recorded()
-        caller = Labeller(labeller_settings(run, run_id), replicas)
-        return await caller(pa.concat_tables(tables)), replicas
+def label(
+    run: RunConfig, *tables: pa.Table, run_id: str = "run"
+) -> tuple[pa.Table, RecordingReplica]:
+    async def body() -> tuple[pa.Table, RecordingReplica]:
+        replicas = RecordingReplica()
+        labeller = Labeller(labeller_settings(run, run_id), replicas)
+        return await labeller(pa.concat_tables(tables)), replicas
 
     return asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_every_row_comes_out_once_in_order_with_its_source_and_its_proof() -> None:
+def test_every_row_is_labelled_once_in_order_with_source_columns_and_pruning_claims() -> None:
     table, _ = label(config(control_share=0.0), unit("u", 11))
 
     assert table["source_text"].to_pylist() == [f"old {n}" for n in range(11)]
@@ -101,21 +106,23 @@ def test_every_row_comes_out_once_in_order_with_its_source_and_its_proof() -> No
     assert (row["prune_method"], row["prune_spec"]) == ("m", HALF.to_json())
     assert (row["visual_tokens"], row["visual_tokens_kept"]) == (100, 50)
     mask = np.frombuffer(row["kept_tokens"], np.uint8)
-    seen = np.unpackbits(mask, count=100, bitorder="little")
-    assert seen.tolist() == [1] * 50 + [0] * 50
+    kept = np.unpackbits(mask, count=100, bitorder="little")
+    assert kept.tolist() == [1] * 50 + [0] * 50
     assert (row["model"], row["model_revision"], row["run_id"]) == ("fake", "fake-1", "run")
     assert (row["attempts"], row["is_control"], row["control_text"]) == (1, False, None)
 
 
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_the_output_has_exactly_the_committed_columns_and_two_internal_ones(kind: Kind) -> None:
+def test_the_labelled_table_has_exactly_the_committed_columns_and_two_internal_ones(
+    kind: Kind,
+) -> None:
     table, _ = label(config(kind), unit("u", 3, prompts=lambda n: "what?"))
     committed = output_schema(SOURCE, kind)
     assert table.schema.names == [*committed.names, "_in_unit", "_out_cost"]
     assert table.select(committed.names).schema == committed
 
 
-def test_several_units_in_one_table_are_labelled_apart() -> None:
+def test_units_in_one_table_never_share_a_call() -> None:
     table, replicas = label(config(), unit("a", 5), unit("b", 6))
     assert table["unit_id"].to_pylist() == ["a"] * 5 + ["b"] * 6
     for calls in replicas.calls:
@@ -129,7 +136,7 @@ def test_a_table_without_rows_keeps_the_schema() -> None:
     assert empty.num_rows == 0
 
 
-def test_control_rows_travel_in_whole_calls_and_are_the_same_at_every_attempt() -> None:
+def test_control_rows_fill_whole_calls_and_are_the_same_in_every_attempt() -> None:
     first, replicas = label(config(control_share=0.3), unit("u", 40))
     again, _ = label(config(control_share=0.3), unit("u", 40))
     other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
@@ -146,29 +153,29 @@ def test_control_rows_travel_in_whole_calls_and_are_the_same_at_every_attempt() 
     assert row["control_seconds"] == 0.02
 
 
-def controls(run: RunConfig, name: str, rows: int) -> int:
+def count_control_rows(run: RunConfig, name: str, rows: int) -> int:
     return sum(label(run, unit(name, rows))[0]["is_control"].to_pylist())
 
 
-def test_the_control_share_is_kept_over_units_too_small_for_a_whole_call() -> None:
-    found = [controls(config(control_share=0.1), f"unit {n}", 8) for n in range(60)]
-    assert set(found) == {0, 4}, "a call is whole or not there"
-    assert 20 <= sum(found) <= 80  # 10 % of 480 rows, drawn by hash
+def test_the_control_share_holds_over_units_smaller_than_a_control_call() -> None:
+    counts = [count_control_rows(config(control_share=0.1), f"unit {n}", 8) for n in range(60)]
+    assert set(counts) == {0, 4}, "a control call is whole or absent"
+    assert 20 <= sum(counts) <= 80  # 10 % of 480 rows, drawn by hash
 
 
 def test_the_first_unit_always_has_control_rows() -> None:
-    assert controls(config(control_share=0.001), "first", 5) == 4
-    assert controls(config(control_share=0.001), "first", 2) == 2
-    assert controls(config(control_share=0.0), "first", 5) == 0
+    assert count_control_rows(config(control_share=0.001), "first", 5) == 4
+    assert count_control_rows(config(control_share=0.001), "first", 2) == 2
+    assert count_control_rows(config(control_share=0.0), "first", 5) == 0
 
 
-def test_a_dense_run_needs_no_control() -> None:
+def test_a_dense_run_has_no_control_rows() -> None:
     dense, _ = label(config(spec=DENSE), unit("first", 5))
     assert not any(dense["is_control"].to_pylist())
     assert set(dense["prune_method"].to_pylist()) == {"none"}
 
 
-def test_a_row_the_reader_could_not_read_is_an_error_row_without_a_call() -> None:
+def test_a_row_that_could_not_be_read_is_an_error_row_and_is_not_sent() -> None:
     table, replicas = label(config(), unit("u", 4, errors=frozenset({2})))
 
     row = table.to_pylist()[2]
@@ -181,10 +188,10 @@ def test_a_row_the_reader_could_not_read_is_an_error_row_without_a_call() -> Non
     assert "u:2" not in {call.id for calls in replicas.calls for call in calls}
 
 
-def test_questions_reach_the_model_and_a_missing_one_is_an_error_row() -> None:
+def test_questions_become_prompts_and_a_missing_question_is_an_error_row() -> None:
     questions = ["how many?", None, "  ", "what colour?"]
-    asked = unit("u", 4, prompts=lambda n: questions[n])
-    table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), asked)
+    table_in = unit("u", 4, prompts=lambda n: questions[n])
+    table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), table_in)
 
     assert [call.prompt for calls in replicas.calls for call in calls] == [
         "Q: how many? A:",
@@ -195,19 +202,19 @@ def test_questions_reach_the_model_and_a_missing_one_is_an_error_row() -> None:
     assert table["answer"].to_pylist() == table["text"].to_pylist()
 
 
-def test_a_captions_own_prompt_goes_before_the_runs() -> None:
+def test_a_captions_own_prompt_overrides_the_runs_prompt() -> None:
     _, replicas = label(
-        config(control_share=0), unit("u", 2, prompts=lambda n: "mine" if n else None)
+        config(control_share=0), unit("u", 2, prompts=lambda n: "own prompt" if n else None)
     )
-    assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "mine"]
+    assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "own prompt"]
 
 
-def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> None:
+def test_calls_are_small_and_control_calls_have_as_many_rows_as_slots() -> None:
     async def body() -> None:
         settings = labeller_settings(config(control_share=0.25), first_unit="u", slots=40)
         await Labeller(settings, replicas)(unit("u", 160))
 
-    replicas = Recorded(slots=40)
+    replicas = RecordingReplica(slots=40)
     asyncio.run(asyncio.wait_for(body(), 30))
     control = [len(calls) for calls in replicas.calls if calls[0].control]
     plain = [len(calls) for calls in replicas.calls if not calls[0].control]
@@ -216,60 +223,61 @@ def test_calls_are_small_and_control_calls_as_long_as_a_replica_has_slots() -> N
 
 
 @pytest.mark.parametrize(("replicas", "unit_rows"), [(1, 256), (8, 256), (8, 16), (1, 0)])
-def test_the_units_in_work_hold_what_the_credits_let_on_their_way(
+def test_concurrent_units_hold_enough_rows_to_fill_the_admission_bound(
     replicas: int, unit_rows: int
 ) -> None:
     settings = labeller_settings(config(), replicas=replicas, slots=64, unit_rows=unit_rows)
     assert settings.units_at_once >= 4
-    on_their_way = replicas * (64 + 2 * 16)
-    assert (settings.units_at_once - 1) * max(1, unit_rows) >= on_their_way
+    in_flight = replicas * (64 + 2 * 16)
+    assert (settings.units_at_once - 1) * max(1, unit_rows) >= in_flight
 
 
-def test_once_rows_have_a_length_what_is_on_its_way_is_counted_in_tokens() -> None:
-    class Counted(Recorded):
-        on_their_way = 0
-        known = 0  # answers of calls that have ended
+def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> None:
+    class CountingReplica(RecordingReplica):
+        in_flight = 0
+        known = 0  # results of completed calls
 
         async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
-            self.on_their_way += len(calls)
-            seen.append((self.known, self.on_their_way))
-            answers = await super().label(calls, priority=priority)
-            self.on_their_way -= len(calls)
-            self.known += len(answers)
-            return answers
+            self.in_flight += len(calls)
+            observed.append((self.known, self.in_flight))
+            results = await super().label(calls, priority=priority)
+            self.in_flight -= len(calls)
+            self.known += len(results)
+            return results
 
     async def body() -> None:
         run = config(control_share=0.0)
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
         settings = labeller_settings(run, replicas=4, kv_token_capacity=5 * length)
-        await Labeller(settings, Counted())(unit("u", 200))
+        await Labeller(settings, CountingReplica())(unit("u", 200))
 
-    seen: list[tuple[int, int]] = []
+    observed: list[tuple[int, int]] = []
     asyncio.run(asyncio.wait_for(body(), 30))
-    assert max(rows for known, rows in seen if not known) == 4 * (4 + 8)
-    assert max(rows for known, rows in seen if known >= 48) == 36  # five that run, 32 that wait
+    assert max(rows for known, rows in observed if not known) == 4 * (4 + 8)
+    # At most 5 run and 32 wait, in calls of 4.
+    assert max(rows for known, rows in observed if known >= 48) == 36
 
 
-# From here on with real Ray and real Serve.
+# The tests below run on a real Ray and Serve.
 
 
-def label_on(
-    fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table
-) -> list[dict[str, object]]:
+def label_on(fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table) -> list[dict[str, Any]]:
+    """The labelled rows, in unit and row order."""
     settings = labeller_settings(run, run_id, app=fleet.app, deployment=fleet.deployment, slots=4)
     rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
     return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
 
 
 def kill_once_busy(fleet: Fleet) -> None:
+    """Kills the fleet's replica once it has labelled 20 more rows."""
     started = fleet.stats().rows
     while fleet.stats().rows < started + 20:
         time.sleep(0.1)
     os.kill(fleet.stats().replicas[0].pid, signal.SIGKILL)
 
 
-def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) -> None:
-    """Fused, every read would block the event loop that drives the calls."""
+def test_ray_data_does_not_fuse_the_reader_into_the_labeller(fleet: Fleet, tmp_path: Path) -> None:
+    """If fused, each read would block the event loop that sends the calls."""
     pq.write_table(unit("u", 6), tmp_path / "u.parquet")
     settings = labeller_settings(config(), app=fleet.app, deployment=fleet.deployment)
     labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
@@ -278,8 +286,8 @@ def test_the_reader_is_not_fused_into_the_callers(fleet: Fleet, tmp_path: Path) 
     assert "MapBatches(Labeller)" in labelled.stats()
 
 
-def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None:
-    before = fleet.stats().replicas[0].pid
+def test_killing_a_replica_neither_loses_nor_duplicates_a_row(fleet: Fleet) -> None:
+    pid = fleet.stats().replicas[0].pid
     units = [unit(f"u{n}", 40) for n in range(6)]
 
     killer = threading.Thread(target=kill_once_busy, args=(fleet,))
@@ -287,18 +295,18 @@ def test_killing_a_replica_neither_loses_nor_doubles_a_row(fleet: Fleet) -> None
     rows = label_on(fleet, config(), "killed", *units)
     killer.join()
 
-    assert fleet.stats().replicas[0].pid != before
+    assert fleet.stats().replicas[0].pid != pid
     assert [(r["unit_id"], r["unit_row"]) for r in rows] == [
         (f"u{u}", n) for u in range(6) for n in range(40)
     ]
     assert {r["error_code"] for r in rows} == {None}
     assert {r["text"] for r in rows if r["unit_row"] == 7} == {expected_text(picture(7), 50)}
-    assert any(r["attempts"] != 1 for r in rows)
+    assert max(r["attempts"] for r in rows) > 1
 
 
 @pytest.mark.slow
 def test_a_row_that_kills_its_replica_is_isolated_and_the_rest_is_labelled(fleet: Fleet) -> None:
-    """About eight replica deaths, each of which costs a replica's start."""
+    """Takes about eight replica deaths, each followed by the start of a replica."""
     poisoned = unit("u", 10, prompts=lambda n: "die" if n == 5 else None)
     rows = label_on(fleet, config(max_attempts=2), "poison", poisoned, unit("v", 10))
     bad = [(r["unit_id"], r["unit_row"]) for r in rows if r["error_code"] == "poison_row"]
@@ -307,7 +315,7 @@ def test_a_row_that_kills_its_replica_is_isolated_and_the_rest_is_labelled(fleet
     assert sum(r["error_code"] is None for r in rows) == 19
 
 
-def test_the_controllers_word_stops_the_run_before_the_next_unit(local_ray: None) -> None:
+def test_the_controllers_stop_reason_stops_the_run_before_the_next_unit(local_ray: None) -> None:
     controller = get_controller()
     ray.get(
         controller.register.remote(

@@ -1,4 +1,4 @@
-"""The plan: what a run is, when it is resumed, and when its output is refused."""
+"""Planning: the identity of a run, when a run is resumed and when its output is refused."""
 
 from __future__ import annotations
 
@@ -43,21 +43,19 @@ def test_a_second_start_resumes_without_indexing_again(source: Store, place: str
     assert again.mapping.schema == first.mapping.schema
 
 
-def test_equal_settings_have_equal_run_ids_wherever_the_output_lies(
-    source: Store, place: str
-) -> None:
+def test_the_run_id_does_not_depend_on_the_output(source: Store, place: str) -> None:
     ids = {plan(source.uri, f"{place}/out{n}").manifest.run_id for n in range(2)}
     assert len(ids) == 1
     assert len(ids.pop()) == 16
 
 
-def test_replicas_and_error_limits_do_not_make_another_run(source: Store, place: str) -> None:
+def test_the_run_id_does_not_depend_on_replicas_or_error_limits(source: Store, place: str) -> None:
     first = plan(source.uri, f"{place}/out")
     again = plan(source.uri, f"{place}/out", replicas=3, max_error_share=0.5, max_attempts=9)
     assert again.manifest.run_id == first.manifest.run_id
 
 
-def test_changed_settings_are_refused_and_shown(source: Store, place: str) -> None:
+def test_changed_settings_are_refused_and_listed(source: Store, place: str) -> None:
     spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
     plan(source.uri, f"{place}/out", spec=spec)
     other = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
@@ -71,7 +69,7 @@ def test_changed_settings_are_refused_and_shown(source: Store, place: str) -> No
     assert "another --output" in message
 
 
-def test_a_changed_corpus_is_refused_and_shown(source: Store, place: str) -> None:
+def test_a_changed_corpus_is_refused_and_its_changes_listed(source: Store, place: str) -> None:
     plan(source.uri, f"{place}/out")
     put_parquet(source, "b.parquet", rows(11))
     put_parquet(source, "c.parquet", rows(1))
@@ -82,20 +80,22 @@ def test_a_changed_corpus_is_refused_and_shown(source: Store, place: str) -> Non
     assert "a.parquet" not in str(caught.value)
 
 
-def test_of_drivers_that_start_together_all_get_one_plan(source: Store, place: str) -> None:
+def test_drivers_that_start_concurrently_use_one_manifest(source: Store, place: str) -> None:
     with capture_logs() as events, ThreadPoolExecutor(4) as pool:
         plans = list(pool.map(lambda _: plan(source.uri, f"{place}/out").manifest, range(4)))
     assert len({(p.run_id, p.created, p.units) for p in plans}) == 1
     assert [event["event"] for event in events].count("run_planned") == 1
 
 
-def test_an_output_with_strange_files_is_refused(source: Store, place: str) -> None:
+def test_an_output_with_parquet_files_of_another_origin_is_refused(
+    source: Store, place: str
+) -> None:
     open_store(f"{place}/out").put("other.parquet", b"x")
     with pytest.raises(UsageError, match=r"other\.parquet is there already"):
         plan(source.uri, f"{place}/out")
 
 
-def test_a_manifest_from_elsewhere_is_refused(source: Store, place: str) -> None:
+def test_an_unreadable_manifest_is_refused(source: Store, place: str) -> None:
     open_store(f"{place}/out").put("_run/manifest.json", b'{"some": "json"}')
     with pytest.raises(StoreError, match="not a manifest"):
         plan(source.uri, f"{place}/out")
@@ -103,17 +103,17 @@ def test_a_manifest_from_elsewhere_is_refused(source: Store, place: str) -> None
 
 @pytest.mark.parametrize(("inner", "outer"), [("/in/out", "/in"), ("/in", ""), ("/in/", "/in")])
 def test_input_and_output_may_not_overlap(place: str, inner: str, outer: str) -> None:
-    """Each commit would change the corpus, or readers of the output would see the corpus."""
+    """Commits would change the corpus, or readers of the output would read the corpus too."""
     for source, output in ((inner, outer), (outer, inner)):
         with pytest.raises(UsageError, match=r"overlap|its own prefix"):
             plan(place + source, place + output)
 
 
-def test_names_that_merely_start_alike_do_not_overlap(source: Store, place: str) -> None:
+def test_prefixes_with_a_common_start_of_the_name_do_not_overlap(source: Store, place: str) -> None:
     assert plan(source.uri, f"{place}/in-labelled").units
 
 
-def test_nothing_found_says_what_is_there(place: str) -> None:
+def test_an_input_without_a_corpus_is_refused_and_its_objects_listed(place: str) -> None:
     with pytest.raises(UsageError, match="but nothing; check --input"):
         plan(f"{place}/empty", f"{place}/out")
     store = open_store(f"{place}/wrong")
@@ -136,7 +136,7 @@ def test_compressed_archives_are_refused(place: str, name: str) -> None:
         plan(f"{place}/packed", f"{place}/out")
 
 
-def test_one_file_may_be_the_whole_corpus(source: Store, place: str) -> None:
+def test_a_single_file_is_a_corpus(source: Store, place: str) -> None:
     planned = plan(f"{source.uri}/b.parquet", f"{place}/out")
     assert {unit.file for unit in planned.units} == {"b.parquet"}
     assert planned.manifest.source == source.uri
@@ -154,7 +154,7 @@ def test_a_limit_takes_the_first_rows(source: Store, place: str, limit: int) -> 
     assert shared == {u.unit_id for u in whole}
 
 
-def test_objects_in_folders_are_no_committed_units(source: Store, place: str) -> None:
+def test_objects_in_folders_are_not_committed_units(source: Store, place: str) -> None:
     planned = plan(source.uri, f"{place}/out")
     store = open_store(planned.output.uri)
     assert planned.output.committed_units() == set()
@@ -164,10 +164,10 @@ def test_objects_in_folders_are_no_committed_units(source: Store, place: str) ->
     assert planned.output.committed_units() == {first}
 
 
-def test_relative_paths_mean_the_same_to_workers(
+def test_relative_paths_are_resolved_for_workers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ray workers run in another directory than the driver."""
+    """The working directory of a Ray worker is not the driver's."""
     monkeypatch.chdir(tmp_path)
     put_parquet(open_store("in"), "a.parquet", rows(1))
     planned = plan("in", "out")
@@ -175,7 +175,7 @@ def test_relative_paths_mean_the_same_to_workers(
     assert planned.output.uri == str(tmp_path / "out")
 
 
-def test_a_manifest_survives_its_own_json(source: Store, place: str) -> None:
+def test_a_manifest_round_trips_through_json(source: Store, place: str) -> None:
     plan(source.uri, f"{place}/out", limit=7)
     data = open_store(f"{place}/out").get("_run/manifest.json")
     assert Manifest.from_json(data).to_json() == data

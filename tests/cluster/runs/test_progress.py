@@ -1,4 +1,4 @@
-"""The progress line says what people ask: how far, how fast, how long yet, what went wrong."""
+"""The progress line: share done, speed, time left, failed rows and kept tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.runs import progress
 from cluster.runs.progress import ProgressDisplay, format_eta, progress_line
 
 
-def known(**more: Any) -> RunProgress:
+def run_progress(**more: Any) -> RunProgress:
     values: dict[str, Any] = {
         "run_id": "r",
         "state": "running",
@@ -34,14 +34,14 @@ def known(**more: Any) -> RunProgress:
     return RunProgress(**(values | more))
 
 
-def test_the_line_holds_share_speed_eta_failures_and_tokens() -> None:
-    assert progress_line(known()) == (
+def test_the_progress_line_has_share_speed_eta_failures_and_tokens() -> None:
+    assert progress_line(run_progress()) == (
         "250/1000 rows  25.0 %  12.5 rows/s  ETA 0:01:00  failed 3  visual tokens kept 22.2 %"
     )
 
 
 def test_before_the_first_commit_there_is_no_eta_and_no_token_share() -> None:
-    blank = known(
+    at_start = run_progress(
         rows_done=0,
         rows_failed={},
         rows_per_second=0.0,
@@ -49,15 +49,17 @@ def test_before_the_first_commit_there_is_no_eta_and_no_token_share() -> None:
         visual_tokens=0,
         visual_tokens_kept=0,
     )
-    assert progress_line(blank) == "0/1000 rows  0.0 %  0.0 rows/s  ETA –  failed 0"
+    assert progress_line(at_start) == "0/1000 rows  0.0 %  0.0 rows/s  ETA –  failed 0"
     assert format_eta(3725.4) == "1:02:05"
 
 
-def test_a_job_log_gets_plain_lines_and_a_last_one_at_the_end(monkeypatch: Any) -> None:
+def test_a_job_log_has_plain_lines_and_a_final_one(monkeypatch: Any) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.05)
     out = io.StringIO()
-    answers = iter([None, known(rows_done=10)])
-    with ProgressDisplay(lambda: next(answers, known(rows_done=1000)), Console(file=out, width=40)):
+    answers = iter([None, run_progress(rows_done=10)])
+    with ProgressDisplay(
+        lambda: next(answers, run_progress(rows_done=1000)), Console(file=out, width=40)
+    ):
         time.sleep(0.4)
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("progress  10/1000 rows")
@@ -65,10 +67,10 @@ def test_a_job_log_gets_plain_lines_and_a_last_one_at_the_end(monkeypatch: Any) 
     assert all(each.startswith("progress") for each in lines), "a line must not be wrapped"
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: Any) -> None:
+def test_a_terminal_shows_a_progress_bar(monkeypatch: Any) -> None:
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.05)
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, width=160)
-    with ProgressDisplay(known, terminal):
+    with ProgressDisplay(run_progress, terminal):
         time.sleep(0.5)
     assert "250/1000 rows" in out.getvalue()

@@ -1,4 +1,4 @@
-"""What a run says before it starts; the runs themselves are in tests/integration."""
+"""Warnings before a run starts. Whole runs are tested in tests/integration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.runs import run
 
 
 @pytest.mark.parametrize(("free", "warned"), [(0.75, True), (0.0, True), (0.85, False), (4, False)])
-def test_a_run_that_must_wait_for_cpus_says_so(
+def test_a_run_that_has_to_wait_for_cpus_warns(
     free: float, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free} if free else {})

@@ -1,4 +1,4 @@
-"""A run stays in view when the controller restarts, and ends there as it ended."""
+"""The tracker registers a run with the controller, again if that restarts, and records its end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_run_registers_again_with_a_restarted_controller(
         ray.kill(get_controller(), no_restart=False)
         deadline = time.monotonic() + 60
         while (known := tracker.progress()) is None:
-            assert time.monotonic() < deadline, "the run never came back into view"
+            assert time.monotonic() < deadline, "the run did not register again"
             time.sleep(0.5)
         assert (known.run_id, known.rows_total) == (planned[1].run_id, 6)
 
@@ -60,7 +60,7 @@ def test_a_run_registers_again_with_a_restarted_controller(
         (ValueError("bug"), "failed"),
     ],
 )
-def test_a_run_ends_in_view_as_it_ended(
+def test_the_controller_records_how_the_run_ended(
     local_ray: None,
     planned: tuple[RunConfig, Manifest, RunOutput],
     error: BaseException | None,
@@ -75,7 +75,7 @@ def test_a_run_ends_in_view_as_it_ended(
     assert state(planned[1]) == expected
 
 
-def test_the_error_at_the_root_is_found_through_rays_wrapping() -> None:
+def test_the_root_run_error_is_found_in_rays_exception_chain() -> None:
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = ray.exceptions.RayTaskError("f", "trace", StoreError("gone"))
     found = run_error(wrapped)

@@ -1,3 +1,5 @@
+"""Fleets: deploying, attaching to and removing Serve applications, and their command line."""
+
 from __future__ import annotations
 
 import asyncio
@@ -25,7 +27,7 @@ ENGINE = "tests.cluster.fake_engine:FakeEngine"
 
 
 def settings(model: str = "fake-model", **more: object) -> FleetSettings:
-    """Of the session's fleet, for its model."""
+    """The settings of the session's fleet; `model` and `more` override them."""
     options = {"seconds": 0.05}
     engine = EngineSettings(model=model, engine=ENGINE, slots=4, options=options)
     return FleetSettings(engine=engine, **more)  # type: ignore[arg-type]
@@ -42,7 +44,7 @@ def label(fleet: Fleet, *calls: LabelRequest) -> list[str | None]:
     return [answer.text for answer in answers]
 
 
-def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
+def test_a_deployed_fleet_is_reached_by_handle_and_by_http(fleet: Fleet) -> None:
     assert label(fleet, LabelRequest(id="a", prompt="p", images=(picture(3),))) == [
         expected_text(picture(3))
     ]
@@ -52,7 +54,9 @@ def test_a_deployed_fleet_answers_by_handle_and_by_http(fleet: Fleet) -> None:
     assert fleet.stats().rows >= 1
 
 
-def test_a_second_fleet_of_the_same_model_attaches_and_leaves_it_running(fleet: Fleet) -> None:
+def test_a_second_fleet_of_the_same_model_attaches_and_leaves_the_application_running(
+    fleet: Fleet,
+) -> None:
     with open_fleet(settings(replicas=3)) as second:
         assert (second.app, second.http_url) == (fleet.app, fleet.http_url)
         assert not second.deployed_here
@@ -62,7 +66,7 @@ def test_a_second_fleet_of_the_same_model_attaches_and_leaves_it_running(fleet: 
     ]
 
 
-def test_another_model_gets_its_own_application_and_takes_only_that_away(fleet: Fleet) -> None:
+def test_another_model_has_its_own_application_and_removes_only_that(fleet: Fleet) -> None:
     before = applications()
     with open_fleet(settings("other-model")) as other:
         assert other.app not in before
@@ -86,7 +90,9 @@ def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> 
 
 
 @pytest.mark.slow
-def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet: Fleet) -> None:
+def test_an_engine_that_fails_to_start_is_reported_and_its_application_removed(
+    fleet: Fleet,
+) -> None:
     before = applications()
     with (
         pytest.raises(FleetUnavailable, match="no weights under 'missing'"),
@@ -97,14 +103,14 @@ def test_an_engine_that_cannot_be_built_is_named_and_leaves_nothing_behind(fleet
 
 
 @pytest.mark.slow
-def test_a_fleet_that_finds_no_room_says_so_after_its_timeout(fleet: Fleet) -> None:
+def test_a_fleet_without_resources_fails_after_its_start_timeout(fleet: Fleet) -> None:
     impossible = settings("too-many", replicas=50, start_timeout_seconds=3.0)
     with pytest.raises(FleetUnavailable, match="fewer replicas"), open_fleet(impossible):
         pass
     assert "too-many" not in str(applications())
 
 
-def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
+def test_busy_crosses_serve_as_the_typed_error(fleet: Fleet) -> None:
     many = [LabelRequest(id=str(n), prompt="p", images=(picture(n),)) for n in range(12)]
 
     async def flood() -> list[object]:
@@ -118,7 +124,7 @@ def test_busy_travels_through_serve_as_the_typed_error(fleet: Fleet) -> None:
     assert all(isinstance(error, Busy) for error in refused)
 
 
-def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
+def test_the_fingerprint_covers_exactly_the_settings_that_change_results() -> None:
     base = EngineSettings(model="m")
     assert fingerprint(base) == fingerprint(EngineSettings(model="m", slots=99))
     others = [
@@ -130,7 +136,7 @@ def test_the_fingerprint_holds_what_changes_answers_and_nothing_else() -> None:
     assert len({fingerprint(engine) for engine in [base, *others]}) == 5
 
 
-def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
+def test_endpoint_parses_command_line_strings_and_pins_the_model_revision(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -148,7 +154,7 @@ def test_build_takes_the_command_lines_strings_and_pins_the_model_as_jobs_do(
     assert replica._bound_deployment.num_replicas == 2
 
 
-def test_build_refuses_arguments_it_does_not_know() -> None:
+def test_endpoint_refuses_unknown_and_invalid_arguments() -> None:
     with pytest.raises(UsageError, match="model=PATH"):
         endpoint({"modle": "x"})
     with pytest.raises(UsageError, match="true or false"):
@@ -158,8 +164,8 @@ def test_build_refuses_arguments_it_does_not_know() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_cluster_a_fleet_starts_ray_and_takes_it_down_again(tmp_path: Path) -> None:
-    """In a process of its own: this one is connected to the session's Ray."""
+def test_without_a_cluster_a_fleet_starts_and_stops_its_own_ray(tmp_path: Path) -> None:
+    """Runs in another process, because this one is connected to the session's Ray."""
     script = tmp_path / "job.py"
     script.write_text(
         dedent(

@@ -1,3 +1,5 @@
+"""The model replica: batching, priorities, bounds, bad rows, cancellation and broken engines."""
+
 from __future__ import annotations
 
 import asyncio
@@ -63,22 +65,22 @@ def batches(journal: Path) -> list[list[str]]:
     return [line.split() for line in journal.read_text().splitlines()]
 
 
-def test_every_row_gets_its_own_answer_in_the_callers_order(journal: Path) -> None:
+def test_results_are_in_the_order_of_the_requests(journal: Path) -> None:
     calls = [call(n) for n in range(10)]
 
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
 
-    assert [a.text for a in answers] == [expected_text(picture(n)) for n in range(10)]
+    assert [result.text for result in results] == [expected_text(picture(n)) for n in range(10)]
     assert [len(batch) for batch in batches(journal)] == [4, 4, 2]
 
 
-def test_specs_are_mixed_in_one_batch_and_each_row_keeps_its_own_budget(journal: Path) -> None:
+def test_one_batch_mixes_specs_and_each_row_keeps_its_own_budget(journal: Path) -> None:
     specs = [PruneSpec(method="m", budget=Budget(tokens=n)) for n in (5, 50)]
     calls = [call(n, spec=spec) for n, spec in enumerate(specs)]
 
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
 
-    assert [a.visual_tokens_kept for a in answers] == [5, 50]
+    assert [result.visual_tokens_kept for result in results] == [5, 50]
     assert batches(journal) == [["r0", "r1"]]
 
 
@@ -94,12 +96,12 @@ def test_online_rows_run_before_batch_rows_that_were_queued_earlier(journal: Pat
 
     run(settings(journal, seconds=0.2), scenario)
 
-    # The first batch was running already; the online row is next, on its own.
+    # The first batch was running already; the online row is the next batch.
     assert batches(journal)[1] == ["r99"]
     assert [len(batch) for batch in batches(journal)] == [4, 1, 4, 4]
 
 
-def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
+def test_control_rows_and_other_sampling_params_form_separate_batches(
     journal: Path,
 ) -> None:
     calls = [
@@ -110,13 +112,14 @@ def test_control_rows_and_other_generation_settings_form_batches_of_their_own(
         call(4, control=True),
     ]
 
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
 
     assert sorted(batches(journal)) == [["r0", "r3"], ["r1*", "r4*"], ["r2"]]
-    assert [a.control_seconds is not None for a in answers] == [False, True, False, False, True]
+    has_control = [result.control_seconds is not None for result in results]
+    assert has_control == [False, True, False, False, True]
 
 
-def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Path) -> None:
+def test_a_full_replica_refuses_batch_calls_and_accepts_online_ones(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> Result:
         held = asyncio.create_task(
             replica.label([call(n) for n in range(16)], priority=Priority.BATCH)
@@ -126,7 +129,7 @@ def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Pa
             await replica.label([call(50)], priority=Priority.BATCH)
         (online,) = await replica.label([call(51)], priority=Priority.ONLINE)
         await held
-        # Room again: what was refused is taken now.
+        # The held rows are done, so the refused call is accepted.
         await replica.label([call(50)], priority=Priority.BATCH)
         return online
 
@@ -135,8 +138,8 @@ def test_a_full_replica_refuses_batch_calls_but_still_answers_online(journal: Pa
 
 def test_a_call_larger_than_the_limit_runs_on_an_idle_replica(journal: Path) -> None:
     calls = [call(n) for n in range(20)]
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
-    assert len(answers) == 20
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    assert len(results) == 20
 
 
 @pytest.mark.parametrize(
@@ -147,20 +150,20 @@ def test_a_call_larger_than_the_limit_runs_on_an_idle_replica(journal: Path) -> 
         ((b"x" * 2000,), "image_too_large"),
     ],
 )
-def test_a_bad_image_is_an_answer_and_does_not_harm_its_neighbours(
+def test_a_bad_image_is_an_error_result_and_affects_no_other_row(
     journal: Path, images: tuple[bytes | None, ...], code: str
 ) -> None:
-    small = MediaLimits(max_bytes=1000)
-    calls = [call(0), call(1, images=images, media=small), call(2)]
+    limits = MediaLimits(max_bytes=1000)
+    calls = [call(0), call(1, images=images, media=limits), call(2)]
 
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
 
-    assert [a.error_code for a in answers] == [None, code, None]
-    assert answers[1].error_stage == "decode"
-    assert answers[2].text == expected_text(picture(2))
+    assert [result.error_code for result in results] == [None, code, None]
+    assert results[1].error_stage == "decode"
+    assert results[2].text == expected_text(picture(2))
 
 
-def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
+def test_batch_and_online_jpegs_are_decoded_at_the_engines_jpeg_scale(
     journal: Path,
 ) -> None:
     buffer = io.BytesIO()
@@ -168,46 +171,46 @@ def test_batch_and_online_jpegs_are_decoded_as_much_smaller_as_the_engine_says(
     data = buffer.getvalue()
 
     async def scenario(replica: VLMReplica) -> list[str | None]:
-        asked = [call(0, images=(data,))]
+        requests = [call(0, images=(data,))]
         batch, online = [
-            (await replica.label(asked, priority=priority))[0].text for priority in Priority
+            (await replica.label(requests, priority=priority))[0].text for priority in Priority
         ]
-        *_, streamed = [piece async for piece in replica.stream(asked[0])]
+        *_, streamed = [piece async for piece in replica.stream(requests[0])]
         assert isinstance(streamed, Result)
         return [batch, online, streamed.text]
 
-    small = decode_image(data, MediaLimits(), lambda width, height: 4)
-    assert small.size == (64, 64)
-    told = f"{image_hash(small)} kept {VISUAL_TOKENS}"
-    assert run(settings(journal, reduced=4), scenario) == [told, told, told]
-    assert told not in run(settings(journal), scenario)
+    scaled = decode_image(data, MediaLimits(), lambda width, height: 4)
+    assert scaled.size == (64, 64)
+    text = f"{image_hash(scaled)} kept {VISUAL_TOKENS}"
+    assert run(settings(journal, reduced=4), scenario) == [text, text, text]
+    assert text not in run(settings(journal), scenario)
 
 
 def test_an_engines_error_result_keeps_its_code_stage_and_message(journal: Path) -> None:
-    (answer,) = run(settings(journal), lambda r: r.label([call(0, "bad")], priority=Priority.BATCH))
-    assert (answer.error_code, answer.error_stage) == ("prompt_invalid", "prompt")
-    assert answer.error_message == "too long"
+    (result,) = run(settings(journal), lambda r: r.label([call(0, "bad")], priority=Priority.BATCH))
+    assert (result.error_code, result.error_stage) == ("prompt_invalid", "prompt")
+    assert result.error_message == "too long"
 
 
-def test_a_row_the_engine_raises_on_is_found_by_halving(journal: Path) -> None:
+def test_a_row_that_makes_the_engine_raise_is_isolated_by_bisection(journal: Path) -> None:
     calls = [call(n, "raise" if n == 2 else "describe") for n in range(4)]
 
-    answers = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
 
-    assert [a.error_code for a in answers] == [None, None, "inference_failed", None]
-    assert answers[2].error_message == "RuntimeError: the model raised"
+    assert [result.error_code for result in results] == [None, None, "inference_failed", None]
+    assert results[2].error_message == "RuntimeError: the model raised"
 
 
-def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> None:
+def test_a_cancelled_call_leaves_the_queue_and_frees_its_capacity(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         running = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
         while not journal.exists():
             await asyncio.sleep(0.01)
-        gone = asyncio.create_task(replica.label([call(1), call(2)], priority=Priority.BATCH))
+        cancelled = asyncio.create_task(replica.label([call(1), call(2)], priority=Priority.BATCH))
         await asyncio.sleep(0.1)
         assert (await replica.stats()).waiting_batch == 3
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
         stats = await replica.stats()
         assert (stats.waiting_batch, stats.batch_rows_in_flight) == (1, 1)
         await running
@@ -218,7 +221,7 @@ def test_a_cancelled_call_leaves_the_queue_and_frees_its_room(journal: Path) -> 
     assert batches(journal) == [["r0"], ["r3"]]
 
 
-def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal: Path) -> None:
+def test_an_engine_that_raises_on_every_row_makes_the_replica_unhealthy(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         for first in range(0, 12, 4):
             await replica.check_health()
@@ -232,7 +235,7 @@ def test_an_engine_that_raises_on_everything_makes_the_replica_unhealthy(journal
     run(settings(journal), scenario)
 
 
-def test_a_device_fault_ends_the_process_and_blames_no_row(
+def test_a_device_fault_ends_the_process_and_fails_no_row(
     journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()
@@ -251,14 +254,14 @@ def test_a_device_fault_ends_the_process_and_blames_no_row(
     run(settings(journal), scenario)
 
 
-def test_a_streamed_answer_ends_with_the_whole_and_a_bad_image_is_all_there_is(
+def test_a_stream_ends_with_its_result_and_a_bad_image_gives_only_a_result(
     journal: Path,
 ) -> None:
     async def scenario(replica: VLMReplica) -> None:
-        said, whole = [piece async for piece in replica.stream(call(1))]
-        assert said == expected_text(picture(1))
-        assert isinstance(whole, Result)
-        assert whole.text == said
+        text, result = [piece async for piece in replica.stream(call(1))]
+        assert text == expected_text(picture(1))
+        assert isinstance(result, Result)
+        assert result.text == text
         (missing,) = [piece async for piece in replica.stream(call(2, images=(None,)))]
         assert isinstance(missing, Result)
         assert missing.error_code == "image_missing"
@@ -277,16 +280,16 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
     run(settings(journal, seconds=0.1), scenario)
 
 
-def test_slots_suit_the_device_where_nobody_asked_for_a_number() -> None:
-    by_default, asked = EngineSettings(model="m"), EngineSettings(model="m", slots=3)
+def test_the_default_slots_depend_on_the_device() -> None:
+    by_default, explicit = EngineSettings(model="m"), EngineSettings(model="m", slots=3)
     on_cpu, on_gpu = (by_default.sized(gpu=gpu).slots for gpu in (False, True))
     assert (on_cpu, on_gpu) == (default_slots(gpu=False), default_slots(gpu=True))
     assert default_slots(gpu=False) < default_slots(gpu=True)
-    assert {asked.sized(gpu=gpu).slots for gpu in (False, True)} == {3}
+    assert {explicit.sized(gpu=gpu).slots for gpu in (False, True)} == {3}
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64])
-def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(
+def test_a_replica_holds_what_one_labeller_sends_and_one_control_call_more(
     journal: Path, slots: int
 ) -> None:
     sizes = [call_rows(slots)] * ((slots + rows_waiting(slots)) // call_rows(slots))
@@ -297,15 +300,15 @@ def test_a_replica_takes_what_one_caller_sends_and_a_call_of_control_rows_more(
             return asyncio.ensure_future(replica.label(calls, priority=Priority.BATCH))
 
         tasks = [send(rows) for rows in (*sizes, slots, 1)]
-        *taken, refused = await asyncio.gather(*tasks, return_exceptions=True)
+        *accepted, refused = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(refused, Busy)
-        assert [len(answers) for answers in taken] == [*sizes, slots]  # type: ignore[arg-type]
+        assert [len(results) for results in accepted] == [*sizes, slots]  # type: ignore[arg-type]
 
     run(settings(journal, rows=slots), scenario)
 
 
-def test_engine_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UsageError, match="slots"):
+def test_invalid_engine_settings_are_refused() -> None:
+    with pytest.raises(UsageError, match="max_batch_rows 0: give at least 1"):
         EngineSettings(model="m", slots=0)
     with pytest.raises(UsageError, match="dtype 'bf16': use one of auto, float32"):
         EngineSettings(model="m", dtype="bf16")

@@ -1,4 +1,4 @@
-"""Both stores keep one contract; the S3 one also survives lost answers and names what is wrong."""
+"""The contract of both stores; for S3 also lost responses, retries and named causes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(f"{request.getfixturevalue('s3')}/some/prefix")
 
 
-def test_what_is_put_is_read_listed_and_headed(store: Store) -> None:
+def test_a_put_object_is_returned_by_get_list_and_head(store: Store) -> None:
     store.put("b/two.txt", b"22")
     store.put("a.bin", b"1")
     store.put("b/two.txt", b"222")
@@ -39,8 +39,8 @@ def test_an_empty_prefix_lists_nothing(store: Store) -> None:
     assert store.list() == []
 
 
-def test_listing_goes_past_one_page(s3: str) -> None:
-    """S3 answers at most 1,000 keys at a time; resume would redo every unit beyond them."""
+def test_a_listing_has_more_than_one_page(s3: str) -> None:
+    """A page of S3 has at most 1,000 keys; resume would redo every unit beyond the first page."""
     store = open_store(s3)
     keys = [f"{number:05}" for number in range(1_005)]
     with ThreadPoolExecutor(8) as pool:
@@ -56,7 +56,7 @@ def test_ranges_are_half_open_and_end_with_the_object(store: Store) -> None:
 
 
 def test_a_range_of_a_replaced_object_is_refused(store: Store) -> None:
-    """Byte ranges come from the plan: of another object they would be garbage rows."""
+    """Byte ranges are planned for one version; in another they would give garbage rows."""
     store.put("x", b"0123456789")
     planned = store.head("x")
     assert planned is not None
@@ -66,20 +66,20 @@ def test_a_range_of_a_replaced_object_is_refused(store: Store) -> None:
         store.get_range("x", 0, 2, etag=planned.etag)
 
 
-def test_missing_object_has_its_own_error(store: Store) -> None:
+def test_a_missing_object_raises_object_gone(store: Store) -> None:
     with pytest.raises(ObjectGone, match="absent"):
         store.get("absent")
     with pytest.raises(ObjectGone):
         store.get_range("absent", 0, 1)
 
 
-def test_create_if_absent_keeps_the_first_object(store: Store) -> None:
+def test_put_if_absent_keeps_the_first_object(store: Store) -> None:
     assert store.put_if_absent("unit", b"first", writer="a")
     assert not store.put_if_absent("unit", b"second", writer="b")
     assert store.get("unit") == b"first"
 
 
-def test_of_eight_racing_writers_exactly_one_wins(store: Store) -> None:
+def test_exactly_one_of_eight_concurrent_writers_wins(store: Store) -> None:
     barrier = threading.Barrier(8)
 
     def attempt(number: int) -> bool:
@@ -92,7 +92,7 @@ def test_of_eight_racing_writers_exactly_one_wins(store: Store) -> None:
     assert store.get("unit") == f"{won.index(True)}".encode()
 
 
-def test_a_store_travels_to_another_process(store: Store) -> None:
+def test_a_store_is_picklable(store: Store) -> None:
     store.put("x", b"1")
     assert pickle.loads(pickle.dumps(store)).get("x") == b"1"
 
@@ -112,7 +112,7 @@ def test_ranged_file_reads_like_a_file(store: Store) -> None:
     assert bytes(buffer) == data[100:800]
 
 
-def test_local_half_written_files_are_never_listed(tmp_path: Path) -> None:
+def test_local_temporary_files_are_never_listed(tmp_path: Path) -> None:
     (tmp_path / ".abc.tmp").write_bytes(b"half")
     assert open_store(str(tmp_path)).list() == []
     assert isinstance(open_store(f"file://{tmp_path}"), LocalStore)
@@ -132,19 +132,21 @@ def test_unusable_uris_are_usage_errors(uri: str) -> None:
         open_store(uri)
 
 
-def test_missing_bucket_says_so(s3: str) -> None:
+def test_a_missing_bucket_is_named_as_the_cause(s3: str) -> None:
     with pytest.raises(StoreError, match="bucket does not exist"):
         open_store("s3://no-such-bucket/x").list()
 
 
-def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+def test_an_unreachable_endpoint_is_named(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(StoreError, match=r"no answer from http://127\.0\.0\.1:9"):
         open_store(s3).list()
 
 
-def test_missing_credentials_say_what_to_set(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+def test_missing_credentials_name_the_variables_to_set(
+    monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -153,8 +155,8 @@ def test_missing_credentials_say_what_to_set(monkeypatch: pytest.MonkeyPatch, s3
         open_store(s3).list()
 
 
-class Interrupted:
-    """The real client, whose next calls of one method act first and then fail as told."""
+class FailingClient:
+    """A client whose next calls of `method` raise `failures`; with `act`, after the real call."""
 
     def __init__(self, client: Any, method: str, failures: list[Exception], *, act: bool) -> None:
         self._client, self._method, self._failures, self._act = client, method, failures, act
@@ -174,11 +176,13 @@ class Interrupted:
         return call
 
 
-def interrupted(uri: str, method: str, *failures: Exception, act: bool = False) -> S3Store:
-    class InterruptedStore(S3Store):
-        _client = Interrupted(S3Store("any", "")._client, method, list(failures), act=act)
+def failing_store(uri: str, method: str, *failures: Exception, act: bool = False) -> S3Store:
+    """A store on a FailingClient."""
 
-    return InterruptedStore(uri.removeprefix("s3://"), "")
+    class FailingStore(S3Store):
+        _client = FailingClient(S3Store("any", "")._client, method, list(failures), act=act)
+
+    return FailingStore(uri.removeprefix("s3://"), "")
 
 
 TIMEOUT = ReadTimeoutError(endpoint_url="http://store")
@@ -186,44 +190,44 @@ CONFLICT = ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutOb
 TAKEN = ClientError({"Error": {"Code": "PreconditionFailed"}}, "PutObject")
 
 
-def test_a_put_whose_answer_was_lost_is_known_as_ours(s3: str) -> None:
-    store = interrupted(s3, "put_object", TIMEOUT, act=True)
+def test_a_put_whose_response_was_lost_counts_as_ours(s3: str) -> None:
+    store = failing_store(s3, "put_object", TIMEOUT, act=True)
     assert store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_resent_put_refused_because_of_itself_is_ours(s3: str) -> None:
-    """botocore resends a PUT whose connection broke; the resent one meets the first one."""
-    store = interrupted(s3, "put_object", TAKEN, act=True)
+def test_a_resent_put_that_meets_its_own_object_counts_as_ours(s3: str) -> None:
+    """botocore resends a PUT whose connection broke, and the second one meets the first."""
+    store = failing_store(s3, "put_object", TAKEN, act=True)
     assert store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_put_that_never_arrived_is_sent_again(s3: str, no_sleep: None) -> None:
-    store = interrupted(s3, "put_object", TIMEOUT)
+def test_a_put_that_never_arrived_is_retried(s3: str, no_sleep: None) -> None:
+    store = failing_store(s3, "put_object", TIMEOUT)
     assert store.put_if_absent("unit", b"ours", writer="me")
     assert store.get("unit") == b"ours"
 
 
-def test_a_lost_answer_to_a_lost_race_is_lost(s3: str, no_sleep: None) -> None:
+def test_a_put_whose_response_was_lost_loses_to_an_earlier_writer(s3: str, no_sleep: None) -> None:
     open_store(s3).put_if_absent("unit", b"theirs", writer="them")
-    store = interrupted(s3, "put_object", TIMEOUT)
+    store = failing_store(s3, "put_object", TIMEOUT)
     assert not store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_conflicting_put_is_tried_again(s3: str, no_sleep: None) -> None:
-    store = interrupted(s3, "put_object", CONFLICT, CONFLICT)
+def test_a_conflicting_put_is_retried(s3: str, no_sleep: None) -> None:
+    store = failing_store(s3, "put_object", CONFLICT, CONFLICT)
     assert store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_broken_body_is_read_again(s3: str, no_sleep: None) -> None:
+def test_a_broken_response_body_is_retried(s3: str, no_sleep: None) -> None:
     open_store(s3).put("x", b"data")
     broken = IncompleteReadError(actual_bytes=1, expected_bytes=4)
-    assert interrupted(s3, "get_object", broken, TIMEOUT).get("x") == b"data"
+    assert failing_store(s3, "get_object", broken, TIMEOUT).get("x") == b"data"
 
 
-def test_retries_end_in_a_store_error(s3: str, no_sleep: None) -> None:
+def test_exhausted_retries_raise_a_store_error(s3: str, no_sleep: None) -> None:
     open_store(s3).put("x", b"data")
     with pytest.raises(StoreError, match="no answer"):
-        interrupted(s3, "get_object", *[TIMEOUT] * 9).get("x")
+        failing_store(s3, "get_object", *[TIMEOUT] * 9).get("x")
 
 
 @pytest.fixture

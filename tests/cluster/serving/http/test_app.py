@@ -1,3 +1,5 @@
+"""The HTTP API: OpenAI's shapes and errors, refused fields, limits, and the official client."""
+
 from __future__ import annotations
 
 import json
@@ -10,6 +12,7 @@ import httpx
 import openai
 import pytest
 import ray
+from openai.types.chat import ChatCompletionUserMessageParam
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
@@ -21,21 +24,21 @@ from cluster.serving.fleet import Fleet
 from cluster.serving.http.app import ApiSettings
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.edge import (
-    ASKED,
-    Recorded,
-    ask,
+    USER_MESSAGE,
+    RecordingReplica,
+    complete,
     data_uri,
     image_part,
-    refusal,
-    send,
+    read_error,
+    send_request,
     text_part,
-    user,
+    user_message,
 )
 from tests.cluster.fake_engine import expected_text, picture
 
 
-def test_an_answer_has_openais_shape_and_says_how_many_visual_tokens_were_kept() -> None:
-    answer = ask(prune={"method": "sppruner", "retain": 0.22}).json()
+def test_a_response_has_openais_shape_and_the_visual_tokens_in_its_usage() -> None:
+    answer = complete(prune={"method": "sppruner", "retain": 0.22}).json()
 
     (choice,) = answer["choices"]
     assert choice["message"] == {
@@ -49,26 +52,26 @@ def test_an_answer_has_openais_shape_and_says_how_many_visual_tokens_were_kept()
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-def test_the_endpoints_default_pruning_applies_where_a_request_asks_for_none() -> None:
-    half = ApiSettings(default_spec=PruneSpec(method="grid", budget=Budget(ratio=0.5)))
-    assert ask(settings=half).json()["usage"]["visual_tokens_kept"] == 50
-    dense = ask(settings=half, prune={"method": "none"}).json()
+def test_the_default_pruning_applies_to_requests_without_a_prune_field() -> None:
+    half_budget = ApiSettings(default_spec=PruneSpec(method="grid", budget=Budget(ratio=0.5)))
+    assert complete(settings=half_budget).json()["usage"]["visual_tokens_kept"] == 50
+    dense = complete(settings=half_budget, prune={"method": "none"}).json()
     assert dense["usage"]["visual_tokens_kept"] == 100
 
 
-def test_a_system_prompt_means_the_same_as_a_string_and_as_a_list() -> None:
-    replicas = Recorded()
+def test_a_system_prompt_may_be_a_string_or_a_list_of_parts() -> None:
+    replicas = RecordingReplica()
     for content in ("be brief", [text_part("be brief")]):
-        ask(replicas, messages=[{"role": "system", "content": content}, ASKED])
-    assert [call.system for call in replicas.calls] == ["be brief"] * 2
+        complete(replicas, messages=[{"role": "system", "content": content}, USER_MESSAGE])
+    assert [call.system for call in replicas.requests] == ["be brief"] * 2
 
 
-def test_generation_settings_reach_the_engine_and_greedy_requests_share_one_setting() -> None:
-    replicas = Recorded()
-    ask(replicas, max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=3)
-    ask(replicas, max_tokens=9, seed=1)
-    ask(replicas, max_tokens=9, seed=2, temperature=0)
-    first, second, third = (call.generation for call in replicas.calls)
+def test_sampling_params_reach_the_engine_and_are_equal_for_greedy_requests() -> None:
+    replicas = RecordingReplica()
+    complete(replicas, max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=3)
+    complete(replicas, max_tokens=9, seed=1)
+    complete(replicas, max_tokens=9, seed=2, temperature=0)
+    first, second, third = (call.generation for call in replicas.requests)
     assert (first.max_new_tokens, first.temperature, first.top_p, first.seed) == (7, 0.5, 0.9, 3)
     assert second == third
 
@@ -88,50 +91,54 @@ def test_generation_settings_reach_the_engine_and_greedy_requests_share_one_sett
         ({"prune": {"method": "sppruner", "retain": 0.5, "tokens": 5}}, "prune"),
         ({"prune": {"method": "sppruner", "keep": 0.5}}, "prune.keep"),
         ({"messages": []}, "messages"),
-        ({"messages": [ASKED, ASKED]}, "messages"),
-        ({"messages": [user(*[image_part(data_uri(b"x"))] * 9)]}, "messages"),
+        ({"messages": [USER_MESSAGE, USER_MESSAGE]}, "messages"),
+        ({"messages": [user_message(*[image_part(data_uri(b"x"))] * 9)]}, "messages"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name_not_ignored(
+def test_unsupported_fields_are_refused_by_name_and_not_ignored(
     fields: dict[str, Any], param: str
 ) -> None:
-    replicas = Recorded()
-    status, error = refusal(ask(replicas, **fields))
+    replicas = RecordingReplica()
+    status, error = read_error(complete(replicas, **fields))
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert error["param"] == param or error["param"].startswith(f"{param}.")
-    assert not replicas.calls
+    assert not replicas.requests
 
 
-def test_labels_of_a_request_are_taken_and_left_alone() -> None:
-    assert ask(user="me", metadata={"a": "b"}, stream_options=None).status_code == 200
+def test_user_and_metadata_fields_are_accepted_and_ignored() -> None:
+    assert complete(user="me", metadata={"a": "b"}, stream_options=None).status_code == 200
 
 
 @pytest.mark.parametrize(
     "url", ["https://example.com/a.png", "http://169.254.169.254/", "file:///etc/passwd", "x"]
 )
-def test_no_url_is_ever_fetched(url: str) -> None:
-    status, error = refusal(ask(messages=[user(image_part(url))]))
+def test_remote_urls_are_never_fetched(url: str) -> None:
+    status, error = read_error(complete(messages=[user_message(image_part(url))]))
     assert (status, error["code"]) == (400, "image_url_not_supported")
     assert "fetches nothing" in error["message"]
 
 
-def test_bad_base64_and_bytes_that_are_no_image_are_the_clients_error() -> None:
-    status, error = refusal(ask(messages=[user(image_part("data:image/png;base64,@@@"))]))
+def test_invalid_base64_and_bytes_that_are_not_an_image_are_client_errors() -> None:
+    status, error = read_error(
+        complete(messages=[user_message(image_part("data:image/png;base64,@@@"))])
+    )
     assert (status, error["code"]) == (400, "invalid_image")
-    status, error = refusal(ask(messages=[user(image_part(data_uri(b"<html>")))]))
+    status, error = read_error(complete(messages=[user_message(image_part(data_uri(b"<html>")))]))
     assert (status, error["code"]) == (400, "image_undecodable")
 
 
 def test_an_image_over_the_limit_is_refused_before_it_is_decoded() -> None:
-    replicas = Recorded()
-    small = ApiSettings(media=MediaLimits(max_bytes=100))
-    status, error = refusal(ask(replicas, small, messages=[user(image_part(data_uri(b"x" * 200)))]))
+    replicas = RecordingReplica()
+    byte_limit = ApiSettings(media=MediaLimits(max_bytes=100))
+    status, error = read_error(
+        complete(replicas, byte_limit, messages=[user_message(image_part(data_uri(b"x" * 200)))])
+    )
     assert (status, error["code"]) == (413, "image_too_large")
-    assert not replicas.calls
+    assert not replicas.requests
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_a_body_over_the_limit_is_read_no_further(stated: bool) -> None:
+def test_a_body_over_the_limit_is_not_read_to_its_end(stated: bool) -> None:
     read = 0
 
     async def endless() -> Any:
@@ -141,29 +148,29 @@ def test_a_body_over_the_limit_is_read_no_further(stated: bool) -> None:
             yield b" " * 1000
 
     headers = {"content-length": "1000000"} if stated else {}
-    small = ApiSettings(max_body_bytes=5000)
-    response = send(
-        "POST", "/v1/chat/completions", settings=small, content=endless(), headers=headers
+    body_limit = ApiSettings(max_body_bytes=5000)
+    response = send_request(
+        "POST", "/v1/chat/completions", settings=body_limit, content=endless(), headers=headers
     )
-    status, error = refusal(response)
+    status, error = read_error(response)
     assert (status, error["code"]) == (413, "body_too_large")
     assert read < 10_000
 
 
-def test_an_unknown_model_is_404_and_names_the_one_there_is() -> None:
-    status, error = refusal(ask(model="gpt-4o"))
+def test_an_unknown_model_is_404_and_the_error_names_the_served_one() -> None:
+    status, error = read_error(complete(model="gpt-4o"))
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
     assert "'fake'" in error["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": 1}'])
-def test_a_body_that_is_no_request_is_400(body: bytes) -> None:
-    assert refusal(send("POST", "/v1/chat/completions", content=body))[0] == 400
+def test_an_invalid_body_is_400(body: bytes) -> None:
+    assert read_error(send_request("POST", "/v1/chat/completions", content=body))[0] == 400
 
 
-def test_an_unknown_path_and_method_have_openais_error_shape_too() -> None:
-    assert refusal(send("GET", "/v1/nothing"))[0] == 404
-    assert refusal(send("GET", "/v1/chat/completions"))[0] == 405
+def test_errors_of_unknown_paths_and_methods_have_openais_shape() -> None:
+    assert read_error(send_request("GET", "/v1/nothing"))[0] == 404
+    assert read_error(send_request("GET", "/v1/chat/completions"))[0] == 405
 
 
 @pytest.mark.parametrize(
@@ -171,36 +178,41 @@ def test_an_unknown_path_and_method_have_openais_error_shape_too() -> None:
     [Busy("full"), BackPressureError(9, 8), ActorDiedError()],
     ids=lambda e: type(e).__name__,
 )
-def test_overload_and_a_dying_replica_are_503_with_retry_after(failure: Exception) -> None:
-    response = ask(Recorded(failure))
-    status, error = refusal(response)
+def test_overload_and_a_replica_death_are_503_with_retry_after(failure: Exception) -> None:
+    response = complete(RecordingReplica(failure))
+    status, error = read_error(response)
     assert (status, error["code"], error["type"]) == (503, "overloaded", "server_error")
     assert response.headers["retry-after"] == "1"
 
 
-def test_an_internal_error_says_nothing_of_the_inside() -> None:
-    status, error = refusal(ask(Recorded(TypeError("secret path"))))
+def test_an_internal_error_does_not_leak_its_message() -> None:
+    status, error = read_error(complete(RecordingReplica(TypeError("secret path"))))
     assert (status, error["code"]) == (500, "internal")
     assert "secret" not in json.dumps(error)
 
 
-def test_the_engines_own_errors_are_400_for_the_prompt_and_500_for_the_model() -> None:
-    bad = user(text_part("bad"), image_part(data_uri(picture(1))))
-    assert refusal(ask(messages=[bad]))[0] == 400
-    failing = user(text_part("raise"), image_part(data_uri(picture(1))))
-    status, error = refusal(ask(messages=[failing]))
+def test_engine_errors_are_400_for_the_prompt_and_500_for_the_model() -> None:
+    bad = user_message(text_part("bad"), image_part(data_uri(picture(1))))
+    assert read_error(complete(messages=[bad]))[0] == 400
+    failing = user_message(text_part("raise"), image_part(data_uri(picture(1))))
+    status, error = read_error(complete(messages=[failing]))
     assert (status, error["code"]) == (500, "inference_failed")
     assert "raised" not in error["message"]
 
 
-def test_stop_strings_travel_as_one_or_several() -> None:
-    replicas = Recorded()
-    ask(replicas, stop="x")
-    ask(replicas, stop=["x", "yz"])
-    assert [call.generation.stop for call in replicas.calls] == [("x",), ("x", "yz")]
+def test_stop_may_be_one_string_or_several() -> None:
+    replicas = RecordingReplica()
+    complete(replicas, stop="x")
+    complete(replicas, stop=["x", "yz"])
+    assert [call.generation.stop for call in replicas.requests] == [("x",), ("x", "yz")]
 
 
-# From here on with real Serve and the official client.
+# The tests below use the official client on a real Serve.
+
+
+def typed_message(message: dict[str, Any]) -> ChatCompletionUserMessageParam:
+    """The message under the official client's type."""
+    return cast(ChatCompletionUserMessageParam, message)
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +221,12 @@ def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
         yield opened
 
 
-def test_the_official_client_gets_an_answer_with_pruning_in_extra_body(
+def test_the_official_client_passes_pruning_in_extra_body(
     client: openai.OpenAI,
 ) -> None:
     answer = client.chat.completions.create(
         model="fake-model",
-        messages=[cast(Any, ASKED)],
+        messages=[typed_message(USER_MESSAGE)],
         extra_body={"prune": {"method": "sppruner", "retain": 0.1}},
     )
     assert answer.choices[0].message.content == expected_text(picture(1), 10)
@@ -223,11 +235,11 @@ def test_the_official_client_gets_an_answer_with_pruning_in_extra_body(
     assert [model.id for model in client.models.list()] == ["fake-model"]
 
 
-def test_the_official_client_streams_to_done_with_usage(client: openai.OpenAI) -> None:
+def test_the_official_client_receives_a_stream_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model="fake-model",
-            messages=[cast(Any, ASKED)],
+            messages=[typed_message(USER_MESSAGE)],
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -239,17 +251,20 @@ def test_the_official_client_streams_to_done_with_usage(client: openai.OpenAI) -
 
 
 def test_the_official_client_raises_its_typed_errors(client: openai.OpenAI) -> None:
-    remote = user(image_part("https://example.com/a.png"))
+    remote = typed_message(user_message(image_part("https://example.com/a.png")))
     with pytest.raises(openai.BadRequestError, match="fetches nothing"):
-        client.chat.completions.create(model="fake-model", messages=[remote])  # type: ignore[list-item]
+        client.chat.completions.create(model="fake-model", messages=[remote])
     with pytest.raises(openai.NotFoundError, match="fake-model"):
-        client.chat.completions.create(model="other", messages=[ASKED])  # type: ignore[list-item]
+        client.chat.completions.create(model="other", messages=[typed_message(USER_MESSAGE)])
 
 
-def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(fleet: Fleet) -> None:
+def test_a_client_disconnect_removes_its_request_from_the_queue(fleet: Fleet) -> None:
     url = f"{fleet.http_url}/v1/chat/completions"
-    slow = {"model": "fake-model", "messages": [user(text_part("slow"), ASKED["content"][1])]}
-    quick = {"model": "fake-model", "messages": [ASKED], "max_tokens": 5}
+    slow = {
+        "model": "fake-model",
+        "messages": [user_message(text_part("slow"), USER_MESSAGE["content"][1])],
+    }
+    quick = {"model": "fake-model", "messages": [USER_MESSAGE], "max_tokens": 5}
 
     rows_before = fleet.stats().rows
     with ThreadPoolExecutor() as pool:
@@ -264,7 +279,7 @@ def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(fleet: Fleet
     assert fleet.stats().rows == rows_before + 1
 
 
-def test_runs_are_those_the_controller_knows(fleet: Fleet) -> None:
+def test_the_runs_route_lists_the_controllers_runs(fleet: Fleet) -> None:
     url = f"{fleet.http_url}/v1/runs"
     ray.kill(get_controller())  # runs of other tests
     assert httpx.get(url).json() == {"object": "list", "data": []}

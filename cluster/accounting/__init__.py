@@ -1,0 +1,1 @@
+"""What committed rows cost and saved: ledgers, the measured speed-up, the break-even rule."""

@@ -1,0 +1,1 @@
+"""The output prefix of a run: its layout, manifest, checks, commits and summary."""

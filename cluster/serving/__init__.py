@@ -1,0 +1,1 @@
+"""Model replicas behind Ray Serve: engine, application, attaching to it, and HTTP."""

@@ -1,0 +1,1 @@
+"""What an engine keeps in memory: KV slots, encoded images, prefixes of prompts."""

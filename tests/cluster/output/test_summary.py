@@ -88,7 +88,7 @@ def test_a_vqa_run_without_references_has_no_accuracy(tmp_path: Path) -> None:
 
 
 def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path) -> None:
-    """`report.py --json` and `_run/summary.json` are read by programs: their keys are a contract."""
+    """`report.py --json` and `_run/summary.json` are read by programs: keys are a contract."""
     columns = {"question": ["q"] * 4, "answers": [["red"]] * 4}
     planned = plan_two_units(tmp_path, kind="vqa", **columns)
     outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["red"]]}

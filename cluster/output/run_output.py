@@ -55,10 +55,6 @@ class RunOutput:
         """The prefix, without a slash at its end."""
         return self._store.uri
 
-    def unit_uri(self, unit_id: str) -> str:
-        """The address of a committed unit, for messages."""
-        return self._store.uri_of(_unit_key(unit_id))
-
     # The manifest
 
     def manifest(self) -> Manifest | None:

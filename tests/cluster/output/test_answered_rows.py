@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import UsageError
@@ -66,3 +68,14 @@ def test_without_answered_rows_the_error_depends_on_whether_the_run_is_complete(
     commit(planned, 1, [FAILED, FAILED])
     with pytest.raises(UsageError, match=r"every row failed: .* to another --output"):
         keys(planned, 1)
+
+
+def test_rows_of_a_version_without_kept_tokens_are_refused(planned: Planned) -> None:
+    """An overlay of such rows could not show which tokens the model saw."""
+    commit(planned, 0, [None, None])
+    key = f"{planned.units[0].unit_id}.parquet"
+    store = open_store(planned.output.uri)
+    committed = pq.read_table(io.BytesIO(store.get(key)))
+    put_parquet(store, key, committed.drop_columns(["kept_tokens"]))
+    with pytest.raises(UsageError, match="do not say which tokens were kept"):
+        answered_rows(planned.output.uri, 1)

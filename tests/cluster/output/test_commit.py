@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.data.datasource import WriteResult
+from structlog.testing import capture_logs
 
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import Kind, MediaLimits
@@ -26,7 +28,8 @@ from cluster.output.run_output import RunOutput
 from cluster.schema import COST_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
-from tests.cluster.corpora import Planned, plan
+from tests.cluster.corpora import Planned, plan, put_parquet, read_all
+from tests.cluster.fake_engine import picture
 from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
 
 COMPLETE = table(row(2), row(0), row(1))
@@ -103,7 +106,7 @@ def test_missing_and_unknown_columns_are_refused_by_name(store: Store) -> None:
         commit(COMPLETE.rename_columns(["extra", *COMPLETE.column_names[1:]]), store)
 
 
-# The tests below run on a real Ray, from a corpus on S3 to committed units.
+# From a corpus to committed units, without Ray.
 
 
 def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
@@ -128,6 +131,56 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
     source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
     schema = pa.schema([*output_schema(source_schema, kind), COST_FIELD])
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+@pytest.fixture
+def local_run(tmp_path: Path) -> Planned:
+    """Three units of four, four and two rows, on a local store."""
+    images = pa.array([picture(number) for number in range(10)], pa.binary())
+    put_parquet(open_store(f"{tmp_path}/in"), "a.parquet", pa.table({"image": images}))
+    return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=4)
+
+
+def label_rows(planned: Planned) -> pa.Table:
+    """The labelled rows of all units, in the order of the manifest."""
+    return labelled(read_all(planned), run_id=planned.manifest.run_id, kind="caption")
+
+
+def test_a_unit_is_committed_once_all_its_rows_have_arrived_in_any_blocks(
+    local_run: Planned,
+) -> None:
+    """Ray Data may merge and slice blocks between the labeller and the sink."""
+    rows = label_rows(local_run)
+    blocks = [rows.slice(0, 3), rows.slice(3, 6), rows.slice(9, 1)]
+    sink = CommitSink(*local_run)
+    outcomes = sink.write(blocks, None)
+    assert [(o.unit_id, o.rows, o.won) for o in outcomes] == [
+        (unit.unit_id, unit.row_count, True) for unit in local_run.units
+    ]
+    assert sink.get_name() == "Commit"
+    assert local_run.output.committed_units() == {unit.unit_id for unit in local_run.units}
+
+
+def test_a_unit_whose_rows_did_not_all_arrive_is_refused(local_run: Planned) -> None:
+    """The sink must not wait for rows that never arrive, nor commit the unit without them."""
+    complete, incomplete, _ = local_run.units
+    with pytest.raises(CommitRefused, match=f"{incomplete.unit_id} has 3 rows"):
+        CommitSink(*local_run).write([label_rows(local_run).slice(0, 7)], None)
+    assert local_run.output.committed_units() == {complete.unit_id}
+
+
+def test_the_end_of_a_write_logs_commits_and_lost_races(local_run: Planned) -> None:
+    sink = CommitSink(*local_run)
+    rows = label_rows(local_run)
+    first, second = sink.write([rows.slice(0, 4)], None), sink.write([rows], None)
+    result = WriteResult(num_rows=14, size_bytes=0, write_returns=[first, second])
+    with capture_logs() as events:
+        sink.on_write_complete(result)
+    (event,) = events
+    assert (event["event"], event["committed"], event["lost_races"]) == ("write_complete", 3, 1)
+
+
+# The tests below run on a real Ray, from a corpus on S3 to committed units.
 
 
 class RecordingSink(CommitSink):

@@ -123,6 +123,13 @@ def test_an_input_without_a_corpus_is_refused_and_its_objects_listed(place: str)
         plan(store.uri, f"{place}/out")
 
 
+def test_a_corpus_without_rows_is_refused(place: str) -> None:
+    """A run of no units would report success and write nothing."""
+    put_parquet(open_store(f"{place}/in"), "a.parquet", rows(0))
+    with pytest.raises(UsageError, match="1 files without a single row"):
+        plan(f"{place}/in", f"{place}/out")
+
+
 def test_mixed_formats_are_refused(source: Store, place: str) -> None:
     source.put("x.tar", tar_bytes([("a.jpg", b"x")]))
     with pytest.raises(UsageError, match=r"mixes Parquet \(a\.parquet\) and WebDataset \(x\.tar\)"):

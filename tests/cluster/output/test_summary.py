@@ -1,0 +1,117 @@
+"""The summary: sums over committed units, duplicate keys and accuracy, from the output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.ledger import UnitLedger
+from cluster.errors import UsageError
+from cluster.output import summary as summary_module
+from cluster.output.accuracy import Accuracy
+from cluster.output.summary import Attempt, summarise
+from cluster.store import open_store
+from tests.cluster.corpora import Planned, plan, put_parquet
+from tests.cluster.labelled_tables import SPEC
+
+
+def plan_two_units(folder: Path, *, kind: str = "caption", **columns: Any) -> Planned:
+    """A run of two units of two rows over a corpus with these columns."""
+    images = pa.array([b"0", b"1", b"2", b"3"], pa.binary())
+    put_parquet(open_store(f"{folder}/in"), "a.parquet", pa.table({"image": images, **columns}))
+    return plan(f"{folder}/in", f"{folder}/out", kind=kind, spec=SPEC, unit_rows=2)
+
+
+def commit(planned: Planned, number: int, ledger: UnitLedger, **columns: Any) -> None:
+    """Commits unit `number` with the columns that a summary reads."""
+    unit_id = planned.units[number].unit_id
+    assert planned.output.commit_unit(unit_id, pa.table(columns), ledger, writer="w")
+
+
+def test_a_run_without_commits_is_incomplete_and_has_no_measurements(tmp_path: Path) -> None:
+    summary = summarise(plan_two_units(tmp_path).output)
+    assert (summary.state, summary.units, summary.units_done) == ("incomplete", 2, 0)
+    assert (summary.rows_planned, summary.total) == (4, UnitLedger())
+    assert (summary.measured, summary.duplicate_keys, summary.accuracy) == (None, None, None)
+    assert (summary.attempt, summary.break_even) == (None, None)
+
+
+def test_a_summary_sums_committed_units_and_counts_rows_with_shared_keys(tmp_path: Path) -> None:
+    planned = plan_two_units(tmp_path)
+    commit(planned, 0, UnitLedger(rows=2, control_pairs=((1, 2),)), key=["a", "b"])
+    assert summarise(planned.output).state == "incomplete"
+    assert summarise(planned.output).duplicate_keys == 0
+
+    commit(planned, 1, UnitLedger(rows=2, failed={"image_missing": 1}), key=["a", "c"])
+    summary = summarise(planned.output.uri)
+    assert (summary.state, summary.units_done) == ("completed_with_errors", 2)
+    assert (summary.total.rows, summary.total.rows_failed) == (4, 1)
+    assert summary.duplicate_keys == 2
+    assert summary.measured is not None
+    assert summary.measured.ratio == 2.0
+
+
+def test_units_of_another_run_in_the_prefix_are_not_summed(tmp_path: Path) -> None:
+    planned = plan_two_units(tmp_path)
+    commit(planned, 0, UnitLedger(rows=2), key=["a", "b"])
+    planned.output.commit_unit("stray", pa.table({"key": ["x"]}), UnitLedger(rows=1), writer="w")
+    assert summarise(planned.output).total.rows == 2
+
+
+def test_keys_of_a_run_with_too_many_rows_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys of a large run do not fit the driver's memory."""
+    planned = plan_two_units(tmp_path)
+    commit(planned, 0, UnitLedger(rows=2), key=["a", "a"])
+    monkeypatch.setattr(summary_module, "_KEYS_COMPARED", 1)
+    assert summarise(planned.output).duplicate_keys is None
+
+
+def test_a_vqa_run_with_references_has_an_accuracy(tmp_path: Path) -> None:
+    columns = {"question": ["q"] * 4, "answers": [["red"], ["blue"], ["red"], ["red"]]}
+    planned = plan_two_units(tmp_path, kind="vqa", **columns)
+    outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["blue"]]}
+    commit(planned, 0, UnitLedger(rows=2), **outputs)
+    assert summarise(planned.output).accuracy == Accuracy(scored=2, mean=0.5)
+
+
+def test_a_vqa_run_without_references_has_no_accuracy(tmp_path: Path) -> None:
+    planned = plan_two_units(tmp_path, kind="vqa", question=["q"] * 4)
+    commit(planned, 0, UnitLedger(rows=2), key=["a", "b"], answer=["red", "blue"])
+    assert summarise(planned.output).accuracy is None
+
+
+def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path) -> None:
+    """`report.py --json` and `_run/summary.json` are read by programs: keys are a contract."""
+    columns = {"question": ["q"] * 4, "answers": [["red"]] * 4}
+    planned = plan_two_units(tmp_path, kind="vqa", **columns)
+    outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["red"]]}
+    ledger = UnitLedger(rows=2, control_pairs=((1, 3),), agreements=1)
+    commit(planned, 0, ledger, **outputs)
+    planned.output.keep_break_even(BreakEven(measured=None))
+    attempt = Attempt(
+        rows=2,
+        wall_seconds=4.0,
+        start_seconds=1.0,
+        rows_per_second=0.5,
+        replicas=1,
+        replica_busy_share=None,
+    )
+    data = json.loads(summarise(planned.output, attempt).to_json())
+    assert (data["run_id"], data["state"]) == (planned.manifest.run_id, "incomplete")
+    assert data["attempt"]["rows_per_second"] == 0.5
+    assert data["break_even"] == {"pays": False, "measured": None}
+    assert data["accuracy"] == {"scored": 2, "mean": 1.0}
+    assert data["measured"]["dense_over_pruned"]["ratio"] == 3.0
+    assert data["measured"]["control_agreements"] == 1
+
+
+def test_a_prefix_without_a_run_cannot_be_summarised(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        summarise(str(tmp_path))

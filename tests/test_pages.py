@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,15 @@ HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 SCRIPT = re.compile(r"\b(?:jobs|tests)/[\w/-]+\.py\b")
 
 
-def pages() -> Iterator[str]:
+def pages() -> list[str]:
     """Every Markdown page, relative to the root; tools keep their own in hidden folders."""
+    found = []
     for page in sorted(ROOT.rglob("*.md")):
         folders = page.relative_to(ROOT).parts[:-1]
         hidden = {name for name in folders if name.startswith(".")} - {".github"}
         if not hidden and not UNTRACKED & set(folders):
-            yield str(page.relative_to(ROOT))
+            found.append(str(page.relative_to(ROOT)))
+    return found
 
 
 def anchors(page: Path) -> set[str]:

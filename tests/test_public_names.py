@@ -30,7 +30,7 @@ PUBLIC = {
     """,
     "sppruner.selectors": "Selector available selector_for",
     "sppruner.stages": """
-        LastQueryProbe Scoring StageDriver StagePlan TokenSchedule staged_static_cache
+        LastQueryProbe StageDriver StagePlan TokenSchedule staged_static_cache
     """,
     "cluster": """
         RunConfig RunOutput endpoint label_units open_fleet run summarise

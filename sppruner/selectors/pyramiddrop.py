@@ -8,7 +8,8 @@ from typing import ClassVar, cast
 
 from sppruner.errors import SpecError
 from sppruner.selectors.staged import StagedSelector
-from sppruner.stages import Scoring, TokenSchedule
+from sppruner.stages import TokenSchedule
+from sppruner.stages.plan import Scoring
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,11 @@
 
 from sppruner.stages.cache import staged_static_cache
 from sppruner.stages.driver import StageDriver
-from sppruner.stages.plan import Scoring, StagePlan, TokenSchedule
+from sppruner.stages.plan import StagePlan, TokenSchedule
 from sppruner.stages.probe import LastQueryProbe
 
 __all__ = [
     "LastQueryProbe",
-    "Scoring",
     "StageDriver",
     "StagePlan",
     "TokenSchedule",

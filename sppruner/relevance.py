@@ -25,7 +25,7 @@ class UsesRelevance(Protocol):
     @property
     def relevance_source(self) -> RelevanceSource: ...
     @property
-    def relevance_join(self) -> RelevancePool: ...
+    def relevance_pooling(self) -> RelevancePool: ...
 
 
 # What each source of relevance needs, in an error's words.
@@ -146,7 +146,7 @@ class TextRelevance:
         """Those at hand."""
         return frozenset(self._scorers)
 
-    def of(
+    def add_relevance(
         self,
         images: Sequence[EncodedImage],
         selectors: Sequence[UsesRelevance | None],
@@ -168,7 +168,7 @@ class TextRelevance:
     ) -> EncodedImage:
         if selector is None or selector.relevance_source == "none":
             return image
-        scorer, pool = self._scorers[selector.relevance_source], selector.relevance_join
+        scorer, pool = self._scorers[selector.relevance_source], selector.relevance_pooling
         planes = tuple(
             replace(plane, relevance_N=scorer.score(plane, instruction, pool))
             for plane in image.planes

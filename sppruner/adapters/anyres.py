@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
-from sppruner.adapters.tiles import layer_before, read
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.tiles import layer_of_state, stack_signals
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.cost import ImageShape
 from sppruner.errors import InputError
 from sppruner.signals import CONTENT_SEED, content_seed, probing
@@ -155,16 +155,16 @@ class AnyresAdapter(Adapter):
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
         layers, feature_layer = tower.encoder.layers, self.model.config.vision_feature_layer
-        probe = self._probe(layer_before(layers, feature_layer).self_attn)
+        probe = self._probe(layer_of_state(layers, feature_layer).self_attn)
         wanted = signals - {CONTENT_SEED}
         sizes = {k: inputs[k] for k in ("image_sizes", "batch_num_images") if k in inputs}
         reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(
                 pixel_values=pixels, return_dict=True, **sizes
             )
         states_TPV = self._patch_states(output)
-        known = read(probe, len(states_TPV)) if wanted else {}
+        known = stack_signals(probe, len(states_TPV)) if wanted else {}
         tiles = _tile_pixels(pixels, layouts)
         images, first = [], 0
         for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder
-from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
+from sppruner.adapters.tiles import group_patches, average_patch_signal, stack_signals, find_runs, tiled_images
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
@@ -57,7 +57,7 @@ class Idefics3Adapter(Adapter):
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         ids = inputs["input_ids"].tolist()
-        spans = runs(self.placeholders(inputs["input_ids"]))
+        spans = find_runs(self.placeholders(inputs["input_ids"]))
         per_tile = self._shape(1).tokens
         for row, start, stop in spans:
             if stop - start != per_tile:
@@ -99,14 +99,14 @@ class Idefics3Adapter(Adapter):
                 pixel_attention_mask=inputs.get("pixel_attention_mask"),
                 return_dict=True,
             )
-        hidden_TNV = merged(output.last_hidden_state, factor).flatten(2)
-        known = read(probe, len(hidden_TNV)) if wanted else {}
+        hidden_TNV = group_patches(output.last_hidden_state, factor).flatten(2)
+        known = stack_signals(probe, len(hidden_TNV)) if wanted else {}
         images = tiled_images(
             shapes,
             features_TND=torch.cat(output.pooler_output).view(*hidden_TNV.shape[:2], -1),
             hidden_TNV=hidden_TNV,
             pixels=tiles,
-            read={name: merged_signal(values, factor) for name, values in known.items()},
+            read={name: average_patch_signal(values, factor) for name, values in known.items()},
             signals=signals,
         )
         return Encoded(images=images, output=output)

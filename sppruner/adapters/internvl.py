@@ -13,14 +13,14 @@ from torch import Tensor
 from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import (
-    layer_before,
+    layer_of_state,
     merged,
-    merged_signal,
+    average_patch_signal,
     read,
     runs,
     tiled_images,
 )
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.capabilities import Capabilities
 from sppruner.compact import Compacted
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
@@ -68,7 +68,7 @@ class InternVLAdapter(Adapter):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         per_tile = self._shape(1).tokens
         found = []
-        for row, start, stop in runs(self.placeholders(inputs["input_ids"])):
+        for row, start, stop in find_runs(self.placeholders(inputs["input_ids"])):
             tiles, rest = divmod(stop - start, per_tile)
             if rest:
                 raise InputError(
@@ -91,22 +91,22 @@ class InternVLAdapter(Adapter):
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
         layers, feature_layer = tower.encoder.layer, config.vision_feature_layer
-        probe = ClsRowProbe(layer_before(layers, feature_layer).attention)
+        probe = ClsRowProbe(layer_of_state(layers, feature_layer).attention)
         wanted = signals - {CONTENT_SEED}
         reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
         if feature_layer == -1:
             states = output.last_hidden_state
         else:
             states = output.hidden_states[feature_layer]
-        known = read(probe, len(states)) if wanted else {}
+        known = stack_signals(probe, len(states)) if wanted else {}
         images = tiled_images(
             shapes,
             features_TND=output.pooler_output,
-            hidden_TNV=merged(states[:, 1:], factor).flatten(2),
+            hidden_TNV=group_patches(states[:, 1:], factor).flatten(2),
             pixels=pixels,
-            read={name: merged_signal(values, factor) for name, values in known.items()},
+            read={name: average_patch_signal(values, factor) for name, values in known.items()},
             signals=signals,
         )
         return Encoded(images=images, output=output)

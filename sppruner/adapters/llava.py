@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
-from sppruner.adapters.tiles import layer_before
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.tiles import layer_of_state
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
 from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
@@ -54,10 +54,10 @@ class LlavaAdapter(Adapter):
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower, feature_layer = self.model.model.vision_tower, self.model.config.vision_feature_layer
         layers = tower.encoder.layers
-        probe = ClsRowProbe(layer_before(layers, feature_layer).self_attn)
+        probe = ClsRowProbe(layer_of_state(layers, feature_layer).self_attn)
         wanted = signals & {ATTENTION, CLS_ATTENTION, KEYS}
         reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
         features = list(output.pooler_output)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
-from sppruner.adapters.tiles import runs
-from sppruner.adapters.towers import spans_together
+from sppruner.adapters.tiles import find_runs
+from sppruner.adapters.towers import batched_span_attention
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, QwenEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
@@ -75,7 +75,7 @@ class QwenVLAdapter(Adapter):
         if inputs.get("pixel_values_videos") is not None or self._video(ids_BS).any():
             raise InputError("the prompts hold a video: videos are not pruned, send images only")
         places = self.assign_rows([shape.tokens for shape in shapes], ids_BS)
-        spans = runs(self.placeholders(ids_BS))
+        spans = find_runs(self.placeholders(ids_BS))
         for row in range(len(ids_BS)):
             held = [stop - start for at, start, stop in spans if at == row]
             given = [s.tokens for (at, _), s in zip(places, shapes, strict=True) if at == row]
@@ -107,7 +107,7 @@ class QwenVLAdapter(Adapter):
         probe = ReceivedProbe(self._saliency_attention())
         wanted = signals - {CONTENT_SEED}
         reading = probing(tower, probe) if wanted else nullcontext()
-        with spans_together(tower), reading:  # in this order: a probe wraps the attention it finds
+        with batched_span_attention(tower), reading:  # in this order: a probe wraps the attention it finds
             output = self.model.model.get_image_features(
                 pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
             )

@@ -22,7 +22,7 @@ class TileProbe(Protocol):
     def signals(self, image: int) -> dict[str, Tensor]: ...
 
 
-def layer_before(layers: nn.ModuleList, index: int) -> Any:
+def layer_of_state(layers: nn.ModuleList, index: int) -> Any:
     """The layer whose output is hidden state `index`: state 0 is the embeddings, -1 the last.
 
     Saliency is read at the depth of the features (pruners such as VisionZip do the same).
@@ -30,13 +30,13 @@ def layer_before(layers: nn.ModuleList, index: int) -> Any:
     return layers[index if index < 0 else index - 1]
 
 
-def read(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
+def stack_signals(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
     """What a probe read of the tiles of a batch, by signal name: [T, P] or [T, P, C]."""
     each = [probe.signals(tile) for tile in range(tiles)]
     return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
-def runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
+def find_runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
     """(row, start, stop) of each unbroken run of True, in reading order."""
     edges = torch.nn.functional.pad(mask_BS.to(torch.int8), (1, 1)).diff(dim=1)
     starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
@@ -46,7 +46,7 @@ def runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
-def merged(values_TPC: Tensor, factor: int) -> Tensor:
+def group_patches(values_TPC: Tensor, factor: int) -> Tensor:
     """[T, P / factor², factor², C]: the patches behind each token, both in raster order.
 
     The families' pixel shuffles concatenate exactly these states to a token.
@@ -57,11 +57,11 @@ def merged(values_TPC: Tensor, factor: int) -> Tensor:
     return grid.reshape(tiles, side * side, factor * factor, width)
 
 
-def merged_signal(values: Tensor, factor: int) -> Tensor:
+def average_patch_signal(values: Tensor, factor: int) -> Tensor:
     """A signal of tokens from one of patches, [T, P] or [T, P, C]: the mean over the patches
     merged into each token."""
     values_TPC = values if values.dim() == 3 else values[..., None]
-    mean_TNC = merged(values_TPC, factor).mean(dim=2)
+    mean_TNC = group_patches(values_TPC, factor).mean(dim=2)
     return mean_TNC if values.dim() == 3 else mean_TNC[..., 0]
 
 

@@ -60,7 +60,7 @@ AttentionMaskInterface.register(_SPANS, ALL_MASK_ATTENTION_FUNCTIONS[_SDPA])
 
 
 @contextmanager
-def spans_together(tower: Any) -> Iterator[None]:
+def batched_span_attention(tower: Any) -> Iterator[None]:
     """Inside the block, a tower that packs images into one sequence attends to neighbouring spans
     of one length in one call. A tower with another attention than SDPA keeps its own."""
     config = tower.config
@@ -73,12 +73,12 @@ def spans_together(tower: Any) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def _pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
 @contextmanager
-def running_up_to(layers: nn.ModuleList, index: int) -> Iterator[None]:
+def skipping_layers_after(layers: nn.ModuleList, index: int) -> Iterator[None]:
     """Inside the block, layers behind hidden state `index` (0 is the embeddings, -1 the last) hand
     on what they are given: what the tower returns of them is no more than that state.
 
@@ -89,7 +89,7 @@ def running_up_to(layers: nn.ModuleList, index: int) -> Iterator[None]:
     # Where weights are offloaded, a layer already has a `forward` in front of its class's.
     before = [vars(layer).get("forward") for layer in behind]
     for layer in behind:
-        layer.forward = _hand_on
+        layer.forward = _pass_through
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from sppruner.decoder import first_prunable_layer
 from sppruner.errors import InputError, PruningHadNoEffect, UnsupportedModel
 from sppruner.signals import probing
 from sppruner.stages.plan import StagePlan, most_attended
-from sppruner.stages.probe import LastQueryProbe, own_row, scores_alone
+from sppruner.stages.probe import LastQueryProbe, compute_last_query_row, can_compute_last_query_row
 
 
 class StageDriver:
@@ -50,8 +50,8 @@ class StageDriver:
                 f"{adapter.capabilities.family}: this decoder cannot be pruned in front of layer "
                 f"{min(plan.keep)}; use a method that prunes before the decoder, such as 'sppruner'"
             )
-        asked = [index for index, rows in plan.own.items() if any(rows)]
-        if not all(scores_alone(self._decoder.layers[index]) for index in asked):
+        asked = [index for index, rows in plan.stage_scored.items() if any(rows)]
+        if not all(can_compute_last_query_row(self._decoder.layers[index]) for index in asked):
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: layers of this decoder cannot be asked for scores "
                 "before they run; use 'pyramiddrop' with scoring='before', or another method"
@@ -84,7 +84,7 @@ class StageDriver:
             self._probes = {
                 index: LastQueryProbe(layers[index - 1].self_attn)
                 for index in self._plan.keep
-                if not all(self._plan.own.get(index, [False]))
+                if not all(self._plan.stage_scored.get(index, [False]))
             }
             self._reading = stack.enter_context(ExitStack())
             if self._probes:
@@ -162,10 +162,10 @@ class StageDriver:
         self, index: int, layer: Any, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """[B, L] attention of the last token that each row's stage goes by."""
-        own = self._plan.own.get(index, [False])
+        own = self._plan.stage_scored.get(index, [False])
         if not any(own):
             return self._probes[index].take(self._mask_BL)
-        own_BL = own_row(layer, hidden_BLD, rotary, self._mask_BL)
+        own_BL = compute_last_query_row(layer, hidden_BLD, rotary, self._mask_BL)
         if all(own):
             return own_BL
         own_B1 = torch.tensor(own, device=hidden_BLD.device)[:, None]

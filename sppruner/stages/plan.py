@@ -54,11 +54,11 @@ class StagePlan:
     keep: dict[int, list[int]]
     attention_mask_BL: Tensor
     visual_BL: Tensor
-    own: dict[int, list[bool]] = field(default_factory=dict)
+    stage_scored: dict[int, list[bool]] = field(default_factory=dict)
     renumber: bool = False
 
     @classmethod
-    def of(
+    def from_schedules(
         cls,
         rows: Sequence[int],
         schedules: Sequence[TokenSchedule],
@@ -89,16 +89,16 @@ class StagePlan:
                 keep[layer][row] += schedule.at(layer)
             for layer, _ in schedule.stages:
                 ways[layer][row] = schedule.scoring
-        own = {}
+        stage_scored = {}
         for layer, way in ways.items():
             # Rows that lose nothing there do as the others do: one way of scoring may be enough.
             usual = "stage" if set(way.values()) == {"stage"} else "before"
-            own[layer] = [way.get(row, usual) == "stage" for row in range(len(visual_BL))]
+            stage_scored[layer] = [way.get(row, usual) == "stage" for row in range(len(visual_BL))]
         return cls(
             keep=keep,
             attention_mask_BL=attention_mask_BL,
             visual_BL=visual_BL,
-            own=own,
+            stage_scored=stage_scored,
             renumber=renumber,
         )
 

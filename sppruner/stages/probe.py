@@ -42,8 +42,8 @@ class LastQueryProbe:
         return torch.softmax(scores_BHL.masked_fill(hidden_B1L, float("-inf")), dim=-1).mean(dim=1)
 
 
-def scores_alone(layer: Any) -> bool:
-    """Whether `own_row` can ask a layer: a Llama's, Mistral's or Qwen's, with projections of
+def can_compute_last_query_row(layer: Any) -> bool:
+    """Whether `compute_last_query_row` can ask a layer: a Llama's, Mistral's or Qwen's, with projections of
     queries and keys apart and, where they are normed, norms of each head."""
     attention = layer.self_attn
     parts = ("q_proj", "k_proj", "head_dim", "scaling")
@@ -55,7 +55,7 @@ def scores_alone(layer: Any) -> bool:
     return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
 
 
-def own_row(
+def compute_last_query_row(
     layer: Any, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], attention_mask_BL: Tensor
 ) -> Tensor:
     """The head-mean attention [B, L], 0 at padding, that the last token would pay in `layer` to the

@@ -118,12 +118,10 @@ class AnyresLayout:
         grid = values_TPC.reshape(*self.grid, self.side, self.side, width)
         whole = grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
         (top, left), (rows, columns) = self.crop, self.unpadded
-        plane = whole[:, top : top + rows, left : left + columns]
+        crop = whole[:, top : top + rows, left : left + columns]
         if self.size != self.unpadded:
-            plane = torch.nn.functional.interpolate(plane[None], list(self.size), mode="bilinear")[
-                0
-            ]
-        return plane.flatten(1).T
+            crop = torch.nn.functional.interpolate(crop[None], list(self.size), mode="bilinear")[0]
+        return crop.flatten(1).T
 
 
 def image_sizes(inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:

@@ -23,11 +23,13 @@ The paper, the released code for LLaVA and that for Qwen2-VL differ; each differ
     center            feature     token             token
     quota             size        survivors         survivors
 
-"auto" options take the values of one code: that for LLaVA where saliency is the row of a CLS token
-and each token is one patch (LLaVA, LLaVA-NeXT); that for Qwen2-VL where a token merges several
-patches or there is no CLS token (the Qwen families, InternVL, Idefics3, SmolVLM, LLaVA-OneVision),
-of which the authors have run only Qwen2-VL. The published figures were measured with the code for
-LLaVA, in which τ exceeds 1, and nothing is suppressed, once ρ exceeds 32 / K.
+features="auto" is what the code for the model's kind of tokens groups: "projected" where a token
+merges several patches (the Qwen families, InternVL, Idefics3, SmolVLM), "encoder" elsewhere. The
+other defaults are those of the code for LLaVA, with which the published figures were measured; τ
+exceeds 1 there, and nothing is suppressed, once ρ exceeds 32 / K. They are the stronger choice for
+merged tokens too: on tiny-qwen with 11.1 % of the tokens 88.5 % of the dense accuracy (84.4 – 92.5,
+511 questions), where the code for Qwen2-VL (score=loading, tau_mode=qwen), the only Qwen model that
+the authors ran, keeps 76.2 % (71.7 – 80.8), and encoder states keep 83.0 % (78.3 – 87.5).
 
 On the same features the selection equals that of the code, except for: an exact decomposition in
 fp64, where the code's is randomised; raster order; the CLS token, which LLaVA's code keeps, is not
@@ -52,7 +54,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,17 +73,13 @@ from sppruner.selectors.similarity import (
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
 
-# The values of "auto" options, those of the code for LLaVA and of the code for Qwen2-VL.
-_LLAVA: Final = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
-_QWEN: Final = {"features": "projected", "score": "loading", "tau_mode": "qwen"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSIDSelector(SaliencyOption):
     """Groups, suppression and quotas.
 
     `saliency` has an effect only if `score` is "attention". A selector that is not resolved for a
-    model (`resolve_for`) treats "auto" as the code for LLaVA does.
+    model (`resolve_for`) treats features="auto" as "encoder".
     """
 
     name: ClassVar[str] = "prunesid"
@@ -94,11 +92,11 @@ class PruneSIDSelector(SaliencyOption):
     """What is subtracted: "token", each token's mean over its features, or "feature", each
     feature's mean over the tokens."""
 
-    score: str = "auto"
-    """How tokens of a group are ranked: "attention" (saliency), "loading" (|V|) or "auto"."""
+    score: str = "attention"
+    """How tokens of a group are ranked: "attention" (saliency) or "loading" (|V|)."""
 
-    tau_mode: str = "auto"
-    """The formula of the threshold τ: "llava", "qwen" or "auto"."""
+    tau_mode: str = "llava"
+    """The formula of the threshold τ: "llava" or "qwen"."""
 
     quota: str = "survivors"
     """What a group's quota is in proportion to: "survivors" or "size"."""
@@ -110,8 +108,8 @@ class PruneSIDSelector(SaliencyOption):
         super().__post_init__()
         check_choice(self, "features", ("auto", "encoder", "projected"))
         check_choice(self, "center", ("token", "feature"))
-        check_choice(self, "score", ("auto", "attention", "loading"))
-        check_choice(self, "tau_mode", ("auto", "llava", "qwen"))
+        check_choice(self, "score", ("attention", "loading"))
+        check_choice(self, "tau_mode", ("llava", "qwen"))
         check_choice(self, "quota", ("survivors", "size"))
         if self.usual_information <= 0:
             raise SpecError(
@@ -124,18 +122,9 @@ class PruneSIDSelector(SaliencyOption):
         return frozenset() if self.score == "loading" else super().signals
 
     def resolve_for(self, can: Capabilities) -> PruneSIDSelector:
-        code = _LLAVA if can.attention == "cls" and not can.merged else _QWEN
-
-        def resolved(option: str) -> str:
-            value: str = getattr(self, option)
-            return code[option] if value == "auto" else value
-
-        return replace(
-            self,
-            features=resolved("features"),
-            score=resolved("score"),
-            tau_mode=resolved("tau_mode"),
-        )
+        if self.features != "auto":
+            return self
+        return replace(self, features="projected" if can.merged else "encoder")
 
     def check(self, budget: Budget, can: Capabilities) -> None:
         """Accepts every budget, with or without spread."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import adapter_for
-from sppruner.adapters.tiles import group_patches, average_patch_signal
+from sppruner.adapters.tiles import average_patch_signal, group_patches
 from sppruner.signals import ATTENTION, CLS_ATTENTION, KEYS, RECEIVED_ATTENTION
 from sppruner.types import VisualTokens
 from tests.sppruner.families import FAMILIES, llava_next, llava_onevision

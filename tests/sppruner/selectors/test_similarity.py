@@ -8,10 +8,10 @@ import torch
 
 from sppruner.selectors.similarity import (
     GreedySubset,
-    merge_tokens,
-    most_similar,
     cosines_INN,
     mean_cosine,
+    merge_tokens,
+    most_similar,
     products_NN,
 )
 from tests.sppruner.selectors.images import doubled, unit

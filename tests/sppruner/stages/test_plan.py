@@ -26,9 +26,10 @@ def test_a_row_keeps_the_sum_of_its_images_and_a_dense_row_everything() -> None:
     )
     assert plan is not None
     assert plan.keep == {1: [7, 8, 0], 2: [3, 8, 0]}
-    assert StagePlan.from_schedules([0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL) is None, (
-        "nothing to do inside the decoder"
-    )
+    assert (
+        StagePlan.from_schedules([0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL)
+        is None
+    ), "nothing to do inside the decoder"
 
 
 def test_rows_go_by_their_own_method_s_scores_and_idle_ones_by_those_of_the_others() -> None:

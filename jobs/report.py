@@ -1,4 +1,4 @@
-"""Reports what a run did and saved, from its output alone, while the run works or afterwards.
+"""Reports what a run did and saved, from its output only, during the run or afterwards.
 
     python jobs/report.py s3://bucket/captions
     python jobs/report.py s3://bucket/captions --json
@@ -25,7 +25,7 @@ _ROWS = 8
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Reports what a run did and saved, from its output alone."
+        description="Reports what a run did and saved, from its output only."
     )
     parser.add_argument("output", help="the --output of a job")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -107,7 +107,7 @@ def run_engine_suite(
             selector_for(PruneSpec.parse(method, Budget(ratio=_HEADLINE[1])))
         except SpecError as error:
             raise UsageError(f"--methods: {error}") from error
-    description = describe_machine()
+    machine = describe_machine()
     loaded = build(shape, dtype)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)
     generation = SamplingParams(max_new_tokens=_NEW_TOKENS)
@@ -130,7 +130,7 @@ def run_engine_suite(
         modes = _list_modes(best_batch, slots, [] if quick else methods)
         if peer_server is not None:
             equal = _compare_answers(peer_server, loaded, modes, requests)
-            description |= {"peer": peer_server.about, "peer_equal_answers": equal}
+            machine |= {"peer": peer_server.about, "peer_equal_answers": equal}
         timings = time_rounds(
             loaded,
             modes,
@@ -153,23 +153,23 @@ def run_engine_suite(
     if peer_server is not None:
         cases.append(_make_case(PEER, slots, timings, [], images=count))
 
-    def paired(above: str, below: str) -> dict[str, float]:
+    def compare_rounds(above: str, below: str) -> dict[str, float]:
         speeds = [(row[above].images_per_second, row[below].images_per_second) for row in timings]
         return summarise_rounds([a / b for a, b in speeds])
 
     ratios = {
-        "engine_dense_vs_static_batch": paired(_DENSE, _STATIC),
-        "engine_pruned_vs_dense": paired(_name_pruned(*_HEADLINE), _DENSE),
+        "engine_dense_vs_static_batch": compare_rounds(_DENSE, _STATIC),
+        "engine_pruned_vs_dense": compare_rounds(_name_pruned(*_HEADLINE), _DENSE),
         "pruner_share": summarise_rounds(shares),
     }
     if peer_server is not None:
         ratios |= {
-            "engine_dense_vs_peer": paired(_DENSE, PEER),
-            "engine_pruned_vs_peer": paired(_name_pruned(*_HEADLINE), PEER),
+            "engine_dense_vs_peer": compare_rounds(_DENSE, PEER),
+            "engine_pruned_vs_peer": compare_rounds(_name_pruned(*_HEADLINE), PEER),
         }
     return {
         "suite": "engine",
-        "machine": description
+        "machine": machine
         | {
             "shape": shape.name,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),

@@ -214,7 +214,7 @@ def compare_scenarios(
 ) -> dict[str, dict[str, float]]:
     """Ratios of two scenarios within the same round."""
 
-    def paired(
+    def compare_rounds(
         figure: Callable[[LoadResult], float], above: LoadScenario, below: LoadScenario
     ) -> dict[str, float]:
         pairs = zip(timings[above], timings[below], strict=True)
@@ -222,13 +222,13 @@ def compare_scenarios(
 
     most_clients, some = max(scenario.clients for scenario in timings), max(_UNDER_BATCH)
     return {
-        "online_pruned_vs_dense": paired(
+        "online_pruned_vs_dense": compare_rounds(
             lambda load: load.requests_per_second,
             LoadScenario(pruned=True, clients=most_clients),
             LoadScenario(pruned=False, clients=most_clients),
         ),
         # Pruned requests beside a pruned job.
-        "online_p95_under_batch_vs_idle": paired(
+        "online_p95_under_batch_vs_idle": compare_rounds(
             lambda load: load.latency_ms(95),
             LoadScenario(pruned=True, clients=some, under_batch=True),
             LoadScenario(pruned=True, clients=some),

@@ -136,17 +136,17 @@ def compare_row_costs(timings: Mapping[int, Sequence[JobTiming]]) -> dict[str, d
     *_, second, last = SIZES
     first = SIZES[0]
 
-    def paired(column: str, below: int) -> dict[str, float]:
+    def compare_rounds(column: str, below: int) -> dict[str, float]:
         costs = [
             [getattr(one, column) / one.rows for one in timings[size]] for size in (last, below)
         ]
         return summarise_rounds([above / under for above, under in zip(*costs, strict=True)])
 
     return {
-        f"seconds_per_row_{last}x_vs_{first}x": paired("seconds", first),
+        f"seconds_per_row_{last}x_vs_{first}x": compare_rounds("seconds", first),
         # Both jobs are long: their start hardly counts.
-        f"seconds_per_row_{last}x_vs_{second}x": paired("seconds", second),
-        f"planning_seconds_per_row_{last}x_vs_{first}x": paired("planning_seconds", first),
+        f"seconds_per_row_{last}x_vs_{second}x": compare_rounds("seconds", second),
+        f"planning_seconds_per_row_{last}x_vs_{first}x": compare_rounds("planning_seconds", first),
     }
 
 

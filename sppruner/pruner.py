@@ -160,7 +160,7 @@ class Pruner:
             encoded = self.adapter.encode(inputs, self.signals(resolved))
         images = encoded.images
         if instructions is not None:
-            images = self._relevance.of(images, selectors, instructions)
+            images = self._relevance.add_relevance(images, selectors, instructions)
         layers = self.adapter.capabilities.decoder_layers
         schedules = token_schedules(images, per_row, selectors, layers)
         selections = select(images, schedules, selectors)
@@ -209,7 +209,7 @@ class Pruner:
                 for image, chosen in zip(images, selections, strict=True)
                 for plane, choice in zip(image.planes, chosen, strict=True)
             ],
-            stages=StagePlan.of(
+            stages=StagePlan.from_schedules(
                 [image.row for image in images],
                 schedules,
                 attention_mask_BL=compacted.attention_mask_BL,

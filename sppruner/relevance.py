@@ -1,7 +1,10 @@
-"""Text relevance of visual tokens: how close each one is to the words of the instruction.
+"""Text relevance of visual tokens: the similarity of each token to the words of the instruction.
 
-Relevance is optional everywhere. A generic prompt ("Describe the image.") says little, and the
-methods must then fall back to what they can see.
+Relevance is optional everywhere: a generic prompt ("Describe the image.") names nothing, and
+methods then fall back to saliency or features.
+
+Shapes: N visual tokens of one plane, T words or text chunks, D width of the common space, V width
+of the vision encoder.
 """
 
 from __future__ import annotations
@@ -23,19 +26,22 @@ class UsesRelevance(Protocol):
     """The part of a selector that text relevance depends on."""
 
     @property
-    def relevance_source(self) -> RelevanceSource: ...
+    def relevance_source(self) -> RelevanceSource:
+        """Where text relevance comes from; "none" for a method that does not use it."""
+
     @property
-    def relevance_join(self) -> RelevancePool: ...
+    def relevance_pooling(self) -> RelevancePool:
+        """How the relevances to the words of an instruction are pooled."""
 
 
-# What each source of relevance needs, in an error's words.
+# The error message for each source that is not available.
 _NEEDS: Final[dict[RelevanceSource, str]] = {
     "embed": "relevance 'embed' needs Pruner(tokenizer=…), or choose relevance 'none'",
     "clip": "relevance 'clip' needs the matching CLIP text tower: Pruner(clip_text=ClipText(clip, "
     "tokenizer)), or choose relevance 'embed' or 'none'",
 }
 
-# Words that carry no subject. Kept short on purpose: relevance averages over what is left.
+# Words that name no subject. The list is short on purpose: relevance averages over all other words.
 _STOP_WORDS = frozenset(
     "a an and are as at be by can do does for from has have how in is it its many of on or please"
     " the their there they this that to was were what where which who with you your".split()
@@ -49,23 +55,23 @@ def _words(text: str) -> list[str]:
 
 class EmbeddingCosine:
     """Cosine between projected visual tokens and the language model's input embeddings of the
-    instruction's words. Positive sign (OpenVINO GenAI's CDPruner takes the mean of the same
-    cosines where no CLIP text tower is at hand).
+    instruction's words, with positive sign (OpenVINO GenAI's CDPruner takes the mean of the same
+    cosines if there is no CLIP text tower).
 
-    embed: token ids [T] → embeddings [T, D]. tokenize: text → token ids, no specials.
+    embed: token ids [T] → embeddings [T, D]. tokenize: text → token ids, without special tokens.
     """
 
     def __init__(
         self, embed: Callable[[Tensor], Tensor], tokenize: Callable[[str], list[int]]
     ) -> None:
         self._embed = embed
-        # A corpus asks one prompt, or a few, millions of times.
+        # A corpus repeats one prompt, or a few, millions of times.
         self._ids = functools.lru_cache(maxsize=4096)(
             lambda instruction: tuple(tokenize(" ".join(_words(instruction))))
         )
 
     def score(self, image: VisualTokens, instruction: str, pool: RelevancePool) -> Tensor | None:
-        """[N] relevance, or None where the instruction has no word that could be relevant."""
+        """[N] relevance; None if the instruction has only stop words."""
         ids = self._ids(instruction)
         if not ids:
             return None
@@ -75,7 +81,7 @@ class EmbeddingCosine:
         visual_ND = torch.nn.functional.normalize(image.features_ND.float(), dim=-1)
         cosine_NT = visual_ND @ words_TD.T
         if pool == "max":
-            # Centred per word: a word that is a little like every token must not win everywhere.
+            # Centred per word: a word slightly similar to all tokens must not be every maximum.
             return (cosine_NT - cosine_NT.mean(dim=0)).amax(dim=1)
         if pool == "top3":
             return cosine_NT.topk(min(3, cosine_NT.shape[1]), dim=1).values.mean(dim=1)
@@ -86,9 +92,9 @@ class ClipText:
     """Cosine in CLIP's joint space: patches through post-layernorm and visual projection, the
     instruction through the matching text tower in chunks of its context length.
 
-    `clip` is a `CLIPModel` whose vision tower is the one the VLM was built on; LLaVA checkpoints
-    do not carry the text tower. sign −1 is CDPruner's released code for LLaVA (patch tokens of
-    CLIP are *less* similar to the text that names them), +1 is FSR's text.
+    clip: a `CLIPModel` whose vision tower is the one that the VLM was built on; LLaVA checkpoints
+    lack the text tower. sign: −1 is that of CDPruner's released code for LLaVA (patch tokens of
+    CLIP are *less* similar to the text that names them), +1 that of FSR's paper.
     """
 
     def __init__(self, clip: Any, tokenizer: Any, *, sign: Literal[-1, 1] = -1) -> None:
@@ -98,7 +104,8 @@ class ClipText:
 
     @torch.no_grad()
     def score(self, image: VisualTokens, instruction: str, pool: RelevancePool) -> Tensor | None:
-        """[N] relevance; `pool` joins the chunks of a long instruction. None for an empty one."""
+        """[N] relevance, pooled by `pool` over the chunks of a long instruction; None for an empty
+        one."""
         if not instruction.strip():
             return None
         if image.hidden_NV is None:
@@ -121,18 +128,18 @@ class ClipText:
         normed_NV = self._clip.vision_model.post_layernorm(hidden_NV)
         patch_ND = self._clip.visual_projection(normed_NV).float()
         cosine_NT = torch.nn.functional.normalize(patch_ND, dim=-1) @ text_TD.T
-        joined = cosine_NT.amax(dim=1) if pool == "max" else cosine_NT.mean(dim=1)
-        return self._sign * joined.to(image.hidden_NV.device)
+        pooled_N = cosine_NT.amax(dim=1) if pool == "max" else cosine_NT.mean(dim=1)
+        return self._sign * pooled_N.to(image.hidden_NV.device)
 
 
-def require_source(source: RelevanceSource, at_hand: Container[RelevanceSource]) -> None:
-    """Raises MissingSignal unless `source` is "none" or at hand."""
-    if source != "none" and source not in at_hand:
+def require_source(source: RelevanceSource, available: Container[RelevanceSource]) -> None:
+    """Raises MissingSignal unless `source` is "none" or available."""
+    if source != "none" and source not in available:
         raise MissingSignal(_NEEDS[source])
 
 
 class TextRelevance:
-    """Relevance from whichever source a method asks for, of those that are at hand."""
+    """Adds text relevance to images, from the source that each prompt's method uses."""
 
     def __init__(self, words: EmbeddingCosine | None, clip: ClipText | None) -> None:
         self._scorers: dict[RelevanceSource, EmbeddingCosine | ClipText] = {}
@@ -143,32 +150,32 @@ class TextRelevance:
 
     @property
     def sources(self) -> frozenset[RelevanceSource]:
-        """Those at hand."""
+        """The available sources."""
         return frozenset(self._scorers)
 
-    def of(
+    def add_relevance(
         self,
         images: Sequence[EncodedImage],
         selectors: Sequence[UsesRelevance | None],
         instructions: Sequence[str],
     ) -> tuple[EncodedImage, ...]:
-        """The images with `relevance_N` in their planes, where their prompt's method asks for it.
+        """The images, with `relevance_N` in their planes if their prompt's method uses it.
 
-        Every method's source must be at hand, see `require_source`. Raises InputError unless there
-        is an instruction for every prompt.
+        Every method's source must be available, see `require_source`. Raises InputError unless
+        there is one instruction per prompt.
         """
         if len(instructions) != len(selectors):
             raise InputError(f"{len(instructions)} instructions for {len(selectors)} prompts")
         return tuple(
-            self._scored(image, selectors[image.row], instructions[image.row]) for image in images
+            self._score(image, selectors[image.row], instructions[image.row]) for image in images
         )
 
-    def _scored(
+    def _score(
         self, image: EncodedImage, selector: UsesRelevance | None, instruction: str
     ) -> EncodedImage:
         if selector is None or selector.relevance_source == "none":
             return image
-        scorer, pool = self._scorers[selector.relevance_source], selector.relevance_join
+        scorer, pool = self._scorers[selector.relevance_source], selector.relevance_pooling
         planes = tuple(
             replace(plane, relevance_N=scorer.score(plane, instruction, pool))
             for plane in image.planes

@@ -34,7 +34,7 @@ RESOLVED_DENSE: Final = ResolvedSpec(spec=DENSE, selector=None)
 def selector_on(spec: PruneSpec, can: Capabilities) -> Selector | None:
     """A spec's method as it runs on a model, its "auto" options decided; None for dense."""
     selector = selector_for(spec)
-    return None if selector is None else selector.on(can)
+    return None if selector is None else selector.resolve_for(can)
 
 
 def resolve_spec(

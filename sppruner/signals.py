@@ -1,9 +1,12 @@
-"""Attention signals without eager attention: a probe reads the few rows a method needs.
+"""Attention signals without eager attention: probes compute the few rows that methods need.
 
-`transformers` picks the attention function by name. `probing` switches one sub-model to a name of
-ours whose function hands every call to the implementation that was there and, for the one probed
-module, also computes the wanted rows from the same queries and keys. Nothing else of the forward
+`transformers` looks attention functions up by name. `probing` switches one sub-model to a
+registered function that forwards every call to the previous implementation and, for the probed
+modules, also computes the signals from the same queries and keys. Nothing else in the forward
 changes, and the features stay bit-equal.
+
+Shapes: I images (or tiles), H heads, N tokens of an image, D width of a head, V width of the keys'
+mean over heads.
 """
 
 from __future__ import annotations
@@ -21,16 +24,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Signals a selector may ask for, by name. ATTENTION is the family's own saliency: the row of the
-# CLS token where the encoder has one, else the attention each token receives; the other two names
-# ask for one of them in particular.
+# Names of the signals that a selector may read.
 ATTENTION = "attention"
+"""The family's saliency: CLS_ATTENTION if the encoder has a CLS token, else RECEIVED_ATTENTION."""
 CLS_ATTENTION = "cls_attention"
+"""The head-mean attention row of the CLS token, [N]."""
 RECEIVED_ATTENTION = "received_attention"
-# Head-mean attention keys of each token, [N, V / heads]: a metric of what a token offers.
+"""The attention that each token receives, mean over heads and queries, [N]."""
 KEYS = "keys"
-# A number that depends on the pixels alone: gives a random method its own draw for each image.
+"""Head-mean attention keys of each token, [N, V], to compare tokens by."""
 CONTENT_SEED = "content_seed"
+"""A number that depends only on the pixels, so that a random method draws per image."""
 
 _PREFIX = "sppruner_probe_"
 
@@ -41,27 +45,28 @@ def content_seed(pixels: Tensor) -> Tensor:
 
 
 class Probe(Protocol):
-    """Reads from the queries and keys of one attention module, on the way of a normal forward."""
+    """Reads signals from the queries and keys of one attention module during a normal forward."""
 
     module: nn.Module
+    """The attention module that is probed."""
 
     def read(
         self, query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None, scaling: float
     ) -> None:
-        """Called for each forward of the module with what its attention function was given: once,
-        or, where a tower packs several images into one sequence, once per image in their order.
+        """Called on each forward of the module with its attention function's arguments: once or, if
+        a tower packs several images into one sequence, once per image in their order.
 
-        Keys have fewer heads than queries where the module groups queries. mask: bool (True: may
-        look), or additive, broadcastable to [I, H, N, N]; [I, N] of valid keys from flash
-        attention; None where every query sees every key, or, in a decoder, every earlier one.
+        Keys have fewer heads than queries with grouped-query attention. mask: bool (True: attends)
+        or additive, broadcastable to [I, H, N, N]; [I, N] of valid keys from flash attention; None
+        if every query attends to every key or, in a decoder, to every earlier one.
         """
 
 
 class ClsRowProbe:
-    """The head-mean attention row of the CLS query and the head-mean keys of one module.
+    """The head-mean attention row of the CLS query, and the head-mean keys, of one module.
 
     The row equals row 0 of the eager attention map without its CLS column (equation 1 of FSR,
-    arXiv 2602.05809, up to normalisation): O(N · width) instead of a full map.
+    arXiv 2602.05809, up to normalisation), in O(N · width) instead of a full map.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,24 +83,24 @@ class ClsRowProbe:
         self.keys_INV = key_IHND[:, :, 1:].float().mean(dim=1)
 
     def signals(self, image: int) -> dict[str, Tensor]:
-        """What was read of one image, by signal name."""
+        """The signals of one image, by name."""
         assert self.rows_IN is not None, "no forward ran inside `probing`"
         assert self.keys_INV is not None
         row_N = self.rows_IN[image]
         return {ATTENTION: row_N, CLS_ATTENTION: row_N, KEYS: self.keys_INV[image]}
 
 
-# Scores a received-attention probe holds at a time: 64 MiB in float32.
+# Most scores that a received-attention probe holds at once: 64 MiB in float32.
 _SCORES_AT_A_TIME = 2**24
 
 
 class ReceivedProbe:
-    """The attention each token receives in one bidirectional module, for towers without a CLS
-    token: the eager attention map's mean over heads and queries. And the head-mean keys.
+    """The attention that each token receives in one bidirectional module (the eager attention map's
+    mean over heads and queries), and the head-mean keys, for towers without a CLS token.
 
-    The map is made in chunks of queries and never held whole: O(N² · width) time, O(N) kept. Reads
-    images in the order of the tower's calls, whether it stacks them or runs them one by one; a
-    probe serves one encoding.
+    The map is computed in chunks of queries and never held whole: O(N² · width) time, O(N) memory.
+    Images are read in the order of the tower's calls, stacked or one by one; a probe serves one
+    encoding.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -124,14 +129,14 @@ class ReceivedProbe:
         self.keys += key_IHND.float().mean(dim=1).unbind()
 
     def signals(self, image: int) -> dict[str, Tensor]:
-        """What was read of one image, by signal name."""
+        """The signals of one image, by name."""
         assert self.received, "no forward ran inside `probing`"
         row_N = self.received[image]
         return {ATTENTION: row_N, RECEIVED_ATTENTION: row_N, KEYS: self.keys[image]}
 
 
 def _additive(mask: Tensor, images: int, keys: int) -> Tensor:
-    """A mask of any of the forms `Probe.read` names, to be added to scores [I, H, N, N]."""
+    """A mask in any form of `Probe.read`, as one that is added to scores [I, H, N, N]."""
     if mask.dim() == 2:
         mask = mask.bool()[:, None, None]
     mask = mask[..., :keys].expand(images, -1, -1, -1)
@@ -146,22 +151,22 @@ _active: dict[int, Probe] = {}
 
 
 def _implementation(base: str, module: nn.Module) -> Any:
-    """The attention function called `base`; each model file has an eager one of its own."""
+    """The attention function named `base`; each model file defines its own eager one."""
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _images(query_IHND: Tensor, borders: Tensor | None) -> list[slice]:
-    """The spans of a sequence that attend to themselves alone: towers that pack images into one
-    sequence name the borders to flash attention, and call any other one span by span."""
+def _image_spans(query_IHND: Tensor, borders: Tensor | None) -> list[slice]:
+    """The spans of a sequence that attend only within themselves. Towers that pack images into one
+    sequence pass the borders to flash attention, and call any other attention once per span."""
     if borders is None:
         return [slice(0, query_IHND.shape[2])]
     return [slice(start, stop) for start, stop in pairwise(borders.tolist())]
 
 
-def _probed(base: str) -> str:
-    """The name of the attention function that probes around `base`; registered on first use."""
+def _register_probing(base: str) -> str:
+    """The name of the function that probes and then calls `base`; registers it on first use."""
     name = base if base.startswith(_PREFIX) else _PREFIX + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
@@ -170,26 +175,26 @@ def _probed(base: str) -> str:
         probe = _active.get(id(module))
         if probe is not None:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            for part in _images(query, kwargs.get("cu_seq_lens_q")):
-                probe.read(query[:, :, part], key[:, :, part], mask, kwargs["scaling"])
+            for span in _image_spans(query, kwargs.get("cu_seq_lens_q")):
+                probe.read(query[:, :, span], key[:, :, span], mask, kwargs["scaling"])
         return _implementation(base, module)(module, query, key, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
-    # Without a mask function of the same name transformers would build no mask at all.
+    # transformers builds no mask without a mask function of the same name.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
 @contextmanager
 def probing(submodel: Any, *probes: Probe) -> Iterator[None]:
-    """Reads `probes` during forwards of `submodel` inside the block; restores everything after.
+    """Runs `probes` during forwards of `submodel` inside the block; restores everything on exit.
 
-    Works on the sub-model's own config, so sub-models that are not probed keep their functions.
+    Changes only the sub-model's config, so other sub-models keep their attention functions.
     """
     config = submodel.config
     before = config._attn_implementation_internal
     outer = {id(probe.module): _active.get(id(probe.module)) for probe in probes}
-    config._attn_implementation_internal = _probed(config._attn_implementation)
+    config._attn_implementation_internal = _register_probing(config._attn_implementation)
     _active.update({id(probe.module): probe for probe in probes})
     try:
         yield

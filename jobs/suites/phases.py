@@ -83,7 +83,7 @@ def list_hooks(model: Any) -> list[tuple[Any, str, Phase | Literal["forward", "s
     return [
         (type(adapter_for(model)), "encode", "vision"),
         (model.model, "get_image_features", "vision"),  # called by `generate` itself
-        (TextRelevance, "of", "pruner"),
+        (TextRelevance, "add_relevance", "pruner"),
         (sppruner.pruner, "token_schedules", "pruner"),
         (sppruner.pruner, "select", "pruner"),
         (sppruner.pruner, "keep", "pruner"),

@@ -1,4 +1,4 @@
-"""One adapter per model family, found by the config's `model_type`."""
+"""The registry of adapters, one per model family, by the config's `model_type`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _ADAPTERS = {family: adapter for adapter in _CLASSES for family in adapter.famil
 
 
 def families() -> list[str]:
-    """Every `model_type` there is an adapter for."""
+    """All `model_type`s that have an adapter."""
     return sorted(_ADAPTERS)
 
 
 def adapter_class(config: Any) -> type[Adapter]:
-    """The adapter of a model config's family. Raises UnsupportedModel with the known families."""
+    """The adapter class for a model config. Raises UnsupportedModel, which names the families."""
     if config.model_type not in _ADAPTERS:
         raise UnsupportedModel(
             f"no adapter for model type {config.model_type!r}; known: {', '.join(families())}"
@@ -43,17 +43,17 @@ def adapter_class(config: Any) -> type[Adapter]:
 
 
 def capabilities(config: Any) -> Capabilities:
-    """What a model of this config can do. Raises UnsupportedModel."""
+    """The capabilities of a model with this config. Raises UnsupportedModel."""
     return adapter_class(config).capabilities_of(config)
 
 
 def cost_of(config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-    """The cost model of a config. Raises UnsupportedModel."""
+    """The cost model of a config. bytes_per_value: of the KV cache. Raises UnsupportedModel."""
     return adapter_class(config).cost_of(config, bytes_per_value=bytes_per_value)
 
 
 def adapter_for(model: Any) -> Adapter:
-    """An adapter of `model`'s family for this instance. Raises UnsupportedModel."""
+    """The adapter of a model instance. Raises UnsupportedModel."""
     return adapter_class(model.config)(model)
 
 

@@ -1,8 +1,12 @@
 """Any-resolution images (LLaVA-NeXT, LLaVA-OneVision): the whole image at low resolution, then a
-grid of tiles at high resolution, cut to the image's aspect ratio, with a newline after every row.
+grid of tiles at high resolution, cropped to the image's aspect ratio, with a newline token after
+each row.
 
 An image is two planes: its low-resolution view, and the unpadded high-resolution grid across all
 tiles. Newline tokens belong to no plane.
+
+Shapes: T tiles, P patches of a tile, C channels, N tokens of a plane or run, D width of the
+language model, V width of the vision encoder.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
-from sppruner.adapters.tiles import layer_before, read
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.tiles import layer_of_state, stack_signals
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.cost import ImageShape
 from sppruner.errors import InputError
 from sppruner.signals import CONTENT_SEED, content_seed, probing
@@ -29,21 +33,25 @@ from sppruner.types import VisualTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnyresLayout:
-    """Where the tokens of one image come from. side: patches along a tile.
-
-    grid: (rows, columns) of high-resolution tiles; (0, 0) where there is the low-resolution view
-    only. crop: (top, left) of the image on the padded grid; unpadded: its (rows, columns) there.
-    size: (rows, columns) of tokens after pooling, which is `unpadded` where nothing is pooled.
-    """
+    """How the tokens of one image follow from its tiles."""
 
     side: int
+    """Patches along a tile's side."""
+
     grid: tuple[int, int] = (0, 0)
+    """(rows, columns) of high-resolution tiles; (0, 0) if there is only the low-resolution view."""
+
     crop: tuple[int, int] = (0, 0)
+    """(top, left) of the image on the padded grid, in patches."""
+
     unpadded: tuple[int, int] = (0, 0)
+    """(rows, columns) of the image on the padded grid, in patches."""
+
     size: tuple[int, int] = (0, 0)
+    """(rows, columns) of tokens after pooling; `unpadded` without pooling."""
 
     @classmethod
-    def of(
+    def for_image(
         cls,
         image_size: Sequence[int],
         *,
@@ -54,17 +62,17 @@ class AnyresLayout:
     ) -> AnyresLayout:
         """The layout of an image of (height, width) pixels.
 
-        pinpoints: the resolutions the processor chooses from. tile: pixels along a tile.
-        most_tiles: grids that hold clearly more tokens than so many tiles are pooled to about as
-        many; the bound and its slack of 1.1 are the model's.
+        pinpoints: the resolutions that the processor chooses from. tile: pixels along a tile's
+        side. most_tiles: a grid with clearly more tokens than this many tiles is pooled to about as
+        many; the bound and its slack of 1.1 are the model's. None: no pooling.
         """
         height, width = image_size
         best = select_best_resolution((height, width), pinpoints)
         grid = best[0] // tile, best[1] // tile
         rows, columns = grid[0] * side, grid[1] * side
         top = left = 0
-        # The processor pads the image to the grid's aspect ratio; int(round(…, 7)) is how the
-        # model finds the padding again.
+        # The processor pads the image to the grid's aspect ratio; int(round(…, 7)) is the model's
+        # own arithmetic for the padding.
         if width / height > columns / rows:
             top = (rows - int(round(height * (columns / width), 7))) // 2
         else:
@@ -78,6 +86,7 @@ class AnyresLayout:
 
     @property
     def tiles(self) -> int:
+        """Tiles that the tower encodes, the low-resolution view included."""
         return 1 + self.grid[0] * self.grid[1]
 
     @property
@@ -88,44 +97,45 @@ class AnyresLayout:
         return self.side**2 + rows * columns + newlines
 
     def shape(self) -> ImageShape:
+        """The encoder's input, for the cost model."""
         return ImageShape(tiles=self.tiles, rows=self.side, columns=self.side, tokens=self.tokens)
 
     def places(self, device: torch.device) -> list[Tensor]:
-        """Where each plane's tokens stand in the run."""
+        """For each plane, the indices of its tokens in the run."""
         base = self.side**2
         places = [torch.arange(base, device=device)]
         rows, columns = self.size
         if rows * columns:
-            line = torch.arange(rows, device=device)[:, None] * (columns + 1)
+            row = torch.arange(rows, device=device)[:, None] * (columns + 1)
             column = torch.arange(columns, device=device)
-            places.append((base + line + column).flatten())
+            places.append((base + row + column).flatten())
         return places
 
     def assemble(self, values_TPC: Tensor) -> Tensor:
-        """[rows · columns, C] of the high-resolution plane from its tiles' values [T, P, C], by
-        the reshapes, the crop and the bilinear pooling that the model puts features through."""
+        """[rows · columns, C] values of the high-resolution plane from its tiles' values [T, P, C],
+        by the same reshapes, crop and bilinear pooling as the model's features."""
         width = values_TPC.shape[-1]
         grid = values_TPC.reshape(*self.grid, self.side, self.side, width)
         whole = grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
         (top, left), (rows, columns) = self.crop, self.unpadded
-        cut = whole[:, top : top + rows, left : left + columns]
+        crop = whole[:, top : top + rows, left : left + columns]
         if self.size != self.unpadded:
-            cut = torch.nn.functional.interpolate(cut[None], list(self.size), mode="bilinear")[0]
-        return cut.flatten(1).T
+            crop = torch.nn.functional.interpolate(crop[None], list(self.size), mode="bilinear")[0]
+        return crop.flatten(1).T
 
 
 def image_sizes(inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """(height, width) of each image before it was cut up. Raises InputError without them."""
+    """(height, width) in pixels of each image before tiling. Raises InputError if missing."""
     if "image_sizes" not in inputs:
         raise InputError(
             "image_sizes is missing: pass on everything the processor returns, pixel_values alone "
-            "do not say how an image was cut into tiles"
+            "do not determine how an image was cut into tiles"
         )
     return [(height, width) for height, width in inputs["image_sizes"].tolist()]
 
 
 class AnyresAdapter(Adapter):
-    """What LLaVA-NeXT and LLaVA-OneVision share; they differ in tower, probe and layout."""
+    """The base of LLaVA-NeXT and LLaVA-OneVision, which differ in tower, probe and layout."""
 
     @abstractmethod
     def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
@@ -133,11 +143,11 @@ class AnyresAdapter(Adapter):
 
     @abstractmethod
     def _probe(self, attention: torch.nn.Module) -> Any:
-        """The probe of the tower's saliency."""
+        """The probe that reads the tower's saliency."""
 
     @abstractmethod
     def _patch_states(self, output: Any) -> Tensor:
-        """[T, P, V] states of all tiles that the projector reads, without a CLS token."""
+        """[T, P, V] states of all tiles that enter the projector, without a CLS token."""
 
     @property
     def _side(self) -> int:
@@ -146,8 +156,8 @@ class AnyresAdapter(Adapter):
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         layouts = [] if inputs.get("pixel_values") is None else self._layouts(inputs)
-        rows = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
-        return [(row, layout.shape()) for (row, _), layout in zip(rows, layouts, strict=True)]
+        owners = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
+        return [(row, layout.shape()) for (row, _), layout in zip(owners, layouts, strict=True)]
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         layouts = self._layouts(inputs)
@@ -155,30 +165,30 @@ class AnyresAdapter(Adapter):
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
         layers, feature_layer = tower.encoder.layers, self.model.config.vision_feature_layer
-        probe = self._probe(layer_before(layers, feature_layer).self_attn)
-        wanted = signals - {CONTENT_SEED}
+        probe = self._probe(layer_of_state(layers, feature_layer).self_attn)
+        probed = signals - {CONTENT_SEED}
         sizes = {k: inputs[k] for k in ("image_sizes", "batch_num_images") if k in inputs}
-        reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        reading = probing(tower, probe) if probed else nullcontext()
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(
                 pixel_values=pixels, return_dict=True, **sizes
             )
         states_TPV = self._patch_states(output)
-        known = read(probe, len(states_TPV)) if wanted else {}
-        tiles = _tile_pixels(pixels, layouts)
+        tile_signals = stack_signals(probe, len(states_TPV)) if probed else {}
+        pixels_of_image = _split_pixels(pixels, layouts)
         images, first = [], 0
         for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):
-            own = slice(first, first + layout.tiles)
-            first = own.stop
+            tiles = slice(first, first + layout.tiles)
+            first = tiles.stop
             images.append(
                 self._image(
                     layout,
                     row=row,
                     image=index,
                     run_ND=output.pooler_output[i],
-                    states_TPV=states_TPV[own],
-                    read={name: values[own] for name, values in known.items()},
-                    pixels=tiles[i],
+                    states_TPV=states_TPV[tiles],
+                    tile_signals={name: values[tiles] for name, values in tile_signals.items()},
+                    pixels=pixels_of_image[i],
                     signals=signals,
                 )
             )
@@ -192,7 +202,7 @@ class AnyresAdapter(Adapter):
         image: int,
         run_ND: Tensor,
         states_TPV: Tensor,
-        read: Mapping[str, Tensor],
+        tile_signals: Mapping[str, Tensor],
         pixels: Tensor,
         signals: frozenset[str],
     ) -> EncodedImage:
@@ -201,12 +211,12 @@ class AnyresAdapter(Adapter):
         for p, places_N in enumerate(places):
             low = p == 0
             rows, columns = (layout.side, layout.side) if low else layout.size
-            known = {
-                name: tiles[0] if low else _assembled(layout, tiles[1:])
-                for name, tiles in read.items()
+            available = {
+                name: values[0] if low else _assemble_signal(layout, values[1:])
+                for name, values in tile_signals.items()
             }
             if CONTENT_SEED in signals:
-                known[CONTENT_SEED] = content_seed(pixels[0] if low else pixels[1:])
+                available[CONTENT_SEED] = content_seed(pixels[0] if low else pixels[1:])
             hidden_NV = None
             if self.capabilities.hidden:
                 hidden_NV = states_TPV[0] if low else layout.assemble(states_TPV[1:])
@@ -215,7 +225,7 @@ class AnyresAdapter(Adapter):
                     features_ND=run_ND[places_N],
                     hidden_NV=hidden_NV,
                     coords_N2=raster(rows, columns, run_ND.device),
-                    signals={name: known[name] for name in signals},
+                    signals={name: available[name] for name in signals},
                     row=row,
                     image=image,
                     plane=p,
@@ -231,15 +241,16 @@ class AnyresAdapter(Adapter):
         )
 
 
-def _assembled(layout: AnyresLayout, values: Tensor) -> Tensor:
+def _assemble_signal(layout: AnyresLayout, values: Tensor) -> Tensor:
+    """The signal of the high-resolution plane from [T, P] or [T, P, C]."""
     if values.dim() == 2:
         return layout.assemble(values[..., None])[:, 0]
     return layout.assemble(values)
 
 
-def _tile_pixels(pixels: Tensor, layouts: Sequence[AnyresLayout]) -> list[Tensor]:
-    """Each image's own tiles: the processor pads images to one number of tiles, or, unbatched,
-    puts all tiles in a row."""
+def _split_pixels(pixels: Tensor, layouts: Sequence[AnyresLayout]) -> list[Tensor]:
+    """The tiles of each image. The processor pads images to one number of tiles or, unbatched,
+    concatenates all tiles."""
     counts = [layout.tiles for layout in layouts]
     if pixels.dim() == 5:
         return [image[:count] for image, count in zip(pixels, counts, strict=True)]

@@ -1,4 +1,10 @@
-"""What the pruner needs to know of a model family. An adapter never sees a method."""
+"""The base class of adapters: what the pruner needs to know about a model family.
+
+An adapter never sees a method.
+
+Shapes: B batch rows, S prompt tokens, L packed prompt tokens, N visual tokens of an image, K kept
+tokens, D width of the language model, V width of the vision encoder, R rows of positions.
+"""
 
 from __future__ import annotations
 
@@ -19,75 +25,89 @@ from sppruner.types import VisualTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedImage:
-    """One image after the encoder.
-
-    run_ND: every feature of its placeholder run, in prompt order. planes: its selectable tokens,
-    grid by grid; places: for each plane, where its tokens stand in the run. What no plane holds
-    (row ends) is kept only by a budget that has room for all of the planes. deepstack: for each
-    DeepStack layer, the [N, D] states of the run that the decoder adds to its tokens.
-    """
+    """One image after the encoder."""
 
     row: int
+    """Index of the prompt in the batch."""
+
     image: int
+    """Index of the image in the prompt."""
+
     run_ND: Tensor
+    """The features of the image's run of placeholders, in prompt order."""
+
     planes: tuple[VisualTokens, ...]
+    """The selectable tokens, grid by grid. Tokens of no plane (row ends) are kept only if the
+    budget has room after all planes."""
+
     places: tuple[Tensor, ...]
+    """For each plane, the indices of its tokens in the run."""
+
     shape: ImageShape
+    """The encoder's input, for the cost model."""
+
     deepstack: tuple[Tensor, ...] = ()
+    """For each DeepStack layer, the [N, D] states of the run that the decoder adds to its tokens;
+    empty without DeepStack."""
 
     @property
     def count(self) -> int:
+        """Visual tokens of the run."""
         return int(self.run_ND.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
-    """Images in prompt order, and the family's own output object, of which `Adapter.pack` reads
-    nothing but the type."""
+    """The encoded images of a batch."""
 
     images: tuple[EncodedImage, ...]
+    """The images in prompt order."""
+
     output: Any
+    """The family's output object, of which `Adapter.pack` reads only the type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:
-    """What stays of one image: sorted indices into its run, and the features to feed there."""
+    """The kept tokens of one image."""
 
     index_K: Tensor
+    """Sorted indices into the image's run."""
+
     features_KD: Tensor
+    """The features that the language model reads there."""
 
 
 class Adapter(ABC):
-    """One model instance of one family.
-
-    families: the `model_type`s of configs it serves. image_token_id: the id that stands for one
-    visual token in the prompt. placeholder_ids: that and a video's, which a model must never say:
-    they would be read as visual tokens.
-    """
+    """One model instance of one family."""
 
     families: ClassVar[tuple[str, ...]]
+    """The `model_type`s of the configs that the adapter serves."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.capabilities = self.capabilities_of(model.config)
         self.image_token_id = int(model.config.image_token_id)
+        """The token id of one visual token in the prompt."""
         video = getattr(model.config, "video_token_id", None)
         self.placeholder_ids = [self.image_token_id, *([] if video is None else [int(video)])]
+        """The token ids of images and videos, which must never be generated: they would be read as
+        visual tokens."""
 
     @classmethod
     @abstractmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
-        """What a model of this config can do. Raises UnsupportedModel for a variant that cannot be
-        served."""
+        """The capabilities of a model with this config. Raises UnsupportedModel for a variant that
+        the adapter cannot serve."""
 
     @classmethod
     @abstractmethod
     def encoder_cost(cls, config: Any) -> EncoderCost:
-        """The cost of a config's tower and projector."""
+        """The cost model of a config's tower and projector."""
 
     @classmethod
     def cost_of(cls, config: Any, *, bytes_per_value: int = 2) -> ModelCost:
-        """The cost model of a config."""
+        """The cost model of a config. bytes_per_value: of the KV cache."""
         return ModelCost(
             encoder=cls.encoder_cost(config),
             decoder=DecoderCost.from_config(config.text_config, bytes_per_value=bytes_per_value),
@@ -95,12 +115,12 @@ class Adapter(ABC):
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
-        """Runs the vision encoder once over a processor's batch and reads the wanted signals on
-        the way. Raises InputError for prompts that do not fit their images."""
+        """Runs the vision encoder once over a processor's batch and reads `signals` from it. Raises
+        InputError for prompts that do not match their images."""
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
-        """A fresh output object of the family's own type that holds what is kept of each image.
-        Fresh on every call: beam search rewrites these objects in place."""
+        """A new output object of the family's type with the kept tokens of each image; new on each
+        call, because beam search rewrites these objects in place."""
         return type(encoded.output)(pooler_output=[image.features_KD for image in kept])
 
     @abstractmethod
@@ -108,11 +128,11 @@ class Adapter(ABC):
         """(row, shape) of each image of a processor's batch, without running the encoder."""
 
     def packed_features(self, packed: Any) -> list[Tensor]:
-        """[K, D] features of each image as the model will read them from a packed output."""
+        """[K, D] features of each image, as the model reads them from a packed output."""
         return list(packed.pooler_output)
 
     def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
-        """`generate`'s arguments for a packed and compacted batch."""
+        """Arguments of `generate` that pass the features of a packed and compacted batch."""
         return {"mm_encoder_outputs": {"image": packed}}
 
     def project(self, states_KV: Tensor) -> Tensor:
@@ -125,10 +145,11 @@ class Adapter(ABC):
         return full_positions(inputs["attention_mask"])
 
     def language_model(self) -> Any:
-        """The decoder: embeddings, `.layers`, norm; without the head."""
+        """The decoder (embeddings, `.layers`, norm) without the language-model head."""
         return self.model.model.language_model
 
     def cost(self) -> ModelCost:
+        """The model's cost model, with a KV cache of its dtype."""
         size = torch.finfo(self.model.dtype).bits // 8
         return self.cost_of(self.model.config, bytes_per_value=size)
 
@@ -137,36 +158,36 @@ class Adapter(ABC):
         return self.model.get_input_embeddings()(token_ids)
 
     def placeholders(self, input_ids_BS: Tensor) -> Tensor:
-        """[B, S] bool: where the prompt holds a visual token."""
+        """[B, S] bool, True for placeholders of visual tokens."""
         return input_ids_BS == self.image_token_id
 
     def assign_rows(self, counts: Sequence[int], input_ids_BS: Tensor) -> list[tuple[int, int]]:
-        """(row, index in row) of each image, given each image's token count.
+        """(row, index in row) of each image, from each image's token count.
 
-        Raises InputError where a prompt's placeholders and its images' tokens disagree.
+        Raises InputError if a prompt's placeholders do not match its images' tokens.
         """
-        wanted = self.placeholders(input_ids_BS).sum(dim=1).tolist()
-        places: list[tuple[int, int]] = []
+        expected = self.placeholders(input_ids_BS).sum(dim=1).tolist()
+        owners: list[tuple[int, int]] = []
         image = 0
-        for row, total in enumerate(wanted):
-            held = index = 0
-            while held < total and image < len(counts):
-                places.append((row, index))
-                held, image, index = held + counts[image], image + 1, index + 1
-            if held != total:
+        for row, total in enumerate(expected):
+            tokens = index = 0
+            while tokens < total and image < len(counts):
+                owners.append((row, index))
+                tokens, image, index = tokens + counts[image], image + 1, index + 1
+            if tokens != total:
                 raise InputError(
-                    f"prompt {row} has places for {total} visual tokens, its images give {held}: "
+                    f"prompt {row} has places for {total} visual tokens, its images give {tokens}: "
                     "is there one image placeholder per image?"
                 )
         if image != len(counts):
             raise InputError(
                 f"{len(counts)} images were given, the prompts have places for {image}"
             )
-        return places
+        return owners
 
 
 def raster(rows: int, columns: int, device: torch.device) -> Tensor:
-    """[rows · columns, 2] coordinates of a full grid in raster order."""
+    """[rows · columns, 2] (row, column) coordinates of a full grid in raster order."""
     return torch.cartesian_prod(
         torch.arange(rows, device=device), torch.arange(columns, device=device)
     ).view(-1, 2)

@@ -1,5 +1,5 @@
 """Idefics3 and SmolVLM: square tiles through SigLIP, patches shuffled into tokens, one linear
-layer, a Llama decoder. Text such as <row_1_col_2> stands between the tiles of an image."""
+layer, a Llama decoder. The prompt has text such as <row_1_col_2> between the tiles of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder
-from sppruner.adapters.tiles import merged, merged_signal, read, runs, tiled_images
+from sppruner.adapters.tiles import (
+    average_patch_signal,
+    find_runs,
+    group_patches,
+    stack_signals,
+    tiled_images,
+)
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
@@ -26,13 +32,14 @@ from sppruner.signals import (
 
 
 class Idefics3Adapter(Adapter):
-    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; every tile of an
-    image is a plane, and its placeholder run is those of its tiles together.
+    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`; each tile of an
+    image is a plane, and the image's run is the concatenation of its tiles' runs.
 
-    A batch holds tiles by prompt, not by image. The processor frames every tile with a token of
-    its own (<fake_token_around_image>), once between two tiles of an image and, closing one and
-    opening the next, twice between two images: that is how images are told apart. Features are
-    packed image by image; the model's own list goes by prompt, and it reads both alike.
+    A batch holds tiles by prompt, not by image. The processor frames each tile with a special token
+    (<fake_token_around_image>), which occurs once between two tiles of an image and twice (the end
+    of one and the start of the next) between two images; this is how images are distinguished.
+    Features are packed image by image, where the model's list is by prompt; the model reads both
+    equally.
     """
 
     families: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
@@ -57,7 +64,7 @@ class Idefics3Adapter(Adapter):
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         ids = inputs["input_ids"].tolist()
-        spans = runs(self.placeholders(inputs["input_ids"]))
+        spans = find_runs(self.placeholders(inputs["input_ids"]))
         per_tile = self._shape(1).tokens
         for row, start, stop in spans:
             if stop - start != per_tile:
@@ -66,8 +73,8 @@ class Idefics3Adapter(Adapter):
                     f"has {per_tile}: is the prompt cut off, or not made by this model's processor?"
                 )
         found = []
-        for row, own in groupby(spans, key=itemgetter(0)):
-            tiles = [(start, stop) for _, start, stop in own]
+        for row, row_spans in groupby(spans, key=itemgetter(0)):
+            tiles = [(start, stop) for _, start, stop in row_spans]
             if tiles[-1][1] == len(ids[row]):
                 raise InputError(f"prompt {row} ends inside its last image: is it cut off?")
             frame, count = ids[row][tiles[-1][1]], 1
@@ -82,31 +89,33 @@ class Idefics3Adapter(Adapter):
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         shapes, factor = self.shapes(inputs), self.model.config.scale_factor
         pixels = inputs["pixel_values"].to(self.model.dtype)
-        # What fills a prompt up to the most tiles of the batch is all zeros; the model drops it.
+        # Padding tiles, up to the most tiles of a prompt, are all zeros; the model drops them.
         tiles = pixels.flatten(0, 1)[(pixels != 0).flatten(2).any(dim=2).flatten()]
-        places = sum(shape.tiles for _, shape in shapes)
-        if len(tiles) != places:
+        expected = sum(shape.tiles for _, shape in shapes)
+        if len(tiles) != expected:
             raise InputError(
-                f"{len(tiles)} tiles were given, the prompts have places for {places}: is there "
+                f"{len(tiles)} tiles were given, the prompts have places for {expected}: is there "
                 "one image placeholder per image?"
             )
         tower = self.model.model.vision_model
         probe = ReceivedProbe(tower.encoder.layers[-1].self_attn)
-        wanted = signals - {CONTENT_SEED}
-        with probing(tower, probe) if wanted else nullcontext():
+        probed = signals - {CONTENT_SEED}
+        with probing(tower, probe) if probed else nullcontext():
             output = self.model.model.get_image_features(
                 pixel_values=pixels,
                 pixel_attention_mask=inputs.get("pixel_attention_mask"),
                 return_dict=True,
             )
-        hidden_TNV = merged(output.last_hidden_state, factor).flatten(2)
-        known = read(probe, len(hidden_TNV)) if wanted else {}
+        hidden_TNV = group_patches(output.last_hidden_state, factor).flatten(2)
+        patch_signals = stack_signals(probe, len(hidden_TNV)) if probed else {}
         images = tiled_images(
             shapes,
             features_TND=torch.cat(output.pooler_output).view(*hidden_TNV.shape[:2], -1),
             hidden_TNV=hidden_TNV,
             pixels=tiles,
-            read={name: merged_signal(values, factor) for name, values in known.items()},
+            tile_signals={
+                name: average_patch_signal(values, factor) for name, values in patch_signals.items()
+            },
             signals=signals,
         )
         return Encoded(images=images, output=output)

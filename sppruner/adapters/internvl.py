@@ -1,5 +1,9 @@
 """InternVL (the `transformers` port): square tiles through a ViT with a CLS token, 2×2 patches
-shuffled into a token, a Qwen-like decoder."""
+shuffled into a token, a Qwen-like decoder.
+
+Shapes: T tiles, N tokens of a tile, D width of the language model, V width of the hidden states of
+a token, B batch rows, L packed prompt tokens, K kept tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ from torch import Tensor
 from sppruner.adapters.base import Adapter, Encoded
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import (
-    layer_before,
-    merged,
-    merged_signal,
-    read,
-    runs,
+    average_patch_signal,
+    find_runs,
+    group_patches,
+    layer_of_state,
+    stack_signals,
     tiled_images,
 )
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.capabilities import Capabilities
 from sppruner.compact import Compacted
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
@@ -29,11 +33,11 @@ from sppruner.signals import CONTENT_SEED, ClsRowProbe, probing
 
 
 class InternVLAdapter(Adapter):
-    """`InternVLForConditionalGeneration`; every tile of an image is a plane. Video frames are
-    images of one tile.
+    """`InternVLForConditionalGeneration`; each tile of an image is a plane. Video frames are images
+    of one tile.
 
-    A batch names tiles only, not which image they are of: an image is an unbroken run of
-    placeholders, since the processor puts a start and an end token around each.
+    A batch holds tiles without their image: an image is a run of consecutive placeholders, since
+    the processor puts a start and an end token around each.
     """
 
     families: ClassVar[tuple[str, ...]] = ("internvl",)
@@ -68,7 +72,7 @@ class InternVLAdapter(Adapter):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         per_tile = self._shape(1).tokens
         found = []
-        for row, start, stop in runs(self.placeholders(inputs["input_ids"])):
+        for row, start, stop in find_runs(self.placeholders(inputs["input_ids"])):
             tiles, rest = divmod(stop - start, per_tile)
             if rest:
                 raise InputError(
@@ -77,10 +81,10 @@ class InternVLAdapter(Adapter):
                 )
             found.append((row, self._shape(tiles)))
         pixels = inputs.get("pixel_values")
-        given, places = 0 if pixels is None else len(pixels), sum(s.tiles for _, s in found)
-        if given != places:
+        given, expected = 0 if pixels is None else len(pixels), sum(s.tiles for _, s in found)
+        if given != expected:
             raise InputError(
-                f"{given} tiles were given, the prompts have places for {places}: is there one "
+                f"{given} tiles were given, the prompts have places for {expected}: is there one "
                 "image placeholder per image?"
             )
         return found
@@ -91,35 +95,37 @@ class InternVLAdapter(Adapter):
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
         layers, feature_layer = tower.encoder.layer, config.vision_feature_layer
-        probe = ClsRowProbe(layer_before(layers, feature_layer).attention)
-        wanted = signals - {CONTENT_SEED}
-        reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        probe = ClsRowProbe(layer_of_state(layers, feature_layer).attention)
+        probed = signals - {CONTENT_SEED}
+        reading = probing(tower, probe) if probed else nullcontext()
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
         if feature_layer == -1:
             states = output.last_hidden_state
         else:
             states = output.hidden_states[feature_layer]
-        known = read(probe, len(states)) if wanted else {}
+        patch_signals = stack_signals(probe, len(states)) if probed else {}
         images = tiled_images(
             shapes,
             features_TND=output.pooler_output,
-            hidden_TNV=merged(states[:, 1:], factor).flatten(2),
+            hidden_TNV=group_patches(states[:, 1:], factor).flatten(2),
             pixels=pixels,
-            read={name: merged_signal(values, factor) for name, values in known.items()},
+            tile_signals={
+                name: average_patch_signal(values, factor) for name, values in patch_signals.items()
+            },
             signals=signals,
         )
         return Encoded(images=images, output=output)
 
     def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
-        """The embedded prompt: the model reads encoder outputs as one tensor of equal tiles, which
-        pruned images no longer fill. Joined in one all the same, they would pass greedy decoding,
-        but beams would split it by tiles and silently mix prompts up."""
+        """The prompt as embeddings: the model reads encoder outputs as one tensor of equal tiles,
+        which pruned images no longer fill. Concatenated into one, they would work with greedy
+        decoding, but beam search would split the tensor by tiles and silently mix prompts."""
         ids_BL = compacted.input_ids_BL
         embeds_BLD = self.input_embedding(ids_BL)
         features_KD = torch.cat(packed.pooler_output).to(embeds_BLD)
-        places_BL1 = self.placeholders(ids_BL).unsqueeze(-1)
-        return {"inputs_embeds": embeds_BLD.masked_scatter(places_BL1, features_KD)}
+        visual_BL1 = self.placeholders(ids_BL).unsqueeze(-1)
+        return {"inputs_embeds": embeds_BLD.masked_scatter(visual_BL1, features_KD)}
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(states_KV)

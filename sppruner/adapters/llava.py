@@ -11,12 +11,19 @@ from torch import Tensor
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
-from sppruner.adapters.tiles import layer_before
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.tiles import layer_of_state
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, LlavaEncoderCost
-from sppruner.signals import ATTENTION, CLS_ATTENTION, CONTENT_SEED, KEYS, ClsRowProbe, probing
-from sppruner.signals import content_seed as seed_of
+from sppruner.signals import (
+    ATTENTION,
+    CLS_ATTENTION,
+    CONTENT_SEED,
+    KEYS,
+    ClsRowProbe,
+    content_seed,
+    probing,
+)
 from sppruner.types import VisualTokens
 
 
@@ -47,34 +54,34 @@ class LlavaAdapter(Adapter):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         pixels = inputs.get("pixel_values")
         counts = [] if pixels is None else [self._shape().tokens] * len(pixels)
-        places = self.assign_rows(counts, inputs["input_ids"])
-        return [(row, self._shape()) for row, _ in places]
+        owners = self.assign_rows(counts, inputs["input_ids"])
+        return [(row, self._shape()) for row, _ in owners]
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower, feature_layer = self.model.model.vision_tower, self.model.config.vision_feature_layer
         layers = tower.encoder.layers
-        probe = ClsRowProbe(layer_before(layers, feature_layer).self_attn)
-        wanted = signals & {ATTENTION, CLS_ATTENTION, KEYS}
-        reading = probing(tower, probe) if wanted else nullcontext()
-        with running_up_to(layers, feature_layer), reading:
+        probe = ClsRowProbe(layer_of_state(layers, feature_layer).self_attn)
+        probed = signals & {ATTENTION, CLS_ATTENTION, KEYS}
+        reading = probing(tower, probe) if probed else nullcontext()
+        with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
         features = list(output.pooler_output)
         hidden_INV = output.hidden_states[feature_layer][:, 1:]
         side = self._side()
         coords_N2 = raster(side, side, pixels.device)
-        places = self.assign_rows([f.shape[0] for f in features], inputs["input_ids"])
+        owners = self.assign_rows([f.shape[0] for f in features], inputs["input_ids"])
         images = []
-        for i, (row, index) in enumerate(places):
-            read = probe.signals(i) if wanted else {}
+        for i, (row, index) in enumerate(owners):
+            available = probe.signals(i) if probed else {}
             if CONTENT_SEED in signals:
-                read[CONTENT_SEED] = seed_of(pixels[i])
+                available[CONTENT_SEED] = content_seed(pixels[i])
             plane = VisualTokens(
                 features_ND=features[i],
                 hidden_NV=hidden_INV[i],
                 coords_N2=coords_N2,
-                signals={name: read[name] for name in signals},
+                signals={name: available[name] for name in signals},
                 row=row,
                 image=index,
             )

@@ -34,7 +34,7 @@ class LlavaNextAdapter(AnyresAdapter):
     def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
         config = self.model.config
         return [
-            AnyresLayout.of(
+            AnyresLayout.for_image(
                 size,
                 pinpoints=config.image_grid_pinpoints,
                 tile=config.vision_config.image_size,

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: a SigLIP tower on any-resolution tiles, pooled where there are many."""
+"""LLaVA-OneVision: a SigLIP tower on any-resolution tiles, pooled if there are many."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LlavaOnevisionAdapter(AnyresAdapter):
     """`LlavaOnevisionForConditionalGeneration`, images only.
 
     Features of a large image are interpolated after the projector, so encoder states do not map to
-    them one by one. Prompts of several images, where the processor says so (`batch_num_images`),
-    hold their low-resolution views only.
+    them one by one. Prompts of several images, as given by the processor's `batch_num_images`, hold
+    only the low-resolution views.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llava_onevision",)
@@ -41,7 +41,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         return TiledEncoderCost.onevision(config)
 
     def assign_rows(self, counts: Sequence[int], input_ids_BS: Tensor) -> list[tuple[int, int]]:
-        """As for every family; raises InputError for videos too."""
+        """As for every family; also raises InputError for videos."""
         if (input_ids_BS == self.model.config.video_token_id).any():
             raise InputError("the prompts hold a video: videos are not pruned, send images only")
         return super().assign_rows(counts, input_ids_BS)
@@ -50,18 +50,18 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         config, sizes = self.model.config, image_sizes(inputs)
         per_prompt = inputs.get("batch_num_images")
         counts = [1] * len(sizes) if per_prompt is None else [int(n) for n in per_prompt]
-        alone = [count == 1 for count in counts for _ in range(count)]
+        single = [count == 1 for count in counts for _ in range(count)]
         return [
-            AnyresLayout.of(
+            AnyresLayout.for_image(
                 size,
                 pinpoints=config.image_grid_pinpoints,
                 tile=config.vision_config.image_size,
                 side=self._side,
                 most_tiles=most_tiles(config),
             )
-            if cut
+            if tiled
             else AnyresLayout(side=self._side)
-            for size, cut in zip(sizes, alone, strict=True)
+            for size, tiled in zip(sizes, single, strict=True)
         ]
 
     def _probe(self, attention: torch.nn.Module) -> ReceivedProbe:
@@ -72,7 +72,8 @@ class LlavaOnevisionAdapter(AnyresAdapter):
 
 
 def most_tiles(config: Any) -> int:
-    """The number in a config's "anyres_max_9". Raises UnsupportedModel where there is none."""
+    """The number of tiles in a config's "anyres_max_9". Raises UnsupportedModel if there is
+    none."""
     policy = config.vision_aspect_ratio
     number = policy.removeprefix(_ANYRES)
     if not policy.startswith(_ANYRES) or not number.isdecimal():

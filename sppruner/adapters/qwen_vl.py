@@ -1,5 +1,9 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, 2 × 2 patches to a token,
-M-RoPE positions in time, height and width."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at native resolution, 2 × 2 patches merged into a
+token, M-RoPE positions in time, height and width.
+
+Shapes: P patches and N tokens of an image, M patches of a token, K kept tokens, D width of the
+language model, V width of a token's hidden states, B batch rows, S prompt tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
-from sppruner.adapters.tiles import runs
-from sppruner.adapters.towers import spans_together
+from sppruner.adapters.tiles import find_runs
+from sppruner.adapters.towers import batched_span_attention
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, QwenEncoderCost
 from sppruner.errors import InputError, UnsupportedModel
@@ -28,17 +32,18 @@ from sppruner.types import VisualTokens
 
 
 class QwenVLAdapter(Adapter):
-    """What the three families share. Every image is one plane.
+    """The base of the three families. Each image is one plane.
 
     `pixel_values` holds the patches of all images one after the other, [patches, values], and
-    `image_grid_thw` each image's grid. The patches of a token follow each other, so that hidden
-    states of a token are those of its patches, concatenated, [N, 4V]. M-RoPE positions stay those
-    of the unpruned prompt: they say where on the image a token lies.
+    `image_grid_thw` each image's grid. The patches of a token are consecutive, and a token's hidden
+    states are those of its patches, concatenated: V is M times the tower's width. M-RoPE positions
+    stay those of the unpruned prompt, because they encode a token's position in the image.
     """
 
     @abstractmethod
     def _saliency_attention(self) -> nn.Module:
-        """The attention of the last block in which every patch of an image sees every other."""
+        """The attention of the last block in which every patch of an image attends to all
+        others."""
 
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
@@ -52,7 +57,7 @@ class QwenVLAdapter(Adapter):
 
     @property
     def _merge(self) -> int:
-        """Patches of a token."""
+        """Patches per token."""
         return int(self.model.config.vision_config.spatial_merge_size) ** 2
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
@@ -61,8 +66,8 @@ class QwenVLAdapter(Adapter):
     def _owners(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, int, ImageShape]]:
         """(row, index in row, shape) of each image.
 
-        Raises InputError for videos, and for images without a token between them: M-RoPE would
-        take them for one image.
+        Raises InputError for videos, and for images without a token between them, which M-RoPE
+        would treat as one image.
         """
         ids_BS = inputs["input_ids"]
         grids = inputs.get("image_grid_thw")
@@ -74,23 +79,23 @@ class QwenVLAdapter(Adapter):
             shapes.append(ImageShape(tiles=1, rows=rows, columns=columns, tokens=tokens))
         if inputs.get("pixel_values_videos") is not None or self._video(ids_BS).any():
             raise InputError("the prompts hold a video: videos are not pruned, send images only")
-        places = self.assign_rows([shape.tokens for shape in shapes], ids_BS)
-        spans = runs(self.placeholders(ids_BS))
+        owners = self.assign_rows([shape.tokens for shape in shapes], ids_BS)
+        spans = find_runs(self.placeholders(ids_BS))
         for row in range(len(ids_BS)):
-            held = [stop - start for at, start, stop in spans if at == row]
-            given = [s.tokens for (at, _), s in zip(places, shapes, strict=True) if at == row]
-            if held != given:
+            lengths = [stop - start for owner, start, stop in spans if owner == row]
+            given = [s.tokens for (owner, _), s in zip(owners, shapes, strict=True) if owner == row]
+            if lengths != given:
                 raise InputError(
-                    f"prompt {row} has runs of {held} places for visual tokens, its images give "
+                    f"prompt {row} has runs of {lengths} places for visual tokens, its images give "
                     f"{given}: put a token such as <|vision_start|> in front of every image"
                 )
-        return [(row, index, s) for (row, index), s in zip(places, shapes, strict=True)]
+        return [(row, index, s) for (row, index), s in zip(owners, shapes, strict=True)]
 
     def _video(self, input_ids_BS: Tensor) -> Tensor:
         return input_ids_BS == self.model.config.video_token_id
 
     def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """[4, B, S]: the text row, then time, height and width."""
+        """[4, B, S] positions of the unpruned prompt: the text row, then time, height and width."""
         ids_BS = inputs["input_ids"]
         grid_3BS, _ = self.model.model.get_rope_index(
             ids_BS,
@@ -105,27 +110,31 @@ class QwenVLAdapter(Adapter):
         pixels = inputs["pixel_values"]
         tower = self.model.model.visual
         probe = ReceivedProbe(self._saliency_attention())
-        wanted = signals - {CONTENT_SEED}
-        reading = probing(tower, probe) if wanted else nullcontext()
-        with spans_together(tower), reading:  # in this order: a probe wraps the attention it finds
+        probed = signals - {CONTENT_SEED}
+        reading = probing(tower, probe) if probed else nullcontext()
+        # In this order, since a probe wraps the current attention.
+        with batched_span_attention(tower), reading:
             output = self.model.model.get_image_features(
                 pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
             )
         patches = [shape.rows * shape.columns for _, _, shape in owners]
-        own_pixels = torch.split(pixels, patches)
+        pixels_of_image = torch.split(pixels, patches)
         states = torch.split(output.last_hidden_state, patches)
         images = []
         for i, (row, index, shape) in enumerate(owners):
             features_ND = output.pooler_output[i]
-            read = probe.signals(i) if wanted else {}
-            known = {name: self._by_token(v, shape).mean(dim=1) for name, v in read.items()}
+            patch_signals = probe.signals(i) if probed else {}
+            available = {
+                name: self._by_token(values, shape).mean(dim=1)
+                for name, values in patch_signals.items()
+            }
             if CONTENT_SEED in signals:
-                known[CONTENT_SEED] = content_seed(own_pixels[i])
+                available[CONTENT_SEED] = content_seed(pixels_of_image[i])
             plane = VisualTokens(
                 features_ND=features_ND,
                 hidden_NV=self._by_token(states[i], shape).flatten(1),
                 coords_N2=raster(*self._grid(shape), pixels.device),
-                signals={name: known[name] for name in signals},
+                signals={name: available[name] for name in signals},
                 row=row,
                 image=index,
             )
@@ -143,7 +152,7 @@ class QwenVLAdapter(Adapter):
         return Encoded(images=tuple(images), output=output)
 
     def _deepstack(self, output: Any) -> Sequence[Sequence[Tensor]]:
-        """By DeepStack layer and image, the [N, D] states that the decoder adds."""
+        """The [N, D] states that the decoder adds, by DeepStack layer and image."""
         return ()
 
     def _grid(self, shape: ImageShape) -> tuple[int, int]:
@@ -152,8 +161,8 @@ class QwenVLAdapter(Adapter):
         return shape.rows // side, shape.columns // side
 
     def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
-        """[N, M, …]: the tower's values of one image's patches, [P, …], by token in raster order
-        with its M patches."""
+        """[N, M, …] values of each token's patches, tokens in raster order, from the tower's values
+        [P, …] of one image."""
         return values.reshape(-1, self._merge, *values.shape[1:])
 
     def project(self, states_KV: Tensor) -> Tensor:
@@ -177,7 +186,7 @@ class Qwen2VLAdapter(QwenVLAdapter):
 
 class Qwen2_5_VLAdapter(QwenVLAdapter):
     """`Qwen2_5_VLForConditionalGeneration`, images only. Most blocks of its tower attend within
-    windows, and the tower holds tokens window by window; its features are back in raster order."""
+    windows, and the tower orders tokens by window; its features are in raster order again."""
 
     families: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
@@ -207,9 +216,9 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
 
 class Qwen3VLAdapter(QwenVLAdapter):
     """`Qwen3VLForConditionalGeneration`, images only, with DeepStack: states of earlier tower
-    layers are added to the visual tokens behind the first decoder layers.
+    layers are added to the visual tokens after the first decoder layers.
 
-    A token keeps its own DeepStack states also where a method merges others into it.
+    A token keeps its own DeepStack states if a method merges others into it.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
@@ -219,7 +228,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
         plain = super().capabilities_of(config)
         if plain.first_prunable_layer is None:
             return plain
-        # Pruning in front of a layer must come after the last addition, which counts the tokens.
+        # Stages must come after the last addition, which needs all tokens.
         first = max(plain.first_prunable_layer, len(config.vision_config.deepstack_visual_indexes))
         return replace(plain, first_prunable_layer=first if first < plain.decoder_layers else None)
 
@@ -245,8 +254,8 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
 
 def _window_order(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
-    """[rows · columns] raster indices in the order in which windows of side × side tokens hold
-    them: windows in raster order, tokens of a window in raster order."""
+    """[rows · columns] raster indices, ordered by windows of side × side tokens: windows in raster
+    order, and tokens of a window in raster order."""
     row_N, column_N = raster(rows, columns, device).unbind(1)
     windows_across = -(-columns // side)
     return (row_N // side * windows_across + column_N // side).argsort(stable=True)

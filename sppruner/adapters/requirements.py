@@ -1,4 +1,4 @@
-"""Checks that variants of several families share: what none of them can serve."""
+"""Checks of model variants that several adapters share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from sppruner.errors import UnsupportedModel
 
-# Decoders that `sppruner.cost.DecoderCost` counts exactly: SwiGLU and grouped-query attention.
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types of decoders that `sppruner.cost.DecoderCost` models exactly: SwiGLU and grouped-query
+attention."""
 
 
 def require_dense_decoder(config: Any) -> None:
     """Raises UnsupportedModel for a decoder whose cost is not modelled, such as one with experts:
-    its savings could not be stated."""
+    its savings would be unknown."""
     kind = config.text_config.model_type
     if kind not in DENSE_DECODERS:
         raise UnsupportedModel(
@@ -22,7 +23,7 @@ def require_dense_decoder(config: Any) -> None:
 
 
 def require_tower(config: Any, kind: str) -> None:
-    """Raises UnsupportedModel for a vision tower other than the family's own."""
+    """Raises UnsupportedModel unless the vision tower has model type `kind`."""
     found = config.vision_config.model_type
     if found != kind:
         raise UnsupportedModel(
@@ -31,9 +32,9 @@ def require_tower(config: Any, kind: str) -> None:
 
 
 def require_features(config: Any, strategy: str) -> None:
-    """Raises UnsupportedModel where a feature is not one patch of one layer: several layers
-    concatenated, the embeddings in front of all layers, or a select strategy that takes the CLS
-    token for a patch or a patch for it."""
+    """Raises UnsupportedModel unless a feature is one patch of one layer's output: for concatenated
+    layers, the embeddings before all layers, and a select strategy other than `strategy`, which
+    would treat the CLS token as a patch or a patch as the CLS token."""
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         raise UnsupportedModel(

@@ -1,5 +1,8 @@
-"""Tools of families that cut an image into square tiles: T tiles of P patches each, merged M to a
-token where the projector merges patches."""
+"""Tools for families that cut an image into square tiles.
+
+Shapes: T tiles, P patches of a tile, N tokens of a tile, C channels, D width of the language model,
+V width of the hidden states of a token, B batch rows, S prompt tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,28 @@ from sppruner.types import VisualTokens
 
 
 class TileProbe(Protocol):
-    """A probe that can say what it read of one tile."""
+    """A probe that returns the signals of each tile."""
 
-    def signals(self, image: int) -> dict[str, Tensor]: ...
+    def signals(self, image: int) -> dict[str, Tensor]:
+        """The signals of one tile, by name."""
 
 
-def layer_before(layers: nn.ModuleList, index: int) -> Any:
-    """The layer whose output is hidden state `index`: state 0 is the embeddings, -1 the last.
+def layer_of_state(layers: nn.ModuleList, index: int) -> Any:
+    """The layer whose output is hidden state `index`; state 0 is the embeddings, −1 the last.
 
-    Saliency is read at the depth of the features (pruners such as VisionZip do the same).
+    Saliency is read at the depth of the features, as in VisionZip and others.
     """
     return layers[index if index < 0 else index - 1]
 
 
-def read(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
-    """What a probe read of the tiles of a batch, by signal name: [T, P] or [T, P, C]."""
-    each = [probe.signals(tile) for tile in range(tiles)]
-    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+def stack_signals(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
+    """The signals that a probe read of a batch's tiles, by name: [T, P] or [T, P, C]."""
+    by_tile = [probe.signals(tile) for tile in range(tiles)]
+    return {name: torch.stack([signals[name] for signals in by_tile]) for name in by_tile[0]}
 
 
-def runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of each unbroken run of True, in reading order."""
+def find_runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of each run of consecutive True entries, row by row."""
     edges = torch.nn.functional.pad(mask_BS.to(torch.int8), (1, 1)).diff(dim=1)
     starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
     return [
@@ -46,10 +50,10 @@ def runs(mask_BS: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
-def merged(values_TPC: Tensor, factor: int) -> Tensor:
-    """[T, P / factor², factor², C]: the patches behind each token, both in raster order.
+def group_patches(values_TPC: Tensor, factor: int) -> Tensor:
+    """[T, P / factor², factor², C]: the patches of each token, both in raster order.
 
-    The families' pixel shuffles concatenate exactly these states to a token.
+    The families' pixel shuffles concatenate exactly these states into a token.
     """
     tiles, patches, width = values_TPC.shape
     side = math.isqrt(patches) // factor
@@ -57,11 +61,11 @@ def merged(values_TPC: Tensor, factor: int) -> Tensor:
     return grid.reshape(tiles, side * side, factor * factor, width)
 
 
-def merged_signal(values: Tensor, factor: int) -> Tensor:
-    """A signal of tokens from one of patches, [T, P] or [T, P, C]: the mean over the patches
-    merged into each token."""
+def average_patch_signal(values: Tensor, factor: int) -> Tensor:
+    """A token signal from a patch signal [T, P] or [T, P, C]: the mean over each token's
+    patches."""
     values_TPC = values if values.dim() == 3 else values[..., None]
-    mean_TNC = merged(values_TPC, factor).mean(dim=2)
+    mean_TNC = group_patches(values_TPC, factor).mean(dim=2)
     return mean_TNC if values.dim() == 3 else mean_TNC[..., 0]
 
 
@@ -71,34 +75,34 @@ def tiled_images(
     features_TND: Tensor,
     hidden_TNV: Tensor,
     pixels: Tensor,
-    read: Mapping[str, Tensor],
+    tile_signals: Mapping[str, Tensor],
     signals: frozenset[str],
 ) -> tuple[EncodedImage, ...]:
-    """Images whose runs are their tiles' tokens one after the other: each tile is a plane.
+    """Images whose runs are the tokens of their tiles one after the other; each tile is a plane.
 
-    shapes: (row, shape) of each image, which take the tiles in order. read: what was read of all
-    tiles, token by token.
+    shapes: (row, shape) of each image, in the order of the tiles. tile_signals: the probed signals
+    by token, [T, N] or [T, N, C]. signals: names of the signals that planes carry.
     """
     count = features_TND.shape[1]
     side = math.isqrt(count)
     coords_N2 = raster(side, side, features_TND.device)
     images: list[EncodedImage] = []
-    held: dict[int, int] = {}
+    images_of_row: dict[int, int] = {}
     first = 0
     for row, shape in shapes:
-        image = held.setdefault(row, 0)
-        places_N = torch.arange(shape.tokens, device=features_TND.device)
+        image = images_of_row.setdefault(row, 0)
+        index_N = torch.arange(shape.tokens, device=features_TND.device)
         planes = []
         for tile in range(first, first + shape.tiles):
-            known = {name: values[tile] for name, values in read.items()}
+            available = {name: values[tile] for name, values in tile_signals.items()}
             if CONTENT_SEED in signals:
-                known[CONTENT_SEED] = content_seed(pixels[tile])
+                available[CONTENT_SEED] = content_seed(pixels[tile])
             planes.append(
                 VisualTokens(
                     features_ND=features_TND[tile],
                     hidden_NV=hidden_TNV[tile],
                     coords_N2=coords_N2,
-                    signals={name: known[name] for name in signals},
+                    signals={name: available[name] for name in signals},
                     row=row,
                     image=image,
                     plane=tile - first,
@@ -110,9 +114,9 @@ def tiled_images(
                 image=image,
                 run_ND=features_TND[first : first + shape.tiles].flatten(0, 1),
                 planes=tuple(planes),
-                places=places_N.view(-1, count).unbind(),
+                places=index_N.view(-1, count).unbind(),
                 shape=shape,
             )
         )
-        first, held[row] = first + shape.tiles, image + 1
+        first, images_of_row[row] = first + shape.tiles, image + 1
     return tuple(images)

@@ -62,7 +62,7 @@ class DecoderCost:
         return 2 * self.hidden * self.vocabulary
 
     def prefill(self, layer_tokens: Sequence[int]) -> int:
-        """FLOPs of the prompt through every layer, and of the head at its last position."""
+        """FLOPs of the prompt through all layers, and of the head at its last position."""
         return sum(self.layer(tokens, tokens) for tokens in layer_tokens) + self.head
 
     def decode(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
@@ -73,19 +73,19 @@ class DecoderCost:
         )
 
     def stages(self, layer_tokens: Sequence[int]) -> int:
-        """FLOPs of scoring tokens inside the decoder: one attention row, of all heads, in each
-        layer that is followed by one with fewer tokens."""
+        """FLOPs of the attention rows that stages rank by: one row, of all heads, for each layer
+        that the next one follows with fewer tokens."""
         scored = (tokens for tokens, after in pairwise(layer_tokens) if after < tokens)
         return sum(2 * self.heads * self.head_dim * tokens for tokens in scored)
 
     def scoring(self, layer_tokens: Sequence[int]) -> int:
-        """What it costs on top to have these rows of the later layer, the stage's own, which has
-        not run yet: its keys of all tokens in front of it and its query of the last one."""
+        """FLOPs in addition to `stages` if the rows are those of the stage's layer, which has not
+        run yet: its keys of all tokens that enter it and its query of the last token."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        asked = (tokens for tokens, next_ in pairwise(layer_tokens) if next_ < tokens)
-        return sum(2 * self.hidden * (tokens * kv_width + width) for tokens in asked)
+        scored = (tokens for tokens, after in pairwise(layer_tokens) if after < tokens)
+        return sum(2 * self.hidden * (tokens * kv_width + width) for tokens in scored)
 
     def kv_bytes(self, layer_tokens: Sequence[int], new_tokens: int) -> int:
-        """Bytes of keys and values after the last token, which is not fed back."""
+        """Bytes of keys and values after the last new token, which does not enter the model."""
         cached = sum(layer_tokens) + len(layer_tokens) * max(0, new_tokens - 1)
         return 2 * self.kv_heads * self.head_dim * cached * self.bytes_per_value

@@ -1,4 +1,4 @@
-"""Methods by name. A spec's method and options are checked here, before anything runs."""
+"""The registry of methods: builds a spec's method and checks its options before the model runs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _SELECTORS: dict[str, type[Selector]] = {
 
 
 def available() -> list[str]:
-    """Every method name, "none" included."""
+    """The names of all methods, "none" included."""
     return ["none", *sorted(_SELECTORS)]
 
 
 @functools.lru_cache(maxsize=1024)
 def selector_for(spec: PruneSpec) -> Selector | None:
-    """The method `spec` names, or None for dense. Raises UnknownMethod or SpecError."""
+    """The method that `spec` names; None for dense. Raises UnknownMethod or SpecError."""
     if spec.is_dense:
         return None
     if spec.method not in _SELECTORS:

@@ -1,7 +1,11 @@
-"""What a method is: options, the signals it needs, and a choice of exactly k tokens per image.
+"""The base class of methods: options, the signals a method needs, and the selection of exactly k
+tokens per plane.
 
-A selector sees `VisualTokens` only. Options are the fields of its dataclass, so a spec's options
-are checked when the selector is built, before anything runs.
+A selector sees `VisualTokens` only, never the model. Options are the fields of its dataclass, so a
+spec's options are checked when the selector is built, before the model runs.
+
+Shapes: I planes that are selected together, N tokens of each plane, K kept tokens, V width of the
+encoder states.
 """
 
 from __future__ import annotations
@@ -22,43 +26,44 @@ from sppruner.spec import Budget
 from sppruner.stages import TokenSchedule
 from sppruner.types import RelevancePool, RelevanceSource, Selection, VisualTokens
 
-# Pairs of tokens that go through a method at once, over all its images: many methods hold a
-# matrix of them, and at 4 bytes each this one takes 256 MiB.
+# Most token pairs of one `_select` call, over all its images: many methods hold a matrix with 4
+# bytes per pair, which this bounds to 256 MiB.
 _PAIRS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selector(ABC):
-    """One method with its options. `select` is pure: same tokens, same choice.
-
-    signals: signals to read. relevance_source: where text relevance comes from ("none": not
-    wanted). relevance_join: how the words of an instruction are joined.
-    """
+    """One method with its options. `select` is pure: equal tokens give an equal selection."""
 
     name: ClassVar[str]
+    """The method's name in a spec."""
 
-    def __post_init__(self) -> None:  # noqa: B027 - a method need not check anything
-        """Raises SpecError for an option's value that cannot mean anything."""
+    def __post_init__(self) -> None:  # noqa: B027 - a method without checks inherits this
+        """Raises SpecError for an option with an invalid value."""
 
-    def on(self, can: Capabilities) -> Selector:
-        """The method as it runs on a model that can do `can`: with what its options leave to the
-        family filled in."""
+    def resolve_for(self, can: Capabilities) -> Selector:
+        """The method for a model with capabilities `can`: "auto" options get the family's
+        values."""
         return self
 
     @property
     def signals(self) -> frozenset[str]:
+        """Names of the signals that the method reads, see `sppruner.signals`."""
         return frozenset()
 
     @property
     def relevance_source(self) -> RelevanceSource:
+        """Where text relevance comes from; "none" for a method that does not use it."""
         return "none"
 
     @property
-    def relevance_join(self) -> RelevancePool:
+    def relevance_pooling(self) -> RelevancePool:
+        """How the relevances to the words of an instruction are pooled."""
         return "mean"
 
     def check(self, budget: Budget, can: Capabilities) -> None:
-        """Raises SpecError for a budget this method cannot run on a model that can do `can`."""
+        """Raises SpecError for a budget that the method does not support on a model with
+        capabilities `can`."""
         if budget.spread:
             raise SpecError(
                 f"method {self.name!r} does not measure what an image holds: a budget with spread "
@@ -66,58 +71,59 @@ class Selector(ABC):
             )
 
     def information(self, planes: Sequence[VisualTokens]) -> float:
-        """How much an image holds over what an image usually holds (1.0); for budgets with
-        spread, so only for methods whose `check` lets them pass."""
+        """Information of an image relative to the usual value, which is 1.0; for budgets with
+        spread, so only for methods whose `check` accepts them."""
         raise SpecError(f"method {self.name!r} does not measure what an image holds")
 
     def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
-        """Where the budget of `k` of an image's `n` tokens is spent; in front of the decoder
-        unless the method prunes inside it."""
+        """Token counts by layer of an image of `n` tokens under a budget of `k`; `k` at all of them
+        unless the method prunes inside the decoder."""
         return TokenSchedule(before=k, counted=k)
 
     @property
     def staged(self) -> bool:
-        """Whether it prunes inside the decoder."""
+        """Whether the method prunes inside the decoder."""
         return False
 
     def decoder_entry_bounds(self, n: int, k: int) -> tuple[int, int]:
-        """Fewest and most of `n` tokens that `schedule` lets enter a decoder, whatever its depth,
-        for a budget of `k`."""
+        """Fewest and most of `n` tokens that enter a decoder of any depth under a budget of `k`, as
+        bounds of `schedule`."""
         return k, k
 
     def select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        """Keeps `counts[i]` tokens of image i. A count of 0 keeps nothing, a count of at least N
-        keeps every token untouched; the method itself only sees the counts in between."""
-        chosen: list[Selection | None] = []
+        """Keeps `counts[i]` tokens of image i. A count of 0 keeps none, a count of N or more keeps
+        all tokens unchanged; `_select` only gets the counts in between."""
+        selections: list[Selection | None] = []
         for image, k in zip(images, counts, strict=True):
-            whole = k >= image.count
-            kept = torch.arange(image.count if whole else 0, device=image.features_ND.device)
-            chosen.append(Selection(index_K=kept) if whole or k <= 0 else None)
-        # Images of one grid go through the method together: its small kernels then run once.
+            keep_all = k >= image.count
+            index_K = torch.arange(image.count if keep_all else 0, device=image.features_ND.device)
+            selections.append(Selection(index_K=index_K) if keep_all or k <= 0 else None)
+        # Images of one grid share a call, so that the method's small kernels run once.
         groups: dict[tuple[int, int], list[int]] = {}
-        for i, done in enumerate(chosen):
-            if done is None:
+        for i, selection in enumerate(selections):
+            if selection is None:
                 groups.setdefault(images[i].grid, []).append(i)
         for members in groups.values():
-            together = max(1, _PAIRS // images[members[0]].count ** 2)
-            for start in range(0, len(members), together):
-                part = members[start : start + together]
-                picked = self._select([images[i] for i in part], [counts[i] for i in part])
-                for i, selection in zip(part, picked, strict=True):
-                    chosen[i] = selection
-        return [selection for selection in chosen if selection is not None]
+            per_call = max(1, _PAIRS // images[members[0]].count ** 2)
+            for start in range(0, len(members), per_call):
+                part = members[start : start + per_call]
+                selected = self._select([images[i] for i in part], [counts[i] for i in part])
+                for i, selection in zip(part, selected, strict=True):
+                    selections[i] = selection
+        return [selection for selection in selections if selection is not None]
 
     @abstractmethod
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        """The method itself, for images of one grid with 0 < k < N each."""
+        """Keeps `counts[i]` tokens of image i, for images of one grid and counts 0 < k < N."""
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
-        """Modelled work of selecting `kept` of `tokens` with `width` features."""
+        """Modelled FLOPs of selecting `kept` of `tokens` tokens with `width` features each."""
         return 0
 
     @classmethod
     def from_options(cls, options: dict[str, object]) -> Selector:
-        """Builds the method from a spec's options. Raises SpecError for an unknown or bad one."""
+        """Builds the method from a spec's options. Raises SpecError for an unknown or invalid
+        one."""
         known = {field.name: type(field.default) for field in fields(cls)}
         for option, value in options.items():
             if option not in known:
@@ -132,20 +138,21 @@ class Selector(ABC):
         return cls(**options)
 
 
-def from_mask(mask_N: Tensor) -> Tensor:
-    """Indices of the True entries, in raster order."""
+def mask_to_index(mask_N: Tensor) -> Tensor:
+    """Indices of the True entries, ascending."""
     return mask_N.nonzero().squeeze(1)
 
 
 def min_max_IN(values_IN: Tensor) -> Tensor:
-    """Each image's values scaled to [0, 1]; constant values become 0."""
+    """The values of each image scaled to [0, 1]; constant values become 0."""
     low_I1 = values_IN.amin(dim=1, keepdim=True)
     span_I1 = values_IN.amax(dim=1, keepdim=True) - low_I1
     return (values_IN - low_I1) / span_I1.clamp(min=1e-12)
 
 
 def feature_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
-    """Saliency without attention: distance of a token from the image's mean, 3×3 mean-filtered."""
+    """Saliency without attention: cosine distance of each token from the image's mean token,
+    smoothed by a 3×3 mean filter."""
     maps = []
     for image in images:
         states_NV = encoder_states(image).float()
@@ -153,17 +160,19 @@ def feature_saliency_IN(images: Sequence[VisualTokens]) -> Tensor:
         distance_N = 1 - torch.nn.functional.cosine_similarity(states_NV, mean_1V, dim=1)
         rows, columns = image.grid
         grid = distance_N.new_zeros(rows, columns)
-        held = distance_N.new_zeros(rows, columns)
+        occupied = distance_N.new_zeros(rows, columns)
         row_N, column_N = image.coords_N2.unbind(dim=1)
         grid[row_N, column_N] = distance_N
-        held[row_N, column_N] = 1.0
+        occupied[row_N, column_N] = 1.0
         summed = torch.nn.functional.avg_pool2d(grid[None, None], 3, 1, 1, divisor_override=1)
-        neighbours = torch.nn.functional.avg_pool2d(held[None, None], 3, 1, 1, divisor_override=1)
+        neighbours = torch.nn.functional.avg_pool2d(
+            occupied[None, None], 3, 1, 1, divisor_override=1
+        )
         maps.append((summed / neighbours.clamp(min=1))[0, 0][row_N, column_N])
     return torch.stack(maps)
 
 
-# What a method's `saliency` option may say, and the signal each needs.
+# The values of the `saliency` option, and the signal that each reads.
 SALIENCY: dict[str, frozenset[str]] = {
     "attention": frozenset({ATTENTION}),
     "cls": frozenset({CLS_ATTENTION}),
@@ -173,8 +182,9 @@ SALIENCY: dict[str, frozenset[str]] = {
 
 
 def saliency_IN(images: Sequence[VisualTokens], source: str) -> Tensor:
-    """Saliency [I, N] by an entry of `SALIENCY`: "attention" is the family's own (the row of the
-    CLS token where there is one, else received attention), "feature" needs no attention."""
+    """Saliency [I, N] from a source in `SALIENCY`: "attention" is the family's saliency signal (the
+    CLS token's attention row where there is one, else received attention), "feature" needs no
+    attention."""
     if source == "feature":
         return feature_saliency_IN(images)
     (signal,) = SALIENCY[source]

@@ -1,4 +1,7 @@
-"""The honest baselines: random, an even spread over the grid, and the most salient tokens."""
+"""Baselines: random tokens, tokens spread evenly over the grid, and the most salient tokens.
+
+Shapes: I planes that are selected together, N tokens of each plane, K kept tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,15 @@ from sppruner.types import Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSelector(Selector):
-    """Uniformly random tokens; each image has its own draw, fixed by its pixels and `seed`."""
+    """Uniformly random tokens; each image has its own draw, a function of its pixels and `seed`."""
 
     name: ClassVar[str] = "random"
+
     seed: int = 0
+    """Seed of the draw, 0 to 65,535."""
 
     def __post_init__(self) -> None:
-        # The image's own number takes the bits above.
+        # CONTENT_SEED takes the higher bits.
         if not 0 <= self.seed < 2**16:
             raise SpecError(f"seed {self.seed!r} is outside 0 to 65535")
 
@@ -34,24 +39,24 @@ class RandomSelector(Selector):
         return frozenset({CONTENT_SEED})
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        picked = []
+        selections = []
         for image, k in zip(images, counts, strict=True):
             generator = torch.Generator().manual_seed(
                 (int(image.signals[CONTENT_SEED]) << 16) ^ self.seed
             )
             order_N = torch.randperm(image.count, generator=generator)
             index_K = order_N[:k].sort().values.to(image.features_ND.device)
-            picked.append(Selection(index_K=index_K))
-        return picked
+            selections.append(Selection(index_K=index_K))
+        return selections
 
 
 @functools.lru_cache(maxsize=256)
 def _spread(rows: int, columns: int, k: int) -> tuple[tuple[int, int], ...]:
-    """The first k distinct cells hit by the R2 low-discrepancy sequence on a rows × columns grid.
+    """The first k distinct cells of the R2 low-discrepancy sequence on a rows × columns grid.
 
-    Any prefix covers the grid evenly, which a stride over raster order does not do when it shares
-    a factor with the grid's width (M. Roberts, "The unreasonable effectiveness of quasirandom
-    sequences", 2018).
+    Every prefix covers the grid evenly; a stride over raster order does not if it shares a factor
+    with the grid's width (M. Roberts, "The unreasonable effectiveness of quasirandom sequences",
+    2018).
     """
     plastic = 1.32471795724474602596
     cells: dict[tuple[int, int], None] = {}
@@ -66,21 +71,22 @@ def _spread(rows: int, columns: int, k: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSelector(Selector):
-    """Tokens spread evenly over the image, whatever it shows."""
+    """Tokens spread evenly over the grid, independent of the image's content."""
 
     name: ClassVar[str] = "grid"
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        picked = []
+        selections = []
         for image, k in zip(images, counts, strict=True):
             rows, columns = image.grid
             if rows * columns != image.count:
                 raise SpecError("method 'grid' needs images whose tokens fill a rectangle")
             cells = torch.tensor(_spread(rows, columns, k), device=image.features_ND.device)
             flat_K = cells[:, 0] * columns + cells[:, 1]
-            place_N = image.coords_N2[:, 0] * columns + image.coords_N2[:, 1]
-            picked.append(Selection(index_K=torch.isin(place_N, flat_K).nonzero().squeeze(1)))
-        return picked
+            position_N = image.coords_N2[:, 0] * columns + image.coords_N2[:, 1]
+            index_K = torch.isin(position_N, flat_K).nonzero().squeeze(1)
+            selections.append(Selection(index_K=index_K))
+        return selections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,7 @@ class TopKSelector(SaliencyOption):
     name: ClassVar[str] = "topk"
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        # A stable sort: equal saliencies keep raster order on every device.
+        # Stable, so that ties resolve to raster order on every device.
         saliency: Tensor = saliency_IN(images, self.saliency)
         order_IN = saliency.argsort(dim=1, descending=True, stable=True)
         return [Selection(index_K=order_IN[i, :k].sort().values) for i, k in enumerate(counts)]

@@ -1,6 +1,8 @@
-"""Options that several methods share: where saliency comes from, where text relevance comes from.
+"""Options that several methods share: the sources of saliency and of text relevance.
 
-A method that has them inherits them, so the options have one name, one check and one meaning.
+Methods inherit them, so that an option has one name, one check and one meaning.
+
+Shapes: I planes that are selected together, N tokens of each plane.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from sppruner.selectors.base import SALIENCY, Selector
 from sppruner.types import RelevancePool, RelevanceSource, VisualTokens
 
 
-def one_of(selector: Selector, option: str, allowed: Iterable[str]) -> None:
-    """Raises SpecError unless the option's value is one of `allowed`."""
+def check_choice(selector: Selector, option: str, allowed: Iterable[str]) -> None:
+    """Raises SpecError unless the value of `option` is one of `allowed`."""
     value, names = getattr(selector, option), tuple(allowed)
     if value not in names:
         raise SpecError(f"{option}={value!r} of {selector.name!r}: use one of {names}")
 
 
-def within(selector: Selector, options: Iterable[str], low: float, high: float) -> None:
-    """Raises SpecError for the first of `options` that is outside [low, high]."""
+def check_range(selector: Selector, options: Iterable[str], low: float, high: float) -> None:
+    """Raises SpecError for the first of `options` whose value is outside [low, high]."""
     for option in options:
         value = getattr(selector, option)
         if not low <= value <= high:
@@ -36,13 +38,15 @@ def within(selector: Selector, options: Iterable[str], low: float, high: float) 
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyOption(Selector):
-    """saliency: one of `sppruner.selectors.base.SALIENCY`; "attention" is the family's own."""
+    """The base of methods that rank tokens by saliency."""
 
     saliency: str = "attention"
+    """The source of saliency, a key of `sppruner.selectors.base.SALIENCY`: "attention" is the
+    family's signal, "cls" and "received" are one of the two, "feature" needs no attention."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "saliency", SALIENCY)
+        check_choice(self, "saliency", SALIENCY)
 
     @property
     def signals(self) -> frozenset[str]:
@@ -51,30 +55,32 @@ class SaliencyOption(Selector):
 
 @dataclass(frozen=True, kw_only=True)
 class RelevanceOptions(Selector):
-    """relevance: "embed" (the language model's own word embeddings), "clip" (CLIP's text tower,
-    whose sign is `ClipText`'s) or "none". relevance_pool: how words are joined, "mean", "max" or
-    "top3"."""
+    """The base of methods that score tokens against the instruction's text."""
 
     relevance: str = "embed"
+    """The source of text relevance: "embed" (the language model's word embeddings), "clip" (CLIP's
+    text tower, with the sign of `ClipText`) or "none"."""
+
     relevance_pool: str = "mean"
+    """How the relevances to the words are pooled: "mean", "max" or "top3"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "relevance", ("embed", "clip", "none"))
-        one_of(self, "relevance_pool", ("mean", "max", "top3"))
+        check_choice(self, "relevance", ("embed", "clip", "none"))
+        check_choice(self, "relevance_pool", ("mean", "max", "top3"))
 
     @property
     def relevance_source(self) -> RelevanceSource:
         return cast(RelevanceSource, self.relevance)
 
     @property
-    def relevance_join(self) -> RelevancePool:
+    def relevance_pooling(self) -> RelevancePool:
         return cast(RelevancePool, self.relevance_pool)
 
 
 def relevance_IN(images: Sequence[VisualTokens]) -> Tensor:
-    """Text relevance [I, N] fp32; zeros, which tell no token from another, where there is none."""
-    blank_N = torch.zeros(images[0].count, device=images[0].features_ND.device)
+    """Text relevance [I, N] fp32; constant zeros for an image without relevance."""
+    zeros_N = torch.zeros(images[0].count, device=images[0].features_ND.device)
     return torch.stack(
-        [blank_N if im.relevance_N is None else im.relevance_N.float() for im in images]
+        [zeros_N if im.relevance_N is None else im.relevance_N.float() for im in images]
     )

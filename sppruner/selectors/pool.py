@@ -1,12 +1,15 @@
-"""Average pooling to exactly k tokens: the baseline that keeps a little of everything.
+"""Average pooling of the grid to exactly k tokens: a baseline that covers the whole image.
 
 The grid is cut into b bands of rows, as equal as whole rows allow, and each band into cells by
 columns; b is the whole number closest to sqrt(k · rows / columns), at which cells are square. The k
 cells are shared among the bands as evenly as whole cells allow, so cells differ a little in size
-unless the grid divides evenly. Each cell is kept as the token nearest its centre, the upper left of
-equals, which carries the mean of the cell's projected features.
+unless the grid divides evenly. Each cell is kept as the token nearest its centre, the upper left
+one on ties, which carries the mean of the cell's projected features.
 
-With k = ⌈rows/2⌉ · ⌈columns/2⌉ on an even grid it is 2 × 2 average pooling.
+With k = ⌈rows/2⌉ · ⌈columns/2⌉ on an even grid this is 2 × 2 average pooling.
+
+Shapes: R rows and C columns of the grid, D width of the features, Q cells of a band, K kept tokens;
+`summed_CD` holds the sums over a band's rows.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from sppruner.types import Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSelector(Selector):
-    """Has no options."""
+    """Averages of k cells that tile the grid; no options."""
 
     name: ClassVar[str] = "pool"
 
@@ -56,12 +59,13 @@ class PoolSelector(Selector):
         return selections
 
     def flops(self, tokens: int, kept: int, width: int) -> int:
-        """One addition for every value, and the means of each cell's columns."""
+        """One addition per feature value, and the products that average each cell's columns."""
         return tokens * width + 2 * round(math.sqrt(tokens)) * kept * width
 
 
 def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
-    """[0, length) cut into parts as equal as whole steps allow."""
+    """(start, stop) of `parts` intervals that divide [0, length) as equally as whole steps
+    allow."""
     cuts = [length * i // parts for i in range(parts + 1)]
     return list(itertools.pairwise(cuts))
 
@@ -70,7 +74,7 @@ def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
 def _bands(
     rows: int, columns: int, k: int
 ) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """(top, bottom, (left, right) of each cell) of the bands of k cells that tile the grid."""
+    """(top, bottom, (left, right) of each cell) of each band, for k cells that tile the grid."""
     square = round(math.sqrt(k * rows / columns))
     count = min(max(square, -(-k // columns)), rows, k)
     return tuple(

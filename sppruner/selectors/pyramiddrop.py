@@ -1,4 +1,4 @@
-"""PyramidDrop (arXiv 2410.17247): fewer tokens from stage to stage of the decoder."""
+"""PyramidDrop (arXiv 2410.17247): each stage of the decoder keeps a share of the visual tokens."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ from sppruner.stages.plan import Scoring
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidDropSelector(StagedSelector):
-    """Each stage keeps the same share of what the one before left, by the attention of the last
-    prompt token.
+    """Each stage keeps the same share of the tokens that the previous stage kept, ranked by the
+    attention of the last prompt token.
 
-    Options: layers: in front of which tokens are dropped, such as "8,16,24"; left empty, at a
-    quarter, half and three quarters of the depth, as the paper does. count: the budget is what
-    stays after the last stage (the paper's share of 0.5 is a budget of 0.125), or with "average"
-    the mean over all layers (0.469).
+    With count "final", the paper's share of 0.5 over three stages is a budget of 0.125; with
+    "average" it is 0.469.
 
-    scoring: what a stage ranks by. "stage", the paper's and its code's: the attention that the
-    last token would pay in the stage's own layer to the hidden states in front of it, with that
-    layer's input norm, query and key projections and rotary embeddings. "before": the attention it
-    has paid in the layer before, which costs nothing but chooses other tokens.
-
-    As in the code, a stage keeps n · share^i tokens cut to a whole number. Not as in the code: what
-    stays after the last stage is the budget's own count, rounded as every method's is; with count
-    "average" the counts are rounded to the nearest, to meet the average; a stage ranks the tokens
-    of all images of a prompt together, where the code knows one image. The code also renumbers the
-    tokens that are left, from each stage's layer on: a spec's positions "renumber" does that (not
-    with M-RoPE); "keep" leaves them where they were.
+    As in the code, a stage keeps n · share^i tokens, rounded down. Unlike the code: the count after
+    the last stage is the budget's, rounded as for every method; with count "average" the counts are
+    rounded to the nearest, to meet the average; a stage ranks the tokens of all images of a prompt
+    together, where the code supports one image. The code also renumbers the kept tokens from each
+    stage's layer on: positions "renumber" of a spec does the same (not with M-RoPE), and "keep"
+    leaves them at their positions.
     """
 
     name: ClassVar[str] = "pyramiddrop"
+
     layers: str = ""
+    """The layers in front of which tokens are dropped, ascending from 1, such as "8,16,24"; empty
+    for a quarter, half and three quarters of the depth, as in the paper."""
+
     scoring: str = "stage"
+    """The scores that a stage ranks by. "stage", as in the paper and its code: the attention that
+    the last token pays in the stage's layer to the hidden states that enter it, from that layer's
+    input norm, query and key projections and rotary embeddings. "before": the attention it paid in
+    the layer before, which needs no further projections but keeps other tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scoring not in ("stage", "before"):
             raise SpecError(f"scoring={self.scoring!r} of 'pyramiddrop': use 'stage' or 'before'")
-        chosen = self._chosen()
-        if list(chosen) != sorted(set(chosen)) or any(layer < 1 for layer in chosen):
+        stages = self._parse_layers()
+        if list(stages) != sorted(set(stages)) or any(layer < 1 for layer in stages):
             raise SpecError(
                 f"layers={self.layers!r} of 'pyramiddrop': give ascending layers from 1, such as "
                 "'8,16,24'"
             )
 
-    def _chosen(self) -> tuple[int, ...]:
+    def _parse_layers(self) -> tuple[int, ...]:
         parts = self.layers.split(",") if self.layers else []
         if not all(part.strip().isdecimal() for part in parts):
             raise SpecError(
@@ -60,22 +61,22 @@ class PyramidDropSelector(StagedSelector):
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         if self.layers:
-            return self._chosen()
-        # The nearest layers, without layer 0, which has no attention to go by, and the end.
+            return self._parse_layers()
+        # The nearest layers, except layer 0, before which no attention is known, and the end.
         quarters = {max(1, (2 * quarter * layers + 4) // 8) for quarter in (1, 2, 3)}
         return tuple(sorted(layer for layer in quarters if layer < max(2, layers)))
 
     def schedule(self, n: int, k: int, layers: int) -> TokenSchedule:
-        """A geometric row from `n`, which ends in `k` or has it as its average."""
+        """A geometric sequence of counts from `n` that ends at `k` or averages `k`."""
         if k >= n:
             return TokenSchedule(before=n, counted=n)
         stages = self.stage_layers(layers)
         if self.count == "final":
             share = (k / n) ** (1 / len(stages))
-            # A whole number may come out as a little less.
+            # Rounding errors may put a whole number slightly below itself.
             kept = [math.floor(n * share**i + 1e-9) for i in range(1, len(stages))] + [k]
         else:
-            kept = self._averaging(n, k, layers, stages)
+            kept = self._counts_for_average(n, k, layers, stages)
         return TokenSchedule(
             before=n,
             counted=k,
@@ -83,16 +84,20 @@ class PyramidDropSelector(StagedSelector):
             scoring=cast(Scoring, self.scoring),
         )
 
-    def _averaging(self, n: int, k: int, layers: int, stages: tuple[int, ...]) -> list[int]:
-        lengths = [end - at for at, end in zip(stages, (*stages[1:], layers), strict=True)]
-        due = max(0, layers * k - stages[0] * n)
+    def _counts_for_average(
+        self, n: int, k: int, layers: int, stages: tuple[int, ...]
+    ) -> list[int]:
+        """Counts after each stage whose mean over all layers is `k`, as nearly as whole tokens
+        can."""
+        lengths = [end - start for start, end in zip(stages, (*stages[1:], layers), strict=True)]
+        target = max(0, layers * k - stages[0] * n)
         low, high = 0.0, 1.0
-        for _ in range(60):  # To the last bit of the share that meets the average.
+        for _ in range(60):  # bisects to the last bit of the share
             share = (low + high) / 2
-            total = sum(part * n * share**i for i, part in enumerate(lengths, start=1))
-            low, high = (share, high) if total < due else (low, share)
+            total = sum(length * n * share**i for i, length in enumerate(lengths, start=1))
+            low, high = (share, high) if total < target else (low, share)
         kept = [round(n * high**i) for i in range(1, len(stages))]
-        # The last stage makes up for what the others were rounded by.
-        rest = due - sum(part * tokens for part, tokens in zip(lengths, kept, strict=False))
+        # The last stage compensates for the rounding of the others.
+        rest = target - sum(length * tokens for length, tokens in zip(lengths, kept, strict=False))
         last = min([n, *kept][-1], max(0, round(rest / lengths[-1])))
         return [*kept, last]

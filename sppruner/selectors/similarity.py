@@ -1,7 +1,10 @@
-"""Cosines between the tokens of an image, and what the greedy methods build on them.
+"""Cosines between the tokens of a plane, greedy subset selection, and merging.
 
-Everything is fp32 and image by image where it multiplies matrices, so that a choice does not
-depend on batch-mates, not even by a rounding.
+All of it is fp32, and matrix products run image by image, so that a selection does not depend on
+batch-mates, not even by rounding.
+
+Shapes: I planes that are selected together, N tokens of each plane, D width of the features, C
+target tokens and M source tokens of a merge.
 """
 
 from __future__ import annotations
@@ -15,18 +18,19 @@ from torch.nn.functional import normalize
 from sppruner.types import VisualTokens
 
 NEVER = float("-inf")
-# Rows per product: large enough for full speed, small enough to skip almost half of a square.
+# Rows per product: large enough for full speed, small enough to skip almost half of the square.
 _BLOCK = 128
 
 
 def encoder_states(image: VisualTokens) -> Tensor:
-    """The tokens before the projector, or after it where it does not work token by token."""
+    """Encoder states of the tokens; projected features where the projector does not work token by
+    token."""
     return image.features_ND if image.hidden_NV is None else image.hidden_NV
 
 
 def products_NN(rows_ND: Tensor, out_NN: Tensor | None = None) -> Tensor:
-    """Inner products of all pairs of rows. Only the blocks on and above the diagonal are computed;
-    the rest is their mirror."""
+    """Inner products of all pairs of rows. Only the blocks on and above the diagonal are computed
+    and mirrored."""
     n = rows_ND.shape[0]
     if out_NN is None:
         out_NN = rows_ND.new_empty(n, n)
@@ -40,9 +44,8 @@ def products_NN(rows_ND: Tensor, out_NN: Tensor | None = None) -> Tensor:
 def cosines_INN(states: Sequence[Tensor]) -> Tensor:
     """Cosines of all pairs of rows of each [N, D] member, as [I, N, N].
 
-    Rows computed lazily, one for each pick, would cost less arithmetic at small budgets, but are
-    bound by memory: measured slower from about a fifth of the tokens kept, and for several images
-    at any budget.
+    Computing one row per selected token needs fewer FLOPs at small budgets but is memory-bound: it
+    measures slower from about a fifth of the tokens kept, and for several images at any budget.
     """
     n = states[0].shape[0]
     cosine_INN = torch.empty(len(states), n, n, device=states[0].device)
@@ -52,7 +55,7 @@ def cosines_INN(states: Sequence[Tensor]) -> Tensor:
 
 
 def cosine_flops(tokens: int, width: int) -> int:
-    """Modelled work of `cosines_INN` for one image: half of a square of products."""
+    """Modelled FLOPs of `cosines_INN` for one image: half of a square of products."""
     return tokens * (tokens + 1) * width
 
 
@@ -66,72 +69,72 @@ def mean_cosine(states_ND: Tensor) -> Tensor:
     return (total_D.square().sum() - n) / (n * (n - 1))
 
 
-class Picks:
-    """The tokens taken so far of every image, and how like one of them each token is.
-
-    taken_IN: bool. nearest_IN: each token's largest cosine to a taken one, −1 before the first.
-    """
+class GreedySubset:
+    """Greedy selection of a subset of each image's tokens."""
 
     def __init__(self, cosine_INN: Tensor) -> None:
         self._cosine_INN = cosine_INN
-        self.taken_IN = torch.zeros_like(cosine_INN[:, 0], dtype=torch.bool)
+        self.selected_IN = torch.zeros_like(cosine_INN[:, 0], dtype=torch.bool)
+        """bool, True for the tokens selected so far."""
         self.nearest_IN = torch.full_like(cosine_INN[:, 0], -1.0)
+        """Largest cosine of each token to a selected one; −1 before the first."""
 
-    def take(self, score_IN: Tensor, active_I: Tensor) -> None:
-        """Takes the best-scored token that is left, the first of equals, of each active image.
-        No value leaves the device."""
-        best_I1 = score_IN.masked_fill(self.taken_IN, NEVER).argmax(dim=1, keepdim=True)
+    def add_best(self, score_IN: Tensor, active_I: Tensor) -> None:
+        """Selects the best-scored remaining token of each active image, the first on ties. No value
+        leaves the device."""
+        best_I1 = score_IN.masked_fill(self.selected_IN, NEVER).argmax(dim=1, keepdim=True)
         active_I1 = active_I[:, None]
-        self.taken_IN.scatter_(1, best_I1, self.taken_IN.gather(1, best_I1) | active_I1)
+        self.selected_IN.scatter_(1, best_I1, self.selected_IN.gather(1, best_I1) | active_I1)
         row_I1N = best_I1[:, :, None].expand(-1, -1, score_IN.shape[1])
         cosine_IN = self._cosine_INN.gather(1, row_I1N)[:, 0]
-        # An inactive image's row is pushed below every cosine, so that it changes nothing.
+        # Rows of inactive images are masked below every cosine and so leave `nearest_IN` unchanged.
         torch.maximum(
             self.nearest_IN, cosine_IN.masked_fill(~active_I1, NEVER), out=self.nearest_IN
         )
 
-    def take_all(self, mask_IN: Tensor) -> None:
-        """Takes every token of a mask."""
-        self.taken_IN |= mask_IN
+    def add_mask(self, mask_IN: Tensor) -> None:
+        """Selects all tokens of a mask."""
+        self.selected_IN |= mask_IN
         for nearest_N, cosine_NN, mask_N in zip(
             self.nearest_IN, self._cosine_INN, mask_IN, strict=True
         ):
-            # Column by column of a symmetric matrix: the maximum over the masked rows.
-            likeness_N = cosine_NN.masked_fill(~mask_N, NEVER).amax(dim=1)
-            torch.maximum(nearest_N, likeness_N, out=nearest_N)
+            # The matrix is symmetric: its masked columns are the selected tokens' rows.
+            cosine_N = cosine_NN.masked_fill(~mask_N, NEVER).amax(dim=1)
+            torch.maximum(nearest_N, cosine_N, out=nearest_N)
 
-    def scan(self, steps_I: Tensor, weight_IN: Tensor | float = 1.0) -> None:
-        """Farthest-point sampling: takes `steps_I` more of each image, every time the token of
-        largest (1 − nearest) · weight."""
+    def add_farthest(self, steps_I: Tensor, weight_IN: Tensor | float = 1.0) -> None:
+        """Farthest-point sampling: selects `steps_I` more tokens of each image, at each step the
+        one of largest (1 − nearest) · weight."""
         for step in range(int(steps_I.max())):
-            self.take((1 - self.nearest_IN) * weight_IN, step < steps_I)
+            self.add_best((1 - self.nearest_IN) * weight_IN, step < steps_I)
 
 
-def absorb(
-    features_ND: Tensor, weight_N: Tensor, into_C: Tensor, from_M: Tensor, alike_MC: Tensor
+def merge_tokens(
+    features_ND: Tensor, weight_N: Tensor, target_C: Tensor, source_M: Tensor, similarity_MC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `into_C` as weighted means of themselves and of the tokens `from_M` they are home to.
+    """Merges each source token into its most similar target token, by weighted means.
 
-    A token's home is where `alike_MC` is largest. Returns the means [C, D] fp32 and which received
-    any [C, 1] bool. weight_N: fp32, from 0; only ratios within a group count, however small the
-    weights are. A group whose weights are all 0 gets its plain mean, which is what the weights
-    plus ε tend to as ε falls to 0. One product instead of scattered additions: the same sum in the
-    same order on every device.
+    Returns the means [C, D] fp32 and a bool [C, 1], True for targets that received a source.
+    similarity_MC: of each source to each target. weight_N: fp32, from 0; only ratios within a group
+    count, however small the weights are. A group whose weights are all 0 gets its plain mean, the
+    limit of weights plus ε as ε falls to 0. One matrix product replaces scattered additions, so
+    that the order of the sum is the same on every device.
     """
-    home_M = alike_MC.argmax(dim=1)
-    joins_CM = torch.arange(len(into_C), device=into_C.device)[:, None] == home_M
-    own_C1, share_CM = weight_N[into_C, None], weight_N[from_M] * joins_CM
-    total_C1 = own_C1 + share_CM.sum(dim=1, keepdim=True)
-    # Below the least normal number weights have lost their digits.
-    weightless_C1 = total_C1 < torch.finfo(total_C1.dtype).tiny
-    own_C1 = own_C1.masked_fill(weightless_C1, 1.0)
-    share_CM = torch.where(weightless_C1, joins_CM.to(share_CM.dtype), share_CM)
-    total_C1 = own_C1 + share_CM.sum(dim=1, keepdim=True)
-    mean_CD = own_C1 / total_C1 * features_ND[into_C].float()
-    mean_CD = mean_CD + (share_CM / total_C1) @ features_ND[from_M].float()
-    return mean_CD, joins_CM.any(dim=1, keepdim=True)
+    group_M = similarity_MC.argmax(dim=1)
+    assigned_CM = torch.arange(len(target_C), device=target_C.device)[:, None] == group_M
+    target_weight_C1, weight_CM = weight_N[target_C, None], weight_N[source_M] * assigned_CM
+    total_C1 = target_weight_C1 + weight_CM.sum(dim=1, keepdim=True)
+    # Subnormal weights have lost precision.
+    zero_C1 = total_C1 < torch.finfo(total_C1.dtype).tiny
+    target_weight_C1 = target_weight_C1.masked_fill(zero_C1, 1.0)
+    weight_CM = torch.where(zero_C1, assigned_CM.to(weight_CM.dtype), weight_CM)
+    total_C1 = target_weight_C1 + weight_CM.sum(dim=1, keepdim=True)
+    mean_CD = target_weight_C1 / total_C1 * features_ND[target_C].float()
+    mean_CD = mean_CD + (weight_CM / total_C1) @ features_ND[source_M].float()
+    return mean_CD, assigned_CM.any(dim=1, keepdim=True)
 
 
-def closest(alike_MC: Tensor, count: int) -> Tensor:
-    """The `count` rows of largest best value, the first of equals, best first."""
-    return alike_MC.amax(dim=1).argsort(descending=True, stable=True)[:count]
+def most_similar(similarity_MC: Tensor, count: int) -> Tensor:
+    """Indices of the `count` source tokens most similar to any target, best first, earlier ones
+    first on ties."""
+    return similarity_MC.amax(dim=1).argsort(descending=True, stable=True)[:count]

@@ -1,4 +1,5 @@
-"""Methods that prune inside the decoder only: every token enters it, `StageDriver` drops some."""
+"""The base of methods that prune only inside the decoder: all tokens enter it, and `StageDriver`
+drops some at each stage."""
 
 from __future__ import annotations
 
@@ -18,28 +19,29 @@ COUNTS = ("final", "average")
 
 
 def check_stages(method: str, layers: Sequence[int], can: Capabilities) -> None:
-    """Raises MissingSignal where a decoder cannot be pruned inside, SpecError where it cannot be
-    pruned in front of `layers`."""
+    """Raises MissingSignal if the model's decoder supports no stages, SpecError if it supports none
+    in front of one of `layers`."""
     first, end = can.first_prunable_layer, can.decoder_layers
     if first is None:
         raise MissingSignal(
             f"method {method!r} prunes inside the decoder, which {can} does not allow: use one "
             "that prunes before it, such as 'sppruner'"
         )
-    wrong = [layer for layer in layers if not first <= layer < end]
-    if wrong:
+    invalid = [layer for layer in layers if not first <= layer < end]
+    if invalid:
         raise SpecError(
-            f"method {method!r} would prune in front of decoder layer {wrong[0]}; {can.family} "
+            f"method {method!r} would prune in front of decoder layer {invalid[0]}; {can.family} "
             f"with {end} layers allows layers {first} to {end - 1}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedSelector(Selector):
-    """Options: count: what the budget speaks of, "final": the tokens after the last stage, or
-    "average": the mean over the decoder's layers, to the nearest token."""
+    """A method whose stages drop tokens inside the decoder."""
 
     count: str = "final"
+    """What the budget counts: "final", the tokens after the last stage, or "average", the mean over
+    the decoder's layers, to the nearest token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +50,7 @@ class StagedSelector(Selector):
 
     @abstractmethod
     def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """The layers in front of which tokens are dropped, of a decoder with so many."""
+        """The layers in front of which tokens are dropped, for a decoder of `layers` layers."""
 
     def check(self, budget: Budget, can: Capabilities) -> None:
         super().check(budget, can)
@@ -77,7 +79,7 @@ class StagedSelector(Selector):
         return n, n
 
     def _select(self, images: Sequence[VisualTokens], counts: Sequence[int]) -> list[Selection]:
-        """Everything: what to drop is not known before the decoder."""
+        """All tokens: the scores that decide are only known inside the decoder."""
         return [
             Selection(index_K=torch.arange(image.count, device=image.features_ND.device))
             for image in images

@@ -1,4 +1,4 @@
-"""Pruning inside the decoder: which layer drops how many tokens, and the driver that does it."""
+"""Pruning inside the decoder: token counts by layer, and the driver that drops the tokens."""
 
 from sppruner.stages.cache import staged_static_cache
 from sppruner.stages.driver import StageDriver

@@ -1,4 +1,4 @@
-"""A static cache whose layers are as long as the stages leave them."""
+"""A static KV cache whose layers differ in length as the stages shorten the prompt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sppruner.types import PruneReport
 def staged_static_cache(
     config: Any, reports: Sequence[PruneReport], *, max_new_tokens: int
 ) -> StaticCache:
-    """A cache for `generate(past_key_values=…)` with a place for each token of the longest prompt
-    at each layer, and for those to come.
+    """A cache for `generate(past_key_values=…)` that holds, at each layer, the longest prompt's
+    tokens and the new tokens.
 
-    `cache_implementation="static"` allocates every layer at the length of the first, which hides
-    what pruning inside the decoder saves. config: the model's. Lengths hold for one `generate`
-    of exactly the batch that was reported on.
+    `cache_implementation="static"` allocates all layers at the length of the first, so that pruning
+    inside the decoder saves no memory. config: the model's. The lengths hold for one `generate` of
+    exactly the batch of `reports`.
     """
-    # The last new token is never fed back.
+    # The last new token does not enter the model.
     lengths = [
         max(tokens) + max(0, max_new_tokens - 1)
         for tokens in zip(*(report.layer_tokens for report in reports), strict=True)

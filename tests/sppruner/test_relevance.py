@@ -227,7 +227,7 @@ def test_each_prompt_is_scored_by_the_source_its_method_asks_for() -> None:
     relevance = TextRelevance(words, clip_text)
     images = adapter_for(llava.build()).encode(llava.batch([1, 1, 1, 1]), frozenset()).images
     selectors = [selector_for(spec) for spec in (CLIP, NONE, EMBED, DENSE)]
-    scored = relevance.of(images, selectors, ["a", "bb", "ccc", "dddd"])
+    scored = relevance.add_relevance(images, selectors, ["a", "bb", "ccc", "dddd"])
     found = [image.planes[0].relevance_N for image in scored]
     assert [None if score_N is None else sorted(set(score_N.tolist())) for score_N in found] == [
         [0.75],
@@ -236,4 +236,4 @@ def test_each_prompt_is_scored_by_the_source_its_method_asks_for() -> None:
         None,
     ]
     with pytest.raises(InputError, match="3 instructions for 4 prompts"):
-        relevance.of(images, selectors, ["a", "bb", "ccc"])
+        relevance.add_relevance(images, selectors, ["a", "bb", "ccc"])

@@ -37,7 +37,7 @@ def counted(processor: Any, config: Any, **facts: Any) -> Any:
 def test_llava_next_counts_are_the_processor_s(size: tuple[int, int]) -> None:
     config = LlavaNextConfig()
     count = counted(LlavaNextProcessor, config, patch_size=14, num_additional_image_tokens=0)
-    layout = AnyresLayout.of(size, pinpoints=config.image_grid_pinpoints, tile=336, side=24)
+    layout = AnyresLayout.for_image(size, pinpoints=config.image_grid_pinpoints, tile=336, side=24)
     assert layout.tokens == layout.shape().tokens == count(size)
     assert layout.tiles == image_size_to_num_patches(size, config.image_grid_pinpoints, 336)
 
@@ -48,7 +48,7 @@ def test_llava_onevision_counts_are_the_processor_s(size: tuple[int, int]) -> No
     count = counted(
         LlavaOnevisionProcessor, config, num_image_tokens=729, vision_aspect_ratio="anyres_max_9"
     )
-    layout = AnyresLayout.of(
+    layout = AnyresLayout.for_image(
         size, pinpoints=config.image_grid_pinpoints, tile=384, side=27, most_tiles=9
     )
     assert layout.tokens == layout.shape().tokens == count(size)
@@ -58,7 +58,7 @@ def test_llava_onevision_counts_are_the_processor_s(size: tuple[int, int]) -> No
 @given(size=SIZES)
 def test_places_leave_out_one_newline_at_the_end_of_every_row(size: tuple[int, int]) -> None:
     pinpoints = LlavaNextConfig().image_grid_pinpoints
-    layout = AnyresLayout.of(size, pinpoints=pinpoints, tile=336, side=24)
+    layout = AnyresLayout.for_image(size, pinpoints=pinpoints, tile=336, side=24)
     inside = torch.cat(layout.places(torch.device("cpu")))
     newlines = set(range(layout.tokens)) - set(inside.tolist())
     rows, columns = layout.size
@@ -66,7 +66,7 @@ def test_places_leave_out_one_newline_at_the_end_of_every_row(size: tuple[int, i
 
 
 def test_a_sliver_without_a_high_resolution_row_has_its_low_resolution_view_only() -> None:
-    layout = AnyresLayout.of((2, 2000), pinpoints=[[32, 32]], tile=16, side=4)
+    layout = AnyresLayout.for_image((2, 2000), pinpoints=[[32, 32]], tile=16, side=4)
     assert layout.size == (0, 8)
     assert layout.tokens == 16
     assert len(layout.places(torch.device("cpu"))) == 1

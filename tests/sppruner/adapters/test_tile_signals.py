@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import adapter_for
-from sppruner.adapters.tiles import merged, merged_signal
+from sppruner.adapters.tiles import group_patches, average_patch_signal
 from sppruner.signals import ATTENTION, CLS_ATTENTION, KEYS, RECEIVED_ATTENTION
 from sppruner.types import VisualTokens
 from tests.sppruner.families import FAMILIES, llava_next, llava_onevision
@@ -223,9 +223,9 @@ def test_one_special_patch_marks_the_token_the_model_shuffles_it_into(patch: int
     shuffled = internvl.pixel_shuffle(one_TPC.view(1, 8, 8, 3)).view(1, 16, 12)
     idefics3 = FAMILIES["idefics3"].build().model
     assert idefics3.connector.pixel_shuffle(one_TPC).equal(shuffled)
-    assert merged(one_TPC, 2).flatten(2).equal(shuffled)
+    assert group_patches(one_TPC, 2).flatten(2).equal(shuffled)
     token = (patch // 8 // 2) * 4 + patch % 8 // 2
     assert shuffled[0].any(dim=1).nonzero().tolist() == [[token]]
-    marked = merged_signal(one_TPC[..., 0], 2)[0]
+    marked = average_patch_signal(one_TPC[..., 0], 2)[0]
     assert marked[token] == 0.25
     assert marked.sum() == 0.25

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sppruner.adapters import EncodedImage, adapter_for, anyres, internvl, llava, qwen_vl
-from sppruner.adapters.towers import _attend_within_spans, running_up_to
+from sppruner.adapters.towers import _attend_within_spans, skipping_layers_after
 from sppruner.signals import ReceivedProbe, probing
 from tests.sppruner.families import FAMILIES, qwen2_vl
 
@@ -50,8 +50,8 @@ def whole_towers() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (llava, anyres, internvl):
-            patch.setattr(module, "running_up_to", unchanged)
-        patch.setattr(qwen_vl, "spans_together", unchanged)
+            patch.setattr(module, "skipping_layers_after", unchanged)
+        patch.setattr(qwen_vl, "batched_span_attention", unchanged)
         yield
 
 
@@ -150,7 +150,7 @@ def test_an_error_gives_covered_layers_their_forward_back() -> None:
     states = torch.randn(1, 2)
     layers[2].forward = offloaded = lambda given: given + 1
 
-    with pytest.raises(RuntimeError, match="on purpose"), running_up_to(layers, 1):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="on purpose"), skipping_layers_after(layers, 1):  # noqa: PT012
         assert not layers[0](states).equal(states)
         assert layers[1](states).equal(layers[2](states))
         assert layers[1](states).equal(states)

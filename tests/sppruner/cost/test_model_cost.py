@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import cost_of
-from sppruner.adapters.towers import running_up_to
+from sppruner.adapters.towers import skipping_layers_after
 from sppruner.cost import PARTS, DecoderCost, ImageShape, ModelCost, RowCost
 from tests.sppruner.families.llava import IMAGE, TOKENS, batch, build
 
@@ -42,7 +42,7 @@ def test_tower_and_projector_equal_the_flop_counter(model: Any, cost: ModelCost)
     pixels = batch([1])["pixel_values"]
     hidden = torch.randn(1, TOKENS, 32)
     vision = model.model.vision_tower
-    with running_up_to(vision.encoder.layers, model.config.vision_feature_layer):
+    with skipping_layers_after(vision.encoder.layers, model.config.vision_feature_layer):
         tower = counted_flops(lambda: vision(pixel_values=pixels))
     assert tower == cost.encoder.vision(IMAGE_SHAPE)
     projector = counted_flops(lambda: model.model.multi_modal_projector(hidden))

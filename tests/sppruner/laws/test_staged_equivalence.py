@@ -210,7 +210,7 @@ def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) 
     specs = [DENSE, fastv, HALF_INPUT, pyramid, fastv, nothing, TWO_STEPS]
     stages = pruner.prepare(inputs, specs).stages
     assert stages is not None
-    assert stages.own[later] == [False, False, False, True, False, False, False]
+    assert stages.stage_scored[later] == [False, False, False, True, False, False, False]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, spec in enumerate(specs):
         alone = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))

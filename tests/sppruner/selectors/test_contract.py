@@ -78,14 +78,14 @@ def test_a_method_reads_the_signals_it_declares_and_no_other(
 @pytest.mark.parametrize("method", ["sppruner", "fsr", "cdpruner"])
 def test_text_comes_from_where_the_options_say(method: str) -> None:
     default = selector(method)
-    assert (default.relevance_source, default.relevance_join) == ("embed", "mean")
+    assert (default.relevance_source, default.relevance_pooling) == ("embed", "mean")
     clip = selector(method, relevance="clip", relevance_pool="top3")
-    assert (clip.relevance_source, clip.relevance_join) == ("clip", "top3")
+    assert (clip.relevance_source, clip.relevance_pooling) == ("clip", "top3")
 
 
 def test_a_method_without_text_asks_for_none() -> None:
     assert selector("grid").relevance_source == "none"
-    assert selector("grid").relevance_join == "mean"
+    assert selector("grid").relevance_pooling == "mean"
 
 
 sizes = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))

@@ -178,7 +178,7 @@ def overlap_with_official(need: int, **options: Any) -> float:
     pruner, planes = qwen_planes()
     selector = selector_for(PruneSpec(method="prunesid", options=options))
     assert selector is not None
-    chosen = selector.on(pruner.adapter.capabilities).select(planes, [need] * len(planes))
+    chosen = selector.resolve_for(pruner.adapter.capabilities).select(planes, [need] * len(planes))
     due = [official_qwen(plane.features_ND, need) for plane in planes]
     assert [len(one) for one in due] == [need] * len(planes)
     shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(due, chosen, strict=True))
@@ -199,14 +199,14 @@ def test_what_is_left_to_the_family_is_the_code_s_for_it() -> None:
     """And any of it can be said."""
     for family in FAMILIES:
         can = pruner_of(family).adapter.capabilities
-        here = PruneSIDSelector().on(can)
+        here = PruneSIDSelector().resolve_for(can)
         code = "llava" if family in ("llava", "llava_next") else "qwen"
         features = "encoder" if code == "llava" else "projected"
         assert (here.tau_mode, here.features) == (code, features)
         assert here.signals == (frozenset({ATTENTION}) if code == "llava" else frozenset())
-        assert here.on(can) == here
+        assert here.resolve_for(can) == here
         said = PruneSIDSelector(features="encoder", score="attention", tau_mode="llava")
-        assert said.on(can) == said
+        assert said.resolve_for(can) == said
 
 
 def test_qwen_s_defaults_ask_the_tower_for_nothing_and_keep_what_the_switches_keep() -> None:

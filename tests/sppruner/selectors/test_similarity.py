@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sppruner.selectors.similarity import (
-    Picks,
-    absorb,
-    closest,
+    GreedySubset,
+    merge_tokens,
+    most_similar,
     cosines_INN,
     mean_cosine,
     products_NN,
@@ -42,24 +42,24 @@ def test_the_mean_cosine_needs_no_pairs() -> None:
 def test_an_inactive_image_takes_nothing_and_remembers_nothing() -> None:
     states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     cosine = cosines_INN(states)
-    picks = Picks(cosine)
+    subset = GreedySubset(cosine)
     score = torch.arange(9.0).expand(2, 9)
-    picks.take(score, torch.tensor([True, False]))
-    picks.take(score, torch.tensor([True, False]))
-    assert picks.taken_IN[0].nonzero().flatten().tolist() == [7, 8]
-    assert picks.nearest_IN[0].equal(torch.maximum(cosine[0, 7], cosine[0, 8]))
-    assert not picks.taken_IN[1].any()
-    assert (picks.nearest_IN[1] == -1).all()
+    subset.add_best(score, torch.tensor([True, False]))
+    subset.add_best(score, torch.tensor([True, False]))
+    assert subset.selected_IN[0].nonzero().flatten().tolist() == [7, 8]
+    assert subset.nearest_IN[0].equal(torch.maximum(cosine[0, 7], cosine[0, 8]))
+    assert not subset.selected_IN[1].any()
+    assert (subset.nearest_IN[1] == -1).all()
 
 
 def test_taking_a_mask_is_taking_its_tokens_one_by_one() -> None:
     states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     mask = torch.tensor([[0, 1, 0, 0, 1, 0, 0, 0, 0], [0] * 9]).bool()
-    at_once, in_turn = Picks(cosines_INN(states)), Picks(cosines_INN(states))
-    at_once.take_all(mask)
+    at_once, in_turn = GreedySubset(cosines_INN(states)), GreedySubset(cosines_INN(states))
+    at_once.add_mask(mask)
     for token in (1, 4):
-        in_turn.take(torch.eye(9)[token].expand(2, 9), torch.tensor([True, False]))
-    assert at_once.taken_IN.equal(in_turn.taken_IN)
+        in_turn.add_best(torch.eye(9)[token].expand(2, 9), torch.tensor([True, False]))
+    assert at_once.selected_IN.equal(in_turn.selected_IN)
     assert at_once.nearest_IN.equal(in_turn.nearest_IN)
 
 
@@ -68,7 +68,7 @@ def test_absorbing_is_a_weighted_mean_at_each_home() -> None:
     weight = torch.tensor([1.0, 1.0, 3.0, 1.0, 5.0])
     into, joins = torch.tensor([0, 1]), torch.tensor([2, 3])
     alike = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
-    merged, received = absorb(features, weight, into, joins, alike)
+    merged, received = merge_tokens(features, weight, into, joins, alike)
     assert merged.flatten().tolist() == pytest.approx([(1 + 3 * 2 + 4) / 5, 10.0])
     assert received.flatten().tolist() == [True, False]
 
@@ -92,7 +92,7 @@ def test_a_mean_is_exact_however_small_its_weights_are(scale: float) -> None:
         return torch.stack(means)
 
     due = exact(weight)
-    merged, _ = absorb(features, weight, into, joins, alike)
+    merged, _ = merge_tokens(features, weight, into, joins, alike)
     off = (merged - due).norm(dim=1) / due.norm(dim=1)
     assert off.max() < 1e-6
     if scale == 1e-6:
@@ -105,11 +105,11 @@ def test_a_group_without_any_weight_gets_its_plain_mean() -> None:
     weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 1e-30])
     into, joins = torch.tensor([0, 1]), torch.tensor([2, 3, 4])
     alike = torch.tensor([[0.9, 0.1], [0.3, 0.2], [0.1, 0.5]])
-    merged, received = absorb(features, weight, into, joins, alike)
+    merged, received = merge_tokens(features, weight, into, joins, alike)
     assert merged.flatten().tolist() == pytest.approx([3.0, 4.0])
     assert received.all()
 
 
 def test_the_closest_are_the_first_of_equals() -> None:
     alike = torch.tensor([[0.1, 0.5], [0.7, 0.0], [0.5, 0.2], [0.5, 0.5]])
-    assert closest(alike, 3).tolist() == [1, 0, 2]
+    assert most_similar(alike, 3).tolist() == [1, 0, 2]

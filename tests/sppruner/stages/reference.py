@@ -50,14 +50,14 @@ class Hidden:
         if index not in self.plan.keep or index in self.dropped:
             return args, given
         rows_BL = self._row(self.maps[index - 1])
-        if any(self.plan.own.get(index, [False])):
+        if any(self.plan.stage_scored.get(index, [False])):
             _, own_map = module.self_attn(
                 module.input_layernorm(args[0]),
                 position_embeddings=given["position_embeddings"],
                 attention_mask=given["attention_mask"],
             )
             copies = len(rows_BL) // len(self.plan.visual_BL)
-            own_B = torch.tensor(self.plan.own[index]).repeat_interleave(copies)
+            own_B = torch.tensor(self.plan.stage_scored[index]).repeat_interleave(copies)
             rows_BL = torch.where(own_B[:, None], self._row(own_map), rows_BL)
         self.dropped[index] = self._choose(index, rows_BL)
         return args, self._given(args[0], kwargs, list(self.dropped))

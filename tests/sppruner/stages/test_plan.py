@@ -21,12 +21,12 @@ def test_a_row_keeps_the_sum_of_its_images_and_a_dense_row_everything() -> None:
     pruned = TokenSchedule(before=4, counted=2, stages=((1, 3), (2, 1)))
     late = TokenSchedule(before=4, counted=2, stages=((2, 2),))
     dense = TokenSchedule(before=8, counted=8)
-    plan = StagePlan.of(
+    plan = StagePlan.from_schedules(
         [0, 0, 1], [pruned, late, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
     )
     assert plan is not None
     assert plan.keep == {1: [7, 8, 0], 2: [3, 8, 0]}
-    assert StagePlan.of([0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL) is None, (
+    assert StagePlan.from_schedules([0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL) is None, (
         "nothing to do inside the decoder"
     )
 
@@ -37,11 +37,11 @@ def test_rows_go_by_their_own_method_s_scores_and_idle_ones_by_those_of_the_othe
     own = TokenSchedule(before=8, counted=2, stages=((1, 4), (3, 2)), scoring="stage")
     before = TokenSchedule(before=8, counted=2, stages=((1, 2), (2, 1)))
     dense = TokenSchedule(before=8, counted=8)
-    plan = StagePlan.of(
+    plan = StagePlan.from_schedules(
         [0, 1, 2], [own, before, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
     )
     assert plan is not None
-    assert plan.own == {1: [True, False, False], 2: [False] * 3, 3: [True] * 3}
+    assert plan.stage_scored == {1: [True, False, False], 2: [False] * 3, 3: [True] * 3}
 
 
 def test_the_earlier_of_two_equal_tokens_stays() -> None:

@@ -11,7 +11,7 @@ demo: $(READY)
 
 # Coverage is measured where no model runs: with models it would cost half of their time again.
 MEASURED := tests/cluster tests/integration tests/sppruner/selectors \
-	tests/sppruner/test_spec.py tests/sppruner/test_types.py
+	tests/sppruner/test_spec.py tests/sppruner/test_types.py tests/sppruner/test_vqa.py
 
 test: $(READY)
 	$(BIN)/python -m coverage run -m pytest $(MEASURED)

@@ -13,7 +13,11 @@ from pathlib import Path
 
 PURE = (
     "sppruner/spec.py",
+    "sppruner/vqa.py",
     "sppruner/selectors/*",
+    "cluster/accounting/*",
+    "cluster/output/*",
+    "cluster/runs/planning.py",
 )
 SLACK = 2
 

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from ray import serve
 
+import cluster
+import cluster.fleet
 from cluster.errors import Busy, FleetUnavailable, UsageError
 from cluster.protocol import LabelRequest, Priority
 from cluster.serving.application import FleetSettings, endpoint, fingerprint
@@ -134,6 +136,13 @@ def test_the_fingerprint_covers_exactly_the_settings_that_change_results() -> No
         EngineSettings(model="m", options={"a": 1}),
     ]
     assert len({fingerprint(engine) for engine in [base, *others]}) == 5
+
+
+def test_the_former_address_of_the_endpoint_still_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"use `serve run cluster:endpoint"):
+        deprecated = cluster.fleet.build({"model": "tiny-llava"})
+    assert isinstance(deprecated, serve.Application)
+    assert cluster.endpoint is endpoint
 
 
 def test_endpoint_parses_command_line_strings_and_pins_the_model_revision(

@@ -148,8 +148,8 @@ def halving(
     own: Sequence[bool] | None = None,
     renumber: bool = False,
 ) -> StagePlan:
-    """A plan that keeps half of each row's visual tokens at every stage. own: rows that go by the
-    scores of the stage's own layer."""
+    """A plan that keeps half of each row's visual tokens at every stage. own: rows that are ranked
+    by the scores of the stage's own layer."""
     keep: dict[int, list[int]] = {}
     counts = visual_BL.sum(dim=1).tolist()
     for layer in layers:
@@ -159,6 +159,6 @@ def halving(
         keep=keep,
         attention_mask_BL=prepared.inputs["attention_mask"],
         visual_BL=visual_BL,
-        own={} if own is None else {layer: list(own) for layer in layers},
+        stage_scored={} if own is None else {layer: list(own) for layer in layers},
         renumber=renumber,
     )

@@ -1,5 +1,5 @@
-"""Saliency and keys of tiled families are the eager attention maps, carried patch by patch to the
-tokens: through 2×2 merging, unpadding and bilinear pooling, each written out again here."""
+"""Saliency and keys of tiled families equal the eager attention maps, mapped from patches to tokens
+by 2×2 merging, unpadding and bilinear pooling, each reimplemented here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters import adapter_for
-from sppruner.adapters.tiles import group_patches, average_patch_signal
+from sppruner.adapters.tiles import average_patch_signal, group_patches
 from sppruner.signals import ATTENTION, CLS_ATTENTION, KEYS, RECEIVED_ATTENTION
 from sppruner.types import VisualTokens
 from tests.sppruner.families import FAMILIES, llava_next, llava_onevision
@@ -23,7 +23,7 @@ attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def real_tiles(inputs: dict[str, Tensor]) -> Tensor:
-    """[T, 3, H, W]: the tiles of a batch without those that fill it up."""
+    """[T, 3, H, W]: the tiles of a batch without padding tiles."""
     pixels = inputs["pixel_values"]
     tiles = pixels.flatten(0, 1) if pixels.dim() == 5 else pixels
     return torch.stack([tile for tile in tiles if tile.abs().sum() > 0])

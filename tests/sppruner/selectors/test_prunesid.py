@@ -1,4 +1,4 @@
-"""PruneSID equals a plain reference under each of its switches; quotas and dynamic budgets hold."""
+"""PruneSID equals a plain reference under each of its options; quotas and dynamic budgets hold."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_it_equals_the_plain_reference_under_every_switch(values: tuple[str, ...
             assert kept == reference(image, k, PruneSIDSelector(**options))
 
 
-def test_attention_is_asked_for_only_where_it_is_the_score() -> None:
+def test_attention_is_read_only_if_it_is_the_score() -> None:
     loading = selector_for(PruneSpec(method="prunesid", options={"score": "loading"}))
     usual = selector_for(PruneSpec(method="prunesid"))
     assert loading is not None
@@ -149,7 +149,7 @@ def official_qwen(features_ND: torch.Tensor, need: int) -> set[int]:
     others = max(0, wanted - int(lower_G.sum()))
     running_G = ((alive_G / alive_G.sum()).cumsum(dim=0) * others).round().int()
     given_G = torch.minimum(running_G.diff(prepend=running_G.new_zeros(1)) + lower_G, upper_G)
-    # The code's sort leaves the order of equals open.
+    # The code's sort does not define the order of ties.
     for g in alive_G.argsort(descending=True, stable=True).tolist():
         given_G[g] += min(upper_G[g] - given_G[g], others + lower_G.sum() - given_G.sum())
     return {i for queue, count in zip(queues, given_G.tolist(), strict=True) for i in queue[:count]}
@@ -179,24 +179,24 @@ def overlap_with_official(need: int, **options: Any) -> float:
     selector = selector_for(PruneSpec(method="prunesid", options=options))
     assert selector is not None
     chosen = selector.resolve_for(pruner.adapter.capabilities).select(planes, [need] * len(planes))
-    due = [official_qwen(plane.features_ND, need) for plane in planes]
-    assert [len(one) for one in due] == [need] * len(planes)
-    shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(due, chosen, strict=True))
+    expected = [official_qwen(plane.features_ND, need) for plane in planes]
+    assert [len(one) for one in expected] == [need] * len(planes)
+    shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(expected, chosen, strict=True))
     return shared / (need * len(planes))
 
 
 @pytest.mark.parametrize(("need", "of_llava_s"), [(192, 0.45), (128, 0.38), (64, 0.34), (32, 0.26)])
-def test_on_qwen_the_choice_is_that_of_the_authors_code(need: int, of_llava_s: float) -> None:
-    """Overlap 1.000 on merged features, on CPU, where fp32 sums are those of the code. As the code
-    for LLaVA would have it, by attention and on states in front of the merger, it is far less;
+def test_on_qwen_the_selection_equals_the_authors_code(need: int, of_llava_s: float) -> None:
+    """The overlap is 1.000 on merged features, on CPU, where fp32 sums equal those of the code.
+    With the options of the code for LLaVA (attention, states before the merger) it is far less;
     chance is need / 576."""
     assert overlap_with_official(need) == 1.0
     as_llava = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
     assert overlap_with_official(need, **as_llava) == pytest.approx(of_llava_s, abs=0.03)
 
 
-def test_what_is_left_to_the_family_is_the_code_s_for_it() -> None:
-    """And any of it can be said."""
+def test_auto_options_follow_the_authors_code_for_the_family() -> None:
+    """Explicit options override it."""
     for family in FAMILIES:
         can = pruner_of(family).adapter.capabilities
         here = PruneSIDSelector().resolve_for(can)
@@ -205,15 +205,15 @@ def test_what_is_left_to_the_family_is_the_code_s_for_it() -> None:
         assert (here.tau_mode, here.features) == (code, features)
         assert here.signals == (frozenset({ATTENTION}) if code == "llava" else frozenset())
         assert here.resolve_for(can) == here
-        said = PruneSIDSelector(features="encoder", score="attention", tau_mode="llava")
-        assert said.resolve_for(can) == said
+        explicit = PruneSIDSelector(features="encoder", score="attention", tau_mode="llava")
+        assert explicit.resolve_for(can) == explicit
 
 
-def test_qwen_s_defaults_ask_the_tower_for_nothing_and_keep_what_the_switches_keep() -> None:
+def test_qwen_s_defaults_read_no_signal_and_equal_their_explicit_options() -> None:
     pruner = pruner_of("qwen2_vl")
     inputs = FAMILIES["qwen2_vl"].batch([1, 1])
     usual = PruneSpec(method="prunesid", budget=Budget(ratio=0.4))
-    said = {"features": "projected", "score": "loading", "tau_mode": "qwen"}
+    explicit = {"features": "projected", "score": "loading", "tau_mode": "qwen"}
     as_llava = {"features": "encoder", "score": "attention", "tau_mode": "llava"}
     assert pruner.signals([usual]) == frozenset()
     assert pruner.signals([replace(usual, options=as_llava)]) == {ATTENTION}
@@ -221,7 +221,7 @@ def test_qwen_s_defaults_ask_the_tower_for_nothing_and_keep_what_the_switches_ke
     def kept(spec: PruneSpec) -> list[list[int]]:
         return [choice.index_K.tolist() for _, choice in pruner.prepare(inputs, spec).selections]
 
-    assert kept(usual) == kept(replace(usual, options=said))
+    assert kept(usual) == kept(replace(usual, options=explicit))
     assert kept(usual) != kept(replace(usual, options=as_llava))
 
 
@@ -238,7 +238,7 @@ def test_quotas_add_up_within_their_groups_and_leave_no_group_out(
     assert sum(shared) == k
     for size, survivors, quota in zip(sizes, left, shared, strict=True):
         assert min(1, size) <= quota <= size
-        # No suppressed token is kept as long as the survivors alone fill the budget.
+        # No suppressed token is kept if the survivors fill the budget.
         if sum(min(5 * math.ceil(k / 64), s) for s in left) >= k:
             assert quota <= survivors
 
@@ -280,7 +280,7 @@ def test_only_a_method_that_measures_images_takes_a_budget_with_spread() -> None
 
 
 def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None:
-    """Every prompt keeps what its own image's information gives it, whoever its batch-mates are."""
+    """Every prompt keeps the count of its own image's information, for any batch-mates."""
     pruner = Pruner(FAMILIES["llava"].build())
     inputs = FAMILIES["llava"].batch([1, 1, 1])
     budget = Budget(ratio=0.4, spread=0.5)
@@ -290,10 +290,10 @@ def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None
     spec = PruneSpec(method="prunesid", budget=budget, options={"usual_information": usual})
     together = pruner.prepare(inputs, spec)
     for row, report in enumerate(together.reports):
-        alone = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
-        assert report.visual_tokens_kept == alone.reports[0].visual_tokens_kept
+        single = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
+        assert report.visual_tokens_kept == single.reports[0].visual_tokens_kept
         measured = PruneSIDSelector(usual_information=usual)
         weight = measured.information([together.selections[row][0]])
         n = report.visual_tokens
         assert report.visual_tokens_kept == budget.reweighted(budget.count(n), n, weight)
-        assert together.selections[row][1].index_K.equal(alone.selections[0][1].index_K)
+        assert together.selections[row][1].index_K.equal(single.selections[0][1].index_K)

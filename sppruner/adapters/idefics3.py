@@ -1,5 +1,9 @@
 """Idefics3 and SmolVLM: square tiles through SigLIP, patches shuffled into tokens, one linear
-layer, a Llama decoder. The prompt has text such as <row_1_col_2> between the tiles of an image."""
+layer, a Llama decoder. The prompt has text such as <row_1_col_2> between the tiles of an image.
+
+Shapes: T tiles, N tokens of a tile, D width of the language model, V width of the hidden states of
+a token, K kept tokens.
+"""
 
 from __future__ import annotations
 

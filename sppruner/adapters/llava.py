@@ -1,4 +1,8 @@
-"""LLaVA-1.5: a CLIP tower with a CLS token, a two-layer projector, a Llama-like decoder."""
+"""LLaVA-1.5: a CLIP tower with a CLS token, a two-layer projector, a Llama-like decoder.
+
+Shapes: I images, N tokens of an image, D width of the language model, V width of the vision
+encoder, K kept tokens.
+"""
 
 from __future__ import annotations
 

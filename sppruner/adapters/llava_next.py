@@ -1,4 +1,7 @@
-"""LLaVA-NeXT (LLaVA-1.6): LLaVA's CLIP tower and projector on any-resolution tiles."""
+"""LLaVA-NeXT (LLaVA-1.6): LLaVA's CLIP tower and projector on any-resolution tiles.
+
+Shapes: K kept tokens, V width of the vision encoder.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LLaVA-OneVision: a SigLIP tower on any-resolution tiles, pooled if there are many."""
+"""LLaVA-OneVision: a SigLIP tower on any-resolution tiles, pooled if there are many.
+
+Shapes: B batch rows, S prompt tokens.
+"""
 
 from __future__ import annotations
 

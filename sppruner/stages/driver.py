@@ -56,8 +56,8 @@ class StageDriver:
         scoring = [index for index, rows in plan.stage_scored.items() if any(rows)]
         if not all(can_compute_last_query_row(self._decoder.layers[index]) for index in scoring):
             raise UnsupportedModel(
-                f"{adapter.capabilities.family}: this decoder's layers give no scores before they "
-                "run; use 'pyramiddrop' with scoring='before', or another method"
+                f"{adapter.capabilities.family}: layers of this decoder cannot be scored in "
+                "advance; use 'pyramiddrop' with scoring='before', or another method"
             )
         self._plan = plan
         self._stack = ExitStack()

@@ -1,4 +1,4 @@
-"""Text relevance follows the words of the instruction, and is silent where there are none."""
+"""Text relevance follows the words of the instruction, and is None without words."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_clip_takes_half_precision_states_of_the_vlm(
     torch.testing.assert_close(score, full, atol=0.02, rtol=0)
 
 
-def test_clip_says_nothing_about_empty_text_and_needs_hidden_states(
+def test_clip_relevance_is_none_for_empty_text_and_needs_hidden_states(
     clip: Any, tokenizer: Any, seen: VisualTokens
 ) -> None:
     assert ClipText(clip, tokenizer).score(seen, " ", "mean") is None
@@ -194,7 +194,7 @@ NONE, EMBED, CLIP = (
 
 
 class Scores:
-    """A source of relevance that gives every token one number."""
+    """A relevance source that scores all tokens equally."""
 
     def __init__(self, number: float) -> None:
         self._number = number
@@ -203,7 +203,7 @@ class Scores:
         return torch.full((image.count,), self._number * len(instruction))
 
 
-def test_before_a_model_is_loaded_its_tokenizer_is_taken_for_granted_but_no_text_tower() -> None:
+def test_without_a_model_a_tokenizer_is_assumed_but_no_text_tower() -> None:
     can = capabilities(llava.build().config)
     check_spec(NONE, can)
     check_spec(EMBED, can)
@@ -211,7 +211,7 @@ def test_before_a_model_is_loaded_its_tokenizer_is_taken_for_granted_but_no_text
         check_spec(CLIP, can)
 
 
-def test_a_pruner_allows_the_sources_it_was_given() -> None:
+def test_a_pruner_accepts_only_its_own_sources() -> None:
     given: Any = Scores(1.0)
     pruner = Pruner(llava.build(), clip_text=given)
     pruner.check(NONE)
@@ -221,7 +221,7 @@ def test_a_pruner_allows_the_sources_it_was_given() -> None:
 
 
 @torch.no_grad()
-def test_each_prompt_is_scored_by_the_source_its_method_asks_for() -> None:
+def test_each_prompt_is_scored_by_the_source_of_its_method() -> None:
     words: Any = Scores(0.5)
     clip_text: Any = Scores(0.75)
     relevance = TextRelevance(words, clip_text)

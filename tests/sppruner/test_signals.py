@@ -1,4 +1,4 @@
-"""Probes read what eager attention computes, change nothing, and leave nothing behind."""
+"""Probes read what eager attention computes, change no result and leave no trace."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_hidden_states_are_those_the_features_were_projected_from(feature_layer:
 
 
 @torch.no_grad()
-def test_only_what_is_asked_for_is_read() -> None:
+def test_only_requested_signals_are_read() -> None:
     adapter = LlavaAdapter(build())
     assert not planes(adapter.encode(batch([1]), frozenset()))[0].signals
     seeds = planes(adapter.encode(batch([2]), frozenset({CONTENT_SEED})))
@@ -94,7 +94,7 @@ def test_only_what_is_asked_for_is_read() -> None:
 
 
 @torch.no_grad()
-def test_tokens_carry_their_place_on_the_grid_in_raster_order() -> None:
+def test_tokens_have_their_grid_coordinates_in_raster_order() -> None:
     image = planes(LlavaAdapter(build()).encode(batch([1]), frozenset()))[0]
     assert image.grid == (SIDE, SIDE)
     assert image.coords_N2.tolist() == [[i // SIDE, i % SIDE] for i in range(TOKENS)]
@@ -124,7 +124,7 @@ def test_an_error_under_a_probe_restores_the_implementation(attention: str) -> N
 
 
 @torch.no_grad()
-def test_probing_one_module_twice_gives_it_back_to_the_outer_probe() -> None:
+def test_an_inner_probe_of_the_same_module_restores_the_outer_one() -> None:
     model = build()
     tower = model.model.vision_tower
     module = tower.encoder.layers[1].self_attn
@@ -140,7 +140,7 @@ def test_probing_one_module_twice_gives_it_back_to_the_outer_probe() -> None:
     assert tower.config._attn_implementation == "sdpa"
 
 
-def test_an_unknown_implementation_leaves_no_probe_behind() -> None:
+def test_an_unknown_implementation_leaves_no_active_probe() -> None:
     tower = build().model.vision_tower
     tower.config._attn_implementation_internal = "no_such_attention"
     with pytest.raises(KeyError), probing(tower, ClsRowProbe(tower.encoder.layers[0].self_attn)):
@@ -160,7 +160,7 @@ def test_models_that_are_not_probed_are_not_read() -> None:
 
 
 def eager_map(query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None) -> Tensor:
-    """[I, H, N, N], the textbook way."""
+    """[I, H, N, N] by the definition."""
     key_IHND = key_IHND.repeat_interleave(query_IHND.shape[1] // key_IHND.shape[1], dim=1)
     scores = query_IHND @ key_IHND.transpose(-1, -2) * 0.3
     return torch.softmax(scores if mask is None else scores + mask, dim=-1)
@@ -177,7 +177,7 @@ def eager_map(query_IHND: Tensor, key_IHND: Tensor, mask: Tensor | None) -> Tens
 def test_received_attention_is_the_column_mean_of_the_eager_map(
     images: int, groups: int, group: int, tokens: int, form: str, at_a_time: int
 ) -> None:
-    """Whatever the chunk of queries, with grouped keys, under every form a mask comes in."""
+    """For any chunk size, with grouped keys and every form of mask."""
     generator = torch.Generator().manual_seed(tokens)
     query = torch.randn(images, groups * group, tokens, 4, generator=generator)
     key = torch.randn(images, groups, tokens, 4, generator=generator)
@@ -255,5 +255,5 @@ def test_images_packed_into_one_sequence_are_read_one_by_one() -> None:
     with probing(tower, probe):
         tower(query, key)
     for image, span in enumerate([slice(0, 3), slice(3, 7)]):
-        alone = eager_map(query[:, :, span], key[:, :, span], None).mean(dim=(1, 2))[0]
-        torch.testing.assert_close(probe.signals(image)[ATTENTION], alone, atol=1e-6, rtol=0)
+        single = eager_map(query[:, :, span], key[:, :, span], None).mean(dim=(1, 2))[0]
+        torch.testing.assert_close(probe.signals(image)[ATTENTION], single, atol=1e-6, rtol=0)

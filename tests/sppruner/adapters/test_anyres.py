@@ -71,7 +71,7 @@ def test_a_sliver_without_a_high_resolution_row_has_its_low_resolution_view_only
     assert layout.tokens == 16
     assert len(layout.places(torch.device("cpu"))) == 1
     inputs = llava_next.batch([1])
-    # (height, width) → two rows of padding eat all of its four.
+    # (height, width); padding takes all four of its rows.
     inputs["image_sizes"] = torch.tensor([[2, 2000]])
     inputs["pixel_values"] = torch.randn(1, 4, 3, 16, 16)
     ids_BS = torch.tensor([[1, *[llava_next.IMAGE] * 16, 30, 31]])

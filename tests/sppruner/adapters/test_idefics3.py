@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: which tiles are one image, and prompts that do not say so."""
+"""Idefics3 and SmolVLM: which tiles form an image, and prompts that do not determine it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tiles_of(rows: list[list[int]]) -> list[tuple[int, int]]:
     return [(row, shape.tiles) for row, shape in shapes]
 
 
-def test_images_of_a_prompt_are_told_apart_with_and_without_words_between_them() -> None:
+def test_images_of_a_prompt_are_separated_with_and_without_text_between_them() -> None:
     split, whole = image_ids(3), image_ids(1)
     assert tiles_of([[1, *split, *whole, *WORDS]]) == [(0, 3), (0, 1)]
     assert tiles_of([[1, *split, *WORDS, *split, *WORDS]]) == [(0, 3), (0, 3)]
@@ -32,7 +32,7 @@ def test_images_of_a_prompt_are_told_apart_with_and_without_words_between_them()
     ]
 
 
-def test_text_alone_has_no_image() -> None:
+def test_prompts_of_text_only_have_no_images() -> None:
     assert tiles_of([[1, *WORDS], [1, 20]]) == []
 
 
@@ -51,7 +51,7 @@ def test_tiles_that_do_not_fit_their_places_are_refused_before_the_encoder_runs(
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20])
-def test_the_words_between_the_tiles_stay_whatever_is_pruned(tokens: int) -> None:
+def test_text_between_tiles_is_never_pruned(tokens: int) -> None:
     inputs = batch([1, 2])
     spec = PruneSpec(method="grid", budget=Budget(tokens=tokens))
     prepared = Pruner(build()).prepare(inputs, spec)

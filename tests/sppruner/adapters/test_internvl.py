@@ -40,9 +40,9 @@ def test_beams_of_ragged_prompts_do_not_mix(kept: list[int]) -> None:
     tiles = [shape.tiles for _, shape in InternVLAdapter(model).shapes(inputs)]
     pixels = torch.split(inputs["pixel_values"], tiles)
     for row, spec in enumerate(specs):
-        alone = {k: inputs[k][row : row + 1] for k in ("input_ids", "attention_mask")}
-        alone["pixel_values"] = pixels[row]
-        assert Pruner(model).generate(alone, spec, **settings).tokens_BT[0].equal(together[row])
+        single = {k: inputs[k][row : row + 1] for k in ("input_ids", "attention_mask")}
+        single["pixel_values"] = pixels[row]
+        assert Pruner(model).generate(single, spec, **settings).tokens_BT[0].equal(together[row])
 
 
 def test_video_frames_are_images_of_one_tile() -> None:

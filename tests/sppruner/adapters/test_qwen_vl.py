@@ -1,5 +1,5 @@
-"""What is particular to Qwen's families: windows, merged patches, M-RoPE, DeepStack, exact costs.
-The matrix of `test_equivalence.py` holds for them as for all others."""
+"""Features of Qwen's families: windows, merged patches, M-RoPE, DeepStack, exact costs. The matrix
+of `test_equivalence.py` covers them as well."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ BLOCKS = {"qwen2_vl": 2, "qwen2_5_vl": 1, "qwen3_vl": 2}
 def test_saliency_is_what_each_tokens_patches_receive_in_the_last_full_attention_block(
     family: str, attention: str
 ) -> None:
-    """Tokens are carried from the tower's order to raster order by their features: a token of the
-    tower is that of the features which the merger makes of it."""
+    """Features match tokens between the tower's order and raster order: a token of the tower has
+    the features that the merger computes from it."""
     inputs = batch(MIXED)
     expected = eager_saliency(FAMILIES[family].build("eager"), BLOCKS[family], inputs)
     model = FAMILIES[family].build(attention)
@@ -112,7 +112,7 @@ def test_saliency_is_what_each_tokens_patches_receive_in_the_last_full_attention
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """What flash attention computes of images packed into one sequence."""
+    """Flash attention of images packed into one sequence."""
     sizes = kwargs["cu_seq_lens_q"].diff().tolist()
     parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat(
@@ -228,7 +228,7 @@ def test_deepstack_features_keep_the_indices_of_their_tokens() -> None:
             assert 0 < choice.count < len(whole[i])
 
 
-def test_stages_start_behind_the_last_deepstack_layer() -> None:
+def test_stages_start_after_the_last_deepstack_layer() -> None:
     config = qwen3_vl.build().config
     assert capabilities(config).first_prunable_layer == 2
     config.vision_config.deepstack_visual_indexes = [0, 1, 2, 2]
@@ -270,7 +270,7 @@ def prompt(*runs: int, between: tuple[int, ...] = (END, START)) -> Tensor:
 def test_prompts_that_do_not_fit_their_images_are_refused(
     family: str, ids: Tensor, grids: list[tuple[int, int]], message: str
 ) -> None:
-    """Images without a token between them would share one run of M-RoPE positions, in silence."""
+    """Images without a token between them would silently share one run of M-RoPE positions."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if grids:
         inputs["pixel_values"] = torch.randn(sum(r * c for r, c in grids), 96)

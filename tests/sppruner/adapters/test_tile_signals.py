@@ -1,5 +1,5 @@
-"""Saliency and keys of tiled families are the eager attention maps, carried patch by patch to the
-tokens: through 2×2 merging, unpadding and bilinear pooling, each written out again here."""
+"""Saliency and keys of tiled families equal the eager attention maps, mapped from patches to tokens
+by 2×2 merging, unpadding and bilinear pooling, each reimplemented here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def real_tiles(inputs: dict[str, Tensor]) -> Tensor:
-    """[T, 3, H, W]: the tiles of a batch without those that fill it up."""
+    """[T, 3, H, W]: the tiles of a batch without padding tiles."""
     pixels = inputs["pixel_values"]
     tiles = pixels.flatten(0, 1) if pixels.dim() == 5 else pixels
     return torch.stack([tile for tile in tiles if tile.abs().sum() > 0])

@@ -1,5 +1,5 @@
-"""What every family that cuts images into tiles promises: planes that fill their run, signals and
-shapes that are the model's own, costs to the last multiply-add."""
+"""Families that cut images into tiles: planes fill their run, signals and shapes equal the model's,
+and costs are exact to the multiply-add."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encoded_of(family: str) -> Encoded:
 
 
 @families
-def test_planes_are_full_rectangles_whose_tokens_stand_where_their_places_say(family: str) -> None:
+def test_planes_are_full_rectangles_with_the_tokens_at_their_places(family: str) -> None:
     for image in encoded_of(family).images:
         assert len(image.planes) == len(image.places)
         for number, (plane, places_N) in enumerate(zip(image.planes, image.places, strict=True)):
@@ -95,13 +95,13 @@ def test_hidden_states_project_to_the_features_one_by_one(family: str) -> None:
             projected = adapter.project(plane.hidden_NV)
             torch.testing.assert_close(projected, plane.features_ND, atol=1e-4, rtol=1e-4)
             some = torch.tensor([plane.count - 1, 0])
-            alone = adapter.project(plane.hidden_NV[some])
-            torch.testing.assert_close(alone, plane.features_ND[some], atol=1e-4, rtol=1e-4)
+            single = adapter.project(plane.hidden_NV[some])
+            torch.testing.assert_close(single, plane.features_ND[some], atol=1e-4, rtol=1e-4)
 
 
 @families
 @torch.no_grad()
-def test_only_what_is_asked_for_is_read_and_reading_changes_no_feature(family: str) -> None:
+def test_only_requested_signals_are_read_and_features_do_not_change(family: str) -> None:
     adapter, inputs = adapter_of(family), FAMILIES[family].batch(MIXED)
     plain = adapter.encode(inputs, frozenset())
     for image, probed in zip(plain.images, encoded_of(family).images, strict=True):
@@ -114,7 +114,7 @@ def test_only_what_is_asked_for_is_read_and_reading_changes_no_feature(family: s
 
 
 @families
-def test_every_plane_has_a_draw_of_its_own(family: str) -> None:
+def test_every_plane_has_its_own_content_seed(family: str) -> None:
     planes = [plane for image in encoded_of(family).images for plane in image.planes]
     seeds = [int(plane.signals[CONTENT_SEED]) for plane in planes]
     assert len(set(seeds)) == len(seeds)
@@ -124,8 +124,8 @@ def test_every_plane_has_a_draw_of_its_own(family: str) -> None:
 @torch.no_grad()
 def test_signals_of_an_image_do_not_depend_on_its_batch(family: str) -> None:
     adapter = adapter_of(family)
-    alone = adapter.encode(FAMILIES[family].batch([1]), adapter.capabilities.signals).images[0]
-    # The first image of a batch and its pixels are the same whatever follows, tiles apart.
+    single = adapter.encode(FAMILIES[family].batch([1]), adapter.capabilities.signals).images[0]
+    # The first image of a batch and its pixels do not depend on the others, except for its tiles.
     batch = FAMILIES[family].batch([1])
     widened = dict(batch)
     if batch["pixel_values"].dim() == 5:
@@ -135,7 +135,7 @@ def test_signals_of_an_image_do_not_depend_on_its_batch(family: str) -> None:
         none = torch.zeros_like(batch["pixel_attention_mask"])
         widened["pixel_attention_mask"] = torch.cat([batch["pixel_attention_mask"], none], dim=1)
     again = adapter.encode(widened, adapter.capabilities.signals).images[0]
-    for one, other in zip(alone.planes, again.planes, strict=True):
+    for one, other in zip(single.planes, again.planes, strict=True):
         for name, values in one.signals.items():
             assert other.signals[name].equal(values)
 
@@ -193,7 +193,7 @@ def test_encoder_costs_equal_the_flop_counter(family: str) -> None:
 
 
 @families
-def test_a_whole_pruned_generation_costs_what_its_row_says(family: str) -> None:
+def test_the_modelled_cost_of_a_pruned_generation_is_the_counted_one(family: str) -> None:
     adapter = adapter_of(family, "eager")
     model, inputs = adapter.model, FAMILIES[family].batch([2])
     spec = PruneSpec(method="grid", budget=Budget(ratio=0.25))
@@ -211,7 +211,7 @@ def test_a_whole_pruned_generation_costs_what_its_row_says(family: str) -> None:
     assert sum(row.flops.values()) == counter.get_total_flops()
 
 
-def test_a_pooling_head_that_runs_for_nothing_is_counted() -> None:
+def test_a_pooling_head_whose_output_is_unused_is_counted() -> None:
     vision = SiglipVisionConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -1,4 +1,4 @@
-"""Towers do less, and what they give stays bit for bit what it was."""
+"""Towers do less work, and their features stay bit-equal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MIXED = [1, 2, 0, 1]
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 qwens = pytest.mark.parametrize("family", QWEN)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-# Families that read a layer, by the option that says which; their towers have three.
+# Families that read one layer, and the option that selects it; their towers have three layers.
 LAYER = {
     "llava": "feature_layer",
     "llava_next": "feature_layer",
     "llava_onevision": "feature_layer",
     "internvl": "vision_feature_layer",
 }
-# The layer that is read, and how many run for it.
+# The layer that is read, and how many layers run for it.
 RUNNING = [(-1, 3), (-2, 2), (-3, 1), (1, 1), (2, 2), (3, 3)]
 layers_read = pytest.mark.parametrize(("read", "running"), RUNNING)
 
@@ -43,7 +43,7 @@ def _no_grad() -> Iterator[None]:
 
 @contextmanager
 def whole_towers() -> Iterator[None]:
-    """Adapters that leave towers as they are."""
+    """Adapters that do not change towers."""
 
     def unchanged(*_: Any) -> Any:
         return nullcontext()
@@ -90,13 +90,13 @@ def assert_encodes_alike(model: Any, inputs: dict[str, Tensor]) -> None:
 
 @attentions
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_encodes_alike_images_of_different_sizes(family: str, attention: str) -> None:
+def test_every_family_encodes_different_sizes_equally(family: str, attention: str) -> None:
     assert_encodes_alike(FAMILIES[family].build(attention), FAMILIES[family].batch(MIXED))
 
 
 @layers_read
 @pytest.mark.parametrize("family", LAYER)
-def test_whichever_layer_is_read_images_are_encoded_alike(
+def test_images_are_encoded_equally_for_every_feature_layer(
     family: str, read: int, running: int
 ) -> None:
     options: dict[str, Any] = {LAYER[family]: read}
@@ -105,16 +105,14 @@ def test_whichever_layer_is_read_images_are_encoded_alike(
 
 
 @qwens
-def test_images_of_one_size_are_encoded_alike(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_sizes_are_encoded_equally(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qwen2_vl, "GRIDS", [(6, 8), (6, 8), (8, 8)])
     assert_encodes_alike(FAMILIES[family].build(), FAMILIES[family].batch([3, 3]))
 
 
 @layers_read
 @pytest.mark.parametrize("family", LAYER)
-def test_layers_behind_the_one_that_is_read_do_not_run(
-    family: str, read: int, running: int
-) -> None:
+def test_layers_after_the_one_that_is_read_do_not_run(family: str, read: int, running: int) -> None:
     options: dict[str, Any] = {LAYER[family]: read}
     model = FAMILIES[family].build(**options)
     ran = []
@@ -128,7 +126,7 @@ def test_layers_behind_the_one_that_is_read_do_not_run(
 def test_a_tower_that_was_first_used_by_an_encoding_records_all_its_states_later(
     family: str,
 ) -> None:
-    """transformers installs what records them on a tower's first forward."""
+    """transformers installs its recorders of states on a tower's first forward."""
     options: dict[str, Any] = {LAYER[family]: -3}
     model, fresh = (FAMILIES[family].build(**options) for _ in range(2))
     inputs = FAMILIES[family].batch([1])
@@ -144,8 +142,8 @@ def test_a_tower_that_was_first_used_by_an_encoding_records_all_its_states_later
         assert state.equal(other)
 
 
-def test_an_error_gives_covered_layers_their_forward_back() -> None:
-    """Also one of their own, such as offloading puts in front of the class's."""
+def test_an_error_restores_the_forward_of_skipped_layers() -> None:
+    """Also a forward of the instance, which offloading sets over that of the class."""
     layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     states = torch.randn(1, 2)
     layers[2].forward = offloaded = lambda given: given + 1
@@ -165,9 +163,9 @@ def test_an_error_gives_covered_layers_their_forward_back() -> None:
     heads=st.integers(1, 3),
 )
 @settings(deadline=None)
-def test_spans_get_what_they_get_alone(lengths: list[int], heads: int) -> None:
+def test_batched_spans_equal_separate_calls(lengths: list[int], heads: int) -> None:
     torch.manual_seed(len(lengths))
-    # As towers make them: one projection of every patch, seen with heads before patches.
+    # As in towers: one projection of all patches, viewed with heads before patches.
     states = torch.randn(sum(lengths), 3, heads, 8)
     query, key, value = (one.transpose(0, 1)[None] for one in states.unbind(1))
     borders = torch.tensor([0, *lengths]).cumsum(0)
@@ -177,15 +175,15 @@ def test_spans_get_what_they_get_alone(lengths: list[int], heads: int) -> None:
         module, query, key, value, None, cu_seq_lens_q=borders, **given_all
     )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    alone = [
+    single = [
         sdpa(module, *(one[:, :, start:stop] for one in (query, key, value)), None, **given_all)[0]
         for start, stop in pairwise(borders.tolist())
     ]
-    assert together.equal(torch.cat(alone, dim=1))
+    assert together.equal(torch.cat(single, dim=1))
 
 
 @qwens
-def test_neighbours_of_one_length_share_a_call(
+def test_consecutive_spans_of_one_length_share_a_call(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two images of four windows each: one call in every block."""
@@ -211,9 +209,7 @@ def test_neighbours_of_one_length_share_a_call(
 
 @attentions
 @pytest.mark.parametrize("family", [*LAYER, *QWEN])
-def test_an_error_within_an_encoding_leaves_the_tower_as_it_was(
-    family: str, attention: str
-) -> None:
+def test_an_error_within_an_encoding_does_not_change_the_tower(family: str, attention: str) -> None:
     options = {LAYER[family]: -2} if family in LAYER else {}
     model, inputs = FAMILIES[family].build(attention, **options), FAMILIES[family].batch([1])
     tower = model.model.visual if family in QWEN else model.model.vision_tower

@@ -1,4 +1,4 @@
-"""The equivalence matrix: what every family must do under pruning, each cell against plain
+"""The equivalence matrix: every family under pruning, each cell against plain
 `generate` on the unpruned prompt.
 `pytest tests/sppruner/laws/test_equivalence.py --matrix FILE` writes it as a table.
 """
@@ -68,7 +68,7 @@ def kept_mask(pruner: Pruner, inputs: Any, specs: Any, monkeypatch: pytest.Monke
 
 
 def reference(pruner: Pruner, inputs: Any, keep_BS: Tensor, generate: dict[str, Any]) -> Any:
-    """The full prompt with dropped tokens hidden by the mask, every token where it was."""
+    """The full prompt with dropped tokens hidden by the mask, every token at its position."""
     positions_RBS = pruner.adapter.positions(inputs)
     return pruner.model.generate(
         **(dict(inputs) | {"attention_mask": inputs["attention_mask"] * keep_BS}),
@@ -122,18 +122,18 @@ def masked(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_invariance(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in a batch of mixed budgets gets what it gets alone."""
+    """A row in a batch of mixed budgets gets the same result as in a batch of one."""
     pruner = Pruner(model_of(family.name))
     inputs = family.batch([1, 1, 2, 0])
     specs = [spec("topk", 0.5), DENSE, spec("sppruner", 0.22), spec("grid", 0.3)]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, one in enumerate(specs):
-        alone = pruner.generate(one_row(pruner.adapter, inputs, row), one, **settings(family))
-        assert torch.equal(alone.tokens_BT[0], together.tokens_BT[row])
+        single = pruner.generate(one_row(pruner.adapter, inputs, row), one, **settings(family))
+        assert torch.equal(single.tokens_BT[0], together.tokens_BT[row])
         torch.testing.assert_close(
-            logits(alone.output)[0], logits(together.output)[row], atol=2e-4, rtol=1e-4
+            logits(single.output)[0], logits(together.output)[row], atol=2e-4, rtol=1e-4
         )
-        assert alone.reports[0] == together.reports[row]
+        assert single.reports[0] == together.reports[row]
 
 
 def beams(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def stages(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def renumber(family: Family, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """Positions close up to 0, 1, 2, …; three-part positions of M-RoPE cannot, and say so."""
+    """Positions become 0, 1, 2, …; with M-RoPE this is an error."""
     pruner = Pruner(model_of(family.name))
     one = replace(spec("topk", 0.4), positions="renumber")
     inputs = family.batch(MIXED)

@@ -1,4 +1,4 @@
-"""Traps that would make a pruned prompt wrong in silence: each is refused, or does no harm."""
+"""Inputs that could make a pruned prompt silently wrong: each is refused or has no effect."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_an_unpadded_prompt_with_mrope_is_one_sequence_even_without_its_mask(fam
 @pytest.mark.parametrize("spec", [DENSE, PRUNED], ids=["dense", "pruned"])
 @families
 def test_placeholders_without_their_images_are_refused(family: str, spec: PruneSpec) -> None:
-    """Some families would answer from the placeholder's own embedding, and count it as seen."""
+    """Some families would answer from the placeholder's embedding and count it as a visual
+    token."""
     inputs = FAMILIES[family].batch([0, 1])
     del inputs["pixel_values"]
     with pytest.raises(InputError, match=r"(have|has) places"):
@@ -88,8 +89,8 @@ def test_mrope_positions_are_not_made_without_the_grids(family: str, spec: Prune
 
 @families
 def test_a_packed_batch_always_brings_its_positions_and_its_mask(family: str) -> None:
-    """Dense rows and rows without an image too: what `generate` would make up for a shortened
-    M-RoPE prompt is wrong, and it says nothing."""
+    """Also for dense rows and rows without an image: `generate` would silently compute wrong
+    positions for a shortened M-RoPE prompt."""
     pruner = pruner_of(family)
     rows = 1 if family not in QWEN else 4
     for specs in ([DENSE, PRUNED, PRUNED], [PruneSpec(method="grid")] * 3):

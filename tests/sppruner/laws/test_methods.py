@@ -1,6 +1,5 @@
-"""Every method on every family: exact counts, raster order, the same choice every time, and no
-image's choice depends on its company.
-`pytest tests/sppruner/laws/test_methods.py --matrix FILE` writes the matrix.
+"""Every method on every family: exact counts, raster order, deterministic selections that do not
+depend on the batch. `pytest tests/sppruner/laws/test_methods.py --matrix FILE` writes the matrix.
 """
 
 from __future__ import annotations
@@ -63,5 +62,5 @@ def test_the_method_runs_on_the_family(family: str, check: str) -> None:
         again = pruner.prepare(inputs, spec, TEXTS)
         for row, text in enumerate(TEXTS):
             assert choices(again, row) == choices(prepared, row), "deterministic"
-            alone = pruner.prepare(one_row(pruner.adapter, inputs, row), spec, [text])
-            assert choices(alone, 0) == choices(prepared, row), "independent of company"
+            single = pruner.prepare(one_row(pruner.adapter, inputs, row), spec, [text])
+            assert choices(single, 0) == choices(prepared, row), "independent of the batch"

@@ -1,4 +1,4 @@
-"""What an image keeps is its own: neither its place in a prompt nor its neighbours change it."""
+"""The tokens that an image keeps depend neither on its place in a prompt nor on other images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def inputs_of(family: str) -> dict[str, Tensor]:
 
 
 @functools.cache
-def kept_alone(family: str, method: str) -> list[Kept]:
+def kept_in_single_prompts(family: str, method: str) -> list[Kept]:
     return pruner_of(family).prepare(inputs_of(family), spec_of(method)).kept
 
 
@@ -48,8 +48,8 @@ def spec_of(method: str) -> PruneSpec:
 def dealt(family: str, order: Sequence[int], sizes: Sequence[int]) -> dict[str, Tensor]:
     """The prompts of `inputs_of` in another order, joined to prompts of `sizes` images."""
     adapter, inputs = pruner_of(family).adapter, inputs_of(family)
-    alone = iter([one_row(adapter, inputs, image) for image in order])
-    prompts = [[next(alone) for _ in range(size)] for size in sizes]
+    single = iter([one_row(adapter, inputs, image) for image in order])
+    prompts = [[next(single) for _ in range(size)] for size in sizes]
     batch = left_padded([[t for one in prompt for t in words(one)] for prompt in prompts])
     if "mm_token_type_ids" in inputs:
         batch["mm_token_type_ids"] = (batch["input_ids"] == FAMILIES[family].image_id).int()
@@ -66,7 +66,7 @@ def dealt(family: str, order: Sequence[int], sizes: Sequence[int]) -> dict[str, 
 
 
 def words(one: Mapping[str, Tensor]) -> list[int]:
-    """The ids of a prompt alone, without its padding."""
+    """The ids of a prompt without its padding."""
     return one["input_ids"][0][one["attention_mask"][0].bool()].tolist()
 
 
@@ -77,17 +77,19 @@ def words(one: Mapping[str, Tensor]) -> list[int]:
     sizes=st.sampled_from([[4], [3, 1], [1, 3], [2, 2], [1, 1, 2], [1, 1, 1, 1]]),
     method=st.sampled_from(sorted(OPTIONS)),
 )
-def test_an_image_keeps_the_same_tokens_wherever_it_stands(
+def test_an_image_keeps_the_same_tokens_at_any_place_of_a_batch(
     family: str, order: list[int], sizes: list[int], method: str
 ) -> None:
     prepared = pruner_of(family).prepare(dealt(family, order, sizes), spec_of(method))
-    alone = kept_alone(family, method)
+    single = kept_in_single_prompts(family, method)
     assert [report.visual_tokens_kept for report in prepared.reports] == [
-        sum(len(alone[image].index_K) for image in images) for images in cut(order, sizes)
+        sum(len(single[image].index_K) for image in images) for images in cut(order, sizes)
     ]
     for image, kept in zip(order, prepared.kept, strict=True):
-        assert kept.index_K.equal(alone[image].index_K), f"image {image}"
-        torch.testing.assert_close(kept.features_KD, alone[image].features_KD, atol=1e-4, rtol=1e-4)
+        assert kept.index_K.equal(single[image].index_K), f"image {image}"
+        torch.testing.assert_close(
+            kept.features_KD, single[image].features_KD, atol=1e-4, rtol=1e-4
+        )
 
 
 def cut(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Whatever is asked of whatever family: what the packed prompt must always be."""
+"""Invariants of the packed prompt for every family and any spec."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sppruner.spec import DENSE, Positions
 from tests.sppruner.families import FAMILIES, pruner_of
 from tests.sppruner.stages.test_driver import Fails
 
-# These need no text and leave the features alone, so that they can be compared.
+# These need no text and do not change the features, so that they can be compared.
 PLAIN: dict[str, dict[str, Any]] = {
     "grid": {},
     "random": {"seed": 3},
@@ -52,14 +52,14 @@ rows = st.lists(st.tuples(st.integers(0, 2), specs), min_size=1, max_size=3)
 @pytest.mark.parametrize("family", FAMILIES)
 @hypothesis_settings(max_examples=12, deadline=None)
 @given(rows, st.sampled_from(["keep", "renumber"]))
-def test_a_packed_prompt_holds_its_text_and_its_budget_where_they_were(
-    family: str, asked: list[tuple[int, PruneSpec]], policy: Positions
+def test_a_packed_prompt_holds_its_text_and_its_budget_at_their_positions(
+    family: str, requests: list[tuple[int, PruneSpec]], policy: Positions
 ) -> None:
     pruner = pruner_of(family)
     if policy not in pruner.adapter.capabilities.positions:
         policy = "keep"
-    images = [count for count, _ in asked]
-    per_row = [s if s.is_dense else replace(s, positions=policy) for _, s in asked]
+    images = [count for count, _ in requests]
+    per_row = [s if s.is_dense else replace(s, positions=policy) for _, s in requests]
     # Without a spec that prunes there is nothing to renumber for.
     renumbered = policy == "renumber" and not all(spec.is_dense for spec in per_row)
     inputs = FAMILIES[family].batch(images)
@@ -81,8 +81,8 @@ def test_a_packed_prompt_holds_its_text_and_its_budget_where_they_were(
 
         sizes = [shape.tokens for at, shape in shapes if at == row]
         report = prepared.reports[row]
-        due = sum(sizes) if spec.is_dense else sum(spec.budget.per_image(sizes))
-        assert int((new == image_id).sum()) == report.visual_tokens_kept == due
+        expected = sum(sizes) if spec.is_dense else sum(spec.budget.per_image(sizes))
+        assert int((new == image_id).sum()) == report.visual_tokens_kept == expected
         assert report.visual_tokens == sum(sizes) == int((old == image_id).sum())
         assert report.prompt_tokens == len(new)
         assert set(report.layer_tokens) == {len(new)}
@@ -128,7 +128,7 @@ def answer(pruner: Pruner, family: str, images: list[int], spec: PruneSpec, **ex
 
 
 def call(pruner: Pruner, family: str, name: str) -> Tensor | None:
-    """One of the things a model may be asked; an error that is met half-way gives nothing."""
+    """Runs one kind of call; None for a call that raises half-way."""
     layer = pruner.adapter.capabilities.first_prunable_layer
     staged = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options={"layer": layer or 1})
     if name.startswith("error"):
@@ -156,7 +156,7 @@ def answer_of_a_fresh_model(family: str, name: str) -> Tensor | None:
 @hypothesis_settings(max_examples=5, deadline=None)
 @given(st.lists(st.sampled_from(CALLS), min_size=2, max_size=5))
 def test_no_call_leaves_a_trace_in_the_next(family: str, names: list[str]) -> None:
-    """Not the positions a model keeps for itself, no hook, no attention function, no feature."""
+    """No stored positions of the model, no hook, no attention function, no feature."""
     pruner = pruner_of(family)
     decoder = pruner.adapter.language_model()
     for name in names:
@@ -170,7 +170,7 @@ def test_no_call_leaves_a_trace_in_the_next(family: str, names: list[str]) -> No
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor of an encoder output, whatever it is nested in."""
+    """Every tensor of an encoder output, at any nesting."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -191,8 +191,8 @@ def held(encoded: Encoded) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_images_encoded_once_serve_one_spec_after_the_other(family: str) -> None:
-    """Beam search rewrites what was packed, and merging replaces features: neither may reach what
-    was encoded."""
+    """Beam search rewrites packed outputs, and merging replaces features; neither may change the
+    encoded images."""
     pruner, inputs = pruner_of(family), FAMILIES[family].batch([1, 2])
     specs = [MERGING, TOPK, PruneSpec(method="grid"), MERGING]
     encoded = pruner.adapter.encode(inputs, pruner.signals(specs))

@@ -1,4 +1,5 @@
-"""Other ways to the same answer: chunks, look-ups, embeddings, eager attention, half precision."""
+"""Other routes to the same answer: chunks, prompt look-up, embeddings, eager attention,
+bfloat16."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ MIXED = [1, 2, 0]
 TOPK = PruneSpec(method="topk", budget=Budget(ratio=0.4))
 # Packs embeddings, because ragged images do not fit its one tensor of tiles.
 EMBEDS = ["internvl"]
-# States of the tower that are added behind decoder layers travel with the encoder output only.
+# States of the tower that are added after decoder layers travel with the encoder output only.
 DEEPSTACK = ["qwen3_vl"]
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in EMBEDS])
-def test_a_prompt_read_in_chunks_equals_the_whole_one(family: str) -> None:
+def test_a_prompt_read_in_chunks_equals_one_read_whole(family: str) -> None:
     """Chunks of 7 cut images in two. The whole one equals the masked one, see the matrix."""
     pruner, inputs = pruner_of(family), FAMILIES[family].batch(MIXED)
     whole = pruner.generate(inputs, TOPK, **settings(FAMILIES[family]))
@@ -37,7 +38,7 @@ def test_a_prompt_read_in_chunks_equals_the_whole_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", EMBEDS)
 def test_chunks_of_a_prompt_of_embeddings_are_refused(family: str) -> None:
-    """In chunks of one token transformers would answer wrongly without a word."""
+    """In chunks of one token transformers would silently answer wrongly."""
     pruner, inputs = pruner_of(family), FAMILIES[family].batch([1])
     for size in (1, 7):
         with pytest.raises(InputError, match=f"prefill_chunk_size={size}.* leave it out"):
@@ -54,7 +55,7 @@ def test_chunks_of_a_prompt_of_embeddings_are_refused(family: str) -> None:
 def test_tokens_looked_up_in_the_prompt_are_accepted_only_where_greedy_agrees(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompt look-up feeds several tokens a step behind a pruned prompt."""
+    """Prompt look-up feeds several tokens a step after a pruned prompt."""
     pruner, inputs = pruner_of(family), FAMILIES[family].batch([2])
     more = settings(FAMILIES[family], max_new_tokens=12)
     keep_BS = kept_mask(pruner, inputs, TOPK, monkeypatch)
@@ -85,10 +86,10 @@ def test_features_reach_the_decoder_alike_as_embeddings_and_as_encoder_output(fa
     pruner = pruner_of(family)
     prepared = pruner.prepare(FAMILIES[family].batch(MIXED), TOPK)
     given = other_route(pruner, prepared)
-    own = pruner.run(prepared, **settings(FAMILIES[family]))
+    default = pruner.run(prepared, **settings(FAMILIES[family]))
     other = pruner.model.generate(**given, **settings(FAMILIES[family]))
-    assert own.tokens_BT.equal(other.sequences[:, given["input_ids"].shape[1] :])
-    torch.testing.assert_close(logits(own.output), logits(other), atol=1e-5, rtol=0)
+    assert default.tokens_BT.equal(other.sequences[:, given["input_ids"].shape[1] :])
+    torch.testing.assert_close(logits(default.output), logits(other), atol=1e-5, rtol=0)
 
 
 @functools.cache
@@ -107,21 +108,21 @@ def test_under_eager_attention_pruned_equals_masked_and_keep_all_plain_generate(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_all_kept_is_plain_generate_and_padded_rows_stay_finite(family: str) -> None:
-    """What GPUs run by default: no part of the way may insist on float32. A merging method and one
-    inside the decoder are in the batch."""
+    """The usual dtype on GPUs: no step may require float32. The batch has a merging method and one
+    inside the decoder."""
     half = Pruner(FAMILIES[family].build().bfloat16())
     inputs = FAMILIES[family].batch([1, 2, 0, 1])
-    ask = settings(FAMILIES[family], max_new_tokens=3)
-    plain = half.model.generate(**inputs, **ask)
-    kept = half.generate(inputs, PruneSpec(method="grid"), **ask)
+    options = settings(FAMILIES[family], max_new_tokens=3)
+    plain = half.model.generate(**inputs, **options)
+    kept = half.generate(inputs, PruneSpec(method="grid"), **options)
     assert logits(kept.output).equal(logits(plain))
     layer = half.adapter.capabilities.first_prunable_layer
     assert layer is not None
     merging = PruneSpec(method="visionzip", budget=Budget(ratio=0.4))
     staged = PruneSpec(method="fastv", budget=Budget(ratio=0.4), options={"layer": layer})
-    mixed = half.generate(inputs, [TOPK, merging, DENSE, staged], **ask)
+    mixed = half.generate(inputs, [TOPK, merging, DENSE, staged], **options)
     found = logits(mixed.output)
-    found[..., ask["suppress_tokens"]] = 0
+    found[..., options["suppress_tokens"]] = 0
     assert found.isfinite().all()
     cache = mixed.output.past_key_values
     assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}

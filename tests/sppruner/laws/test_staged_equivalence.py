@@ -51,8 +51,8 @@ def stage_layers(family: str, count: int) -> list[int]:
 def staged(
     family: str, attention: str, spec: PruneSpec, stages: int, images: list[int], **plan: Any
 ) -> Prepared:
-    """A batch pruned before the decoder by `spec` and to be halved at each stage, `plan` saying
-    how; fresh, since `generate` consumes it."""
+    """A batch pruned before the decoder by `spec` and to be halved at each stage with the options
+    `plan`; new, since `generate` consumes it."""
     pruner = pruner_of(family, attention)
     prepared = pruner.prepare(FAMILIES[family].batch(images), spec)
     visual_BL = pruner.adapter.placeholders(prepared.inputs["input_ids"])
@@ -100,10 +100,10 @@ def test_every_step_equals_the_masked_recomputation(
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "own scores": {"own": [True, True, True]},
-    "own scores of one row": {"own": [False, True, False]},
+    "stage scores": {"stage_scored": [True, True, True]},
+    "stage scores of one row": {"stage_scored": [False, True, False]},
     "renumbered": {"renumber": True},
-    "own scores, renumbered": {"own": [True, True, True], "renumber": True},
+    "stage scores, renumbered": {"stage_scored": [True, True, True], "renumber": True},
 }
 
 
@@ -119,7 +119,7 @@ def plan_of(family: str, name: str) -> tuple[dict[str, Any], PruneSpec]:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_plans_equal_the_masked_recomputation_too(family: str, name: str) -> None:
+def test_other_plans_equal_the_masked_recomputation(family: str, name: str) -> None:
     plan, spec = plan_of(family, name)
     output = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan))
     eager = pruner_of(family, "eager")
@@ -131,7 +131,7 @@ def test_other_plans_equal_the_masked_recomputation_too(family: str, name: str) 
     )
     assert_close(logits(output), expected_BTV)
     plain = drive(family, staged(family, "sdpa", spec, 2, MIXED))
-    assert not torch.allclose(logits(output), logits(plain), atol=1e-3), "the plan says nothing"
+    assert not torch.allclose(logits(output), logits(plain), atol=1e-3), "the plan has no effect"
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -142,8 +142,8 @@ def test_beams_and_static_caches_under_other_plans(family: str, name: str) -> No
     beams = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan), num_beams=3)
     prepared = staged(family, "eager", spec, 2, MIXED, **plan)
     with hidden(eager.adapter.language_model(), prepared):
-        due = eager.model.generate(**prepared.inputs, **settings(family, num_beams=3))
-    assert torch.equal(new_tokens(beams), new_tokens(due))
+        expected = eager.model.generate(**prepared.inputs, **settings(family, num_beams=3))
+    assert torch.equal(new_tokens(beams), new_tokens(expected))
 
     growing = drive(family, staged(family, "sdpa", spec, 2, MIXED, **plan))
     static = drive(
@@ -174,9 +174,9 @@ def test_beams_and_samples_equal_those_of_a_full_cache_under_masks(
     assert torch.equal(new_tokens(output), new_tokens(expected))
 
 
-@pytest.mark.parametrize("own_lengths", [False, True], ids=["one length", "own lengths"])
+@pytest.mark.parametrize("staged_lengths", [False, True], ids=["one length", "staged lengths"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_static_caches_equal_a_growing_one(family: str, own_lengths: bool) -> None:
+def test_static_caches_equal_a_growing_one(family: str, staged_lengths: bool) -> None:
     pruner = pruner_of(family)
     spec = PruneSpec(
         method="fastv",
@@ -185,7 +185,7 @@ def test_static_caches_equal_a_growing_one(family: str, own_lengths: bool) -> No
     )
     growing = drive(family, pruner.prepare(FAMILIES[family].batch(MIXED), spec))
     prepared = pruner.prepare(FAMILIES[family].batch(MIXED), spec)
-    if own_lengths:
+    if staged_lengths:
         cache = staged_static_cache(pruner.model.config, prepared.reports, max_new_tokens=NEW)
         static = drive(family, prepared, past_key_values=cache)
         held = [layer.keys.shape[2] for layer in growing.past_key_values.layers]
@@ -198,7 +198,7 @@ def test_static_caches_equal_a_growing_one(family: str, own_lengths: bool) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) -> None:
+def test_a_row_in_a_batch_of_mixed_methods_equals_a_batch_of_one(family: str) -> None:
     pruner = pruner_of(family)
     inputs = FAMILIES[family].batch([1, 2, 1, 1, 0, 1, 2])
     layer, later = stage_layers(family, 2)
@@ -213,15 +213,15 @@ def test_a_row_in_a_batch_of_mixed_methods_gets_what_it_gets_alone(family: str) 
     assert stages.stage_scored[later] == [False, False, False, True, False, False, False]
     together = pruner.generate(inputs, specs, **settings(family))
     for row, spec in enumerate(specs):
-        alone = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))
-        assert torch.equal(alone.tokens_BT[0], together.tokens_BT[row])
-        assert_close(logits(alone.output)[0], logits(together.output)[row])
-        assert alone.reports[0] == together.reports[row]
+        single = pruner.generate(one_row(pruner.adapter, inputs, row), spec, **settings(family))
+        assert torch.equal(single.tokens_BT[0], together.tokens_BT[row])
+        assert_close(logits(single.output)[0], logits(together.output)[row])
+        assert single.reports[0] == together.reports[row]
 
 
 @pytest.mark.parametrize("method", ["fastv", "pre+mid"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_layer_of_the_cache_holds_what_the_report_says(family: str, method: str) -> None:
+def test_each_layer_of_the_cache_has_the_reported_length(family: str, method: str) -> None:
     options = {"layer": stage_layers(family, 1)[0]}
     fastv = PruneSpec(method="fastv", budget=Budget(ratio=0.3), options=options)
     spec = TWO_STEPS if method == "pre+mid" else fastv

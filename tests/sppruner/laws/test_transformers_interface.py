@@ -1,5 +1,5 @@
-"""What the library takes for granted of transformers beyond its documented interface. A release
-that changes any of it fails here by name, before it fails somewhere as a wrong number."""
+"""The parts of transformers that the library uses beyond the documented interface. A release that
+changes one fails here by name, before it fails elsewhere with a wrong number."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def parameters(function: Callable[..., Any]) -> set[str]:
 
 
 def missing(function: Callable[..., Any], wanted: set[str]) -> str:
-    """What a signature lacks, in words; nothing if nothing."""
+    """The missing parameters of a signature as a message; empty if there are none."""
     gone = wanted - parameters(function)
     name = getattr(function, "__qualname__", function)
     return f"{VERSION}: {name} has no longer {sorted(gone)}" if gone else ""
@@ -161,7 +161,7 @@ def _of_self(node: ast.Attribute) -> bool:
 
 
 @pytest.mark.parametrize(("module", "name"), IMPORTED)
-def test_what_is_imported_is_there_and_takes_what_it_is_given(module: str, name: str) -> None:
+def test_every_import_exists_and_accepts_its_arguments(module: str, name: str) -> None:
     try:
         found = getattr(importlib.import_module(f"transformers.{module}"), name)
     except (ImportError, AttributeError):

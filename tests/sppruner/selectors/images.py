@@ -1,4 +1,4 @@
-"""Random planes for the tests of methods, and the small arithmetic their references share."""
+"""Random planes for the tests of methods, and the arithmetic that their references share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(rows: int, columns: int, *, seed: int = 0, width: int = 16) -> VisualTo
 
 
 def flat(image: VisualTokens) -> VisualTokens:
-    """The same plane, whose tokens are all alike in features, states and signals."""
+    """The same plane with equal features, states and signals for all tokens."""
     assert image.hidden_NV is not None
     signals = {
         name: torch.ones_like(value) if value.dim() else value
@@ -60,7 +60,7 @@ def choose(method: str, images: list[VisualTokens], counts: list[int], **options
 
 
 def same(a: Selection, b: Selection) -> bool:
-    """Equal indices, and equal replacements up to a rounding."""
+    """Equal indices, and equal replacements up to rounding."""
     if not a.index_K.equal(b.index_K):
         return False
     for one, other in ((a.replace_KD, b.replace_KD), (a.replace_KV, b.replace_KV)):
@@ -86,7 +86,7 @@ def doubled(values: torch.Tensor | None) -> Array:
 
 
 def farthest_points(image: VisualTokens, start: list[int], k: int) -> list[int]:
-    """Max-min selection that goes on from `start`: DivPrune's and FSR's scan."""
+    """Max-min selection that continues from `start`, as in DivPrune and FSR's scan."""
     v = unit(image.features_ND.double().numpy())
     chosen = list(start)
     while len(chosen) < k:

@@ -1,4 +1,4 @@
-"""Random, grid and top-K: what a budget buys without thinking."""
+"""The baselines `random`, `grid` and `topk`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_random_draws_differ_between_images_and_seeds_and_repeat_otherwise() -> 
 
 
 @pytest.mark.parametrize("k", range(4, 60))
-def test_grid_reaches_every_quadrant_and_never_leaves_one_behind(k: int) -> None:
+def test_grid_covers_every_quadrant_about_equally(k: int) -> None:
     image = make(8, 8)
     cells = image.coords_N2[choose("grid", [image], [k])[0].index_K] // 4
     quadrants = torch.bincount(cells[:, 0] * 2 + cells[:, 1], minlength=4)
@@ -28,7 +28,7 @@ def test_grid_reaches_every_quadrant_and_never_leaves_one_behind(k: int) -> None
     assert quadrants.max() - quadrants.min() <= max(2, k // 4)
 
 
-def test_topk_keeps_the_most_salient_and_the_first_of_equals() -> None:
+def test_topk_keeps_the_most_salient_tokens_and_the_first_on_ties() -> None:
     image = make(4, 4)
     saliency = torch.tensor([0.0, 5, 3, 5] + [3.0] * 12)
     image = replace(image, signals={ATTENTION: saliency})

@@ -1,4 +1,4 @@
-"""SPpruner-R with coherence (mu above 0): focus spreads to neighbours that look alike."""
+"""SPpruner-R with coherence (mu above 0): focus spreads to similar neighbours."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_selection_with_coherence_equals_the_plain_reference(
         np.testing.assert_allclose(chosen.replace_KD.numpy(), merged[kept], atol=1e-4)
 
 
-def test_a_token_gains_by_salient_neighbours_only_where_they_look_alike() -> None:
+def test_salient_neighbours_raise_a_token_only_if_they_are_similar() -> None:
     """A salient block of 2 × 2, seen by the encoder as one thing, on a background of another: the
     token beside the block that looks like it comes next, its mirror image does not."""
     image = make(6, 6)

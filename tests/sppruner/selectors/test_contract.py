@@ -1,4 +1,4 @@
-"""What a method declares is what it does: its signals, its text, how many tokens enter the decoder.
+"""Methods do what they declare: their signals, their text, how many tokens enter the decoder.
 
 Adapters compute only the declared signals, and engines size KV caches by the declared bounds.
 """
@@ -76,14 +76,14 @@ def test_a_method_reads_the_signals_it_declares_and_no_other(
 
 
 @pytest.mark.parametrize("method", ["sppruner", "fsr", "cdpruner"])
-def test_text_comes_from_where_the_options_say(method: str) -> None:
+def test_the_options_set_source_and_pooling_of_relevance(method: str) -> None:
     default = selector(method)
     assert (default.relevance_source, default.relevance_pooling) == ("embed", "mean")
     clip = selector(method, relevance="clip", relevance_pool="top3")
     assert (clip.relevance_source, clip.relevance_pooling) == ("clip", "top3")
 
 
-def test_a_method_without_text_asks_for_none() -> None:
+def test_a_method_without_text_uses_no_relevance() -> None:
     assert selector("grid").relevance_source == "none"
     assert selector("grid").relevance_pooling == "mean"
 
@@ -115,11 +115,11 @@ def test_the_tokens_that_enter_a_decoder_are_within_the_declared_bounds(
 def test_bounds_are_no_wider_than_the_method_needs(
     method: str, options: dict[str, Any], bounds: tuple[int, int]
 ) -> None:
-    """What they allow is reserved in the KV cache."""
+    """The KV cache reserves their upper bound."""
     assert selector(method, **options).decoder_entry_bounds(576, 64) == bounds
 
 
-def test_two_steps_enter_with_no_more_tokens_than_there_are() -> None:
+def test_the_entry_bounds_do_not_exceed_the_tokens_of_the_image() -> None:
     assert selector("sppruner", mode="pre+mid").decoder_entry_bounds(100, 80) == (80, 100)
 
 
@@ -143,7 +143,7 @@ def test_a_method_that_only_prunes_inside_the_decoder_keeps_every_token_before_i
 
 
 @pytest.mark.parametrize(("method", "options"), STAGED)
-def test_a_decoder_that_cannot_be_pruned_inside_is_refused_with_a_way_out(
+def test_a_decoder_without_stages_is_refused_with_an_alternative(
     method: str, options: dict[str, Any]
 ) -> None:
     can = replace(CAN, first_prunable_layer=None)
@@ -151,7 +151,7 @@ def test_a_decoder_that_cannot_be_pruned_inside_is_refused_with_a_way_out(
         selector(method, **options).check(Budget(ratio=0.5), can)
 
 
-def test_a_method_in_front_of_the_decoder_runs_on_one_that_cannot_be_pruned_inside() -> None:
+def test_a_method_in_front_of_the_decoder_runs_on_one_without_stages() -> None:
     selector("sppruner").check(Budget(ratio=0.5), replace(CAN, first_prunable_layer=None))
 
 
@@ -166,7 +166,8 @@ def test_only_methods_that_measure_an_image_take_a_budget_with_spread() -> None:
 
 
 def test_grid_refuses_a_plane_with_holes() -> None:
-    """Its cells are places on a rectangle: a missing token would silently keep one too few."""
+    """Its cells are positions on a rectangle: with a missing token it would silently keep too
+    few."""
     image = make(4, 4)
     holes = replace(
         image,

@@ -1,4 +1,4 @@
-"""DivPrune equals the plain greedy from the loneliest token on."""
+"""DivPrune equals a plain greedy selection from the most isolated token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tests.sppruner.selectors.images import choose, doubled, farthest_points, ma
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (1, 30), (12, 12)])
-def test_it_starts_at_the_loneliest_token_and_goes_on_farthest_first(grid: tuple[int, int]) -> None:
+def test_it_starts_at_the_most_isolated_token_then_farthest_first(
+    grid: tuple[int, int],
+) -> None:
     for seed in range(3):
         image = make(*grid, seed=seed)
         v = unit(doubled(image.features_ND))
@@ -23,9 +25,9 @@ def test_it_starts_at_the_loneliest_token_and_goes_on_farthest_first(grid: tuple
             assert kept == farthest_points(image, [first], k)
 
 
-def test_of_twins_one_is_kept_before_anything_else_is_doubled() -> None:
+def test_no_duplicate_is_kept_before_every_distinct_token() -> None:
     image = make(4, 4)
-    twins = image.features_ND.clone()
-    twins[8:] = twins[:8]
-    kept = choose("divprune", [replace(image, features_ND=twins)], [8])[0].index_K
+    doubled_ND = image.features_ND.clone()
+    doubled_ND[8:] = doubled_ND[:8]
+    kept = choose("divprune", [replace(image, features_ND=doubled_ND)], [8])[0].index_K
     assert sorted((kept % 8).tolist()) == list(range(8))

@@ -1,5 +1,5 @@
-"""Every method that prunes in front of the decoder keeps exactly what it is asked to, alone or in
-company, whatever the image; and says what is wrong with an option before anything runs."""
+"""Every method that prunes in front of the decoder keeps exactly its count of tokens for any image
+and batch, and reports invalid options before the model runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prunes_before(method: str) -> bool:
 
 
 METHODS = [method for method in available() if prunes_before(method)]
-# Where a method has several ways to the same end, each way is held to the same properties.
+# The variants of a method have the same properties.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS]
 VARIANTS += [
     ("cdpruner", {"split_halves": True, "theta": 0.5}),
@@ -57,8 +57,8 @@ def valid(chosen: Selection, image: VisualTokens, k: int) -> None:
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
     share=st.floats(0, 1.2),
-    blank=st.booleans(),
-    silent=st.booleans(),
+    constant=st.booleans(),
+    textless=st.booleans(),
 )
 def test_exactly_k_sorted_unique_tokens_are_kept_of_any_grid(
     method: str,
@@ -66,13 +66,13 @@ def test_exactly_k_sorted_unique_tokens_are_kept_of_any_grid(
     rows: int,
     columns: int,
     share: float,
-    blank: bool,
-    silent: bool,
+    constant: bool,
+    textless: bool,
 ) -> None:
-    """One row, one token, tokens all alike, no text: nothing of this changes the count."""
+    """Also for one row, one token, equal tokens, and without text."""
     image = make(rows, columns, seed=rows * 10 + columns)
-    image = flat(image) if blank else image
-    image = replace(image, relevance_N=None) if silent else image
+    image = flat(image) if constant else image
+    image = replace(image, relevance_N=None) if textless else image
     for k in {0, 1, round(share * image.count), image.count - 1, image.count, image.count + 3}:
         valid(choose(method, [image], [k], **options)[0], image, k)
 
@@ -89,7 +89,7 @@ def test_a_plane_whose_projector_does_not_work_token_by_token_is_pruned_in_its_f
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
 @given(data=st.data())
-def test_a_choice_does_not_depend_on_batch_mates_or_their_order(
+def test_a_selection_does_not_depend_on_batch_mates_or_their_order(
     method: str, options: dict[str, Any], data: st.DataObject
 ) -> None:
     grids = data.draw(
@@ -100,13 +100,13 @@ def test_a_choice_does_not_depend_on_batch_mates_or_their_order(
     order = data.draw(st.permutations(range(len(images))))
     mixed = choose(method, [images[i] for i in order], [counts[i] for i in order], **options)
     for at, i in enumerate(order):
-        alone = choose(method, [images[i]], [counts[i]], **options)[0]
-        assert alone.index_K.equal(mixed[at].index_K)
-        assert same(alone, mixed[at])
+        single = choose(method, [images[i]], [counts[i]], **options)[0]
+        assert single.index_K.equal(mixed[at].index_K)
+        assert same(single, mixed[at])
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
-def test_images_that_go_through_in_several_parts_are_chosen_as_in_one(
+def test_images_split_over_several_calls_are_selected_as_in_one(
     method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, counts = [make(4, 4, seed=i) for i in range(5)], [3, 15, 8, 1, 6]
@@ -117,7 +117,7 @@ def test_images_that_go_through_in_several_parts_are_chosen_as_in_one(
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
-def test_the_same_values_in_bfloat16_and_float32_give_the_same_choice(
+def test_the_same_values_in_bfloat16_and_float32_give_the_same_selection(
     method: str, options: dict[str, Any]
 ) -> None:
     exact = make(6, 6)
@@ -140,7 +140,7 @@ def test_the_same_values_in_bfloat16_and_float32_give_the_same_choice(
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
-def test_selecting_leaves_the_image_as_it_was_and_repeats_itself(
+def test_selecting_is_repeatable_and_does_not_change_the_image(
     method: str, options: dict[str, Any]
 ) -> None:
     image = make(6, 6)
@@ -168,7 +168,7 @@ def test_an_unknown_option_or_a_value_of_another_type_is_one_clear_error(method:
                 selector_for(PruneSpec(method=method, options={field.name: "nonsense"}))
 
 
-def test_an_unknown_method_is_told_the_names_there_are() -> None:
+def test_the_error_for_an_unknown_method_lists_all_methods() -> None:
     with pytest.raises(UnknownMethod, match=", ".join(available())):
         selector_for(PruneSpec(method="gird"))
 
@@ -188,8 +188,6 @@ def test_an_unknown_method_is_told_the_names_there_are() -> None:
         ("sppruner", {"restore_norm": 1}), ("sppruner", {"relevance_floor": -1}),
     ],
 )  # fmt: skip
-def test_values_that_cannot_mean_anything_fail_before_anything_runs(
-    method: str, bad: dict[str, Any]
-) -> None:
+def test_invalid_values_fail_when_the_selector_is_built(method: str, bad: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="|".join(bad)):
         selector_for(PruneSpec(method=method, options=bad))

@@ -1,4 +1,4 @@
-"""Modelled work of selecting, against hand counts and against torch's own counter.
+"""Modelled FLOPs of selecting, against hand counts and against torch's counter.
 
 A multiply-add counts as 2. n tokens have n (n + 1) / 2 pairs with the diagonal, so cosines of all
 pairs of `width` features take n (n + 1) width.
@@ -54,7 +54,7 @@ def counted(method: str, **options: Any) -> int:
         ("cdpruner", {}, COSINES + K * K * N),
     ],
 )
-def test_the_work_of_selecting_is_what_a_hand_count_says(
+def test_modelled_flops_equal_a_hand_count(
     method: str, options: dict[str, Any], flops: int
 ) -> None:
     assert selector(method, **options).flops(N, K, WIDTH) == flops

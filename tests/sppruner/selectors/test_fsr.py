@@ -1,4 +1,4 @@
-"""FSR equals a plain reference of its equations; SPpruner-R with its own switches off is FSR."""
+"""FSR equals a plain reference of its equations; SPpruner-R without its additions is FSR."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.sppruner.selectors.images import (
     unit,
 )
 
-# What makes SPpruner-R the same method: nothing beside the product, its mass, and a free scan.
+# Options that turn SPpruner-R into FSR: only the product, its mass, and an unweighted scan.
 AS_FSR: dict[str, Any] = {
     "alpha": 3.0, "beta": 1.0, "root": False, "energy": 1.0, "rho": 0.9, "lam": 1.0, "mu": 0.0,
     "percentile": 1.0, "relevance_floor": 0.0, "focus_min": 0.0, "focus_max": 0.9,
@@ -81,11 +81,11 @@ def test_it_equals_the_plain_reference(
         np.testing.assert_allclose(got.numpy(), merged[kept], atol=1e-5)
 
 
-@pytest.mark.parametrize("spoken", [True, False])
-def test_sppruner_with_its_switches_off_is_fsr(spoken: bool) -> None:
+@pytest.mark.parametrize("with_text", [True, False])
+def test_sppruner_with_its_switches_off_is_fsr(with_text: bool) -> None:
     for seed in range(5):
         image = make(9, 11, seed=seed, width=24)
-        if not spoken:
+        if not with_text:
             image = replace(image, relevance_N=None)
         for k in (10, 20, 60):
             fsr = choose("fsr", [image], [k])[0]
@@ -96,25 +96,25 @@ def test_sppruner_with_its_switches_off_is_fsr(spoken: bool) -> None:
 
 
 def test_a_flat_importance_leaves_a_tenth_of_the_budget_to_the_scan() -> None:
-    """The paper's rule alone would ask for more focus than there is budget."""
+    """The paper's rule by itself would exceed the budget with the focus."""
     image = replace(make(10, 10), relevance_N=None)
     image = replace(image, signals={ATTENTION: torch.linspace(1, 2, 100)})
     for k, focus in ((1, 1), (2, 1), (10, 9), (11, 9), (40, 36)):
         assert int(choose("fsr", [image], [k])[0].focus_K.sum()) == focus
 
 
-def test_text_that_tells_no_token_from_another_leaves_saliency_alone() -> None:
+def test_constant_relevance_selects_by_saliency_only() -> None:
     image = make(8, 8)
-    silent = replace(image, relevance_N=None)
+    textless = replace(image, relevance_N=None)
     constant = replace(image, relevance_N=torch.full((64,), 0.3))
-    one, other = choose("fsr", [silent, constant], [12, 12])
+    one, other = choose("fsr", [textless, constant], [12, 12])
     assert one.index_K.equal(other.index_K)
     assert not one.index_K.equal(choose("fsr", [image], [12])[0].index_K)
 
 
 @pytest.mark.parametrize("method", ["fsr", "sppruner"])
-def test_a_merged_token_is_the_weighted_mean_also_where_weights_are_tiny(method: str) -> None:
-    """Real importance has a median of about 1e-6: relevance enters in its third power. Here nearly
+def test_a_merged_token_is_the_weighted_mean_even_with_tiny_weights(method: str) -> None:
+    """Real importance has a median of about 1e-6, because relevance is cubed. Here nearly
     all of it is between 1e-8 and 1e-3, and a merged token is exact to 1e-4 of its norm."""
     image = make(12, 12, seed=4, width=48)
     generator = torch.Generator().manual_seed(4)

@@ -21,7 +21,7 @@ def cells_of(rows: int, columns: int, k: int) -> list[list[int]]:
 
 
 def centre_of(inside: list[int], columns: int) -> int:
-    """The token of a cell that is nearest its middle, the first of equals."""
+    """The token of a cell that is nearest its middle, the first on ties."""
     at = {i: (i // columns, i % columns) for i in inside}
     row, column = ((min(p) + max(p)) / 2 for p in zip(*at.values(), strict=True))
     return min(inside, key=lambda i: (at[i][0] - row) ** 2 + (at[i][1] - column) ** 2)

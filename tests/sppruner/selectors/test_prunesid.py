@@ -1,4 +1,4 @@
-"""PruneSID equals a plain reference under each of its switches; quotas and dynamic budgets hold."""
+"""PruneSID equals a plain reference under each of its options; quotas and dynamic budgets hold."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_it_equals_the_plain_reference_under_every_switch(values: tuple[str, ...
             assert kept == reference(image, k, PruneSIDSelector(**options))
 
 
-def test_attention_is_asked_for_only_where_it_is_the_score() -> None:
+def test_attention_is_read_only_if_it_is_the_score() -> None:
     loading = selector_for(PruneSpec(method="prunesid", options={"score": "loading"}))
     usual = selector_for(PruneSpec(method="prunesid"))
     assert loading is not None
@@ -149,7 +149,7 @@ def official_qwen(features_ND: torch.Tensor, need: int) -> set[int]:
     others = max(0, wanted - int(lower_G.sum()))
     running_G = ((alive_G / alive_G.sum()).cumsum(dim=0) * others).round().int()
     given_G = torch.minimum(running_G.diff(prepend=running_G.new_zeros(1)) + lower_G, upper_G)
-    # The code's sort leaves the order of equals open.
+    # The code's sort does not define the order of ties.
     for g in alive_G.argsort(descending=True, stable=True).tolist():
         given_G[g] += min(upper_G[g] - given_G[g], others + lower_G.sum() - given_G.sum())
     return {i for queue, count in zip(queues, given_G.tolist(), strict=True) for i in queue[:count]}
@@ -179,9 +179,9 @@ def overlap_with_official(need: int, **options: Any) -> float:
     selector = selector_for(PruneSpec(method="prunesid", options=options))
     assert selector is not None
     chosen = selector.resolve_for(pruner.adapter.capabilities).select(planes, [need] * len(planes))
-    due = [official_qwen(plane.features_ND, need) for plane in planes]
-    assert [len(one) for one in due] == [need] * len(planes)
-    shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(due, chosen, strict=True))
+    expected = [official_qwen(plane.features_ND, need) for plane in planes]
+    assert [len(one) for one in expected] == [need] * len(planes)
+    shared = sum(len(a & set(b.index_K.tolist())) for a, b in zip(expected, chosen, strict=True))
     return shared / (need * len(planes))
 
 
@@ -237,7 +237,7 @@ def test_quotas_add_up_within_their_groups_and_leave_no_group_out(
     assert sum(shared) == k
     for size, survivors, quota in zip(sizes, left, shared, strict=True):
         assert min(1, size) <= quota <= size
-        # No suppressed token is kept as long as the survivors alone fill the budget.
+        # No suppressed token is kept if the survivors fill the budget.
         if sum(min(5 * math.ceil(k / 64), s) for s in left) >= k:
             assert quota <= survivors
 
@@ -279,7 +279,7 @@ def test_only_a_method_that_measures_images_takes_a_budget_with_spread() -> None
 
 
 def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None:
-    """Every prompt keeps what its own image's information gives it, whoever its batch-mates are."""
+    """Every prompt keeps the count of its own image's information, for any batch-mates."""
     pruner = Pruner(FAMILIES["llava"].build())
     inputs = FAMILIES["llava"].batch([1, 1, 1])
     budget = Budget(ratio=0.4, spread=0.5)
@@ -289,10 +289,10 @@ def test_a_dynamic_budget_through_a_model_does_not_depend_on_the_batch() -> None
     spec = PruneSpec(method="prunesid", budget=budget, options={"usual_information": usual})
     together = pruner.prepare(inputs, spec)
     for row, report in enumerate(together.reports):
-        alone = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
-        assert report.visual_tokens_kept == alone.reports[0].visual_tokens_kept
+        single = pruner.prepare(one_row(pruner.adapter, inputs, row), spec)
+        assert report.visual_tokens_kept == single.reports[0].visual_tokens_kept
         measured = PruneSIDSelector(usual_information=usual)
         weight = measured.information([together.selections[row][0]])
         n = report.visual_tokens
         assert report.visual_tokens_kept == budget.reweighted(budget.count(n), n, weight)
-        assert together.selections[row][1].index_K.equal(alone.selections[0][1].index_K)
+        assert together.selections[row][1].index_K.equal(single.selections[0][1].index_K)

@@ -1,4 +1,4 @@
-"""The arithmetic that the greedy methods share."""
+"""Cosines, greedy selection and merging."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_mean_cosine_needs_no_pairs() -> None:
     assert float(mean_cosine(states[:1])) == 1.0
 
 
-def test_an_inactive_image_takes_nothing_and_remembers_nothing() -> None:
+def test_an_inactive_image_does_not_change() -> None:
     states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     cosine = cosines_INN(states)
     subset = GreedySubset(cosine)
@@ -52,64 +52,64 @@ def test_an_inactive_image_takes_nothing_and_remembers_nothing() -> None:
     assert (subset.nearest_IN[1] == -1).all()
 
 
-def test_taking_a_mask_is_taking_its_tokens_one_by_one() -> None:
+def test_adding_a_mask_equals_adding_its_tokens_one_by_one() -> None:
     states = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     mask = torch.tensor([[0, 1, 0, 0, 1, 0, 0, 0, 0], [0] * 9]).bool()
-    at_once, in_turn = GreedySubset(cosines_INN(states)), GreedySubset(cosines_INN(states))
-    at_once.add_mask(mask)
+    by_mask, one_by_one = GreedySubset(cosines_INN(states)), GreedySubset(cosines_INN(states))
+    by_mask.add_mask(mask)
     for token in (1, 4):
-        in_turn.add_best(torch.eye(9)[token].expand(2, 9), torch.tensor([True, False]))
-    assert at_once.selected_IN.equal(in_turn.selected_IN)
-    assert at_once.nearest_IN.equal(in_turn.nearest_IN)
+        one_by_one.add_best(torch.eye(9)[token].expand(2, 9), torch.tensor([True, False]))
+    assert by_mask.selected_IN.equal(one_by_one.selected_IN)
+    assert by_mask.nearest_IN.equal(one_by_one.nearest_IN)
 
 
-def test_absorbing_is_a_weighted_mean_at_each_home() -> None:
+def test_merging_is_a_weighted_mean_at_each_target() -> None:
     features = torch.tensor([[1.0], [10.0], [2.0], [4.0], [7.0]])
     weight = torch.tensor([1.0, 1.0, 3.0, 1.0, 5.0])
-    into, joins = torch.tensor([0, 1]), torch.tensor([2, 3])
-    alike = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
-    merged, received = merge_tokens(features, weight, into, joins, alike)
+    target, source = torch.tensor([0, 1]), torch.tensor([2, 3])
+    similarity = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
+    merged, received = merge_tokens(features, weight, target, source, similarity)
     assert merged.flatten().tolist() == pytest.approx([(1 + 3 * 2 + 4) / 5, 10.0])
     assert received.flatten().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-12, 1e-30])
 def test_a_mean_is_exact_however_small_its_weights_are(scale: float) -> None:
-    """To 1e-6 of a token's norm; with 1e-6 on weights of about 1e-6 it was off by tens of
+    """To 1e-6 of a token's norm. Adding 1e-6 to weights of about 1e-6 gave errors of tens of
     percent."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, 64, generator=generator)
     weight = torch.rand(40, generator=generator) ** 3 * scale
-    into, joins = torch.arange(8), torch.arange(8, 40)
-    alike = torch.rand(32, 8, generator=generator)
+    target, source = torch.arange(8), torch.arange(8, 40)
+    similarity = torch.rand(32, 8, generator=generator)
 
     def exact(weight_N: torch.Tensor) -> torch.Tensor:
         means = []
         for place in range(8):
-            group = [place, *joins[alike.argmax(dim=1) == place].tolist()]
-            own = weight_N[group].double()
-            means.append(own @ features[group].double() / own.sum())
+            group = [place, *source[similarity.argmax(dim=1) == place].tolist()]
+            weights = weight_N[group].double()
+            means.append(weights @ features[group].double() / weights.sum())
         return torch.stack(means)
 
-    due = exact(weight)
-    merged, _ = merge_tokens(features, weight, into, joins, alike)
-    off = (merged - due).norm(dim=1) / due.norm(dim=1)
+    expected = exact(weight)
+    merged, _ = merge_tokens(features, weight, target, source, similarity)
+    off = (merged - expected).norm(dim=1) / expected.norm(dim=1)
     assert off.max() < 1e-6
     if scale == 1e-6:
         biased = exact(weight + 1e-6)
-        assert ((biased - due).norm(dim=1) / due.norm(dim=1)).max() > 0.2
+        assert ((biased - expected).norm(dim=1) / expected.norm(dim=1)).max() > 0.2
 
 
 def test_a_group_without_any_weight_gets_its_plain_mean() -> None:
     features = torch.tensor([[1.0], [10.0], [2.0], [6.0], [4.0]])
     weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 1e-30])
-    into, joins = torch.tensor([0, 1]), torch.tensor([2, 3, 4])
-    alike = torch.tensor([[0.9, 0.1], [0.3, 0.2], [0.1, 0.5]])
-    merged, received = merge_tokens(features, weight, into, joins, alike)
+    target, source = torch.tensor([0, 1]), torch.tensor([2, 3, 4])
+    similarity = torch.tensor([[0.9, 0.1], [0.3, 0.2], [0.1, 0.5]])
+    merged, received = merge_tokens(features, weight, target, source, similarity)
     assert merged.flatten().tolist() == pytest.approx([3.0, 4.0])
     assert received.all()
 
 
-def test_the_closest_are_the_first_of_equals() -> None:
-    alike = torch.tensor([[0.1, 0.5], [0.7, 0.0], [0.5, 0.2], [0.5, 0.5]])
-    assert most_similar(alike, 3).tolist() == [1, 0, 2]
+def test_the_most_similar_come_first_and_ties_keep_their_order() -> None:
+    similarity = torch.tensor([[0.1, 0.5], [0.7, 0.0], [0.5, 0.2], [0.5, 0.5]])
+    assert most_similar(similarity, 3).tolist() == [1, 0, 2]

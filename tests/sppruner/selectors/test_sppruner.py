@@ -1,4 +1,4 @@
-"""SPpruner-R equals a plain reference and turns into its relatives where its options say so."""
+"""SPpruner-R equals a plain reference and, with certain options, related methods."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def reference_phi(image: VisualTokens, m: SPprunerSelector) -> Array:
 def reference(
     image: VisualTokens, k: int, m: SPprunerSelector
 ) -> tuple[list[int], list[int], Array]:
-    """Focus and context in the order of picking, and every token's features after merging."""
+    """Focus and context in the order of selection, and every token's features after merging."""
     phi = reference_phi(image, m)
     features = image.features_ND.double().numpy()
     v, coords = unit(features), image.coords_N2.double().numpy()
@@ -169,21 +169,21 @@ def test_without_focus_it_is_farthest_point_sampling_from_the_largest_phi() -> N
 
 
 def test_focus_alone_without_text_is_the_top_k_of_saliency() -> None:
-    alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0, "lam": 0.0, "eta": 0.0}
+    focus_only = PLAIN | {"focus_min": 1.0, "focus_max": 1.0, "lam": 0.0, "eta": 0.0}
     for seed in range(3):
         image = make(8, 8, seed=seed)
         top = choose("topk", [image], [20])[0]
-        assert choose("sppruner", [image], [20], **alone)[0].index_K.equal(top.index_K)
+        assert choose("sppruner", [image], [20], **focus_only)[0].index_K.equal(top.index_K)
 
 
-def test_redundancy_one_takes_twins_at_full_value() -> None:
-    """The cosine of a token and its twin may exceed 1 by a rounding; that is no redundancy."""
+def test_redundancy_one_does_not_penalise_duplicates() -> None:
+    """The cosine of a token and its duplicate may exceed 1 by rounding; that is no redundancy."""
     image = make(8, 8, width=48)
-    twins = image.features_ND[:32].repeat_interleave(2, dim=0)
+    doubled_ND = image.features_ND[:32].repeat_interleave(2, dim=0)
     fading = torch.linspace(1, 0.5, 64)
-    image = replace(image, features_ND=twins, signals={ATTENTION: fading}, relevance_N=None)
-    alone = PLAIN | {"focus_min": 1.0, "focus_max": 1.0}
-    assert choose("sppruner", [image], [20], **alone)[0].index_K.tolist() == list(range(20))
+    image = replace(image, features_ND=doubled_ND, signals={ATTENTION: fading}, relevance_N=None)
+    focus_only = PLAIN | {"focus_min": 1.0, "focus_max": 1.0}
+    assert choose("sppruner", [image], [20], **focus_only)[0].index_K.tolist() == list(range(20))
 
 
 def test_agreement_alone_ranks_and_scans_as_fsr_does() -> None:
@@ -199,19 +199,19 @@ def test_agreement_alone_ranks_and_scans_as_fsr_does() -> None:
         assert kept.index_K.tolist() == farthest_points(image, focus, 20)
 
 
-def test_text_decides_only_where_it_tells_tokens_apart() -> None:
+def test_text_is_used_only_if_its_relevance_differs_between_tokens() -> None:
     image = make(8, 8)
     assert image.relevance_N is not None
-    silent = replace(image, relevance_N=None)
+    textless = replace(image, relevance_N=None)
     faint = replace(image, relevance_N=0.001 * image.relevance_N)
-    without = choose("sppruner", [silent], [16])[0]
+    without = choose("sppruner", [textless], [16])[0]
     assert same(choose("sppruner", [faint], [16])[0], without)
     assert not same(choose("sppruner", [image], [16])[0], without)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 100.0])
-def test_a_named_subject_counts_and_the_mean_of_unrelated_words_does_not(scale: float) -> None:
-    """Whatever the spread of cosines that a model's spaces happen to give."""
+def test_a_named_subject_is_used_and_the_mean_of_unrelated_words_is_not(scale: float) -> None:
+    """For any spread of cosines between a model's spaces."""
     image = make(8, 8, width=64)
     generator = torch.Generator().manual_seed(5)
     background, subject = torch.randn(2, 64, generator=generator)
@@ -222,10 +222,10 @@ def test_a_named_subject_counts_and_the_mean_of_unrelated_words_does_not(scale: 
     def cosine(word_D: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cosine_similarity(features, word_D, dim=1)
 
-    silent = replace(image, features_ND=features, relevance_N=None)
-    named = replace(silent, relevance_N=cosine(subject))
-    vague = replace(silent, relevance_N=torch.stack([cosine(w) for w in words]).mean(dim=0))
-    without = choose("sppruner", [silent], [12])[0]
+    textless = replace(image, features_ND=features, relevance_N=None)
+    named = replace(textless, relevance_N=cosine(subject))
+    vague = replace(textless, relevance_N=torch.stack([cosine(w) for w in words]).mean(dim=0))
+    without = choose("sppruner", [textless], [12])[0]
     assert same(choose("sppruner", [vague], [12])[0], without)
     assert not same(choose("sppruner", [named], [12])[0], without)
 

@@ -81,7 +81,7 @@ def test_an_average_budget_is_the_mean_over_the_layers_to_the_nearest_token(
         try:
             chosen.check(budget, replace(CAN, decoder_layers=layers))
         except SpecError:
-            continue  # Out of reach, and said so.
+            continue  # Not reachable; `check` raises an error.
         k = budget.count(n)
         schedule = chosen.schedule(n, k, layers)
         assert schedule.before == n
@@ -91,7 +91,7 @@ def test_an_average_budget_is_the_mean_over_the_layers_to_the_nearest_token(
 
 
 @given(sizes, st.integers(2, 80))
-def test_two_steps_average_to_the_budget_exactly(size: tuple[int, int], layers: int) -> None:
+def test_pre_and_mid_average_to_the_budget_exactly(size: tuple[int, int], layers: int) -> None:
     n, k = size
     schedule = selector("sppruner", mode="pre+mid").schedule(n, k, layers)
     assert schedule.counted == k
@@ -108,7 +108,7 @@ def test_every_token_stays_without_a_stage_where_the_budget_has_room() -> None:
         assert selector(method, **options).schedule(16, 16, 32).stages == ()
 
 
-def test_pyramid_stages_lie_at_the_quarters_or_where_they_are_asked_for() -> None:
+def test_pyramid_stages_are_at_the_quarters_or_at_the_given_layers() -> None:
     method = selector("pyramiddrop")
     assert method.stage_layers(32) == (8, 16, 24)  # type: ignore[attr-defined]
     assert method.stage_layers(28) == (7, 14, 21)  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ def test_pyramid_stages_lie_at_the_quarters_or_where_they_are_asked_for() -> Non
 
 
 def test_pyramid_counts_are_cut_to_whole_numbers() -> None:
-    """As the code's `int(n * ratio)`; what is exact does not lose one to a rounding."""
+    """As the code's `int(n * ratio)`; exact counts do not lose a token by rounding."""
     method = selector("pyramiddrop")
     share = (64 / 576) ** (1 / 3)
     assert [576 * share, 576 * share**2] == pytest.approx([276.91, 133.13], abs=0.01)
@@ -144,7 +144,7 @@ def test_pyramid_counts_are_cut_to_whole_numbers() -> None:
         ("sppruner", {"mode": "mid"}, "use 'pre' or 'pre"),
     ],
 )
-def test_a_bad_option_says_what_to_write(
+def test_the_error_for_an_invalid_option_says_what_to_write(
     method: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecError, match=message):
@@ -164,7 +164,7 @@ def test_layers_outside_the_decoder_or_before_its_first_stage_are_refused() -> N
         check("sppruner", half, replace(late, decoder_layers=4), mode="pre+mid", relevance="none")
 
 
-def test_an_average_out_of_reach_says_what_is_in_reach() -> None:
+def test_the_error_for_an_unreachable_average_names_a_reachable_one() -> None:
     check("fastv", Budget(ratio=0.0625), count="average")
     with pytest.raises(SpecError, match=r"at least 0\.0625, an earlier layer"):
         check("fastv", Budget(ratio=0.06), count="average")

@@ -1,7 +1,7 @@
-"""What pruning inside the decoder must equal: the whole sequence with eager attention, where a mask
-hides dropped tokens from each stage's layer on. Nothing is re-packed, and nothing is read but the
-attention maps that eager attention hands out, of the layer before a stage or, for plans that go by
-the stage's own layer, of that layer's attention module run on what is still to be cut.
+"""The reference for pruning inside the decoder: the whole sequence with eager attention, in which a
+mask hides dropped tokens from each stage's layer on. Nothing is re-packed. Scores are the attention
+maps that eager attention returns: those of the layer before a stage or, for plans that score by the
+stage's layer, those of its attention module on the hidden states that enter it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sppruner.stages import StagePlan
 
 
 class Hidden:
-    """Hides what a plan drops from the layers of a decoder, chosen anew from its own maps."""
+    """Hides the tokens that a plan drops from the layers of a decoder, selected by its own maps."""
 
     def __init__(self, decoder: Any, plan: StagePlan) -> None:
         self.decoder = decoder
@@ -51,21 +51,21 @@ class Hidden:
             return args, given
         rows_BL = self._row(self.maps[index - 1])
         if any(self.plan.stage_scored.get(index, [False])):
-            _, own_map = module.self_attn(
+            _, stage_map = module.self_attn(
                 module.input_layernorm(args[0]),
                 position_embeddings=given["position_embeddings"],
                 attention_mask=given["attention_mask"],
             )
             copies = len(rows_BL) // len(self.plan.visual_BL)
-            own_B = torch.tensor(self.plan.stage_scored[index]).repeat_interleave(copies)
-            rows_BL = torch.where(own_B[:, None], self._row(own_map), rows_BL)
+            stage_scored_B = torch.tensor(self.plan.stage_scored[index]).repeat_interleave(copies)
+            rows_BL = torch.where(stage_scored_B[:, None], self._row(stage_map), rows_BL)
         self.dropped[index] = self._choose(index, rows_BL)
         return args, self._given(args[0], kwargs, list(self.dropped))
 
     def _given(
         self, hidden_BQD: Tensor, kwargs: dict[str, Any], before: Sequence[int]
     ) -> dict[str, Any]:
-        """A layer's arguments behind the stages `before` it."""
+        """A layer's arguments after the stages `before` it."""
         if not before:
             return kwargs
         mask_B1QK = kwargs["attention_mask"]
@@ -145,11 +145,11 @@ def halving(
     visual_BL: Tensor,
     layers: Sequence[int],
     *,
-    own: Sequence[bool] | None = None,
+    stage_scored: Sequence[bool] | None = None,
     renumber: bool = False,
 ) -> StagePlan:
-    """A plan that keeps half of each row's visual tokens at every stage. own: rows that are ranked
-    by the scores of the stage's own layer."""
+    """A plan that keeps half of each row's visual tokens at every stage. stage_scored: whether each
+    row ranks by the scores of the stage's layer."""
     keep: dict[int, list[int]] = {}
     counts = visual_BL.sum(dim=1).tolist()
     for layer in layers:
@@ -159,6 +159,8 @@ def halving(
         keep=keep,
         attention_mask_BL=prepared.inputs["attention_mask"],
         visual_BL=visual_BL,
-        stage_scored={} if own is None else {layer: list(own) for layer in layers},
+        stage_scored={}
+        if stage_scored is None
+        else {layer: list(stage_scored) for layer in layers},
         renumber=renumber,
     )

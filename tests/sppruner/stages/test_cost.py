@@ -1,4 +1,4 @@
-"""What a staged generation costs, layer by layer: modelled and counted, FLOPs and KV bytes."""
+"""The cost of a staged generation layer by layer, modelled and counted: FLOPs and KV bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPECS = {
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_layer_costs_what_the_row_says(family: str, spec: PruneSpec) -> None:
+def test_the_modelled_cost_of_each_layer_is_the_counted_one(family: str, spec: PruneSpec) -> None:
     # The counter knows no CPU kernel of fused attention and would count 0.
     pruner = Pruner(FAMILIES[family].build("eager"))
     cost = pruner.adapter.cost()
@@ -44,9 +44,9 @@ def test_each_layer_costs_what_the_row_says(family: str, spec: PruneSpec) -> Non
             return_dict_in_generate=True,
         )
 
-    own = spec.method == "pyramiddrop"
-    scoring = report.selection_flops if own else 0  # of the others: before the decoder
-    assert scoring == (cost.decoder.scoring(tokens) if own else 0)
+    stage_scored = spec.method == "pyramiddrop"
+    scoring = report.selection_flops if stage_scored else 0  # of the others: before the decoder
+    assert scoring == (cost.decoder.scoring(tokens) if stage_scored else 0)
     row = cost.row(
         images=report.image_shapes,
         layer_tokens=tokens,
@@ -61,13 +61,13 @@ def test_each_layer_costs_what_the_row_says(family: str, spec: PruneSpec) -> Non
     path = next(name for name, module in pruner.model.named_modules() if module is decoder)
     counts = counter.get_flop_counts()
     for layer, held in enumerate(tokens):
-        due = cost.decoder.layer(held, held)
-        due += sum(cost.decoder.layer(1, held + step) for step in range(1, NEW))
-        # Scores are read in the layer before a stage, or asked of the stage's own.
-        pair = tokens[max(0, layer - 1) : layer + 1] if own else tokens[layer : layer + 2]
-        due += cost.decoder.stages(pair) + (cost.decoder.scoring(pair) if own else 0)
+        expected = cost.decoder.layer(held, held)
+        expected += sum(cost.decoder.layer(1, held + step) for step in range(1, NEW))
+        # Scores are read in the layer before a stage, or computed with the stage's layer.
+        pair = tokens[max(0, layer - 1) : layer + 1] if stage_scored else tokens[layer : layer + 2]
+        expected += cost.decoder.stages(pair) + (cost.decoder.scoring(pair) if stage_scored else 0)
         module = f"{type(pruner.model).__name__}.{path}.layers.{layer}"
-        assert sum(counts[module].values()) == due
+        assert sum(counts[module].values()) == expected
 
     held_bytes = [
         tensor.numel() * tensor.element_size()

@@ -1,5 +1,5 @@
-"""What the driver promises around one `generate`: it leaves no trace, and refuses what it cannot
-follow."""
+"""The driver around one `generate`: it leaves no trace, and refuses settings that it does not
+support."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def assert_untouched(pruner: Pruner) -> None:
 
 
 class Fails(LogitsProcessor):
-    """Raises at a step: the first is the prompt's."""
+    """Raises at a step, of which the first is the prompt's."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -50,7 +50,7 @@ class Fails(LogitsProcessor):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_an_exception_leaves_the_model_as_it_was(pruner: Pruner, step: int) -> None:
+def test_an_exception_does_not_change_the_model(pruner: Pruner, step: int) -> None:
     before = pruner.generate(batch([1, 2]), SPEC, **SETTINGS)
     failing = LogitsProcessorList([Fails(step)])
     with pytest.raises(ZeroDivisionError):
@@ -60,7 +60,7 @@ def test_an_exception_leaves_the_model_as_it_was(pruner: Pruner, step: int) -> N
     assert torch.equal(before.tokens_BT, after.tokens_BT)
 
 
-def test_an_exception_inside_the_prompt_s_forward_leaves_the_model_as_it_was(
+def test_an_exception_inside_the_prompt_s_forward_does_not_change_the_model(
     pruner: Pruner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = pruner.adapter.language_model().layers[-1].mlp
@@ -71,7 +71,7 @@ def test_an_exception_inside_the_prompt_s_forward_leaves_the_model_as_it_was(
     assert_untouched(pruner)
 
 
-def test_after_pruned_calls_a_dense_one_is_what_it_was(pruner: Pruner) -> None:
+def test_pruned_calls_do_not_change_a_later_dense_one(pruner: Pruner) -> None:
     plain = pruner.model.generate(**batch([1, 0, 2]), **SETTINGS)
     for _ in range(2):
         pruner.generate(batch([1, 0, 2]), SPEC, **SETTINGS)
@@ -101,7 +101,7 @@ def test_attention_is_probed_in_the_prompt_s_forward_only(pruner: Pruner) -> Non
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_what_does_not_read_the_prompt_in_one_forward_is_refused(
+def test_settings_that_do_not_read_the_prompt_in_one_forward_are_refused(
     pruner: Pruner, setting: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match="leave out prefill_chunk_size"):
@@ -146,14 +146,14 @@ def test_a_decoder_with_a_sliding_window_has_no_stages() -> None:
     assert capabilities(config).first_prunable_layer == 1
 
 
-def test_a_window_set_behind_the_capabilities_back_is_still_refused() -> None:
+def test_a_window_set_after_the_capabilities_were_read_is_refused() -> None:
     pruner = Pruner(build())
     pruner.adapter.language_model().config.sliding_window = 8
     with pytest.raises(UnsupportedModel, match="in front of layer 1; use a method"):
         pruner.generate(batch([1]), SPEC, **SETTINGS)
 
 
-def test_a_layer_that_cannot_be_asked_for_scores_is_refused() -> None:
+def test_a_layer_whose_scores_cannot_be_computed_is_refused() -> None:
     pruner = Pruner(build())
     attention = pruner.adapter.language_model().layers[1].self_attn
     spec = PruneSpec(method="pyramiddrop", budget=Budget(ratio=0.3), options={"layers": "1"})
@@ -208,7 +208,7 @@ def test_renumbered_positions_have_no_gaps_at_any_layer(pruner: Pruner, method: 
     assert len(set(prepared.reports[0].layer_tokens)) > 1
 
 
-def test_methods_ask_whether_the_decoder_has_stages() -> None:
+def test_methods_check_that_the_decoder_supports_stages() -> None:
     model = build()
     model.config.text_config.sliding_window = 8
     for spec in (
@@ -221,8 +221,8 @@ def test_methods_ask_whether_the_decoder_has_stages() -> None:
 
 
 def test_every_token_keeps_its_original_position(pruner: Pruner) -> None:
-    """What a layer after a stage gets fits together: rotary embeddings are those of the positions,
-    which are a part of the full prompt's, in order, its last token included."""
+    """The arguments of a layer after a stage are consistent: rotary embeddings are those of the
+    positions, which are an ordered subset of the full prompt's with its last one."""
     inputs, decoder = batch([1, 2, 0]), pruner.adapter.language_model()
     given: list[dict[str, Any]] = []
     prepared = pruner.prepare(inputs, SPEC)

@@ -26,26 +26,26 @@ def test_a_row_keeps_the_sum_of_its_images_and_a_dense_row_everything() -> None:
     )
     assert plan is not None
     assert plan.keep == {1: [7, 8, 0], 2: [3, 8, 0]}
-    assert (
-        StagePlan.from_schedules([0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL)
-        is None
-    ), "nothing to do inside the decoder"
+    dense_plan = StagePlan.from_schedules(
+        [0], [dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
+    )
+    assert dense_plan is None, "nothing to do inside the decoder"
 
 
-def test_rows_go_by_their_own_method_s_scores_and_idle_ones_by_those_of_the_others() -> None:
+def test_rows_rank_by_the_scores_of_their_method_and_idle_rows_by_those_of_the_others() -> None:
     visual_BL = torch.tensor([[True] * 8 + [False]] * 3)
     mask_BL = torch.ones(3, 9, dtype=torch.int64)
-    own = TokenSchedule(before=8, counted=2, stages=((1, 4), (3, 2)), scoring="stage")
+    stage = TokenSchedule(before=8, counted=2, stages=((1, 4), (3, 2)), scoring="stage")
     before = TokenSchedule(before=8, counted=2, stages=((1, 2), (2, 1)))
     dense = TokenSchedule(before=8, counted=8)
     plan = StagePlan.from_schedules(
-        [0, 1, 2], [own, before, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
+        [0, 1, 2], [stage, before, dense], attention_mask_BL=mask_BL, visual_BL=visual_BL
     )
     assert plan is not None
     assert plan.stage_scored == {1: [True, False, False], 2: [False] * 3, 3: [True] * 3}
 
 
-def test_the_earlier_of_two_equal_tokens_stays() -> None:
+def test_the_earlier_token_is_kept_on_a_tie() -> None:
     row_BL = torch.tensor([[9.0, 1.0, 2.0, 1.0, 1.0, 2.0]])
     visual_BL = torch.tensor([[False, True, True, True, True, True]])
     kept_BL = most_attended(row_BL, visual_BL, torch.tensor([3]))
@@ -60,7 +60,7 @@ def test_the_earlier_of_two_equal_tokens_stays() -> None:
     ),
     st.integers(0, 100),
 )
-def test_exactly_the_count_of_the_most_attended_visual_tokens_stays(
+def test_exactly_the_count_of_the_most_attended_visual_tokens_is_kept(
     rows: list[tuple[list[bool], int]], seed: int
 ) -> None:
     visual_BL = torch.tensor([visual for visual, _ in rows])

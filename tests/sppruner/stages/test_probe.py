@@ -1,4 +1,4 @@
-"""The row that stages choose by is the last row of the eager attention map."""
+"""The row that stages rank by is the last row of the eager attention map."""
 
 from __future__ import annotations
 

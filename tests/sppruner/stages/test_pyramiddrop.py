@@ -1,5 +1,5 @@
-"""PyramidDrop chooses what its authors' code chooses (`pdrop_rank_drop` and `pdrop_forward` of
-Cooperx521/PyramidDrop at 3f89f94, read and restated here for one prompt with one image)."""
+"""PyramidDrop keeps the tokens that its authors' code keeps (`pdrop_rank_drop` and `pdrop_forward`
+of Cooperx521/PyramidDrop at 3f89f94, reimplemented here for one prompt with one image)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRAINED = ("tiny-llava", "tiny-qwen")
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What reaches the first layer. cosine, sine: [1, L, W] of the original positions."""
+    """The input of the first layer. cosine, sine: [1, L, W] of the original positions."""
 
     hidden_LD: Tensor
     visual_L: Tensor
@@ -38,14 +38,14 @@ class Prompt:
 
 @cache
 def subject(model: str) -> tuple[Pruner, list[Inputs]]:
-    """A model and prompts with one image: a trained one about eight drawn scenes, of a random
-    family three random ones."""
+    """A model and prompts with one image: eight drawn scenes for a trained model, three random
+    images for a random one."""
     if model not in TRAINED:
         return pruner_of(model), [FAMILIES[model].batch([1], seed=seed) for seed in range(1, 4)]
     loaded = load_model(model)
     items = islice((i for i in drawn_scenes(400).items if not i.separate), 0, 400, 50)
-    asked = [build_inputs(loaded.processor, [i.prompt], [(i.image(),)], [None]) for i in items]
-    return Pruner(loaded.model), [dict(one) for one in asked]
+    prompts = [build_inputs(loaded.processor, [i.prompt], [(i.image(),)], [None]) for i in items]
+    return Pruner(loaded.model), [dict(one) for one in prompts]
 
 
 def official(
@@ -102,8 +102,8 @@ def restated_scores(layer: Any, hidden_LD: Tensor, cosine_LW: Tensor, sine_LW: T
 def ours(
     pruner: Pruner, inputs: Inputs, spec: PruneSpec
 ) -> tuple[Prompt, tuple[tuple[int, int], ...], list[set[int]]]:
-    """The prompt, the stages, and what stays after each: a token is told by its hidden states,
-    which are moved by the driver's hook and not changed."""
+    """The prompt, the stages, and the tokens kept after each. A token is identified by its hidden
+    states, which the driver's hook moves without changing them."""
     decoder = pruner.adapter.language_model()
     prepared = pruner.prepare(inputs, spec)
     assert prepared.stages is not None
@@ -124,7 +124,7 @@ def ours(
             watch(layer, stack)
         stack.enter_context(StageDriver(pruner.adapter, prepared.stages))
         for layer in keep:
-            watch(layer, stack)  # once more, behind the driver's own hook
+            watch(layer, stack)  # again, after the driver's hook
         pruner.model.generate(**prepared.inputs, max_new_tokens=1, do_sample=False)
     visual_L = pruner.adapter.placeholders(inputs["input_ids"])[0]
     hidden_LD, (cosine, sine) = entering[0][0]
@@ -143,7 +143,7 @@ def ours(
 def overlaps(model: str, *, positions: str, renumber: bool, **options: Any) -> list[float]:
     """By stage, the share of the authors' tokens that are ours, over all prompts. renumber: of the
     authors' side."""
-    pruner, asked = subject(model)
+    pruner, prompts = subject(model)
     spec = PruneSpec(
         method="pyramiddrop",
         budget=Budget(ratio=0.111),
@@ -151,17 +151,17 @@ def overlaps(model: str, *, positions: str, renumber: bool, **options: Any) -> l
         options=options,
     )
     shares = []
-    for inputs in asked:
+    for inputs in prompts:
         prompt, stages, kept = ours(pruner, inputs, spec)
         decoder = pruner.adapter.language_model()
-        due = official(decoder, prompt, stages, renumber=renumber)
+        expected = official(decoder, prompt, stages, renumber=renumber)
         assert [len(one) for one in kept] == [count for _, count in stages]
-        shares.append([len(a & b) / len(b) for a, b in zip(kept, due, strict=True)])
+        shares.append([len(a & b) / len(b) for a, b in zip(kept, expected, strict=True)])
     return torch.tensor(shares).mean(dim=0).tolist()
 
 
 @pytest.mark.parametrize("model", [*TRAINED, "llava", "llava_onevision", "qwen2_vl"])
-def test_every_stage_s_choice_is_the_authors_with_their_positions_or_ours(model: str) -> None:
+def test_every_stage_keeps_the_tokens_of_the_authors_code(model: str) -> None:
     """Overlap 1.000 at every stage: with positions renumbered as in the authors' code where the
     family can, and with positions kept against the same code without the renumbering."""
     kept = overlaps(model, positions="keep", renumber=False)
@@ -171,12 +171,12 @@ def test_every_stage_s_choice_is_the_authors_with_their_positions_or_ours(model:
         assert moved == [1.0] * len(moved)
 
 
-def test_the_attention_of_the_layer_before_chooses_other_tokens() -> None:
+def test_the_attention_of_the_layer_before_keeps_other_tokens() -> None:
     """At 11.1 % of tiny-llava's tokens and three stages, the share of the authors' tokens: 0.57,
     0.55, 0.39 with scoring="before", where chance gives 0.48, 0.23, 0.11; and 1.00, 0.72, 0.45 with
-    the authors' scores and positions kept, since their code asks its later stages of renumbered
-    tokens."""
-    own = overlaps("tiny-llava", positions="keep", renumber=True)
+    the authors' scores and positions kept, since the later stages of their code score
+    renumbered tokens."""
+    default = overlaps("tiny-llava", positions="keep", renumber=True)
     other = overlaps("tiny-llava", positions="keep", renumber=True, scoring="before")
-    assert own == pytest.approx([1.0, 0.72, 0.45], abs=0.03)
+    assert default == pytest.approx([1.0, 0.72, 0.45], abs=0.03)
     assert other == pytest.approx([0.57, 0.55, 0.39], abs=0.03)

@@ -113,7 +113,7 @@ def time_phases(model: Any, *, wait: bool = True) -> Iterator[PhaseTimes]:
 
     def step(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = _call(times, "decode", run, *args, **kwargs)
-        _, tokens_N, _, cache = args
+        _, tokens_N, _, cache, *_ = args
         times.kv_bytes = max(times.kv_bytes, _slot_bytes(cache, len(tokens_N)))
         return output
 

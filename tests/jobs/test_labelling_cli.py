@@ -58,7 +58,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--method", "spruner"], "there are none, "),
         (["--retain", "22.2"], "outside (0, 1]"),
         (["--limit", "0"], "give at least 1"),
-        (["--max-new-tokens", "0"], "ask for at least 1"),
+        (["--max-new-tokens", "0"], "give at least 1"),
         (["--replicas", "0"], "give at least 1"),
         (["--model", "no/such-model"], "not a local folder"),
     ],

@@ -95,6 +95,7 @@ def test_a_killed_replica_loses_no_row(s3: str, s3_server: LocalS3) -> None:
     os.kill(replica, signal.SIGKILL)
     job.wait(timeout=400)
     reader.join()
+    job.stdout.close()
     text = "".join(printed)
     assert job.returncode == 0, text[-3000:]
     assert "event=replica_died" in text, "no call was in flight, so the kill tested nothing"

@@ -52,6 +52,7 @@ class BatchJob:
             self._wait(lambda: all(self._rows_held()), _START_SECONDS, "had no rows on replicas")
         except BaseException:
             self._stop()
+            self._log.close()
             raise
         return self
 

@@ -3,7 +3,7 @@
 With three references or more, VQAv2's official rules (https://visualqa.org/evaluation.html; Antol
 et al. 2015): both sides are normalised, and accuracy is min(agreeing / 3, 1) averaged over leaving
 out each reference in turn. With one or two references, where three can never agree: an exact match
-after a lighter normalisation.
+after a lighter normalisation, which keeps symbols ("C++", "50 %") apart. A blank answer scores 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
 }
 _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+_MARKS = re.compile(r"""[,;!?"()\[\]{}]|:(?!\d)""")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 # The official table, by its right-hand sides: its keys are these words with one apostrophe left
 # out. Its four keys with a capital I are absent, since words are looked up in lower case.
@@ -62,27 +63,30 @@ def references_of(value: object) -> list[str]:
 
 
 def score(answer: str | None, references: Sequence[str]) -> float:
-    """The accuracy of an answer in [0, 1], see above; 0.0 for None, which is no answer.
+    """The accuracy of an answer in [0, 1], see above; 0.0 for None or a blank, which is no answer.
 
     Raises ValueError without references.
     """
     if not references:
         raise ValueError("an answer cannot be scored without a reference")
-    if answer is None:
+    if answer is None or not answer.strip():
         return 0.0
     if len(references) < _AGREEMENT:
-        return float(light(answer) in map(light, references))
+        return float(normalise_lightly(answer) in map(normalise_lightly, references))
     given = normalise(answer)
     agrees = [normalise(reference) == given for reference in references]
     total = sum(agrees)
     return sum(min((total - own) / _AGREEMENT, 1.0) for own in agrees) / len(agrees)
 
 
-def light(text: str) -> str:
-    """Lower case, single spaces, no articles, and no punctuation but full stops, apostrophes and
-    hyphens inside."""
-    words = re.sub(r"[^\w\s.'-]", " ", text.lower()).strip().rstrip(".").split()
-    return " ".join(word for word in words if word not in _ARTICLES)
+def normalise_lightly(text: str) -> str:
+    """Lower case, single spaces, no articles, no commas in numbers, no marks that end or enclose
+    phrases, no full stop at the end. Nothing is taken from a text of which nothing would be left,
+    such as the choice "A"."""
+    lowered = " ".join(text.lower().split())
+    words = _MARKS.sub(" ", _COMMA_IN_NUMBER.sub("", lowered)).strip().rstrip(".").split()
+    kept = [word for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or lowered
 
 
 def normalise(text: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sppruner.vqa
 from cluster.output.accuracy import measure
 from sppruner.evaluation.metrics import ExactMatch, SoftAccuracy
-from sppruner.vqa import light, normalise, references_of, score
+from sppruner.vqa import normalise, normalise_lightly, references_of, score
 
 answers = st.text(alphabet="ab 1.,'-/!ZtheTwo\n", max_size=30)
 references = st.lists(answers, min_size=1, max_size=12)
@@ -31,6 +31,16 @@ references = st.lists(answers, min_size=1, max_size=12)
         ("red", ["blue", "red"], 1.0),
         (None, ["red"], 0.0),
         (None, ["the"], 0.0),
+        ("", ["A"], 0.0),
+        (" . ", ["A"], 0.0),
+        ("the", ["A"], 0.0),
+        ("A.", ["A"], 1.0),
+        ("a", ["A"], 1.0),
+        ("C", ["C++"], 0.0),
+        ("50", ["50%"], 0.0),
+        ("1,000!", ["1000"], 1.0),
+        ("10:30", ["1030"], 0.0),
+        ("", ["a"] * 10, 0.0),
         (None, ["a"] * 10, 0.0),
         # Below three references number words are words: 2 is not two.
         ("two", ["2"], 0.0),
@@ -105,17 +115,29 @@ def test_vqa_normalisation(said: str, compared: str) -> None:
     assert normalise(said) == compared
 
 
+@given(st.text(), references)
+def test_an_answer_equals_itself_and_a_blank_equals_nothing(answer: str, known: list[str]) -> None:
+    if answer.strip():
+        assert score(answer, [answer]) == 1.0
+        assert score(f" {answer.upper()} ", [answer.upper().lower()]) == 1.0
+    known = [reference for reference in known if reference.strip()] or ["a"]
+    for blank in ("", " ", "\n\t"):
+        assert score(blank, known) == 0.0
+
+
 @given(answers)
 def test_normalisation_leaves_no_capitals_articles_or_double_spaces(text: str) -> None:
-    for compared in (normalise(text), light(text)):
+    for compared in (normalise(text), normalise_lightly(text)):
         assert compared == compared.lower() == " ".join(compared.split())
-        assert not {"a", "an", "the"} & set(compared.split())
+        articles = {"a", "an", "the"} & set(compared.split())
+        assert not articles or articles == set(compared.split()), "only where nothing else is left"
 
 
 def test_light_normalisation_keeps_what_tells_answers_apart() -> None:
-    assert light("  A  Top-Left, corner! ") == "top-left corner"
-    assert light("3.5") == "3.5"
-    assert light("vitamin-a") == "vitamin-a"
+    assert normalise_lightly("  A  Top-Left, corner! ") == "top-left corner"
+    assert normalise_lightly("3.5") == "3.5"
+    assert normalise_lightly("vitamin-a") == "vitamin-a"
+    assert normalise_lightly("-5 °C") == "-5 °c"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class LocalStore(Store):
         # The walk starts at the deepest directory of the prefix, so that its cost is that of the
         # objects listed.
         top = self._root / prefix.rpartition("/")[0]
-        for folder, folders, names in os.walk(top):
+        for folder, folders, names in os.walk(top, onerror=self._raise_unlistable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(folder, name)
@@ -107,6 +107,14 @@ class LocalStore(Store):
             raise ObjectGone(f"{self.uri_of(key)}: no such file") from error
         except OSError as error:
             raise self._error(key, error) from error
+
+    def _raise_unlistable(self, error: OSError) -> None:
+        """Raises for a folder that cannot be read; `os.walk` would leave it out. Absent ones, and
+        the folder that every ext4 volume keeps for itself, hold no objects."""
+        folder = Path(error.filename)
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if not absent and folder.name != "lost+found":
+            raise self._error(folder.relative_to(self._root).as_posix(), error) from error
 
     def _error(self, key: str, error: OSError) -> StoreError:
         return StoreError(f"{self.uri_of(key)}: {error.strerror}; check the path, space and rights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
@@ -124,6 +125,27 @@ def test_local_writes_leave_no_temporary_files(tmp_path: Path) -> None:
     store.put_if_absent("x", b"2", writer="b")
     store.put("x", b"3")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_smaller_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except for the folder that an ext4 volume keeps for itself, which only root may read."""
+    store = LocalStore(tmp_path)
+    store.put("a/one", b"")
+    store.put("b/two", b"")
+    store.put("a/lost+found/three", b"")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:  # root may read any folder, so rights alone would not do
+        if Path(path).name in ("b", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(StoreError, match="/b: Permission denied"):
+        store.list()
+    assert [info.key for info in store.list("a/")] == ["a/one"]
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///prefix"])

@@ -1,4 +1,4 @@
-"""The output prefix of a run, and the only place that knows its layout.
+"""The output prefix of a run; the only place that knows its layout.
 
     <unit id>.parquet        one committed unit: rows, and its ledger in the footer
     _run/manifest.json       what the run is, created once
@@ -80,7 +80,7 @@ class RunOutput:
         """Writes the manifest unless there is one; False where another driver was first."""
         return self._store.put_if_absent(_MANIFEST, manifest.to_json(), writer=uuid.uuid4().hex)
 
-    def stray_object(self) -> str | None:
+    def first_parquet_object(self) -> str | None:
         """The address of a Parquet object in this prefix, whoever wrote it; None where there is
         none."""
         listed = self._store.list(suffixes=(_SUFFIX,))
@@ -106,7 +106,7 @@ class RunOutput:
 
     def read_unit(self, unit_id: str, columns: Collection[str] | None = None) -> pa.Table:
         """A committed unit's rows. columns: to read; None for all. Raises StoreError where it is
-        not committed or not readable."""
+        not committed or not readable, UsageError for a column that it does not have."""
         return self.read_units([unit_id], columns)[0]
 
     def read_units(
@@ -115,8 +115,14 @@ class RunOutput:
         """The rows of committed units, in the order given. See `read_unit`."""
 
         def read(info: ObjectInfo) -> pa.Table:
-            names = None if columns is None else list(columns)
-            return pq.read_table(RangedFile(self._store, info), columns=names)
+            with pq.ParquetFile(RangedFile(self._store, info)) as file:
+                names = file.schema_arrow.names
+                missing = sorted(set(columns or ()).difference(names))
+                if missing:
+                    raise UsageError(
+                        f"{self._store.uri_of(info.key)} has no column {missing}, only {names}"
+                    )
+                return file.read(None if columns is None else list(columns))
 
         return self._each(unit_ids, read)
 

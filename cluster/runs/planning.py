@@ -40,7 +40,7 @@ def plan_run(
     existing = output.manifest()
     if existing is not None:
         return _resume(config, existing, identity)
-    stray = output.stray_object()
+    stray = output.first_parquet_object()
     if stray is not None:
         raise UsageError(
             f"{stray} is there already, but no run's manifest; "
@@ -93,8 +93,8 @@ def _index(
             files += pool.map(index, corpus[first : first + step])
             if config.limit is not None and sum(file.rows for file in files) >= config.limit:
                 break
-    layout_of = map_parquet_columns if is_parquet else map_tar_columns
-    mapping = layout_of(source, files, kind=config.kind, prompt=config.prompt)
+    map_columns = map_parquet_columns if is_parquet else map_tar_columns
+    mapping = map_columns(source, files, kind=config.kind, prompt=config.prompt)
     return mapping, [unit for file in files for unit in file.units]
 
 

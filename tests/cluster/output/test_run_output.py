@@ -56,6 +56,13 @@ def test_a_unit_is_read_whole_or_by_column(output: RunOutput) -> None:
     assert output.read_unit("u1", ["text"]).to_pydict() == {"text": ["x", None]}
 
 
+def test_a_column_that_a_unit_lacks_is_no_damage(output: RunOutput) -> None:
+    """The advice for a damaged object is to remove it: never where the reader is at fault."""
+    output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
+    with pytest.raises(UsageError, match=r"has no column \['capton'\], only \['key', 'text'\]"):
+        output.read_unit("u1", ["text", "capton"])
+
+
 def test_the_first_of_two_writers_commits_the_unit(output: RunOutput) -> None:
     assert output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="first")
     assert not output.commit_unit("u1", ROWS.slice(0, 1), UnitLedger(rows=1), writer="second")
@@ -93,7 +100,7 @@ def test_a_prefix_without_a_run_has_no_manifest_and_requiring_one_is_a_usage_err
     output: RunOutput,
 ) -> None:
     assert output.manifest() is None
-    assert output.stray_object() is None
+    assert output.first_parquet_object() is None
     with pytest.raises(UsageError, match=r"holds no run \(no _run/manifest\.json\)"):
         output.require_manifest()
 

@@ -21,8 +21,9 @@ from cluster.accounting.ledger import UnitLedger
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller"
-"""The actor's name."""
+CONTROLLER_NAME = "run-controller-2"
+"""The actor's name. Its number is raised with every change of what is sent to it: the actor
+outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
 """The actor's Ray namespace."""
 _ANSWER_SECONDS = 10.0
@@ -49,7 +50,7 @@ class RunProgress:
     rows_failed: Mapping[str, int]
     """Committed error rows by code."""
     rows_per_second: float
-    """Of this attempt: rows that an earlier attempt committed are done, but not speed."""
+    """Of this attempt: rows that an earlier one committed do not count."""
     eta_seconds: float | None
     """Until the last commit at this speed; None until there is a speed."""
     visual_tokens: int
@@ -82,7 +83,7 @@ class _Run:
 
 
 class RunController:
-    """A plain class; `get_controller` makes an actor of it. Every method is idempotent."""
+    """A plain class; `get_controller` makes an actor of it. Every call may be sent again."""
 
     def __init__(self) -> None:
         self._runs: dict[str, _Run] = {}

@@ -14,7 +14,7 @@ def build(args: Mapping[str, str]) -> serve.Application:
     """Deprecated: use `cluster:endpoint`, which takes the same arguments."""
     warnings.warn(
         "cluster.fleet:build is deprecated: use `serve run cluster:endpoint …`",
-        DeprecationWarning,
+        FutureWarning,  # Python hides a DeprecationWarning that Serve's importer triggers
         stacklevel=2,
     )
     return endpoint(args)

@@ -17,6 +17,10 @@ from cluster.errors import RowError
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
+VERSION: Final = 2
+"""Raised with every change of what travels here. Replicas of one version are never found by
+clients of another, which could not read their answers."""
+
 # Rows of one call, where a replica has as many slots at least.
 _CALL_ROWS: Final = 16
 # Calls queued at each replica beside those in its slots: one is decoded and waits, one is being
@@ -56,7 +60,7 @@ class LabelRequest:
 class Replicas(Protocol):
     """Anything that labels rows: replicas behind a Serve handle, or a double in a test."""
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         """One result per request, in order.
 
         Raises Busy, or Ray's actor errors if the replica died.
@@ -67,7 +71,7 @@ class Replicas(Protocol):
 class StreamingReplicas(Replicas, Protocol):
     """Replicas that also stream answers."""
 
-    def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
+    def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """The text of an online request piece by piece, then its result. Raises as `label` does."""
         ...
 
@@ -84,7 +88,7 @@ def row_error_result(id: str, error: RowError) -> Result:
 
 
 def call_rows(slots: int) -> int:
-    """Rows of one call to replicas of `slots` slots. Control rows come as many as the slots."""
+    """Rows of one call to replicas of `slots` slots; a call of control rows has one per slot."""
     return min(_CALL_ROWS, slots)
 
 

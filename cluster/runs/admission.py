@@ -48,15 +48,15 @@ class Admission:
         running = int(self._max_tokens * self._rows_observed / self._tokens_observed)
         return min(self._max_rows, max(1, running)) + self._waiting
 
-    def observe(self, calls: Sequence[LabelRequest], results: Sequence[Result]) -> None:
+    def observe(self, requests: Sequence[LabelRequest], results: Sequence[Result]) -> None:
         """Records the lengths of answered rows; of a control row the pruned length."""
         if self._rows_observed > _REMEMBERED:
             self._rows_observed /= 2
             self._tokens_observed /= 2
-        for call, result in zip(calls, results, strict=True):
+        for request, result in zip(requests, results, strict=True):
             if result.error_code is None:
                 self._rows_observed += 1
-                self._tokens_observed += result.prompt_tokens + call.generation.max_new_tokens
+                self._tokens_observed += result.prompt_tokens + request.generation.max_new_tokens
 
     @asynccontextmanager
     async def admit(self, rows: int, *, exclusive: bool = False) -> AsyncIterator[None]:

@@ -58,39 +58,43 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
 
-    async def dispatch(self, calls: Sequence[LabelRequest]) -> list[AttemptedRow]:
+    async def dispatch(self, requests: Sequence[LabelRequest]) -> list[AttemptedRow]:
         """One result per request, in order. Raises only what is neither a death nor a refusal."""
         for attempt in range(1, self._max_attempts + 1):
-            results = await self._try(calls, attempt)
+            results = await self._try(requests, attempt)
             if results is not None:
                 return [AttemptedRow(result=result, attempts=attempt) for result in results]
-        return await self._quarantine(calls, self._max_attempts)
+        return await self._quarantine(requests, self._max_attempts)
 
-    async def _quarantine(self, calls: Sequence[LabelRequest], attempts: int) -> list[AttemptedRow]:
-        for _ in range(_DEATHS_ALONE if len(calls) == 1 else 1):
+    async def _quarantine(
+        self, requests: Sequence[LabelRequest], attempts: int
+    ) -> list[AttemptedRow]:
+        for _ in range(_DEATHS_ALONE if len(requests) == 1 else 1):
             attempts += 1
-            results = await self._try(calls, attempts, exclusive=True)
+            results = await self._try(requests, attempts, exclusive=True)
             if results is not None:
                 return [AttemptedRow(result=result, attempts=attempts) for result in results]
-        if len(calls) == 1:
-            logger.error("poison_row", row=calls[0].id, attempts=attempts)
+        if len(requests) == 1:
+            logger.error("poison_row", row=requests[0].id, attempts=attempts)
             poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
-            return [AttemptedRow(result=row_error_result(calls[0].id, poison), attempts=attempts)]
-        half = len(calls) // 2
-        first = await self._quarantine(calls[:half], attempts)
-        return first + await self._quarantine(calls[half:], attempts)
+            return [
+                AttemptedRow(result=row_error_result(requests[0].id, poison), attempts=attempts)
+            ]
+        half = len(requests) // 2
+        first = await self._quarantine(requests[:half], attempts)
+        return first + await self._quarantine(requests[half:], attempts)
 
     async def _try(
-        self, calls: Sequence[LabelRequest], attempt: int, *, exclusive: bool = False
+        self, requests: Sequence[LabelRequest], attempt: int, *, exclusive: bool = False
     ) -> list[Result] | None:
         """The results, or None if the replica died. A refused call stays admitted while it waits:
         admitting the next one would only have it refused too."""
         refusals = 0
-        async with self._admission.admit(len(calls), exclusive=exclusive):
+        async with self._admission.admit(len(requests), exclusive=exclusive):
             while True:
                 try:
-                    results = await self._replicas.label(calls, priority=Priority.BATCH)
-                    self._admission.observe(calls, results)
+                    results = await self._replicas.label(requests, priority=Priority.BATCH)
+                    self._admission.observe(requests, results)
                     return results
                 except REPLICA_FULL as error:
                     refusals += 1
@@ -99,8 +103,8 @@ class Dispatcher:
                 except REPLICA_GONE as error:
                     logger.warning(
                         "replica_died",
-                        first_row=calls[0].id,
-                        rows=len(calls),
+                        first_row=requests[0].id,
+                        rows=len(requests),
                         attempt=attempt,
                         alone=exclusive,
                         error=type(error).__name__,

@@ -42,7 +42,11 @@ class RunTracker:
         self._controller = get_controller()
 
     def __enter__(self) -> RunTracker:
-        self._register()
+        # A run needs no controller: `progress` registers it once there is one.
+        try:
+            self._register()
+        except (RayError, GetTimeoutError) as error:
+            logger.warning("controller_unreachable", error=type(error).__name__)
         return self
 
     def __exit__(

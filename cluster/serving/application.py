@@ -7,13 +7,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import ray
 from ray import serve
 
 from cluster.errors import UsageError
-from cluster.protocol import rows_held
+from cluster.protocol import VERSION, rows_held
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.http.app import Api, ApiSettings
 from cluster.serving.replica import VLMReplica
@@ -21,7 +21,8 @@ from sppruner.models.loading import resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 ONLINE_REQUESTS: Final = 32
-"""Calls that a replica accepts beside its batch rows, which are refused above `rows_held`."""
+"""Online requests that a replica accepts beside batch rows, which it bounds by `rows_held`."""
+_N = TypeVar("_N", int, float)
 _QUEUED_CALLS: Final = 512
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ARGUMENTS: Final = {
@@ -31,8 +32,8 @@ _ARGUMENTS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """What to serve and where. All but `engine` and `start_timeout_seconds` apply only to what
-    `open_fleet` starts itself."""
+    """What to serve and where. All but `engine`, `start_timeout_seconds` and `environment` apply
+    only to what `open_fleet` starts itself."""
 
     engine: EngineSettings
     """Model and engine of every replica."""
@@ -47,7 +48,7 @@ class FleetSettings:
     port: int | None = None
     """Port of the HTTP edge; None is 8000, or a free one if 8000 is taken."""
     start_timeout_seconds: float = 900.0
-    """Longest wait for the first replica."""
+    """Longest wait until all replicas run."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables for Ray's workers, if this process is not connected to Ray yet."""
 
@@ -63,9 +64,11 @@ class FleetSettings:
 
 
 def fingerprint(engine: EngineSettings) -> str:
-    """A hash of the settings that change answers; slots, device and threads do not."""
+    """A hash of the protocol and of the settings that change answers; slots, device and threads do
+    not."""
     local = os.path.isdir(engine.model)
     settings = {
+        "protocol": VERSION,
         "model": os.path.realpath(engine.model) if local else engine.model,
         "revision": engine.revision,
         "engine": engine.engine,
@@ -126,16 +129,28 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
     auto = args.get("auto", "false")
     if auto not in ("true", "false"):
         raise UsageError(f"auto={auto}: write true or false")
-    retain = Budget(ratio=float(args.get("retain", "0.222")))
+    retain = Budget(ratio=_number(args, "retain", float) or 0.222)
     spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
     api = ApiSettings(default_spec=spec, auto=auto == "true")
     pinned = resolve_model(args["model"], args.get("revision"))
     engine = EngineSettings(
         model=args["model"],
         revision=pinned.revision,
-        slots=int(args["max_batch_rows"]) if "max_batch_rows" in args else None,
+        slots=_number(args, "max_batch_rows", int),
         dtype=args.get("dtype", "auto"),
     )
-    return application(
-        FleetSettings(engine=engine, replicas=int(args.get("replicas", "1")), api=api)
-    )
+    replicas = _number(args, "replicas", int) or 1
+    return application(FleetSettings(engine=engine, replicas=replicas, api=api))
+
+
+def _number(args: Mapping[str, str], name: str, kind: type[_N]) -> _N | None:
+    """The argument as a number above 0; None where it is not given."""
+    if name not in args:
+        return None
+    try:
+        value = kind(args[name])
+    except ValueError as error:
+        raise UsageError(f"{name}={args[name]}: give a number") from error
+    if not value > 0:
+        raise UsageError(f"{name}={args[name]}: give a number above 0")
+    return value

@@ -33,9 +33,9 @@ class ServeReplicas:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         """See `Replicas.label`."""
-        response = self._handle.label.remote(list(calls), priority=priority)
+        response = self._handle.label.remote(list(requests), priority=priority)
         try:
             results: list[Result] = await response
         except asyncio.CancelledError:
@@ -43,9 +43,9 @@ class ServeReplicas:
             raise
         return results
 
-    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
+    async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """See `Replicas.stream`."""
-        response = self._streaming.stream.remote(call)
+        response = self._streaming.stream.remote(request)
         try:
             async for piece in response:
                 yield piece

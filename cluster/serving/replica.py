@@ -31,7 +31,7 @@ from sppruner.models import JpegScale
 logger = structlog.get_logger(__name__)
 
 _BATCH_DECODERS = 2
-# After so many batches of failed rows in a row the engine is taken for broken, not the rows.
+# Once this many batches of rows have failed, one after another, the engine is taken for broken.
 _BROKEN_AFTER = 3
 
 
@@ -40,7 +40,7 @@ class ReplicaStats:
     """Counters of one replica since it started."""
 
     pid: int
-    """Of the replica's process."""
+    """Process id of the replica."""
     model: str
     """Folder or Hub name."""
     model_revision: str
@@ -52,7 +52,7 @@ class ReplicaStats:
     uptime_seconds: float
     """Since the replica was built."""
     busy_seconds: float
-    """In which the engine worked."""
+    """Seconds in which the engine worked."""
     rows: int
     """Rows answered, retries included; committed rows are the ledger's to count."""
     waiting_online: int
@@ -78,7 +78,6 @@ class VLMReplica:
             Priority.ONLINE: ThreadPoolExecutor(1, thread_name_prefix="decode-online"),
             Priority.BATCH: ThreadPoolExecutor(_BATCH_DECODERS, thread_name_prefix="decode"),
         }
-        self._settings = settings
         self._batch_rows_in_flight = 0
         self._started = time.monotonic()
         self._rows = 0
@@ -90,26 +89,26 @@ class VLMReplica:
             engine=type(self._engine).__name__,
         )
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         """One result per request, in order. Raises Busy where batch rows exceed what the replica
         holds; online calls are bounded by Serve's max_ongoing_requests alone."""
         if priority is Priority.ONLINE:
-            return await self._label(calls, priority)
+            return await self._label(requests, priority)
         held, most = self._batch_rows_in_flight, rows_held(self._engine.slots)
         # A call larger than the limit still runs on an idle replica: refusing it for ever is worse.
-        if held and held + len(calls) > most:
+        if held and held + len(requests) > most:
             raise Busy(f"{held} batch rows in flight of {most}")
-        self._batch_rows_in_flight += len(calls)
+        self._batch_rows_in_flight += len(requests)
         try:
-            return await self._label(calls, priority)
+            return await self._label(requests, priority)
         finally:
-            self._batch_rows_in_flight -= len(calls)
+            self._batch_rows_in_flight -= len(requests)
 
-    async def stream(self, call: LabelRequest) -> AsyncIterator[str | Result]:
+    async def stream(self, request: LabelRequest) -> AsyncIterator[str | Result]:
         """The text of an online request piece by piece, then its result."""
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
         jpeg_scale = self._engine.jpeg_scale
-        item = await loop.run_in_executor(pool, _decode, call, Priority.ONLINE, jpeg_scale)
+        item = await loop.run_in_executor(pool, _decode, request, Priority.ONLINE, jpeg_scale)
         if isinstance(item, Result):
             yield item
             return
@@ -148,11 +147,11 @@ class VLMReplica:
         """Ends the engine's thread. Serve ends the whole process instead."""
         self._thread.close()
 
-    async def _label(self, calls: Sequence[LabelRequest], priority: Priority) -> list[Result]:
+    async def _label(self, requests: Sequence[LabelRequest], priority: Priority) -> list[Result]:
         loop = asyncio.get_running_loop()
         pool, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale
         decoding = (
-            loop.run_in_executor(pool, _decode, call, priority, jpeg_scale) for call in calls
+            loop.run_in_executor(pool, _decode, one, priority, jpeg_scale) for one in requests
         )
         decoded = await asyncio.gather(*decoding)
         return await asyncio.gather(*(self._answer(item) for item in decoded))
@@ -164,6 +163,9 @@ class VLMReplica:
 
     def _record(self, result: Result) -> Result:
         self._rows += 1
+        if result.error_code is not None and result.error_stage is None:
+            # An engine of somebody else's, which did not say: the row failed while it had it.
+            result = replace(result, error_stage=InferenceFailed.stage)
         if result.error_code == InferenceFailed.code:
             self._failed_in_a_row += 1
             logger.warning("row_failed", row=result.id, error=result.error_message)
@@ -183,21 +185,21 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _decode(call: LabelRequest, priority: Priority, jpeg_scale: JpegScale) -> Request | Result:
+def _decode(request: LabelRequest, priority: Priority, jpeg_scale: JpegScale) -> Request | Result:
     try:
         images: tuple[Image.Image, ...] = tuple(
-            decode_image(data, call.media, jpeg_scale) for data in call.images
+            decode_image(data, request.media, jpeg_scale) for data in request.images
         )
     except RowError as error:
-        return row_error_result(call.id, error)
+        return row_error_result(request.id, error)
     return Request(
-        id=call.id,
-        prompt=call.prompt,
+        id=request.id,
+        prompt=request.prompt,
         images=images,
-        system=call.system,
-        spec=call.spec,
-        generation=call.generation,
-        control=call.control,
+        system=request.system,
+        spec=request.spec,
+        generation=request.generation,
+        control=request.control,
         priority=priority,
     )
 

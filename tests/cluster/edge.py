@@ -31,19 +31,19 @@ class RecordingReplica:
         self._failure = failure
         self._stream_failure = stream_failure
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
-        self.requests.extend(calls)
+        self.requests.extend(requests)
         if self._failure is not None:
             raise self._failure
         replica = VLMReplica(EngineSettings(model="fake", engine=ENGINE))
         try:
-            return await replica.label(calls, priority=priority)
+            return await replica.label(requests, priority=priority)
         finally:
             replica.close()
 
-    async def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
-        (result,) = await self.label([call], priority=Priority.ONLINE)
+    async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
+        (result,) = await self.label([request], priority=Priority.ONLINE)
         for word in str(result.text).split(" ") if result.error_code is None else ():
             yield f"{word} "
             if self._stream_failure is not None:

@@ -47,7 +47,8 @@ class FakeEngine(QueuedEngine):
     """Runs a batch in `seconds`, unless a prompt asks for a fault.
 
     Prompts: "raise" makes the whole batch raise, "fault" raises an accelerator error, "die" sends
-    SIGKILL to this process, "slow" takes 2 s, "bad" gives an error result.
+    SIGKILL to this process, "slow" takes 2 s, "bad" gives an error result, "stageless" one that
+    does not say where the row failed.
 
     seconds: duration of a batch. journal: path of a file that receives one line per batch, the ids
     of its rows with a * after those of control rows. reduced: the scale of every JPEG.
@@ -96,6 +97,8 @@ class FakeEngine(QueuedEngine):
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Result:
+        if request.prompt == "stageless":
+            return Result(id=request.id, text=None, error_code="odd", error_message="odd")
         if request.prompt == "bad":
             return Result(
                 id=request.id,

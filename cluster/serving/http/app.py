@@ -67,7 +67,7 @@ class ApiSettings:
 
 
 class OngoingRequests:
-    """How many requests are in work."""
+    """How many requests are in progress."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -83,8 +83,8 @@ class OngoingRequests:
 
 
 class Api:
-    """The Serve ingress. It waits for a replica, of which it learns the model's name and, with
-    `auto`, where pruning pays."""
+    """The Serve ingress. It waits for a replica, which tells it the model's name, and with `auto`
+    measures where pruning pays."""
 
     # Serve awaits a constructor that is a coroutine.
     async def __init__(  # type: ignore[misc]
@@ -162,16 +162,22 @@ def create_app(
                 code="model_not_found",
                 param="model",
             )
-        call = _label_request(chat_request, settings)
+        label_request = _label_request(chat_request, settings)
         if break_even is not None and chat_request.prune is None:
             load = max(1.0, (ongoing.count + 1) / settings.replicas)
-            call = replace(call, spec=break_even.spec(call.spec, call.images, load))
-        envelope = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": model}
+            spec = break_even.spec(label_request.spec, label_request.images, load)
+            label_request = replace(label_request, spec=spec)
+        envelope = {
+            "id": f"chatcmpl-{label_request.id}",
+            "created": int(time.time()),
+            "model": model,
+        }
         if chat_request.stream:
-            pieces = await wait_for_first(_stream(replicas, call, ongoing))
+            pieces = await wait_for_first(_stream(replicas, label_request, ongoing))
             events = stream_events(envelope, pieces, with_usage=chat_request.wants_usage_chunk)
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(_completion(envelope, await _label(replicas, call, ongoing)))
+        result = await _label(replicas, label_request, ongoing)
+        return JSONResponse(_completion(envelope, result))
 
     return app
 
@@ -209,37 +215,37 @@ def _label_request(chat_request: ChatRequest, settings: ApiSettings) -> LabelReq
     )
 
 
-async def _label(replicas: Replicas, call: LabelRequest, ongoing: OngoingRequests) -> Result:
-    with _unavailable_as_503(call), ongoing.counted():
-        (result,) = await replicas.label([call], priority=Priority.ONLINE)
-    return _checked(result, call)
+async def _label(replicas: Replicas, request: LabelRequest, ongoing: OngoingRequests) -> Result:
+    with _unavailable_as_503(request), ongoing.counted():
+        (result,) = await replicas.label([request], priority=Priority.ONLINE)
+    return _checked(result, request)
 
 
 async def _stream(
-    replicas: StreamingReplicas, call: LabelRequest, ongoing: OngoingRequests
+    replicas: StreamingReplicas, request: LabelRequest, ongoing: OngoingRequests
 ) -> AsyncGenerator[str | Result]:
-    with _unavailable_as_503(call), ongoing.counted():
-        async with aclosing(replicas.stream(call)) as pieces:
+    with _unavailable_as_503(request), ongoing.counted():
+        async with aclosing(replicas.stream(request)) as pieces:
             async for piece in pieces:
-                yield piece if isinstance(piece, str) else _checked(piece, call)
+                yield piece if isinstance(piece, str) else _checked(piece, request)
 
 
 @contextmanager
-def _unavailable_as_503(call: LabelRequest) -> Iterator[None]:
+def _unavailable_as_503(request: LabelRequest) -> Iterator[None]:
     try:
         yield
     except _UNAVAILABLE as error:
-        logger.warning("request_shed", request=call.id, error=type(error).__name__)
+        logger.warning("request_shed", request=request.id, error=type(error).__name__)
         raise ApiError("overloaded, ask again", status=503, code="overloaded") from error
 
 
-def _checked(result: Result, call: LabelRequest) -> Result:
+def _checked(result: Result, request: LabelRequest) -> Result:
     """The result, if it is an answer. Raises ApiError for an error result."""
     if result.error_code is None:
         return result
     message = result.error_message or result.error_code
     if result.error_code in _SERVER_FAULTS:
-        logger.error("request_failed", request=call.id, error=message)
+        logger.error("request_failed", request=request.id, error=message)
         raise ApiError("the model failed on this request", status=500, code=result.error_code)
     status = 413 if result.error_code == ImageTooLarge.code else 400
     raise ApiError(message, status=status, code=result.error_code, param="messages")

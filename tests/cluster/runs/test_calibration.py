@@ -33,18 +33,18 @@ class TimedReplicas:
         self._dense = dense
         self._deaths = set(deaths)
 
-    def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
+    def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("calibration never streams")
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
         number = len(self.batches)
         if number in self._deaths:
             self._deaths.remove(number)
             raise RayActorError
-        self.batches.append(list(calls))
+        self.batches.append(list(requests))
         pruned, dense = 1 + number / 1e6, self._dense(number)
-        return [Result(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in calls]
+        return [Result(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in requests]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class OneReplica:
         self.calls = 0
         self._death = asyncio.Event()
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
         if self.refusals:
             self.refusals -= 1
@@ -46,12 +46,12 @@ class OneReplica:
         try:
             for _ in range(3):
                 await asyncio.sleep(0)
-                if any(call.id in self.poison for call in calls):
+                if any(request.id in self.poison for request in requests):
                     death.set()
                     self._death = asyncio.Event()
                 if death.is_set():
                     raise ActorDiedError
-            return [Result(id=call.id, text=call.id) for call in calls]
+            return [Result(id=one.id, text=one.id) for one in requests]
         finally:
             self.in_flight -= 1
 
@@ -91,7 +91,9 @@ def test_only_the_row_that_kills_replicas_becomes_a_poison_row() -> None:
 
 def test_an_unexpected_error_propagates() -> None:
     class Broken(OneReplica):
-        async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
             raise TypeError("a bug")
 
     with pytest.raises(TypeError):

@@ -77,9 +77,9 @@ class RecordingReplica:
         settings = EngineSettings(model="fake", engine=ENGINE, slots=slots)
         self._replica = VLMReplica(settings)
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
-        self.calls.append(calls)
-        return await self._replica.label(calls, priority=priority)
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        self.calls.append(requests)
+        return await self._replica.label(requests, priority=priority)
 
 
 def label(
@@ -125,8 +125,8 @@ def test_the_labelled_table_has_exactly_the_committed_columns_and_two_internal_o
 def test_units_in_one_table_never_share_a_call() -> None:
     table, replicas = label(config(), unit("a", 5), unit("b", 6))
     assert table["unit_id"].to_pylist() == ["a"] * 5 + ["b"] * 6
-    for calls in replicas.calls:
-        assert len({call.id.split(":")[0] for call in calls}) == 1
+    for call in replicas.calls:
+        assert len({request.id.split(":")[0] for request in call}) == 1
 
 
 def test_a_table_without_rows_keeps_the_schema() -> None:
@@ -141,9 +141,9 @@ def test_control_rows_fill_whole_calls_and_are_the_same_in_every_attempt() -> No
     again, _ = label(config(control_share=0.3), unit("u", 40))
     other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
 
-    for calls in replicas.calls:
-        assert len({call.control for call in calls}) == 1
-    assert {len(calls) for calls in replicas.calls if calls[0].control} == {4}
+    for call in replicas.calls:
+        assert len({request.control for request in call}) == 1
+    assert {len(call) for call in replicas.calls if call[0].control} == {4}
     chosen = first["is_control"].to_pylist()
     assert sum(chosen) == 12
     assert again["is_control"].to_pylist() == chosen != other["is_control"].to_pylist()
@@ -185,7 +185,7 @@ def test_a_row_that_could_not_be_read_is_an_error_row_and_is_not_sent() -> None:
         "read",
     )
     assert (row["attempts"], row["text"], row["seconds"]) == (0, None, None)
-    assert "u:2" not in {call.id for calls in replicas.calls for call in calls}
+    assert "u:2" not in {request.id for call in replicas.calls for request in call}
 
 
 def test_questions_become_prompts_and_a_missing_question_is_an_error_row() -> None:
@@ -193,7 +193,7 @@ def test_questions_become_prompts_and_a_missing_question_is_an_error_row() -> No
     table_in = unit("u", 4, prompts=lambda n: questions[n])
     table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), table_in)
 
-    assert [call.prompt for calls in replicas.calls for call in calls] == [
+    assert [request.prompt for call in replicas.calls for request in call] == [
         "Q: how many? A:",
         "Q: what colour? A:",
     ]
@@ -206,7 +206,10 @@ def test_a_captions_own_prompt_overrides_the_runs_prompt() -> None:
     _, replicas = label(
         config(control_share=0), unit("u", 2, prompts=lambda n: "own prompt" if n else None)
     )
-    assert [call.prompt for calls in replicas.calls for call in calls] == ["describe", "own prompt"]
+    assert [request.prompt for call in replicas.calls for request in call] == [
+        "describe",
+        "own prompt",
+    ]
 
 
 def test_calls_are_small_and_control_calls_have_as_many_rows_as_slots() -> None:
@@ -216,8 +219,8 @@ def test_calls_are_small_and_control_calls_have_as_many_rows_as_slots() -> None:
 
     replicas = RecordingReplica(slots=40)
     asyncio.run(asyncio.wait_for(body(), 30))
-    control = [len(calls) for calls in replicas.calls if calls[0].control]
-    plain = [len(calls) for calls in replicas.calls if not calls[0].control]
+    control = [len(call) for call in replicas.calls if call[0].control]
+    plain = [len(call) for call in replicas.calls if not call[0].control]
     assert control == [40]
     assert sorted(plain) == [8] + [16] * 7
 
@@ -237,11 +240,13 @@ def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> No
         in_flight = 0
         known = 0  # results of completed calls
 
-        async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
-            self.in_flight += len(calls)
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
+            self.in_flight += len(requests)
             observed.append((self.known, self.in_flight))
-            results = await super().label(calls, priority=priority)
-            self.in_flight -= len(calls)
+            results = await super().label(requests, priority=priority)
+            self.in_flight -= len(requests)
             self.known += len(results)
             return results
 

@@ -32,9 +32,17 @@ def planned(tmp_path: Path) -> tuple[RunConfig, Manifest, RunOutput]:
 
 
 def state(manifest: Manifest) -> str:
-    known = ray.get(get_controller().progress.remote(manifest.run_id))
-    assert known is not None
-    return known.state
+    """The run's state as the controller has it, also while that restarts."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            known = ray.get(get_controller().progress.remote(manifest.run_id))
+        except ray.exceptions.RayActorError:
+            assert time.monotonic() < deadline, "no controller"
+            time.sleep(0.2)
+            continue
+        assert known is not None
+        return known.state
 
 
 def test_a_run_registers_again_with_a_restarted_controller(
@@ -48,6 +56,15 @@ def test_a_run_registers_again_with_a_restarted_controller(
             assert time.monotonic() < deadline, "the run did not register again"
             time.sleep(0.5)
         assert (known.run_id, known.rows_total) == (planned[1].run_id, 6)
+
+
+def test_a_run_goes_on_where_no_controller_answers(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
+) -> None:
+    tracker = RunTracker(*planned)
+    ray.kill(get_controller(), no_restart=True)
+    with tracker:
+        assert tracker.progress() is None
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,12 @@ def test_busy_crosses_serve_as_the_typed_error(fleet: Fleet) -> None:
     assert all(isinstance(error, Busy) for error in refused)
 
 
+def test_clients_never_find_replicas_of_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = settings("m").name
+    monkeypatch.setattr("cluster.serving.application.VERSION", 999)
+    assert settings("m").name != known
+
+
 def test_the_fingerprint_covers_exactly_the_settings_that_change_results() -> None:
     base = EngineSettings(model="m")
     assert fingerprint(base) == fingerprint(EngineSettings(model="m", slots=99))
@@ -139,7 +145,7 @@ def test_the_fingerprint_covers_exactly_the_settings_that_change_results() -> No
 
 
 def test_the_former_address_of_the_endpoint_still_works_with_a_warning() -> None:
-    with pytest.warns(DeprecationWarning, match=r"use `serve run cluster:endpoint"):
+    with pytest.warns(FutureWarning, match=r"use `serve run cluster:endpoint"):
         deprecated = cluster.fleet.build({"model": "tiny-llava"})
     assert isinstance(deprecated, serve.Application)
     assert cluster.endpoint is endpoint
@@ -170,6 +176,22 @@ def test_endpoint_refuses_unknown_and_invalid_arguments() -> None:
         endpoint({"model": "x", "auto": "yes"})
     with pytest.raises(UsageError, match="name a method"):
         endpoint({"model": "x", "auto": "true"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("replicas", "0"),
+        ("replicas", "two"),
+        ("max_batch_rows", "-1"),
+        ("max_batch_rows", "1.5"),
+        ("retain", "half"),
+        ("retain", "nan"),
+    ],
+)
+def test_endpoint_names_the_argument_that_is_no_usable_number(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}={value}: give a number"):
+        endpoint({"model": "tiny-llava", name: value})
 
 
 @pytest.mark.slow

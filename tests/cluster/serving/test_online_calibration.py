@@ -44,20 +44,20 @@ class TimedReplicas:
     def __init__(self) -> None:
         self.calls: list[list[LabelRequest]] = []
 
-    def stream(self, call: LabelRequest) -> AsyncGenerator[str | Result]:
+    def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("calibration never streams")
 
-    async def label(self, calls: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
-        self.calls.append(list(calls))
+        self.calls.append(list(requests))
         results = []
-        for call in calls:
-            with Image.open(io.BytesIO(call.images[0] or b"")) as image:
-                dense = image.width * image.height / 1000 / len(calls)
+        for request in requests:
+            with Image.open(io.BytesIO(request.images[0] or b"")) as image:
+                dense = image.width * image.height / 1000 / len(requests)
             pruned = 1 + len(self.calls) / 1e6
             is_first = len(self.calls) % 6 == 1
             seconds = 1e6 if is_first else dense  # the first call of a cell must not count
-            results.append(Result(id=call.id, text="", seconds=pruned, control_seconds=seconds))
+            results.append(Result(id=request.id, text="", seconds=pruned, control_seconds=seconds))
         return results
 
 
@@ -69,8 +69,8 @@ def test_every_image_size_is_timed_at_load_one_and_at_full_load() -> None:
     replicas = TimedReplicas()
     found = asyncio.run(calibrate_online(replicas, SPEC, full_load=8, sides=(20, 100)))
     assert [(c.pixels, c.load) for c in found.cells] == [(400, 1), (400, 8), (10**4, 1), (10**4, 8)]
-    assert [len(calls) for calls in replicas.calls] == [1] * 6 + [8] * 6 + [1] * 6 + [8] * 6
-    requests = [request for calls in replicas.calls for request in calls]
+    assert [len(call) for call in replicas.calls] == [1] * 6 + [8] * 6 + [1] * 6 + [8] * 6
+    requests = [request for call in replicas.calls for request in call]
     assert all(request.control and request.spec == SPEC for request in requests)
     assert len({request.images for request in requests[:54]}) == 54 - 6, "new images for each call"
     ratios = [c.decision.measured.ratio for c in found.cells if c.decision.measured is not None]
@@ -113,7 +113,7 @@ def test_the_endpoint_prunes_large_images_and_not_small_ones() -> None:
     replicas = RecordingReplica()
     for side in (20, 200):
         complete(replicas, SETTINGS, DECISIONS, messages=[message_with_image(side)])
-    assert [call.spec for call in replicas.requests] == [DENSE, SPEC]
+    assert [request.spec for request in replicas.requests] == [DENSE, SPEC]
 
 
 def test_the_load_is_the_number_of_requests_in_flight() -> None:
@@ -131,7 +131,7 @@ def test_the_load_is_the_number_of_requests_in_flight() -> None:
                 assert all(response.status_code == 200 for response in responses)
 
     asyncio.run(send_one_two_one())
-    assert [call.spec for call in replicas.requests] == [DENSE, DENSE, SPEC, DENSE]
+    assert [request.spec for request in replicas.requests] == [DENSE, DENSE, SPEC, DENSE]
 
 
 def test_a_requests_own_prune_field_overrides_the_decision() -> None:
@@ -143,7 +143,7 @@ def test_a_requests_own_prune_field_overrides_the_decision() -> None:
         messages=[message_with_image(20)],
         prune={"method": "grid", "retain": 0.5},
     )
-    assert [call.spec.method for call in replicas.requests] == ["grid"]
+    assert [request.spec.method for request in replicas.requests] == ["grid"]
 
 
 def test_the_models_route_shows_the_measured_cells() -> None:

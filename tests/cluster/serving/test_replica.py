@@ -192,6 +192,14 @@ def test_an_engines_error_result_keeps_its_code_stage_and_message(journal: Path)
     assert result.error_message == "too long"
 
 
+def test_an_error_result_always_has_a_stage(journal: Path) -> None:
+    """Committed error rows say where they failed, whoever wrote the engine."""
+    (result,) = run(
+        settings(journal), lambda r: r.label([call(0, "stageless")], priority=Priority.BATCH)
+    )
+    assert (result.error_code, result.error_stage) == ("odd", "infer")
+
+
 def test_a_row_that_makes_the_engine_raise_is_isolated_by_bisection(journal: Path) -> None:
     calls = [call(n, "raise" if n == 2 else "describe") for n in range(4)]
 
@@ -308,7 +316,7 @@ def test_a_replica_holds_what_one_labeller_sends_and_one_control_call_more(
 
 
 def test_invalid_engine_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match="max_batch_rows 0: give at least 1"):
+    with pytest.raises(UsageError, match="slots 0: give at least 1"):
         EngineSettings(model="m", slots=0)
     with pytest.raises(UsageError, match="dtype 'bf16': use one of auto, float32"):
         EngineSettings(model="m", dtype="bf16")

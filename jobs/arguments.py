@@ -1,11 +1,14 @@
-"""Parses the --methods and --retain of a command line: "sppruner,sppruner:kappa=0,random"."""
+"""Arguments that several commands share: --methods ("sppruner,sppruner:kappa=0,random"), --retain,
+and the files for results.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sppruner import Budget, PruneSpec
-from sppruner.errors import SpecError
+from sppruner.errors import EvaluationError, SpecError
 from sppruner.selectors import selector_for
 
 
@@ -29,6 +32,14 @@ def parse_shares(text: str) -> list[float]:
         return [float(share) for share in text.split(",")]
     except ValueError as error:
         raise SpecError(f"--retain {text!r}: give shares such as 0.333,0.222") from error
+
+
+def check_folders(*files: Path | None) -> None:
+    """Raises EvaluationError for a file that cannot be written where it is to be: better than
+    after hours of measuring."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise EvaluationError(f"{file}: its folder does not exist; make it first")
 
 
 def combine_specs(methods: Sequence[PruneSpec], shares: Sequence[float]) -> list[PruneSpec]:

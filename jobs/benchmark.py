@@ -31,12 +31,14 @@ from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
+from jobs.arguments import check_folders
 from jobs.suites.engine import METHODS, run_engine_suite
 from jobs.suites.online import run_online_suite
 from jobs.suites.pipeline import run_pipeline_suite
 from jobs.suites.scale import run_scale_suite
 from jobs.suites.selection import run_selection_suite
 from jobs.suites.shapes import SHAPES
+from sppruner.errors import SpprunerError
 from sppruner.models.loading import EMBEDDED
 
 # Options that apply to one suite or to some of them; any other combination is refused.
@@ -155,6 +157,8 @@ def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
             )
     if arguments.model is not None and arguments.shape is not None:
         raise UsageError(f"--shape {arguments.shape} brings its own model: leave out --model")
+    if arguments.quick and arguments.methods is not None:
+        raise UsageError("--methods: --quick times the headline only, leave out one of them")
     if arguments.threads is not None and arguments.threads < 1:
         raise UsageError(f"--threads {arguments.threads}: give at least 1")
     return arguments
@@ -183,14 +187,20 @@ def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
         )
 
 
+def _exit_code(error: SpprunerError) -> int:
+    """1 for an engine that failed, 2 for what was asked of it."""
+    return 1 if error.stage == "infer" else 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    configure_logs()
     try:
+        configure_logs()
+        check_folders(arguments.json, arguments.markdown)
         result = run_suite(check_arguments(arguments), open_console(stderr=True))
-    except RunError as error:
+    except (RunError, SpprunerError) as error:
         print(f"{error.code}: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if isinstance(error, RunError) else _exit_code(error)
     open_console().print(*render_tables(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,8 +4,8 @@
     python jobs/caption_corpus.py --input s3://bucket/images --output s3://bucket/captions
     ray job submit --working-dir . -- python jobs/caption_corpus.py --input … --output …
 
-The same command resumes a run. Exit codes: 0 done, 2 usage, 3 done with error rows, 4 stopped
-because too many rows failed.
+The same command resumes a run. Exit codes: 0 done, 1 the store or the replicas failed, 2
+usage, 3 done with error rows, 4 stopped because too many rows failed, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def _make_tiles(kind: Kind, labelled: pa.Table, images: dict[str, bytes]) -> lis
 
 
 def _make_tile(kind: Kind, row: dict[str, Any], image: bytes) -> Tile:
-    text = row["text"] or f"{row['error_code']}: {row['error_message']}"
+    failed = row["error_code"] is not None
+    text = f"{row['error_code']}: {row['error_message']}" if failed else row["text"]
     if kind == "vqa":
         text = f"{row['question']} {text}"
     kept = f"{row['visual_tokens_kept']}/{row['visual_tokens']} tokens"
@@ -75,5 +76,5 @@ def _make_tile(kind: Kind, row: dict[str, Any], image: bytes) -> Tile:
         image=Image.open(io.BytesIO(image)).convert("RGB"),
         title=f"{row['key']}  {kept}",
         text=text,
-        failed=row["error_code"] is not None,
+        failed=failed,
     )

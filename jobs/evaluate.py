@@ -30,8 +30,8 @@ from cluster.config import MediaLimits
 from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
-from jobs.arguments import combine_specs, parse_methods, parse_shares
-from jobs.overlays import write_overlays
+from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
+from jobs.overlays import make_folder, write_overlays
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import (
@@ -279,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         specs = combine_specs(methods, parse_shares(arguments.retain))
         if arguments.plot:
             check_plot()
-        for file in (arguments.json, arguments.markdown, arguments.csv, arguments.plot):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise EvaluationError(f"{file}: its folder does not exist; make it first")
+        check_folders(arguments.json, arguments.markdown, arguments.csv, arguments.plot)
+        if arguments.overlay:
+            make_folder(arguments.overlay)
         dataset = load_dataset(arguments)
         names = list(dict.fromkeys(arguments.model or [EMBEDDED]))
         for name in names:

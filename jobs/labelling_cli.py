@@ -117,9 +117,9 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
 
 def main(job: Job, argv: Sequence[str] | None) -> int:
     """The process boundary: every RunError becomes its message and its exit code."""
-    configure_logs()
     arguments = build_parser(job).parse_args(argv)
     try:
+        configure_logs()
         return _run_job(job, arguments)
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
@@ -132,6 +132,8 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:
     if (arguments.input is None) != (arguments.output is None):
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}: give at least 1")
     stderr = open_console(stderr=True)
     with ExitStack() as stack:
         demo = arguments.input is None

@@ -20,7 +20,7 @@ from cluster.errors import RedrawDiffers, RowError, UsageError
 from cluster.images import decode_image
 from cluster.output.answered_rows import AnsweredRow, answered_rows
 from cluster.output.summary import Summary
-from sppruner.errors import SpprunerError
+from sppruner.errors import EvaluationError, SpprunerError
 from sppruner.evaluation import Dataset, Item, method_label
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
@@ -43,6 +43,14 @@ _LEGEND_MARGIN = 12
 _NAME_CHARACTERS = 50  # characters, of up to 4 bytes each
 
 
+def make_folder(folder: Path) -> None:
+    """Creates the folder of --overlay. Raises EvaluationError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"--overlay {folder}: not a folder to write to ({error})") from error
+
+
 def write_overlays(
     loaded: LoadedModel, dataset: Dataset, specs: Sequence[PruneSpec], folder: Path
 ) -> list[Path]:
@@ -51,7 +59,7 @@ def write_overlays(
     A model name that is too long or not valid as a file name is shortened to its end and followed
     by its hash. A method that the model cannot run gets an empty frame with the reason.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)
     name = _make_sheet_name(loaded.identity.name)
     written = []
@@ -77,9 +85,9 @@ def write_row_overlays(summary: Summary, folder: Path, *, rows: int) -> list[Pat
     of differing tokens. Raises UsageError if model or images are not available.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--overlay {folder}: not a folder to write to ({error})") from error
+        make_folder(folder)
+    except EvaluationError as error:
+        raise UsageError(str(error)) from error
     labelled = answered_rows(summary.output, rows)
     loaded = _load_run_model(summary)
     pruner = Pruner(loaded.model, tokenizer=loaded.processor.tokenizer)

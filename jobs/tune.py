@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cluster.console import open_console
-from jobs.arguments import combine_specs, parse_methods, parse_shares
+from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, method_label
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     stderr = open_console(stderr=True)
     try:
+        check_folders(arguments.json)
         methods, grid = parse_methods(arguments.method), parse_grid(arguments.grid)
         if len(methods) != 1:
             raise SpecError(f"--method {arguments.method!r}: start from one method")

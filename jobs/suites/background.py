@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import IO, Final
 
@@ -39,21 +40,23 @@ class BatchJob:
         self._units = units
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> BatchJob:
         command = [sys.executable, "-m", "jobs.caption_corpus", "--model", self._fleet.model]
         command += ["--input", self._corpus, "--output", self._output]
         address = ray.get_runtime_context().gcs_address
-        self._log = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            command, env=os.environ | {"RAY_ADDRESS": address}, stdout=self._log, stderr=self._log
-        )
-        try:
+        with ExitStack() as stack:
+            self._log = stack.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | {"RAY_ADDRESS": address},
+                stdout=self._log,
+                stderr=self._log,
+            )
+            stack.callback(self._stop)
             self._wait(lambda: all(self._rows_held()), _START_SECONDS, "had no rows on replicas")
-        except BaseException:
-            self._stop()
-            self._log.close()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -62,11 +65,12 @@ class BatchJob:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop()
-        if error is None:
-            self._wait(lambda: not any(self._rows_held()), _END_SECONDS, "left rows on replicas")
-        assert self._log is not None
-        self._log.close()
+        with self._open:
+            self._stop()
+            if error is None:
+                self._wait(
+                    lambda: not any(self._rows_held()), _END_SECONDS, "left rows on replicas"
+                )
 
     def check(self) -> None:
         """Raises UsageError if the job has labelled every unit, RunError if it has failed."""
@@ -105,7 +109,8 @@ class BatchJob:
     def _stop(self) -> None:
         """Interrupts the job: committed units stay, no further rows are sent to the replicas."""
         process, self._process = self._process, None
-        assert process is not None
+        if process is None:
+            return
         process.send_signal(signal.SIGINT)
         try:
             process.wait(_END_SECONDS)

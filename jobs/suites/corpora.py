@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from itertools import islice
 
 from cluster.demo import DrawnRow, draw_rows, encode_parquet
+from cluster.demo.drawn_rows import SCENES_PER_SEED
 from cluster.store import open_store
 from sppruner.tiny.questions import caption
 from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
-
-_SCENES_PER_SEED = 1_000_000
 
 
 def draw_captioned(count: int, seed: int) -> list[DrawnRow]:
@@ -25,7 +24,7 @@ def draw_captioned(count: int, seed: int) -> list[DrawnRow]:
 def draw_squares(count: int, seed: int, side: int) -> list[DrawnRow]:
     """Rows of arbitrary scenes with images of `side` x `side` pixels."""
     rows = []
-    first = HELD_OUT_SEED + seed * _SCENES_PER_SEED
+    first = HELD_OUT_SEED + seed * SCENES_PER_SEED
     for number in range(first, first + count):
         scene = sample_scene(number)
         image = encode_scene(scene, side)

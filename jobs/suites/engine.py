@@ -104,9 +104,12 @@ def run_engine_suite(
     """
     for method in methods:
         try:
-            selector_for(PruneSpec.parse(method, Budget(ratio=_HEADLINE[1])))
+            spec = PruneSpec.parse(method, Budget(ratio=_HEADLINE[1]))
+            selector_for(spec)
         except SpecError as error:
             raise UsageError(f"--methods: {error}") from error
+        if spec.is_dense:
+            raise UsageError("--methods: none is timed always, leave it out")
     machine = describe_machine()
     loaded = build(shape, dtype)
     count, rounds = (shape.quick_images, 2) if quick else (shape.images, 5)

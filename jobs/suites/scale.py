@@ -78,7 +78,7 @@ def run_scale_suite(
     environment: Mapping[str, str] | None = None,
     console: Console,
 ) -> dict[str, Any]:
-    """base: rows of the smallest corpus. root: URI prefix of corpora and labels. environment:
+    """base_rows: of the smallest corpus. root: URI prefix of corpora and labels. environment:
     variables with which Ray's workers reach it. Raises RunErrors as `run` does."""
     machine = describe_machine() | {"torch_threads": count_replica_threads()}
     base_rows = base_rows or (64 if quick else 256)

@@ -18,12 +18,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+)
 
 from jobs.suites.result import describe_machine, summarise_rounds
 from jobs.suites.shapes import LLAVA_7B, QWEN_7B, ModelWidths
 from sppruner import Budget, PruneSpec
-from sppruner.selectors import selector_for
+from sppruner.adapters import capabilities
+from sppruner.capabilities import Capabilities
+from sppruner.resolved_spec import selector_on
 from sppruner.signals import ATTENTION, KEYS
 from sppruner.types import VisualTokens
 
@@ -45,6 +53,8 @@ class PromptShape:
     """Visual tokens along each side of the image."""
     text_tokens: int
     """Text tokens of the prompt."""
+    can: Capabilities
+    """What the model can do; some methods depend on it."""
 
     @property
     def visual_tokens(self) -> int:
@@ -58,6 +68,7 @@ _LLAVA = PromptShape(
     encoder_width=LLAVA_7B.tower_hidden,
     grid=24,
     text_tokens=60,
+    can=capabilities(LlavaConfig()),
 )
 _QWEN = PromptShape(
     model="Qwen2.5-VL-7B",
@@ -65,6 +76,7 @@ _QWEN = PromptShape(
     encoder_width=4 * QWEN_7B.tower_hidden,
     grid=24,
     text_tokens=30,
+    can=capabilities(Qwen2_5_VLConfig()),
 )
 
 
@@ -134,8 +146,10 @@ def _build_layer(prompt: PromptShape, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(config).to(dtype).eval()
 
 
-def _prepare_selection(method: str, tokens: VisualTokens, kept: int) -> Callable[[], object]:
-    selector = selector_for(PruneSpec(method=method, budget=Budget(ratio=_RATIO)))
+def _prepare_selection(
+    method: str, prompt: PromptShape, tokens: VisualTokens, kept: int
+) -> Callable[[], object]:
+    selector = selector_on(PruneSpec(method=method, budget=Budget(ratio=_RATIO)), prompt.can)
     assert selector is not None
     return lambda: selector.select([tokens], [kept])
 
@@ -181,7 +195,7 @@ def run_selection_suite(
         layer = _build_layer(prompt, dtype)
         dense = _prepare_prefill(layer, prompt.visual_tokens + prompt.text_tokens, dtype)
         pruned = _prepare_prefill(layer, kept + prompt.text_tokens, dtype)
-        selectors = {name: _prepare_selection(name, tokens, kept) for name in methods}
+        selectors = {name: _prepare_selection(name, prompt, tokens, kept) for name in methods}
         times = _time_rounds({"dense": dense, "pruned": pruned} | selectors, rounds)
         for name in selectors:
             share = summarise_rounds(

@@ -1,56 +1,72 @@
-"""Suite `selection`: the result has the documented shape, and its figures are consistent."""
+"""The benchmark's command line refuses what cannot work before anything is timed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from jobs.suites.selection import PromptShape, list_published_prompts, run_selection_suite
-from jobs.suites.shapes import LLAVA_7B
+from jobs.benchmark import SUITES, main
+from sppruner.errors import EngineError
 
-WIDTHS = replace(
-    LLAVA_7B, layers=3, hidden=64, heads=4, kv_heads=2, intermediate=96, tower_hidden=32
+VALUES = {
+    "model": "tiny-qwen",
+    "shape": "tiny",
+    "methods": "topk",
+    "peer": "python",
+    "dtype": "bfloat16",
+    "threads": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("suite", "option"),
+    [(suite, option) for suite in SUITES for option in VALUES if option not in SUITES[suite]],
 )
-SMALL = PromptShape(model="small", widths=WIDTHS, encoder_width=32, grid=8, text_tokens=5)
-
-
-@pytest.fixture(scope="module")
-def result() -> dict[str, Any]:
-    methods = ("sppruner", "topk")
-    return run_selection_suite(
-        quick=True, console=Console(quiet=True), methods=methods, prompts=[SMALL]
-    )
-
-
-def test_every_method_is_timed_at_every_shape_beside_the_same_prefill(
-    result: dict[str, Any],
+def test_an_option_of_another_suite_is_refused_with_the_suites_it_applies_to(
+    suite: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert result["suite"] == "selection"
-    assert [case["method"] for case in result["cases"]] == ["sppruner", "topk"]
-    assert len({case["prefill_seconds"] for case in result["cases"]}) == 1
-    for case in result["cases"]:
-        assert case["visual_tokens"] == 64
-        assert 0 < case["share_low"] <= case["share_of_prefill"] <= case["share_high"]
+    assert main(["--suite", suite, f"--{option}", VALUES[option]]) == 2
+    errors = capsys.readouterr().err
+    assert f"--{option} is for suite" in errors
+    assert f"leave it out of --suite {suite}" in errors
+    for name, options in SUITES.items():
+        assert (option not in options) or name in errors
 
 
-def test_the_headline_ratio_is_the_worst_shape_of_sppruner(result: dict[str, Any]) -> None:
-    ratios = result["ratios"]
-    assert ratios["pruner_share"] == ratios["sppruner small 64"]
+def test_a_shape_and_a_model_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "pipeline", "--shape", "llava", "--model", "tiny-qwen"]) == 2
+    assert "--shape llava brings its own model" in capsys.readouterr().err
 
 
-def test_the_published_prompts_have_the_sizes_of_the_models() -> None:
-    prompts = {(p.model, p.visual_tokens): p for p in list_published_prompts()}
-    assert set(prompts) == {
-        (model, n) for model in ("LLaVA-1.5-7B", "Qwen2.5-VL-7B") for n in (576, 1296)
-    }
-    llava, qwen = prompts["LLaVA-1.5-7B", 576], prompts["Qwen2.5-VL-7B", 1296]
-    assert (llava.widths.hidden, llava.widths.layers, llava.widths.intermediate) == (
-        4096,
-        32,
-        11008,
-    )
-    assert (qwen.widths.hidden, qwen.widths.layers, qwen.widths.intermediate) == (3584, 28, 18944)
-    assert (qwen.widths.kv_heads, llava.encoder_width, qwen.encoder_width) == (4, 1024, 5120)
+def test_zero_threads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "pipeline", "--threads", "0"]) == 2
+    assert "give at least 1" in capsys.readouterr().err
+
+
+def test_the_headline_alone_takes_no_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "engine", "--quick", "--methods", "fsr"]) == 2
+    assert "--methods: --quick times the headline only" in capsys.readouterr().err
+
+
+def test_dense_is_no_method_to_time_at_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "engine", "--shape", "tiny", "--methods", "fsr,none"]) == 2
+    assert "--methods: none is timed always" in capsys.readouterr().err
+
+
+def test_a_file_without_a_folder_is_refused_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--suite", "scale", "--json", str(tmp_path / "absent" / "x.json")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_an_error_of_the_library_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineError("request 1: no answer")
+
+    monkeypatch.setattr("jobs.benchmark.run_suite", fail)
+    assert main(["--suite", "scale"]) == 1
+    assert "inference_failed: request 1: no answer" in capsys.readouterr().err

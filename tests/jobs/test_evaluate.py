@@ -96,6 +96,7 @@ def test_questions_come_from_the_files_of_the_user(tmp_path: Path) -> None:
         (["--data", "gone.json"], "--data needs --images"),
         (["--images", "."], "--images goes with --data"),
         (["--json", "no/folder/e.json"], "its folder does not exist"),
+        (["--overlay", __file__], "not a folder to write to"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(

@@ -80,6 +80,17 @@ def test_input_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "give both --input and --output" in refused(["--input", "s3://corpus/x"], capsys)
 
 
+def test_a_bad_limit_of_the_demonstration_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--limit -5: give at least 1" in refused(["--limit", "-5"], capsys)
+
+
+def test_a_bad_log_format_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPPRUNER_LOG_FORMAT", "xml")
+    assert "SPPRUNER_LOG_FORMAT" in refused([], capsys)
+
+
 def test_an_empty_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     places = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]

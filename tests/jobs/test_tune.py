@@ -56,6 +56,7 @@ def test_a_grid_is_parsed_from_the_command_line() -> None:
 def test_the_default_grid_has_valid_options() -> None:
     assert len(tune.parse_grid(tune.GRID)) >= 10
     assert tune.main(["--grid", "nonsense=1"]) == 2
+    assert tune.main(["--json", "no/folder/t.json"]) == 2
 
 
 def test_everything_tried_is_written_with_the_best(

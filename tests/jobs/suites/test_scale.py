@@ -18,8 +18,8 @@ from jobs.suites.scale import (
 )
 
 
-def passes(seconds_per_row: dict[int, list[float]]) -> dict[int, list[JobTiming]]:
-    """Timings by size: `cost` holds seconds per row by round; a size has ten times as many rows."""
+def timings(seconds_per_row: dict[int, list[float]]) -> dict[int, list[JobTiming]]:
+    """Timings by size, one per round; a size has ten times as many rows."""
     return {
         size: [
             JobTiming(
@@ -39,7 +39,7 @@ def passes(seconds_per_row: dict[int, list[float]]) -> dict[int, list[JobTiming]
 def test_row_costs_are_compared_within_each_round() -> None:
     seconds_per_row = {size: [1.0, 10.0, 100.0] for size in SIZES} | {8: [2.0, 20.0, 100.0]}
     seconds_per_row[16] = [3.0, 20.0, 400.0]
-    found = compare_row_costs(passes(seconds_per_row))
+    found = compare_row_costs(timings(seconds_per_row))
     assert found == {
         "seconds_per_row_16x_vs_1x": {"value": 3.0, "low": 2.0, "high": 4.0},
         "seconds_per_row_16x_vs_8x": {"value": 1.5, "low": 1.0, "high": 4.0},

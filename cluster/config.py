@@ -43,7 +43,7 @@ class RunConfig:
     model: str
     """Folder or Hub name."""
     prompt: str
-    """What every caption row is asked; of VQA rows the template around {question}."""
+    """What every caption row is asked; for VQA rows, the template around {question}."""
     spec: PruneSpec
     """Method and budget of pruning."""
     dtype: str = "auto"
@@ -66,7 +66,7 @@ class RunConfig:
     replicas: int = 1
     """Model replicas to start, where none serve this model."""
     slots: int | None = None
-    """Rows that a replica answers at once; None for what its device suits."""
+    """Rows that a replica answers at once; None: as many as suit its device."""
     max_error_share: float = 0.2
     """The run stops once a larger share of its rows failed, in [0, 1]."""
     error_share_after: int = 500
@@ -80,6 +80,7 @@ class RunConfig:
             (self.dtype in DTYPES, f"--dtype {self.dtype!r}: use one of {', '.join(DTYPES)}"),
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give at least 1"),
             (self.replicas >= 1, f"--replicas {self.replicas}: give at least 1"),
+            (self.slots is None or self.slots >= 1, f"slots {self.slots}: give at least 1"),
             (0 <= self.control_share <= 1, f"control_share {self.control_share} outside [0, 1]"),
             (
                 0 <= self.max_error_share <= 1,

@@ -59,7 +59,7 @@ class ReadError(RowError):
 
 
 class ArchiveTruncated(RowError):
-    """A tar ends in the middle of a member; complete members before it are rows as usual."""
+    """A tar is damaged or ends too early; the complete samples before that are rows as usual."""
 
     code = "archive_truncated"
 
@@ -72,7 +72,7 @@ class ImageMissing(RowError):
 
 
 class ImageTooLarge(RowError):
-    """More bytes, pixels or frames than the limits allow; refused before it is decoded."""
+    """More bytes or pixels than the limits allow; refused before it is decoded."""
 
     code = "image_too_large"
     stage = "decode"
@@ -120,9 +120,13 @@ class ArchiveDamaged(ClusterError):
 
     def __init__(self, position: int, reason: str, member: str | None = None) -> None:
         """position: byte of the archive. member: the damaged one, where it is known."""
-        super().__init__(f"{reason} at byte {position}")
+        super().__init__(position, reason, member)
         self.position = position
+        self.reason = reason
         self.member = member
+
+    def __str__(self) -> str:
+        return f"{self.reason} at byte {self.position}"
 
 
 class Busy(ClusterError):
@@ -201,7 +205,7 @@ class ErrorShareExceeded(RunError):
 
 
 class CommitRefused(RunError):
-    """A unit that is not whole, or that calls rows pruned which were not."""
+    """A unit that is not whole, or with rows marked as pruned that were not."""
 
     code = "commit_refused"
 

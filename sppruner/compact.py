@@ -1,4 +1,4 @@
-"""Re-packs sequences: from a keep mask to left-padded, gathered tensors. Nothing else does.
+"""Re-packs prompts in front of the decoder: from a keep mask to left-padded, gathered tensors.
 
 `generate` expects left padding. One stable argsort keeps the order of the kept tokens without a
 loop over rows.

@@ -142,7 +142,7 @@ class Pruner:
         """Encodes, selects and re-packs a processor's batch.
 
         specs: one for all prompts, or one each. instructions: the user's text per prompt, for text
-        relevance; without it no prompt says anything about its image. encoded: the result of
+        relevance, which is not used without it. encoded: the result of
         `adapter.encode` for these inputs and `signals(specs)`, to run many specs on images that are
         encoded once; `inputs` then need no pixels. Raises InputError for prompts that do not fit
         their images, SpecError for bad specs.

@@ -1,4 +1,4 @@
-"""The values that rooms of the library exchange: visual tokens, selections and reports.
+"""The values that packages of the library exchange: visual tokens, selections and reports.
 
 Shapes, here and throughout the package: N visual tokens of one plane, K kept tokens, D width of the
 language model, V width of the vision encoder, B batch rows, S sequence length, T text tokens, I

@@ -16,10 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.accounting.speedup import MeasuredRatio, measured_ratio, nanoseconds
+from cluster.accounting.speedup import NANO, MeasuredRatio, measured_ratio, nanoseconds
 from cluster.schema import COST_FIELD
-
-_NANO = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +67,7 @@ class UnitLedger:
     @property
     def seconds(self) -> float:
         """Measured seconds of the rows as they ran, without the dense twins of control rows."""
-        return self.nanoseconds / _NANO
+        return self.nanoseconds / NANO
 
     @property
     def control_rows(self) -> int:
@@ -79,7 +77,7 @@ class UnitLedger:
     @property
     def control_seconds(self) -> float:
         """Measured seconds spent on dense twins, the price of measuring."""
-        return sum(dense for _, dense in self.control_pairs) / _NANO
+        return sum(dense for _, dense in self.control_pairs) / NANO
 
     def __add__(self, other: UnitLedger) -> UnitLedger:
         return _sum([self, other])

@@ -10,7 +10,8 @@ import numpy as np
 
 RESAMPLES: Final = 2_000
 """Bootstrap samples behind an interval."""
-_NANO: Final = 1_000_000_000
+NANO: Final = 1_000_000_000
+"""Nanoseconds of a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class MeasuredRatio:
 
 def nanoseconds(seconds: float) -> int:
     """Seconds as ledgers add them up."""
-    return round(seconds * _NANO)
+    return round(seconds * NANO)
 
 
 def measured_ratio(pairs: Sequence[tuple[int, int]], seed: int = 0) -> MeasuredRatio | None:
@@ -45,7 +46,7 @@ def measured_ratio(pairs: Sequence[tuple[int, int]], seed: int = 0) -> MeasuredR
     # Rows of one batch share their seconds to the nanosecond: equal pairs are one observation.
     # Sorted by np.unique, the result does not depend on the order in which units were added.
     batches, rows = np.unique(np.array(pairs, dtype=np.int64), axis=0, return_counts=True)
-    seconds = batches * rows[:, None] / _NANO
+    seconds = batches * rows[:, None] / NANO
     low = high = None
     if len(seconds) > 1:
         generator = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
 """The Parquet reader. Columns are as Hugging Face datasets store them.
 
 Guarantees: a unit lies within one row group, so reading it fetches no other group; indexing reads
-only the footer; an image is never copied into the committed columns; damage in a row group fails
-the units of that group alone.
+only the footer; the row's image is not copied into the committed columns; damage in a row group
+fails the units of that group alone.
 """
 
 from __future__ import annotations

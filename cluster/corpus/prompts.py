@@ -17,8 +17,8 @@ def build_prompt(kind: Kind, template: str, row_prompt: str | None) -> str | Non
     """The prompt of one row; None for a VQA row without a question.
 
     template: the run's prompt. row_prompt: the row's prompt or question, or None. A caption uses
-    the row's prompt, else the template. A question replaces `{question}` in the template, or is
-    the whole prompt if the template has no `{question}`.
+    the row's prompt if the reader gave one, else the template. A question replaces `{question}` in
+    the template, or is the whole prompt if the template has no `{question}`.
     """
     if kind == "caption":
         return row_prompt or template

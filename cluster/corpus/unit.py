@@ -1,7 +1,8 @@
 """The unit of work: consecutive rows of one object, read, labelled and committed as a whole.
 
 Guarantees: a unit id is a hash of what the unit covers, so the same rows of the same object content
-have the same id in every run; units of a file do not overlap and together cover all its rows.
+have the same id in every run; units of a file do not overlap and together cover all its rows, or
+with a limit the first ones.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class FileIndex:
 def make_unit(format: Format, info: ObjectInfo, **position: Any) -> Unit:
     """A unit whose id is the hash of its object and position.
 
-    position: the remaining fields of `Unit`. They enter the hash as given: leave out, never pass,
-    a field at its default, or the ids of older runs change.
+    position: the remaining fields of `Unit`. They enter the hash as given: leave out fields that
+    have their default, or the ids of older runs change.
     """
     fields = {
         "format": format,

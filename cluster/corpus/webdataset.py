@@ -1,8 +1,8 @@
 """The WebDataset reader: tars in which consecutive members with one key are one sample.
 
 Guarantees: a unit is one byte range of one tar and is read by one ranged request; a sample is one
-row, with a string column for each text extension; a damaged archive keeps its complete samples and
-adds one error row; a refused or oversized sample is an error row and affects no other row.
+row, with a string column for each text extension; a damaged archive keeps the samples known to be
+complete and adds one error row; a refused or oversized sample is an error row.
 """
 
 from __future__ import annotations

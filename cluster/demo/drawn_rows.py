@@ -14,7 +14,7 @@ from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 IMAGE_PIXELS = 192
 QUESTIONS_PER_SCENE = 4
 # Corpora of different seeds share no scene as long as each has at most this many.
-_SCENES_PER_SEED = 1_000_000
+SCENES_PER_SEED = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def draw_rows(kind: Kind, seed: int) -> Iterator[DrawnRow]:
     Caption rows use only scenes with at most CAPTION_OBJECTS objects: the embedded model was not
     trained to list more.
     """
-    for number in count(HELD_OUT_SEED + seed * _SCENES_PER_SEED):
+    for number in count(HELD_OUT_SEED + seed * SCENES_PER_SEED):
         scene = sample_scene(number)
         key = f"scene-{number}"
         if kind == "caption":

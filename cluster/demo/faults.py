@@ -64,9 +64,7 @@ def plant_faults(
     return faulty, sorted(faults, key=lambda fault: fault.row)
 
 
-def _breakers(
-    format: Format,
-) -> dict[str, tuple[Breaker, str | None]]:
+def _breakers(format: Format) -> dict[str, tuple[Breaker, str | None]]:
     """By name of the fault: how to break a row, and the error code that it must get."""
     # Tar member names are paths: a slash makes a folder, and the first dot ends the key.
     long_key = "long-" + "k" * (4_091 if format == "parquet" else 245)

@@ -76,9 +76,13 @@ class LocalS3:
             "AWS_SECRET_ACCESS_KEY": "local",
             "AWS_REGION": "us-east-1",
         }
+        try:
+            self.create_bucket(self.bucket)
+        except BaseException:
+            self._stop()
+            raise
         self._previous = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
-        self.create_bucket(self.bucket)
         logger.info("local_s3_started", endpoint=self.endpoint, pid=self._process.pid)
         return self
 

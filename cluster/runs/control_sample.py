@@ -9,10 +9,10 @@ from collections.abc import Sequence
 class ControlSample:
     """A share of a run's rows, the same at every attempt.
 
-    Control rows of a unit fill whole calls, as long as a replica has slots or as the unit is:
-    seconds measured on a batch of two say nothing about batches of sixteen. The share holds over
-    many units: the fraction of a call that it leaves over is drawn by hash. The run's first unit
-    always has one call.
+    Control rows of a unit fill whole calls of one row per slot, or of the whole unit if that is
+    smaller: seconds measured on a batch of two say nothing about batches of sixteen. The share
+    holds over many units: the fraction of a call that it leaves over is drawn by hash. The run's
+    first unit always has one call.
     """
 
     def __init__(self, run_id: str, *, share: float, first_unit: str) -> None:

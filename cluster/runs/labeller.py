@@ -37,7 +37,7 @@ LABELLER_CPUS: Final = 0.25
 """Of one actor. Must differ from the reader's: with equal resources Ray Data fuses both stages,
 and every read would block the event loop that drives the calls."""
 
-# Units that one actor has in work at least: the next unit's calls start before this one's end.
+# Fewest units that one actor works on at a time: the next unit's calls start before this one's end.
 _MIN_UNITS: Final = 4
 _UNIT_FIELD: Final = INPUT_FIELDS[0]
 _INPUT_NAMES: Final = [field.name for field in INPUT_FIELDS]

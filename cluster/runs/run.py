@@ -15,6 +15,7 @@ from ray.data import DataContext
 from rich.console import Console
 
 from cluster.config import RunConfig
+from cluster.console import open_console
 from cluster.controller import report_commit
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
@@ -78,7 +79,7 @@ def run(
     RunErrors later; committed units stay.
     """
     began = time.monotonic()
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     model = _pin_model(config)
     output = RunOutput.open(config.output)
     manifest = plan_run(

@@ -26,7 +26,7 @@ class EngineSettings:
     revision: str | None = None
     """Content hash or commit that the model must have; None for what is there."""
     slots: int | None = None
-    """Requests answered at once; None for what the replica's device suits."""
+    """Requests answered at once; None: as many as suit the replica's device."""
     engine: str = "sppruner.engine:open_engine"
     """The factory, "module:callable". It is called with model, device, dtype, slots, revision (if
     set) and `options`."""
@@ -39,7 +39,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
-            raise UsageError(f"max_batch_rows {self.slots}: give at least 1")
+            raise UsageError(f"slots {self.slots}: give at least 1")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.engine.count(":") != 1:
@@ -50,7 +50,7 @@ class EngineSettings:
         return replace(self, slots=self.slots or default_slots(gpu=gpu))
 
     def build(self) -> Engine:
-        """Imports and calls the factory of settings that are `sized`. Raises what it raises."""
+        """Imports the factory and calls it. The settings must be `sized`. Raises what it raises."""
         assert self.slots is not None
         module, name = self.engine.split(":")
         factory = getattr(importlib.import_module(module), name)

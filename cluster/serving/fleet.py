@@ -40,9 +40,9 @@ class FleetStats:
     rows: int
     """Rows answered."""
     busy_seconds: float
-    """In which engines worked."""
+    """Seconds in which engines worked."""
     uptime_seconds: float
-    """Since replicas were built."""
+    """Seconds since replicas were built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class Fleet:
     deployment: str
     """Name of the replicas' deployment in it."""
     http_url: str
-    """Root of the HTTP edge; empty if Serve runs without HTTP."""
+    """Root of the HTTP edge; only the route prefix if Serve runs without HTTP."""
     handle: DeploymentHandle[Any]
     """Handle of the deployment."""
     replicas: int

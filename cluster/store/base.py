@@ -2,7 +2,7 @@
 
 Guarantees of every implementation: writes are atomic, a reader never sees part of an object; a
 listing is complete and sorted by key; transient failures are retried, and the error that remains
-is a StoreError whose message names the object and the next step.
+is a StoreError whose message names the object and, where it is known, the next step.
 """
 
 from __future__ import annotations

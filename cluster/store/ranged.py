@@ -20,7 +20,7 @@ class RangedFile(io.RawIOBase):
     """
 
     def __init__(self, store: Store, info: ObjectInfo, *, window: int = 64 * 2**10) -> None:
-        """window: bytes of one request at least, near the end of the object fewer."""
+        """window: fewest bytes of one request, except at the end of the object."""
         super().__init__()
         self._store = store
         self._info = info

@@ -2,7 +2,8 @@
 
 Guarantees: a create-if-absent whose response was lost, or that botocore resent, still reports who
 created the object, from the writer in its metadata; broken response bodies and write conflicts are
-retried; every botocore error becomes a StoreError that names the setting to check.
+retried; every botocore error becomes a StoreError, which names the setting to check if one is
+known to cause it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _ADVICE = {
     "AccessDenied": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
     "403": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
     "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is not the access key's: check AWS_SECRET_ACCESS_KEY",
+    "SignatureDoesNotMatch": "the secret key is of another access key: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token has expired: renew the credentials and start again",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
     "NotImplemented": "this server lacks conditional writes (If-None-Match), which commits need",
@@ -151,7 +152,8 @@ class S3Store(Store):
             return self._retry(key, attempt)
 
     def _retry(self, key: str, attempt: Callable[[], _T]) -> _T:
-        """Retries what botocore does not: broken response bodies and write conflicts."""
+        """Retries what botocore does not, broken response bodies and write conflicts, and goes on
+        with connections where botocore gave up."""
         for number in range(1, _ATTEMPTS):
             try:
                 return attempt()

@@ -73,8 +73,8 @@ class DecoderCost:
         )
 
     def stages(self, layer_tokens: Sequence[int]) -> int:
-        """FLOPs of the attention rows that stages rank by: one row, of all heads, for each layer
-        that the next one follows with fewer tokens."""
+        """FLOPs of the attention rows that stages rank by: one row over all heads for each layer
+        after which tokens are dropped."""
         scored = (tokens for tokens, after in pairwise(layer_tokens) if after < tokens)
         return sum(2 * self.heads * self.head_dim * tokens for tokens in scored)
 

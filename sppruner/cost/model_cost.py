@@ -87,11 +87,12 @@ class ModelCost:
         """The cost of one row.
 
         layer_tokens: prompt tokens at each decoder layer. prompt_tokens_dense: prompt tokens
-        without pruning. pruner_flops: work of selecting before the decoder.
+        without pruning. pruner_flops: `PruneReport.selection_flops`, the work of selecting that is
+        not in `DecoderCost.stages`.
 
         Selection follows the projector, so vision and projector cost the same pruned and dense. The
-        pruner's own work counts for the pruned row only: `pruner_flops` (`PruneReport`'s
-        `selection_flops`), and the attention rows that its stages score inside the decoder.
+        pruner's own work counts for the pruned row only: `pruner_flops`, and the attention rows
+        that its stages rank by inside the decoder.
         """
         shared = {
             "vision": sum(self.encoder.vision(image) for image in images),

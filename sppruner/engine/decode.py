@@ -55,7 +55,8 @@ class DecodeStep:
 
         dropped_LN: tokens that stages have dropped of each row in front of each of the L layers,
         where positions are renumbered: the position there is smaller by as many; only with one row
-        of positions. None, where no stage renumbers, has a graph of its own.
+        of positions. None where no row is renumbered, except in a compiled engine, which would need
+        a graph of its own for it.
 
         Reads and writes the first N slots; the caller counts the token with `KVSlots.end_step`.
         """

@@ -32,7 +32,7 @@ class SamplingParams:
     """Seed of this request's own random generator; no effect if greedy."""
 
     stop: tuple[str, ...] = ()
-    """Stop strings: the answer ends in front of the first that it contains. None is empty."""
+    """Stop strings, not empty ones: the answer ends in front of the first that it contains."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -66,7 +66,8 @@ def prefill(
     encoder_cache: holds vision features of earlier prompts; without it, each image is encoded.
     prefix_cache: holds prefixes of earlier prompts. A prefix that several prompts share is read
     with the first of them; of the others only the suffix is read. Without it, every prompt is read
-    whole. Raises what `Pruner.prepare` raises; nothing is cached then.
+    whole. Raises what `Pruner.prepare` and the stages raise; images that were encoded by then stay
+    cached.
     """
     if prefix_cache is None:
         return _prefill_whole(pruner, group, encoder_cache)

@@ -195,8 +195,8 @@ class RunningBatch:
         self.cache.release(last)
 
     def _dropped(self, requests: Sequence[RunningRequest], padding: int) -> torch.Tensor | None:
-        """See `DecodeStep`. padding: empty slots that run along. A captured step always gets it, so
-        that it is one graph."""
+        """`dropped_LN` of `DecodeStep`. padding: empty slots that are computed with the full ones.
+        With one row of positions a captured step always gets it, so that it is one graph."""
         dropped = [running.dropped for running in requests]
         one_row = len(requests[0].positions) == 1
         if not one_row or not (any(dropped) or self._padded_slots):

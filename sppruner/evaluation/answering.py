@@ -4,7 +4,7 @@ A batch of questions is processed once and encoded once per set of signals, howe
 and budgets are evaluated on it: on small models the encoder takes most of the time.
 
 Shapes: B batch rows, V vocabulary, T new tokens, N visual tokens of one image's run, P tokens of
-one plane.
+the planes that are looked at, one after another.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ Split: TypeAlias = Literal["report", "tuning"]
 CAPTION = "caption"
 SPLIT_SCENES = 1_000_000
 """Scenes in each split: "report" starts at HELD_OUT_SEED, "tuning" this many seeds later."""
-"""JPEG quality of held-out scenes, wherever they are encoded."""
 
 
 def drawn_scenes(count: int, *, first_scene: int = 0, split: Split = "report") -> Dataset:

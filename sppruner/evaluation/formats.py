@@ -276,6 +276,6 @@ def _check_images(entries: Sequence[BenchmarkEntry], images: Path) -> None:
     missing = [name for name in names if not (images / name).is_file()]
     if missing:
         raise EvaluationError(
-            f"{images / missing[0]}: {len(missing)} of {len(names)} images are missing, this one "
-            "first; give the folder that contains them with --images"
+            f"{images / missing[0]}: the first missing image of {len(missing)} among "
+            f"{len(names)}; give the folder that contains them with --images"
         )

@@ -68,8 +68,9 @@ def covered_tokens(
 ) -> list[np.ndarray]:
     """For each plane, whether an outline of (x, y) fractions covers each token: [N] bool.
 
-    A token is covered if the outline covers at least a quarter of its patch. The token of largest
-    share counts always, so that an outline smaller than a patch covers one token.
+    A token is covered if the outline covers at least a quarter of its patch. In each plane that the
+    outline touches, the token of largest share counts always, so that an outline smaller than a
+    patch covers one token.
     """
     raster = Image.new("L", (_RASTER, _RASTER))
     corners = [(x * _RASTER, y * _RASTER) for x, y in outline]

@@ -34,6 +34,7 @@ from sppruner.selectors.base import mask_to_index, min_max_IN, saliency_IN
 from sppruner.selectors.options import RelevanceOptions, SaliencyOption, check_range, relevance_IN
 from sppruner.selectors.similarity import (
     GreedySubset,
+    complement,
     cosine_flops,
     cosines_INN,
     merge_tokens,
@@ -111,9 +112,7 @@ class FSRSelector(SaliencyOption, RelevanceOptions):
         scan_S: Tensor,
     ) -> Tensor | None:
         """Features [K, D] of the kept tokens, with those of the scan refined; None if none are."""
-        dropped_N = torch.ones_like(phi_N, dtype=torch.bool)
-        dropped_N[index_K] = False
-        dropped_M = mask_to_index(dropped_N)
+        dropped_M = complement(index_K, len(phi_N))
         merges = min(int(self.kappa * len(scan_S)), len(dropped_M))
         if merges == 0:
             return None

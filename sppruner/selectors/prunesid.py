@@ -23,7 +23,7 @@ The paper, the released code for LLaVA and that for Qwen2-VL differ; each differ
     center            feature     token             token
     quota             size        survivors         survivors
 
-features="auto" is what the code for the model's kind of tokens groups: "projected" where a token
+features="auto" selects the states that the code for such tokens groups: "projected" where a token
 merges several patches (the Qwen families, InternVL, Idefics3, SmolVLM), "encoder" elsewhere. The
 other defaults are those of the code for LLaVA, with which the published figures were measured; τ
 exceeds 1 there, and nothing is suppressed, once ρ exceeds 32 / K. They are the stronger choice for

@@ -116,9 +116,9 @@ def merge_tokens(
 
     Returns the means [C, D] fp32 and a bool [C, 1], True for targets that received a source.
     similarity_MC: of each source to each target. weight_N: fp32, from 0; only ratios within a group
-    count, however small the weights are. A group whose weights are all 0 gets its plain mean, the
-    limit of weights plus ε as ε falls to 0. One matrix product replaces scattered additions, so
-    that the order of the sum is the same on every device.
+    count. A group whose weights are all 0, or sum to less than the smallest normal number, gets its
+    plain mean, the limit of weights plus ε as ε falls to 0. One matrix product replaces scattered
+    additions, so that the order of the sum is the same on every device.
     """
     group_M = similarity_MC.argmax(dim=1)
     assigned_CM = torch.arange(len(target_C), device=target_C.device)[:, None] == group_M
@@ -138,3 +138,10 @@ def most_similar(similarity_MC: Tensor, count: int) -> Tensor:
     """Indices of the `count` source tokens most similar to any target, best first, earlier ones
     first on ties."""
     return similarity_MC.amax(dim=1).argsort(descending=True, stable=True)[:count]
+
+
+def complement(index_K: Tensor, size: int) -> Tensor:
+    """The indices of 0 … size − 1 that `index_K` lacks, ascending."""
+    is_left_N = torch.ones(size, dtype=torch.bool, device=index_K.device)
+    is_left_N[index_K] = False
+    return is_left_N.nonzero().squeeze(1)

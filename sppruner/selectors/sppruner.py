@@ -60,6 +60,7 @@ from sppruner.selectors.options import RelevanceOptions, SaliencyOption, check_r
 from sppruner.selectors.similarity import (
     NEVER,
     GreedySubset,
+    complement,
     cosine_flops,
     cosines_INN,
     encoder_states,
@@ -126,7 +127,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
     """Largest share of the budget for the focus, 0 to 1, not below `focus_min`."""
 
     redundancy: float = 0.9
-    """Cosine, −1 to 1, from which the score of a token similar to a focus token falls, to 0 at
+    """Cosine with a focus token, −1 to 1, above which the score of a token falls, to 0 at cosine
     1."""
 
     windows: int = 3
@@ -317,9 +318,7 @@ class SPprunerSelector(SaliencyOption, RelevanceOptions):
         """Features [K, D] of the kept tokens, with the most similar dropped tokens merged into the
         context. Aggregation reaches twice as far as proximity."""
         features_ND = image.features_ND
-        dropped_N = torch.ones_like(phi_N, dtype=torch.bool)
-        dropped_N[index_K] = False
-        dropped_M = mask_to_index(dropped_N)
+        dropped_M = complement(index_K, len(phi_N))
         merges = min(int(self.kappa * len(context_C)), len(dropped_M))
         if merges == 0:
             return features_ND[index_K]

@@ -14,8 +14,8 @@ where the code appends them at the end; the CLS token is not kept, and its place
 to a patch; families whose projector does not work token by token merge projected features.
 
 Shapes: I planes that are selected together, N tokens of each plane, V width of the encoder states,
-M tokens that are not dominant (in `group_M` and `assigned_CM` without the targets), C contextual
-and K kept tokens.
+M tokens that are not dominant (in `other_M`, `group_M` and `assigned_CM` without the targets), C
+contextual and K kept tokens.
 """
 
 from __future__ import annotations

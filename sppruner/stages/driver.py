@@ -1,13 +1,14 @@
 """Prunes inside the decoder while an unmodified `generate` runs.
 
-In front of a stage layer the prompt is scored by the attention row of its last token, of the layer
-before or of the stage's layer, pruned to each row's count and re-packed left-padded. The layers
+In front of a stage layer the visual tokens are ranked by the attention that the last token pays
+them, in the layer before or in the stage's own, pruned to each row's count and re-packed
+left-padded. The layers
 from there on get the rotary embeddings and the mask of the kept tokens, in the prefill and in every
 decode step. So each layer of the KV cache has its own length, and every token keeps its original
 position or, in a plan that renumbers, gets its index among the kept ones.
 
 Shapes: B batch rows (times beams or return sequences), L tokens of the packed prompt at the current
-layer, D hidden width.
+layer, S their number before it, D hidden width.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class StageDriver:
                 f"{adapter.capabilities.family}: this decoder cannot be pruned in front of layer "
                 f"{min(plan.keep)}; use a method that prunes before the decoder, such as 'sppruner'"
             )
-        scoring = [index for index, rows in plan.stage_scored.items() if any(rows)]
-        if not all(can_compute_last_query_row(self._decoder.layers[index]) for index in scoring):
+        scored = [index for index, rows in plan.stage_scored.items() if any(rows)]
+        if not all(can_compute_last_query_row(self._decoder.layers[index]) for index in scored):
             raise UnsupportedModel(
                 f"{adapter.capabilities.family}: layers of this decoder cannot be scored in "
                 "advance; use 'pyramiddrop' with scoring='before', or another method"

@@ -1,8 +1,9 @@
 """The last token's attention row that stages rank by: read from a layer that runs, or computed for
 a layer that has not run yet.
 
-Shapes: B batch rows, L tokens of the packed prompt, S tokens of a projection, D hidden width, H
-query heads, K key heads, G query heads of a key head, W width of a head. `Probe.read` has its own.
+Shapes: B batch rows, L tokens of the packed prompt, S tokens of a projection, D hidden width (in
+`LastQueryProbe`, as in `Probe.read`, the width of a head), H query heads, K key heads, G query
+heads of a key head, W width of a head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names that users typed in the last version still work, and say what replaces them."""
+"""Names that the README of the last version showed still work, and say what replaces them."""
 
 from __future__ import annotations
 

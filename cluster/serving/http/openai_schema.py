@@ -174,7 +174,7 @@ class ChatRequest(_Strict):
                 f"{len(users)} user messages: this endpoint answers exactly one", param="messages"
             )
         if any(message.urls for message in system):
-            raise ApiError("images belong into the user message", param="messages")
+            raise ApiError("images belong in the user message", param="messages")
         return "\n".join(message.text for message in system) or None, users[0]
 
 

@@ -82,7 +82,8 @@ class PrefixCache:
         return self._entries.get(key)
 
     def put(self, key: Hashable, prefix: Prefix) -> None:
-        """Stores a copy of its tensors: the group's cache that they are views into may be large."""
+        """Stores a copy of its tensors: the group's cache that they are views into may be large. A
+        prefix above the limit is not stored."""
         if prefix.size <= self.limit:
             self._entries[key] = replace(
                 prefix,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.accounting.ledger import RunLedger, UnitLedger, unit_ledger
+from cluster.report.terminal import format_saving
 from cluster.schema import COST_FIELD, OUTPUT_FIELDS
 from sppruner.cost import RowCost
 
@@ -101,6 +102,8 @@ def test_negative_savings_are_reported_as_negative() -> None:
     cost = RowCost(flops={"pruner": 9}, flops_dense={"prefill": 2}, kv_bytes=0, kv_bytes_dense=0)
     ledger = unit_ledger(output_table(output_row(_out_cost=json.dumps(cost.to_dict()))))
     assert (ledger.flops, ledger.flops_dense) == ({"pruner": 9}, {"prefill": 2})
+    saved = format_saving(sum(ledger.flops_dense.values()), sum(ledger.flops.values()))
+    assert saved == "-350.0 %"
     slower = UnitLedger(control_pairs=((4, 1), (5, 2), (4, 2)))
     ratio = RunLedger.of([slower]).measured_ratio()
     assert ratio is not None

@@ -10,6 +10,7 @@ import time
 from urllib.parse import urlparse
 
 import pytest
+from botocore.exceptions import ParamValidationError
 
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import UsageError
@@ -49,6 +50,15 @@ def test_it_ends_when_its_parent_is_killed() -> None:
     while answers(endpoint) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not answers(endpoint)
+
+
+def test_it_stops_where_it_cannot_create_its_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    server = LocalS3("No Bucket Name")
+    with pytest.raises(ParamValidationError):
+        server.__enter__()
+    assert dict(os.environ) == before
+    assert not answers(server.endpoint)
 
 
 def test_without_moto_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

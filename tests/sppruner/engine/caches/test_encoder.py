@@ -27,7 +27,7 @@ from sppruner.engine.caches.encoder import (
 from sppruner.engine.prefill import prefill
 from sppruner.engine.preparation import PreparedRequest
 from sppruner.errors import MissingSignal, SpecError
-from sppruner.models.loading import LoadedModel, load_model
+from sppruner.models.loading import LoadedModel
 from sppruner.signals import ATTENTION, KEYS
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import VisualTokens
@@ -46,18 +46,6 @@ SPECS = [
     spec_of("prunesid", {"ratio": 0.5, "spread": 0.5}),
 ]
 NEW = SamplingParams(max_new_tokens=3)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(str(write_folder(request.param, tmp_path_factory.mktemp(request.param))))
-
-
-@pytest.fixture
-def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, slots=4)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +17,9 @@ from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.prefill import prefill
 from sppruner.engine.preparation import PreparedRequest
 from sppruner.errors import MissingSignal, SpecError
-from sppruner.models.loading import LoadedModel, load_model
+from sppruner.models.loading import LoadedModel
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.engine.requests import drawn, facts, spec_of
-from tests.sppruner.families import FAMILIES
-from tests.sppruner.families.folders import write_folder
 
 BY_IMAGE = PruneSpec(method="visionzip", budget=Budget(ratio=0.4))  # selects by the image only
 BY_TEXT = PruneSpec(method="sppruner", budget=Budget(ratio=0.3))  # selects by the question, too
@@ -39,18 +36,6 @@ SPECS = [
     spec_of("topk", {"ratio": 0.3}, positions="renumber"),
     spec_of("prunesid", {"ratio": 0.5, "spread": 0.5}),
 ]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(str(write_folder(request.param, tmp_path_factory.mktemp(request.param))))
-
-
-@pytest.fixture
-def engine(loaded: LoadedModel) -> Iterator[ContinuousEngine]:
-    made = ContinuousEngine(loaded, slots=4)
-    yield made
-    made.close()
 
 
 def question(*images: Image.Image, prompt: str = "what is it?", **changes: Any) -> Request:

@@ -17,6 +17,10 @@ class PyramidDropSelector(StagedSelector):
     """Each stage keeps the same share of the tokens that the previous stage kept, ranked by the
     attention of the last prompt token.
 
+    The last prompt token is the one in front of the answer, so tokens are ranked for the answer's
+    first token: on drawn scenes short answers hardly suffer and captions fail
+    (`evaluation/RESULTS.md`).
+
     With count "final", the paper's share of 0.5 over three stages is a budget of 0.125; with
     "average" it is 0.469.
 

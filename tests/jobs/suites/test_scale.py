@@ -60,6 +60,7 @@ def test_the_peak_is_that_of_the_time_since_its_reset() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_size_is_labelled_and_planned(serving: str, s3: str) -> None:
     found = run_scale_suite(
         "tiny-llava", base_rows=4, rounds=2, quick=True, root=s3, console=Console(quiet=True)

@@ -29,9 +29,8 @@ from sppruner.pictures.overlay import (
     count_kinds,
     legend,
     overlay,
-    prepare_image,
-    selections_from_report,
 )
+from sppruner.pictures.selections import prepare_image, selections_from_report
 from sppruner.pruner import Pruner
 from sppruner.spec import PruneSpec
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.anyres import AnyresAdapter, AnyresLayout, image_sizes
+from sppruner.adapters.anyres import AnyresAdapter
+from sppruner.adapters.anyres_layout import AnyresLayout, image_sizes
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, TiledEncoderCost

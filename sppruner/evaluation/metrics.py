@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sppruner.evaluation.answers import parse_yes_no
 from sppruner.evaluation.captions import CiderD, bleu4
 from sppruner.vqa import score as vqa_score
 
@@ -51,6 +50,13 @@ class SoftAccuracy:
 
     def summary(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
         return {}
+
+
+def parse_yes_no(text: str) -> str:
+    """An answer to a POPE question: "no" if its first sentence contains "no" or "not", else "yes"
+    (https://github.com/AoiDragon/POPE)."""
+    words = text.split(".")[0].replace(",", "").lower().split()
+    return "no" if {"no", "not"} & set(words) else "yes"
 
 
 class YesNo:

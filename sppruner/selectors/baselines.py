@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
-from sppruner.selectors.base import Selector, saliency_IN
+from sppruner.selectors.base import Selector
 from sppruner.selectors.options import SaliencyOption
+from sppruner.selectors.saliency import saliency_IN
 from sppruner.signals import CONTENT_SEED
 from sppruner.types import Selection, VisualTokens
 

@@ -30,8 +30,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.selectors.base import mask_to_index, min_max_IN, saliency_IN
+from sppruner.selectors.base import mask_to_index
 from sppruner.selectors.options import RelevanceOptions, SaliencyOption, check_range, relevance_IN
+from sppruner.selectors.saliency import min_max_IN, saliency_IN
 from sppruner.selectors.similarity import (
     GreedySubset,
     complement,

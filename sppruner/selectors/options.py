@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from sppruner.errors import SpecError
-from sppruner.selectors.base import SALIENCY, Selector
+from sppruner.selectors.base import Selector
+from sppruner.selectors.saliency import SALIENCY
 from sppruner.types import RelevancePool, RelevanceSource, VisualTokens
 
 
@@ -41,7 +42,7 @@ class SaliencyOption(Selector):
     """The base of methods that rank tokens by saliency."""
 
     saliency: str = "attention"
-    """The source of saliency, a key of `sppruner.selectors.base.SALIENCY`: "attention" is the
+    """The source of saliency, a key of `sppruner.selectors.saliency.SALIENCY`: "attention" is the
     family's signal, "cls" and "received" are one of the two, "feature" needs no attention."""
 
     def __post_init__(self) -> None:
@@ -66,8 +67,8 @@ class RelevanceOptions(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "relevance", ("embed", "clip", "none"))
-        check_choice(self, "relevance_pool", ("mean", "max", "top3"))
+        check_choice(self, "relevance", get_args(RelevanceSource))
+        check_choice(self, "relevance_pool", get_args(RelevancePool))
 
     @property
     def relevance_source(self) -> RelevanceSource:

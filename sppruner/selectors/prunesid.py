@@ -61,8 +61,9 @@ from torch import Tensor
 
 from sppruner.capabilities import Capabilities
 from sppruner.errors import SpecError
-from sppruner.selectors.base import mask_to_index, saliency_IN
+from sppruner.selectors.base import mask_to_index
 from sppruner.selectors.options import SaliencyOption, check_choice
+from sppruner.selectors.saliency import saliency_IN
 from sppruner.selectors.similarity import (
     cosine_flops,
     cosines_INN,
@@ -111,7 +112,7 @@ class PruneSIDSelector(SaliencyOption):
         check_choice(self, "score", ("attention", "loading"))
         check_choice(self, "tau_mode", ("llava", "qwen"))
         check_choice(self, "quota", ("survivors", "size"))
-        if self.usual_information <= 0:
+        if not self.usual_information > 0:  # NaN is refused too
             raise SpecError(
                 f"usual_information={self.usual_information!r} is a divisor: use a mean of "
                 "1 - cosine, above 0"

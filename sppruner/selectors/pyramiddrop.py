@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, cast, get_args
 
 from sppruner.errors import SpecError
+from sppruner.selectors.options import check_choice
 from sppruner.selectors.staged import StagedSelector
 from sppruner.stages import TokenSchedule
 from sppruner.stages.plan import Scoring
@@ -46,8 +47,7 @@ class PyramidDropSelector(StagedSelector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scoring not in ("stage", "before"):
-            raise SpecError(f"scoring={self.scoring!r} of 'pyramiddrop': use 'stage' or 'before'")
+        check_choice(self, "scoring", get_args(Scoring))
         stages = self._parse_layers()
         if list(stages) != sorted(set(stages)) or any(layer < 1 for layer in stages):
             raise SpecError(

@@ -12,6 +12,7 @@ import torch
 from sppruner.capabilities import Capabilities
 from sppruner.errors import MissingSignal, SpecError
 from sppruner.selectors.base import Selector
+from sppruner.selectors.options import check_choice
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
 
@@ -45,8 +46,7 @@ class StagedSelector(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count not in COUNTS:
-            raise SpecError(f"count={self.count!r} of {self.name!r}: use 'final' or 'average'")
+        check_choice(self, "count", COUNTS)
 
     @abstractmethod
     def stage_layers(self, layers: int) -> tuple[int, ...]:

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sppruner.selectors.base import mask_to_index, saliency_IN
+from sppruner.selectors.base import mask_to_index
 from sppruner.selectors.options import SaliencyOption, check_range
+from sppruner.selectors.saliency import saliency_IN
 from sppruner.selectors.similarity import encoder_states
 from sppruner.signals import KEYS
 from sppruner.types import Selection, VisualTokens

@@ -22,8 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.selectors.base import saliency_IN
 from sppruner.selectors.options import SaliencyOption, check_range
+from sppruner.selectors.saliency import saliency_IN
 from sppruner.selectors.similarity import cosine_flops, cosines_INN, encoder_states
 from sppruner.types import Selection, VisualTokens
 

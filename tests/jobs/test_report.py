@@ -33,7 +33,8 @@ from sppruner.evaluation import drawn_scenes
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import EMBEDDED, load_model, resolve_model
 from sppruner.pictures.geometry import visible_crop
-from sppruner.pictures.overlay import overlay, prepare_image
+from sppruner.pictures.overlay import overlay
+from sppruner.pictures.selections import prepare_image
 from sppruner.spec import DENSE
 from tests.cluster.corpora import config, put_parquet
 

@@ -15,7 +15,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from sppruner import Budget, Pruner, PruneSpec
 from sppruner.adapters import LlavaNextAdapter, LlavaOnevisionAdapter, capabilities
-from sppruner.adapters.anyres import AnyresLayout
+from sppruner.adapters.anyres_layout import AnyresLayout
 from sppruner.errors import InputError, UnsupportedModel
 from tests.sppruner.families import llava_next, llava_onevision
 

@@ -13,7 +13,8 @@ from sppruner.evaluation import Dataset, compare, drawn_scenes
 from sppruner.evaluation.dataset import Outline
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pictures.geometry import WHOLE, plane_boxes
-from sppruner.pictures.overlay import count_kinds, overlay, prepare_image
+from sppruner.pictures.overlay import count_kinds, overlay
+from sppruner.pictures.selections import prepare_image
 from sppruner.prompts import build_inputs
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec

@@ -15,13 +15,11 @@ from sppruner.pictures.overlay import (
     count_kinds,
     legend,
     overlay,
-    prepare_image,
-    selections_from_report,
 )
+from sppruner.pictures.selections import prepare_image
 from sppruner.pruner import Pruner
 from sppruner.spec import Budget, PruneSpec
 from sppruner.types import Selection, VisualTokens
-from tests.sppruner.families import FAMILIES
 
 RED = (255, 0, 0)
 FOCUS, CONTEXT, MERGED = (213, 94, 0), (86, 180, 233), (0, 158, 115)
@@ -126,25 +124,3 @@ def test_a_selection_of_the_embedded_model_is_drawn() -> None:
     picture = overlay(image, selections, side=240)
     assert is_colour(picture, FOCUS).any()
     assert is_colour(picture, CONTEXT).any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ratio", [0.3, 1.0])
-def test_selections_from_a_report_equal_the_pruner_s(family: str, ratio: float) -> None:
-    """For two images of several planes, with row-end tokens in families that have them."""
-    pruner = Pruner(FAMILIES[family].build())
-    spec = PruneSpec(method="grid", budget=Budget(ratio=ratio))
-    prepared = pruner.prepare(FAMILIES[family].batch([2]), spec)
-    (report,) = prepared.reports
-    restored = selections_from_report(prepared, report.kept_tokens)
-    for (plane, choice), (other, expected) in zip(restored, prepared.selections, strict=True):
-        assert plane is other
-        assert choice.index_K.tolist() == expected.index_K.tolist()
-
-
-def test_a_report_of_another_image_is_refused() -> None:
-    family = FAMILIES["llava"]
-    spec = PruneSpec(method="grid", budget=Budget(ratio=0.3))
-    one, two = (Pruner(family.build()).prepare(family.batch([images]), spec) for images in (1, 2))
-    with pytest.raises(InputError, match=r"2 bytes of kept tokens do not match 32 visual tokens"):
-        selections_from_report(two, one.reports[0].kept_tokens)

@@ -136,12 +136,12 @@ def test_pyramid_counts_are_cut_to_whole_numbers() -> None:
     ("method", "options", "message"),
     [
         ("fastv", {"layer": 0}, "use 1 or more"),
-        ("fastv", {"count": "mean"}, "use 'final' or 'average'"),
+        ("fastv", {"count": "mean"}, r"use one of \('final', 'average'\)"),
         ("pyramiddrop", {"layers": "8,4"}, "ascending"),
         ("pyramiddrop", {"layers": "0,4"}, "ascending"),
         ("pyramiddrop", {"layers": "8;16"}, "such as '8,16,24'"),
-        ("pyramiddrop", {"scoring": "next"}, "use 'stage' or 'before'"),
-        ("sppruner", {"mode": "mid"}, "use 'pre' or 'pre"),
+        ("pyramiddrop", {"scoring": "next"}, r"use one of \('before', 'stage'\)"),
+        ("sppruner", {"mode": "mid"}, r"use one of \('pre', 'pre\+mid'\)"),
     ],
 )
 def test_the_error_for_an_invalid_option_says_what_to_write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sppruner.evaluation.answers import parse_yes_no
+from sppruner.evaluation.metrics import parse_yes_no
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ _REFERENCES = ("answers", "source_answers", "source_answer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Accuracy over the rows of a run, scored by `sppruner.vqa`."""
+    """Accuracy over the rows of a run, scored by `sppruner.vqa` from the committed answers: a kept
+    summary of another version may have another figure."""
 
     scored: int
     """Rows with a reference; an error row with one counts as wrong."""

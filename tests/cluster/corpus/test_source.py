@@ -44,13 +44,18 @@ def test_ray_data_never_divides_a_unit(
 
 
 def read_slowly(
-    folder: str, store: Store, unit: Unit, mapping: ColumnMapping
+    folder: str, company: int, store: Store, unit: Unit, mapping: ColumnMapping
 ) -> Iterator[pa.Table]:
-    """Reads a unit in 0.3 s and records the time from start to end in a file."""
+    """Reads a unit in 0.3 s, the first ones only once `company` of them are being read, however
+    slowly their processes start; records the time from start to end in a file."""
     started = time.time()
+    Path(folder, f"{unit.unit_id}.started").touch()
+    deadline = started + 60
+    while len(list(Path(folder).glob("*.started"))) < company and time.time() < deadline:
+        time.sleep(0.05)
     time.sleep(0.3)
     yield read_unit(store, unit, mapping)
-    Path(folder, unit.unit_id).write_text(f"{started} {time.time()}")
+    Path(folder, f"{unit.unit_id}.span").write_text(f"{started} {time.time()}")
 
 
 @pytest.mark.parametrize(("replicas", "bound"), [(1, 2), (3, 6)])
@@ -58,13 +63,13 @@ def test_at_most_two_units_are_read_concurrently_for_each_replica(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, bound: int
 ) -> None:
     """Without the bound, the four CPUs of the session's Ray would run eight readers."""
-    monkeypatch.setattr(source, "_read_block", partial(read_slowly, str(tmp_path)))
+    monkeypatch.setattr(source, "_read_block", partial(read_slowly, str(tmp_path), bound // 3 + 1))
     make_corpus(kind="caption", rows=160, output=f"{s3}/in")
     planned = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=10)
     manifest = planned.manifest
     units = read_units(manifest.source, manifest.mapping, manifest.units, replicas=replicas)
     units.materialize()
-    spans = [tuple(map(float, note.read_text().split())) for note in tmp_path.iterdir()]
+    spans = [tuple(map(float, note.read_text().split())) for note in tmp_path.glob("*.span")]
     assert len(spans) >= len(planned.units)
     concurrent = [sum(start <= at < end for start, end in spans) for at, _ in spans]
     assert bound // 3 < max(concurrent) <= bound

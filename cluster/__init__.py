@@ -24,29 +24,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.config import RunConfig
+    from cluster.corpus.source import read_units
     from cluster.output.run_output import RunOutput
     from cluster.output.summary import summarise
-    from cluster.runs.labeller import label_units
+    from cluster.runs.labeller import LabellerSettings, label_units
     from cluster.runs.run import run
-    from cluster.serving.application import endpoint
+    from cluster.serving.application import FleetSettings, endpoint
+    from cluster.serving.engine_settings import EngineSettings
     from cluster.serving.fleet import open_fleet
 
 _HOMES = {
+    "EngineSettings": "cluster.serving.engine_settings",
+    "FleetSettings": "cluster.serving.application",
+    "LabellerSettings": "cluster.runs.labeller",
     "RunConfig": "cluster.config",
     "RunOutput": "cluster.output.run_output",
     "endpoint": "cluster.serving.application",
     "label_units": "cluster.runs.labeller",
     "open_fleet": "cluster.serving.fleet",
+    "read_units": "cluster.corpus.source",
     "run": "cluster.runs.run",
     "summarise": "cluster.output.summary",
 }
 
 __all__ = [
+    "EngineSettings",
+    "FleetSettings",
+    "LabellerSettings",
     "RunConfig",
     "RunOutput",
     "endpoint",
     "label_units",
     "open_fleet",
+    "read_units",
     "run",
     "summarise",
 ]

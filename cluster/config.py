@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -75,8 +76,14 @@ class RunConfig:
     """Replica deaths before a call is quarantined."""
 
     def __post_init__(self) -> None:
+        for name in ("input", "output", "model"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         checks: list[tuple[bool, str]] = [
             (self.kind in ("caption", "vqa"), f"kind {self.kind!r}: use caption or vqa"),
+            (bool(self.input.strip()), "--input is empty: give s3://bucket/prefix or a path"),
+            (bool(self.output.strip()), "--output is empty: give s3://bucket/prefix or a path"),
+            (bool(self.model.strip()), "--model is empty: give a folder or Hub name"),
+            (bool(self.prompt.strip()), "--prompt is empty: give what every row is asked"),
             (self.dtype in DTYPES, f"--dtype {self.dtype!r}: use one of {', '.join(DTYPES)}"),
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give at least 1"),
             (self.replicas >= 1, f"--replicas {self.replicas}: give at least 1"),

@@ -17,6 +17,8 @@ def parse_methods(text: str) -> list[PruneSpec]:
 
     Raises SpecError, with the valid names, for an unknown method or option.
     """
+    if not text.strip(" ,"):
+        raise SpecError("no method is named: give some, such as sppruner,random")
     specs = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         spec = PruneSpec.parse(entry, Budget(ratio=0.5))
@@ -38,8 +40,12 @@ def check_folders(*files: Path | None) -> None:
     """Raises EvaluationError for a file that cannot be written where it is to be: better than
     after hours of measuring."""
     for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir():
             raise EvaluationError(f"{file}: its folder does not exist; make it first")
+        if file.is_dir():
+            raise EvaluationError(f"{file} is a folder: name a file")
 
 
 def combine_specs(methods: Sequence[PruneSpec], shares: Sequence[float]) -> list[PruneSpec]:

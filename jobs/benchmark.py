@@ -198,9 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logs()
         check_folders(arguments.json, arguments.markdown)
         result = run_suite(check_arguments(arguments), open_console(stderr=True))
-    except (RunError, SpprunerError) as error:
+    except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else _exit_code(error)
+        return error.exit_code
+    except SpprunerError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return _exit_code(error)
     open_console().print(*render_tables(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

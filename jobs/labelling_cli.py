@@ -94,6 +94,11 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
 
 def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunConfig:
     """The run configuration of a command line. Raises UsageError."""
+    if job.kind == "vqa" and "{question}" not in arguments.prompt:
+        raise UsageError(
+            f"--prompt {arguments.prompt!r} would leave out the row's question: write {{question}} "
+            "where it belongs"
+        )
     try:
         spec = PruneSpec.parse(arguments.method, Budget(ratio=arguments.retain))
         generation = SamplingParams(max_new_tokens=arguments.max_new_tokens)

@@ -94,6 +94,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; `work` gets its default."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    for name in ("scenes", "evaluate_scenes"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
     start: Path | None = arguments.start
     if start is not None:
         if arguments.output.resolve() == start.resolve():

@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stderr = open_console(stderr=True)
     try:
         check_folders(arguments.json)
+        if arguments.rounds < 1:
+            raise SpecError(f"--rounds {arguments.rounds}: give at least 1")
         methods, grid = parse_methods(arguments.method), parse_grid(arguments.grid)
         if len(methods) != 1:
             raise SpecError(f"--method {arguments.method!r}: start from one method")

@@ -22,6 +22,9 @@ OptionValue: TypeAlias = bool | int | float | str
 """The value of a method's option."""
 
 
+_INT_BOUND = 2**63  # of a column of integers, and far above any count
+
+
 def shares(total: int, sizes: Sequence[int]) -> list[int]:
     """`total` split in proportion to `sizes` by largest remainder; on a tie, earlier ones first.
 
@@ -71,8 +74,11 @@ class Budget:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise SpecError(f"budget {name} {value!r} is not a number")
-            # 1 and 1.0 are one budget, so both must give the same JSON.
-            object.__setattr__(self, name, float(value))
+            try:
+                # 1 and 1.0 are one budget, so both must give the same JSON.
+                object.__setattr__(self, name, float(value))
+            except OverflowError as error:
+                raise SpecError(f"budget {name} is far too large") from error
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise SpecError(f"budget ratio {self.ratio!r} is outside (0, 1]: 0.222 keeps 22.2 %")
         if not 0.0 <= self.spread < 1.0:
@@ -80,7 +86,9 @@ class Budget:
         if self.scope not in ("image", "prompt"):
             raise SpecError(f"budget scope {self.scope!r}: use 'image' or 'prompt'")
         for name, number in (("tokens", self.tokens), ("min_keep", self.min_keep)):
-            if number is not None and (type(number) is not int or number < 0):
+            if number is None and name == "tokens":
+                continue
+            if type(number) is not int or not 0 <= number < _INT_BOUND:
                 raise SpecError(f"budget {name} {number!r} is not a whole number from 0")
 
     def count(self, n: int) -> int:
@@ -101,14 +109,16 @@ class Budget:
 
     def reweighted(self, k: int, n: int, weight: float) -> int:
         """`k` of `n` tokens times `weight`, which is an image's information relative to its usual
-        value, bounded by `spread`."""
+        value, bounded by `spread`; to the nearest token, and not below `min_keep`."""
         low, high = 1.0 - self.spread, 1.0 + self.spread
-        return min(n, math.floor(k * min(high, max(low, weight)) + 0.5))
+        least = min(k, self.min_keep)
+        return min(n, max(least, math.floor(k * min(high, max(low, weight)) + 0.5)))
 
     def bounds(self, n: int, images: int = 1) -> tuple[int, int]:
         """Fewest and most tokens that a prompt of `n` visual tokens in `images` images keeps.
 
-        Equal for a single image without spread; several images are rounded one by one.
+        Equal for a single image without spread; several images are rounded one by one, and with
+        spread once more.
         """
         if images > 1 and self.scope == "image":
             if self.tokens is not None:
@@ -119,8 +129,11 @@ class Budget:
                 high = min(n, math.ceil(share + images * max(0.5, self.min_keep)))
         else:
             low = high = self.count(n)
-        slack = self.spread
-        return max(0, math.floor(low * (1 - slack))), min(n, math.ceil(high * (1 + slack)))
+        if not self.spread:
+            return low, high
+        fewest = math.ceil(low * (1 - self.spread) - images / 2)
+        most = math.floor(high * (1 + self.spread) + images / 2)
+        return max(0, fewest), min(n, most)
 
 
 DENSE_BUDGET = Budget(ratio=1.0)
@@ -155,12 +168,18 @@ class PruneSpec:
         if not isinstance(self.options, Mapping):
             raise SpecError(f"options {self.options!r} is not a mapping of names to values")
         for name, value in self.options.items():
+            if not isinstance(name, str):
+                raise SpecError(f"option {name!r} is not a name")
+            if isinstance(value, int) and not -_INT_BOUND <= value < _INT_BOUND:
+                raise SpecError(f"option {name} is far too large")
             if not isinstance(value, bool | int | float | str):
                 raise SpecError(f"option {name}={value!r} is not a bool, number or string")
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"option {name}={value!r} is not finite: JSON cannot hold it")
         # A private copy in key order, so that equal specs have equal JSON.
         object.__setattr__(self, "options", dict(sorted(self.options.items())))
+        if self.method == "none" and self.options:
+            raise SpecError(f"method 'none' has no option {next(iter(self.options))!r}")
         if self.method == "none" and self.budget != DENSE_BUDGET:
             raise SpecError(
                 "method 'none' keeps every token: leave the budget out, or name a method"
@@ -193,9 +212,12 @@ class PruneSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneSpec:
         """The inverse of `to_dict`; unknown keys are errors. Raises SpecError."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{data!r} is not a prune spec: a mapping with a method")
         unknown = set(data) - {"method", "budget", "positions", "options"}
         if unknown or "method" not in data:
-            raise SpecError(f"not a prune spec: unknown keys {sorted(unknown)}, or no method")
+            names = sorted(map(str, unknown))
+            raise SpecError(f"not a prune spec: unknown keys {names}, or no method")
         try:
             budget = Budget(**data["budget"]) if "budget" in data else DENSE_BUDGET
         except TypeError as error:

@@ -1,9 +1,10 @@
 """Scores of short answers: the one scorer that job summaries and evaluations share. No torch.
 
 With three references or more, VQAv2's official rules (https://visualqa.org/evaluation.html; Antol
-et al. 2015): both sides are normalised, and accuracy is min(agreeing / 3, 1) averaged over leaving
-out each reference in turn. With one or two references, where three can never agree: an exact match
-after a lighter normalisation, which keeps symbols ("C++", "50 %") apart. A blank answer scores 0.
+et al. 2015): both sides are normalised (the official script leaves that out where all references
+are equal), and accuracy is min(agreeing / 3, 1) averaged over leaving out each reference in turn.
+With one or two references, where three can never agree: an exact match after a lighter
+normalisation, which keeps symbols ("C++", "50 %") apart. A blank answer scores 0.
 """
 
 from __future__ import annotations

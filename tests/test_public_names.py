@@ -34,7 +34,8 @@ PUBLIC = {
         LastQueryProbe StageDriver StagePlan TokenSchedule staged_static_cache
     """,
     "cluster": """
-        RunConfig RunOutput endpoint label_units open_fleet run summarise
+        EngineSettings FleetSettings LabellerSettings RunConfig RunOutput endpoint label_units
+        open_fleet read_units run summarise
     """,
     "cluster.store": "LocalStore ObjectInfo RangedFile S3Store Store open_store",
 }

@@ -6,6 +6,7 @@ and output never overlap. Everything else is a UsageError that names what was fo
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePosixPath
 
 from cluster.errors import UsageError
@@ -48,9 +49,14 @@ def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
 def _check_no_overlap(source: str, output: str) -> None:
     """Raises UsageError if one prefix contains the other: commits to an output inside the input
     would change the corpus, and readers of an output that contains the input would read both."""
-    first, second = (uri.rstrip("/") + "/" for uri in (source, output))
+    first, second = (_resolve(uri).rstrip("/") + "/" for uri in (source, output))
     if first.startswith(second) or second.startswith(first):
         raise UsageError(f"--input {source} and --output {output} overlap; keep them apart")
+
+
+def _resolve(uri: str) -> str:
+    """A path without links and `..`; any other URI as it is."""
+    return uri if "://" in uri else os.path.realpath(uri)
 
 
 def _is_hidden(key: str) -> bool:

@@ -11,6 +11,7 @@ Readers of Parquet data sets skip `_run/`, so `pyarrow.parquet.read_table(prefix
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ class RunOutput:
         self._store = store
 
     @classmethod
-    def open(cls, uri: str) -> RunOutput:
+    def open(cls, uri: str | os.PathLike[str]) -> RunOutput:
         """The output at `s3://bucket/prefix` or a path. Nothing is contacted yet. Raises
         UsageError on another scheme."""
         return cls(open_store(uri))
@@ -66,7 +67,7 @@ class RunOutput:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{self._store.uri_of(_MANIFEST)}: not a manifest this version can read "
-                f"({error!r}); choose another --output"
+                f"({error!r}); restore it, or choose another --output"
             ) from error
 
     def require_manifest(self) -> Manifest:
@@ -144,7 +145,11 @@ class RunOutput:
         if _LEDGER not in metadata:
             uri = self._store.uri_of(info.key)
             raise StoreError(f"{uri}: no ledger in its footer; it is not a unit of a run")
-        return UnitLedger.from_json(metadata[_LEDGER])
+        try:
+            return UnitLedger.from_json(metadata[_LEDGER])
+        except (ValueError, TypeError) as error:
+            uri = self._store.uri_of(info.key)
+            raise StoreError(f"{uri}: not a ledger this version can read ({error})") from error
 
     # Decisions and summaries
 
@@ -152,7 +157,13 @@ class RunOutput:
         """Whether pruning pays; None where the run does not decide that, or has not yet."""
         if self._store.head(_BREAK_EVEN) is None:
             return None
-        return BreakEven.from_dict(json.loads(self._store.get(_BREAK_EVEN)))
+        try:
+            return BreakEven.from_dict(json.loads(self._store.get(_BREAK_EVEN)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self._store.uri_of(_BREAK_EVEN)}: not a decision this version can read "
+                f"({error!r}); remove it, and the run decides again"
+            ) from error
 
     def keep_break_even(self, decision: BreakEven) -> BreakEven:
         """The decision that holds from now on: this one, or another driver's that was first."""
@@ -191,7 +202,7 @@ class RunOutput:
                 raise StoreError(f"{self._store.uri_of(key)}: this unit is not committed")
             try:
                 return read(info)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:  # OSError: a page that is damaged
                 raise StoreError(
                     f"{self._store.uri_of(key)}: not a Parquet file ({error}); remove it and resume"
                 ) from error

@@ -5,6 +5,7 @@ one that somebody looks at a year later.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,13 +130,15 @@ class Summary:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
 
-def summarise(output: str | RunOutput, attempt: Attempt | None = None) -> Summary:
+def summarise(
+    output: str | os.PathLike[str] | RunOutput, attempt: Attempt | None = None
+) -> Summary:
     """The summary of the run in an output prefix.
 
     output: its URI, or the output itself. attempt: how the present invocation went, if any. Raises
     UsageError for a prefix that holds no run, StoreError where the store gave up.
     """
-    if isinstance(output, str):
+    if not isinstance(output, RunOutput):
         output = RunOutput.open(output)
     manifest = output.require_manifest()
     done = sorted(output.committed_units() & {unit.unit_id for unit in manifest.units})

@@ -17,7 +17,11 @@ from cluster.protocol import VERSION, rows_held
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.http.app import Api, ApiSettings
 from cluster.serving.replica import VLMReplica
-from sppruner.models.loading import resolve_model
+from sppruner.adapters import capabilities
+from sppruner.errors import SpprunerError
+from sppruner.models.loading import load_config, resolve_model
+from sppruner.pruner import check_spec
+from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 ONLINE_REQUESTS: Final = 32
@@ -122,17 +126,24 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
     where pruning is measured, at start-up, to be faster than dense).
 
     The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
-    Raises UsageError for other arguments.
+    Raises UsageError for other arguments, and for a pruning that the model cannot run.
     """
     if "model" not in args or set(args) - _ARGUMENTS:
         raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(_ARGUMENTS)}")
     auto = args.get("auto", "false")
     if auto not in ("true", "false"):
         raise UsageError(f"auto={auto}: write true or false")
-    retain = Budget(ratio=_number(args, "retain", float) or 0.222)
-    spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
-    api = ApiSettings(default_spec=spec, auto=auto == "true")
-    pinned = resolve_model(args["model"], args.get("revision"))
+    if "retain" in args and "prune" not in args:
+        raise UsageError(f"retain={args['retain']} prunes nothing: add prune=METHOD")
+    try:
+        retain = Budget(ratio=_number(args, "retain", float) or 0.222)
+        spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
+        selector_for(spec)  # a misspelt method must not cost the download of a model
+        api = ApiSettings(default_spec=spec, auto=auto == "true")
+        pinned = resolve_model(args["model"], args.get("revision"))
+        check_spec(spec, capabilities(load_config(pinned)))
+    except SpprunerError as error:
+        raise UsageError(str(error)) from error
     engine = EngineSettings(
         model=args["model"],
         revision=pinned.revision,

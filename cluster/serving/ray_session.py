@@ -47,10 +47,13 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
     address = named or _current_cluster()
     if address not in (None, "local"):
         try:
-            ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime)
+            # Ray reads the note of `ray start` itself as "auto", and only then uses the token that
+            # `ray start` made.
+            ray.init(address=named or "auto", logging_level=logging.WARNING, runtime_env=runtime)
         except ConnectionError as error:
             raise FleetUnavailable(
-                f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local"
+                f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local; a "
+                "cluster with a token needs RAY_AUTH_MODE=token"
             ) from error
         stack.callback(_leave_ray)
         return False

@@ -7,6 +7,8 @@ that writer's complete object.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from cluster.errors import UsageError
@@ -18,12 +20,17 @@ from cluster.store.s3 import S3Store
 __all__ = ["LocalStore", "ObjectInfo", "RangedFile", "S3Store", "Store", "open_store"]
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str | os.PathLike[str]) -> Store:
     """The store at `s3://bucket/prefix`, `file:///path` or a plain path. No request is made.
 
     S3 is configured by the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError
-    for any other scheme and for an invalid bucket name.
+    for any other scheme, an invalid bucket name and an empty path.
     """
+    uri = os.fspath(uri)
+    if not uri.strip():
+        raise UsageError("a path is empty: give s3://bucket/prefix or a local path")
+    if re.match(r"(s3|file|gs|https?):(?!//)", uri):
+        raise UsageError(f"{uri}: write {uri.partition(':')[0]}:// with two slashes")
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return LocalStore(Path(uri).absolute())

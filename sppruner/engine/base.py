@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from PIL import Image
 
 from sppruner.engine.interface import Request, Result, SamplingParams, Update
-from sppruner.errors import EngineError, InputError, PruningHadNoEffect
+from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpecError
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pruner import Pruner
@@ -31,6 +31,9 @@ class ModelEngine(ABC):
     answered at the same time.
     """
 
+    _updates: list[Update]
+    """What the next `poll` returns."""
+
     def __init__(
         self,
         model: str | LoadedModel,
@@ -49,6 +52,8 @@ class ModelEngine(ABC):
         self.model_id = loaded.identity.name
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
+        if slots < 1:
+            raise SpecError(f"slots {slots}: give at least 1")
         self.slots = slots
         self._jpeg_scale = jpeg_scale_of(loaded.processor)
         self._model = loaded.model
@@ -78,12 +83,19 @@ class ModelEngine(ABC):
         return self._jpeg_scale(width, height)
 
     def run(self, requests: list[Request]) -> list[Result]:
-        """Answers every request, in order; for an engine that nobody else steps."""
+        """Answers every request, in order; for an engine that nobody else steps. Updates of
+        requests that were submitted before stay for `poll`."""
         tickets = [self.submit(request) for request in requests]
         results: dict[int, Result] = {}
+        others: list[Update] = []
         while len(results) < len(tickets):
             self.step()
-            results |= {u.ticket: u.result for u in self.poll() if u.result is not None}
+            for update in self.poll():
+                if update.ticket not in tickets:
+                    others.append(update)
+                elif update.result is not None:
+                    results[update.ticket] = update.result
+        self._updates[:0] = others
         return [results[ticket] for ticket in tickets]
 
     def check(self, spec: PruneSpec) -> None:

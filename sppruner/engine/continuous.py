@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -20,7 +20,7 @@ from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.preparation import PreparedRequest, RequestPreparer
 from sppruner.engine.running_batch import RunningBatch, RunningRequest
 from sppruner.engine.scheduler import PrefillLimits, Scheduler
-from sppruner.errors import SpecError
+from sppruner.errors import EngineError, SpecError
 
 # The share of slots that a group waits to fill, if that many requests are on their way: a group
 # shares one forward, and running requests wait while it takes place.
@@ -58,6 +58,8 @@ class ContinuousEngine(ModelEngine):
         super().__init__(model, **settings)
         if compiled and capacity is None:
             raise SpecError("a compiled engine needs a capacity: tokens of a prompt and its answer")
+        if threads < 1:
+            raise SpecError(f"threads {threads}: give at least 1")
         self.encoder_cache, self.prefix_cache = EncoderCache(cache_bytes), PrefixCache(cache_bytes)
         self._running = RunningBatch(
             self._pruner,
@@ -93,6 +95,8 @@ class ContinuousEngine(ModelEngine):
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns the ticket that its updates carry."""
+        if self._preparer.closed:
+            raise EngineError("the engine is closed: open another")
         ticket = next(self._tickets)
         self._preparing[ticket] = request, self._preparer.prepare(request, ticket)
         return ticket
@@ -138,7 +142,7 @@ class ContinuousEngine(ModelEngine):
         return updates
 
     def close(self) -> None:
-        """Ends the engine's threads."""
+        """Ends the engine's threads. Requests that were not prepared yet end in an error."""
         self._preparer.close()
 
     def _collect_prepared(self) -> None:
@@ -149,6 +153,9 @@ class ContinuousEngine(ModelEngine):
             del self._preparing[ticket]
             try:
                 self._scheduler.add(future.result())
+            except CancelledError:
+                closed = EngineError("the engine was closed before it read this request")
+                self._finish(ticket, error_result(request, closed))
             except Exception as error:  # The row boundary, as in `_prefill`.
                 self._finish(ticket, error_result(request, error))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from PIL import Image
 
@@ -14,6 +15,9 @@ from sppruner.spec import DENSE, PruneSpec
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 """A model's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
 
+# Colder, divided logits overflow; this cold, sampling is greedy to all purposes.
+_COLDEST: Final = 0.001
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -23,7 +27,7 @@ class SamplingParams:
     """Most tokens of the answer, at least 1."""
 
     temperature: float = 0.0
-    """0 is greedy decoding; not negative."""
+    """0 is greedy decoding; from 0.001 answers are sampled."""
 
     top_p: float = 1.0
     """Share of probability that nucleus sampling draws from, in (0, 1]; no effect if greedy."""
@@ -35,14 +39,27 @@ class SamplingParams:
     """Stop strings, not empty ones: the answer ends in front of the first that it contains."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise SpecError(f"max_new_tokens {self.max_new_tokens!r}: give at least 1")
-        if self.temperature < 0:
-            raise SpecError(f"temperature {self.temperature!r} is negative")
-        if not 0 < self.top_p <= 1:
+        if not _is_finite(self.temperature) or self.temperature < 0:
+            raise SpecError(f"temperature {self.temperature!r}: give a number from 0")
+        if 0 < self.temperature < _COLDEST:
+            raise SpecError(f"temperature {self.temperature!r}: give 0, or at least {_COLDEST}")
+        if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
             raise SpecError(f"top_p {self.top_p!r} is outside (0, 1]")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise SpecError(f"seed {self.seed!r}: give a whole number of up to 64 bits")
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) for s in self.stop):
+            raise SpecError(f"stop {self.stop!r}: give a tuple of strings")
         if "" in self.stop:
             raise SpecError("stop holds an empty string, which would end every answer at once")
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(cast(float, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

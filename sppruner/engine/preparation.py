@@ -103,6 +103,8 @@ class RequestPreparer:
         self._context = context
         self._fits = fits
         self._thread_local = threading.local()
+        self.closed = False
+        """Whether no more requests are taken."""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
 
     def prepare(self, request: Request, ticket: int) -> Future[PreparedRequest]:
@@ -112,6 +114,7 @@ class RequestPreparer:
 
     def close(self) -> None:
         """Ends the threads; requests that no thread has started are cancelled."""
+        self.closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, request: Request, ticket: int) -> PreparedRequest:

@@ -29,6 +29,7 @@ class QueuedEngine(ABC):
         self._queues: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
+        self._closed = False
 
     @abstractmethod
     def answer_batch(self, requests: list[Request]) -> list[Result]:
@@ -40,6 +41,8 @@ class QueuedEngine(ABC):
         return sum(map(len, self._queues.values()))
 
     def submit(self, request: Request) -> int:
+        if self._closed:
+            raise EngineError("the engine is closed: open another")
         ticket = next(self._tickets)
         kind = request.priority, request.control, request.generation
         self._queues.setdefault(kind, deque()).append((ticket, request))
@@ -74,8 +77,9 @@ class QueuedEngine(ABC):
         updates, self._updates = self._updates, []
         return updates
 
-    def close(self) -> None:  # noqa: B027 - a batch engine has no threads
-        """Nothing to end."""
+    def close(self) -> None:
+        """Takes no more requests."""
+        self._closed = True
 
     def _answer_checked(self, requests: Sequence[Request]) -> list[Result]:
         results = self.answer_batch(list(requests))

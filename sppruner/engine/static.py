@@ -8,8 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sppruner.engine.base import ModelEngine, check_length, run_control_pairs
+from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
@@ -69,6 +72,10 @@ class BatchEngine(QueuedEngine, ModelEngine):
             torch.manual_seed(generation.seed)
         prompts = [request.prompt for request in batch]
         generate_kwargs = self._generate_kwargs(generation)
+        stops = None
+        if generation.stop:
+            stops = _StopStrings(self._processor.tokenizer, generation.stop, rows=len(batch))
+            generate_kwargs["stopping_criteria"] = StoppingCriteriaList([stops])
         if batch[0].control:
             # Both sides of a control encode alike: what a tower skips is not a saving of pruning.
             prepared = self._pruner.prepare(inputs, specs, prompts)
@@ -77,20 +84,16 @@ class BatchEngine(QueuedEngine, ModelEngine):
             generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
         rows = generated.tokens_BT.tolist()
         seconds = (time.perf_counter() - started) / len(batch)
+        cut = [None] * len(batch) if stops is None else stops.cut
         return [
-            self._result(
-                request, report, tokens, seconds, text=self._cut_at_stop(tokens, generation)
+            # What follows in the row of a stopped answer is padding.
+            self._result(request, report, tokens, seconds)
+            if stopped is None
+            else self._result(request, report, tokens[: stopped[0]], seconds, text=stopped[1])
+            for request, report, tokens, stopped in zip(
+                batch, generated.reports, rows, cut, strict=True
             )
-            for request, report, tokens in zip(batch, generated.reports, rows, strict=True)
         ]
-
-    def _cut_at_stop(self, tokens: list[int], generation: SamplingParams) -> str | None:
-        """The text in front of the first stop string; None where the answer has none."""
-        if not generation.stop:
-            return None
-        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        found = [at for stop in generation.stop if (at := text.find(stop)) >= 0]
-        return text[: min(found)] if found else None
 
     def _generate_kwargs(self, generation: SamplingParams) -> dict[str, Any]:
         # A generated placeholder would be read as a visual token later, so none is ever generated.
@@ -98,11 +101,6 @@ class BatchEngine(QueuedEngine, ModelEngine):
             "max_new_tokens": generation.max_new_tokens,
             "suppress_tokens": self._pruner.adapter.placeholder_ids,
         }
-        if generation.stop:
-            common |= {
-                "stop_strings": list(generation.stop),
-                "tokenizer": self._processor.tokenizer,
-            }
         if generation.temperature == 0:
             return common | {"do_sample": False}
         return common | {
@@ -111,3 +109,29 @@ class BatchEngine(QueuedEngine, ModelEngine):
             "top_p": generation.top_p,
             "top_k": 0,
         }
+
+
+class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch at its first stop string, as `ContinuousEngine` does.
+
+    The criterion of `transformers` matches tokens: it stops at white space in front of an answer,
+    which is no part of it, and refuses strings that no token can end.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, rows: int) -> None:
+        self._rows = [Detokenizer(tokenizer, stops) for _ in range(rows)]
+        self._tokens = 0
+        self.cut: list[tuple[int, str] | None] = [None] * rows
+        """Of each row its number of tokens and its text up to the stop string; None where the
+        answer has none."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """One more token of every row; whether each has ended, [B] bool."""
+        self._tokens += 1
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.cut[row] is None:
+                self._rows[row].add(token)
+                if self._rows[row].stopped:
+                    self.cut[row] = self._tokens, self._rows[row].text
+        ended = [cut is not None for cut in self.cut]
+        return torch.tensor(ended, device=input_ids.device)

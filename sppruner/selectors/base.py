@@ -127,6 +127,10 @@ class Selector(ABC):
                 names = ", ".join(sorted(known)) or "none"
                 raise SpecError(f"method {cls.name!r} has no option {option!r}; it has {names}")
             expected = known[option]
+            if expected is str and type(value) is int:
+                # A command line's `layers=8` is a number to whoever parses it.
+                options = options | {option: str(value)}
+                continue
             numeric = expected is float and isinstance(value, int) and not isinstance(value, bool)
             if not numeric and type(value) is not expected:
                 raise SpecError(

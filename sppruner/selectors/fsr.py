@@ -114,7 +114,7 @@ class FSRSelector(SaliencyOption, RelevanceOptions):
     ) -> Tensor | None:
         """Features [K, D] of the kept tokens, with those of the scan refined; None if none are."""
         dropped_M = complement(index_K, len(phi_N))
-        merges = min(int(self.kappa * len(scan_S)), len(dropped_M))
+        merges = int(min(self.kappa * len(scan_S), len(dropped_M)))
         if merges == 0:
             return None
         similarity_MS = cosine_NN[dropped_M[:, None], scan_S]

@@ -95,7 +95,8 @@ class ContextOptions(Selector):
     ) -> None:
         """Selects the best token of each window without a selected one, in order of mean φ'; at
         most a quarter of the remaining budget."""
-        side, (rows, columns) = self.windows, grid
+        # More windows than rows and columns are windows without tokens.
+        side, (rows, columns) = min(self.windows, max(grid)), grid
         row_R = torch.arange(rows, device=phi_IN.device) * side // rows
         column_C = torch.arange(columns, device=phi_IN.device) * side // columns
         window_N = (row_R[:, None] * side + column_C).flatten()
@@ -124,7 +125,7 @@ class ContextOptions(Selector):
         context. Aggregation reaches twice as far as proximity."""
         features_ND = image.features_ND
         dropped_M = complement(index_K, len(phi_N))
-        merges = min(int(self.kappa * len(context_C)), len(dropped_M))
+        merges = int(min(self.kappa * len(context_C), len(dropped_M)))
         if merges == 0:
             return features_ND[index_K]
         coords_N2 = image.coords_N2.float()

@@ -69,4 +69,4 @@ def test_an_error_of_the_library_is_a_message(
 
     monkeypatch.setattr("jobs.benchmark.run_suite", fail)
     assert main(["--suite", "scale"]) == 1
-    assert "inference_failed: request 1: no answer" in capsys.readouterr().err
+    assert "benchmark: request 1: no answer" in capsys.readouterr().err

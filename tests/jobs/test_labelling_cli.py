@@ -84,6 +84,19 @@ def test_a_bad_limit_of_the_demonstration_is_named(capsys: pytest.CaptureFixture
     assert "--limit -5: give at least 1" in refused(["--limit", "-5"], capsys)
 
 
+@pytest.mark.parametrize("flag", ["--input", "--output", "--model", "--prompt"])
+def test_an_empty_value_is_named(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"--input": "in", "--output": "out", flag: ""}
+    assert f"{flag} is empty" in refused([part for pair in places.items() for part in pair], capsys)
+
+
+def test_a_prompt_that_leaves_out_the_question_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert answer_vqa.main(["--prompt", "Answer in French."]) == 2
+    assert "write {question}" in capsys.readouterr().err
+
+
 def test_a_bad_log_format_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from sppruner.spec import DENSE, Budget, PruneSpec, shares
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
 values = st.one_of(
-    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(),
 )
 specs = st.builds(
     PruneSpec,
@@ -66,6 +70,9 @@ def test_a_token_budget_is_met_or_the_whole_image_is_kept(tokens: int, n: int) -
         {"tokens": True},
         {"ratio": 0.5, "min_keep": -1},
         {"ratio": 0.5, "min_keep": 1.5},
+        {"ratio": 0.5, "min_keep": None},
+        {"ratio": 10**400},
+        {"tokens": 10**400},
         {"ratio": 0.5, "scope": "batch"},
         {"ratio": 0.5, "spread": 1.0},
         {"ratio": 0.5, "spread": -0.1},
@@ -168,6 +175,45 @@ def test_information_changes_a_budget_by_at_most_its_spread(
     low, high = budget.bounds(n)
     assert low <= budget.reweighted(k, n, weight) <= high
     assert budget.reweighted(k, n, 1.0) == k
+
+
+@given(
+    sizes_of_images,
+    st.one_of(st.builds(Budget, ratio=ratios), st.builds(Budget, tokens=st.integers(0, 500))),
+    st.sampled_from(["image", "prompt"]),
+    st.integers(0, 20),
+    st.floats(0, 0.99),
+    st.data(),
+)
+def test_what_a_prompt_keeps_by_information_is_within_the_bounds_that_are_reserved_for_it(
+    sizes: list[int], budget: Budget, scope: Any, min_keep: int, spread: float, data: st.DataObject
+) -> None:
+    """An engine reserves slots by these bounds: one token more ends other people's requests."""
+    budget = replace(budget, scope=scope, min_keep=min_keep, spread=spread)
+    low, high = budget.bounds(sum(sizes), len(sizes))
+    kept = []
+    for k, n in zip(budget.per_image(sizes), sizes, strict=True):
+        kept.append(budget.reweighted(k, n, data.draw(st.floats(0, 10))))
+        assert min(k, min_keep) <= kept[-1] <= n
+    assert low <= sum(kept) <= high
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        "grid",
+        ["method"],
+        {"method": "grid", 1: 2, "a": 3},
+        {"method": "grid", "options": {1: 2, "a": 3}},
+        {"method": "grid", "options": {"a": 10**5000}},
+        {"method": "grid", "budget": None},
+        {"method": "none", "options": {"foo": 1}},
+    ],
+)
+def test_what_is_no_spec_is_a_spec_error(bad: Any) -> None:
+    with pytest.raises(SpecError):
+        PruneSpec.from_dict(bad)
 
 
 def test_a_budgets_json_includes_scope_and_spread_only_when_set() -> None:

@@ -7,7 +7,6 @@ only label the request (user, metadata, …) are accepted and have no effect.
 from __future__ import annotations
 
 import base64
-import binascii
 import secrets
 from typing import Annotated, Literal, TypeAlias
 
@@ -105,7 +104,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[NonEmpty], Field(max_length=4)] | NonEmpty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -140,7 +139,8 @@ class ChatRequest(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def generation(self, *, default_tokens: int, most_tokens: int) -> SamplingParams:
-        """How the answer is sampled. Raises ApiError for more than `most_tokens` tokens."""
+        """How the answer is sampled. Raises ApiError for more than `most_tokens` tokens, and for
+        what `SamplingParams` refuses."""
         tokens = self.max_completion_tokens or self.max_tokens or default_tokens
         if tokens > most_tokens:
             raise ApiError(
@@ -150,13 +150,16 @@ class ChatRequest(_Strict):
         temperature = self.temperature or 0.0
         # A seed matters only for sampling; greedy requests share one so that they share batches.
         seed = 0 if temperature == 0 else self.seed
-        return SamplingParams(
-            max_new_tokens=tokens,
-            temperature=temperature,
-            top_p=1.0 if self.top_p is None or temperature == 0 else self.top_p,
-            seed=secrets.randbelow(2**31) if seed is None else seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-        )
+        try:
+            return SamplingParams(
+                max_new_tokens=tokens,
+                temperature=temperature,
+                top_p=1.0 if self.top_p is None or temperature == 0 else self.top_p,
+                seed=secrets.randbelow(2**31) if seed is None else seed,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            )
+        except SpecError as error:
+            raise ApiError(str(error)) from error
 
     def spec(self, default: PruneSpec) -> PruneSpec:
         """The request's spec, else `default`. Raises ApiError for an invalid one."""
@@ -199,7 +202,7 @@ def image_bytes(url: str, limits: MediaLimits) -> bytes:
         )
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # of characters outside ASCII; binascii.Error is one too
         raise ApiError(f"base64: {error}", code="invalid_image", param="messages") from error
 
 

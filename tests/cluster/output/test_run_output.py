@@ -96,6 +96,29 @@ def test_objects_that_are_not_units_are_refused_by_name(output: RunOutput, store
         output.ledgers(["u3"])
 
 
+def test_damage_anywhere_in_an_output_names_the_object(output: RunOutput, store: Store) -> None:
+    table = pa.table({"key": [f"row {number}" for number in range(4000)], "text": ["x"] * 4000})
+    assert output.commit_unit("u1", table, UnitLedger(rows=4000), writer="w")
+    data = bytearray(store.get("u1.parquet"))
+    data[200:1200] = bytes(1000)
+    store.put("u1.parquet", bytes(data))
+    with pytest.raises(StoreError, match=r"u1\.parquet.*remove it and resume"):
+        output.read_unit("u1")
+    store.put("_run/break-even.json", b'{"cho')
+    with pytest.raises(StoreError, match=r"break-even\.json.*remove it"):
+        output.break_even()
+
+
+def test_a_ledger_of_another_version_is_named(output: RunOutput, store: Store) -> None:
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, ROWS.schema) as writer:
+        writer.write_table(ROWS)
+        writer.add_key_value_metadata({"sppruner.ledger": '{"rows": 2, "of_tomorrow": 1}'})
+    store.put("u9.parquet", sink.getvalue().to_pybytes())
+    with pytest.raises(StoreError, match=r"u9\.parquet: not a ledger this version can read"):
+        output.ledgers(["u9"])
+
+
 def test_a_prefix_without_a_run_has_no_manifest_and_requiring_one_is_a_usage_error(
     output: RunOutput,
 ) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from structlog.testing import capture_logs
 
+from cluster.corpus.listing import list_corpus
 from cluster.errors import SettingsChanged, StoreError, UsageError
 from cluster.output.manifest import Manifest
 from cluster.store import Store, open_store
@@ -107,6 +108,16 @@ def test_input_and_output_may_not_overlap(place: str, inner: str, outer: str) ->
     for source, output in ((inner, outer), (outer, inner)):
         with pytest.raises(UsageError, match=r"overlap|its own prefix"):
             plan(place + source, place + output)
+
+
+def test_an_output_inside_the_input_is_found_by_any_name(tmp_path: Path) -> None:
+    """Its units would be corpus to the next call, which then could not resume."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for output in (f"{tmp_path}/other/../in/out", f"{tmp_path}/link/out"):
+        with pytest.raises(UsageError, match="overlap"):
+            list_corpus(f"{tmp_path}/in", output)
 
 
 def test_prefixes_with_a_common_start_of_the_name_do_not_overlap(source: Store, place: str) -> None:

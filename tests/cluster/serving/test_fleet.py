@@ -151,16 +151,11 @@ def test_the_former_address_of_the_endpoint_still_works_with_a_warning() -> None
     assert cluster.endpoint is endpoint
 
 
-def test_endpoint_parses_command_line_strings_and_pins_the_model_revision(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    pinned = EngineSettings(
-        model=str(tmp_path), revision=resolve_model(str(tmp_path)).revision, slots=8
-    )
+def test_endpoint_parses_command_line_strings_and_pins_the_model_revision() -> None:
+    revision = resolve_model("tiny-llava").revision
+    pinned = EngineSettings(model="tiny-llava", revision=revision, slots=8)
 
-    built = endpoint({"model": str(tmp_path), "replicas": "2", "prune": "grid", "retain": "0.5"})
+    built = endpoint({"model": "tiny-llava", "replicas": "2", "prune": "grid", "retain": "0.5"})
 
     (replica,) = [
         arg for arg in built._bound_deployment.init_args if hasattr(arg, "_bound_deployment")
@@ -179,6 +174,23 @@ def test_endpoint_refuses_unknown_and_invalid_arguments() -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"prune": "spruner"}, "there are none"),
+        ({"prune": "sppruner:kapa=1"}, "no option 'kapa'"),
+        ({"prune": "sppruner", "retain": "2"}, "outside"),
+        ({"retain": "0.5"}, "add prune=METHOD"),
+        ({"model": "no/such-model"}, "not a local folder"),
+    ],
+)
+def test_endpoint_refuses_what_every_request_would_fail_on(
+    args: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        endpoint({"model": "tiny-llava"} | args)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("replicas", "0"),
@@ -191,7 +203,7 @@ def test_endpoint_refuses_unknown_and_invalid_arguments() -> None:
 )
 def test_endpoint_names_the_argument_that_is_no_usable_number(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{name}={value}: give a number"):
-        endpoint({"model": "tiny-llava", name: value})
+        endpoint({"model": "tiny-llava", "prune": "grid", name: value})
 
 
 @pytest.mark.slow

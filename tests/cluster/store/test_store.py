@@ -154,6 +154,17 @@ def test_unusable_uris_are_usage_errors(uri: str) -> None:
         open_store(uri)
 
 
+@pytest.mark.parametrize("uri", ["", "  ", "s3:/bucket/x", "file:/x", "s3:bucket"])
+def test_a_slip_of_the_pen_is_no_folder_of_that_name(uri: str) -> None:
+    """An unset variable would mean the current directory, one slash a folder called `s3:`."""
+    with pytest.raises(UsageError, match=r"empty|two slashes"):
+        open_store(uri)
+
+
+def test_paths_may_be_path_objects(tmp_path: Path) -> None:
+    assert open_store(tmp_path).uri == str(tmp_path)
+
+
 def test_a_missing_bucket_is_named_as_the_cause(s3: str) -> None:
     with pytest.raises(StoreError, match="bucket does not exist"):
         open_store("s3://no-such-bucket/x").list()

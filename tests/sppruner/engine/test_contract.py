@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,86 @@ def test_the_context_limit_counts_the_unpruned_prompt_and_the_answer(
 def test_invalid_generation_settings_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(SpecError):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": float("nan")},
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": True},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-320},
+        {"temperature": None},
+        {"top_p": float("nan")},
+        {"seed": 1.5},
+        {"seed": 2**64},
+        {"stop": "red"},
+        {"stop": (None,)},
+        {"stop": 3},
+    ],
+)
+def test_settings_that_no_sampler_could_run_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+def test_a_list_of_stop_strings_is_a_tuple() -> None:
+    assert SamplingParams(stop=["a", "b"]) == SamplingParams(stop=("a", "b"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("made", [BatchEngine, ContinuousEngine])
+def test_an_engine_without_slots_is_refused(made: type[ModelEngine], loaded: LoadedModel) -> None:
+    for slots in (0, -1):
+        with pytest.raises(SpecError, match="give at least 1"):
+            made(loaded, slots=slots)
+
+
+def test_a_closed_engine_takes_no_requests(engine: ModelEngine) -> None:
+    engine.close()  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="closed"):
+        engine.run([request("cat")])
+
+
+def test_a_run_leaves_the_results_of_earlier_requests_to_poll(engine: ModelEngine) -> None:
+    early = engine.submit(request("cat", priority=1))
+    later = engine.submit(request("dog", priority=-1))
+    (result,) = engine.run([request("sky")])
+    assert (result.id, result.error_code) == ("sky", None)
+    ended: list[int] = []
+    while len(ended) < 2:
+        ended += [update.ticket for update in engine.poll() if update.result is not None]
+        engine.step()
+    assert set(ended) == {early, later}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stop_strings_cut_alike_in_any_engine_and_company(loaded: LoadedModel, seed: int) -> None:
+    """Pieces of the answers as stop strings, with and without white space, and strings that never
+    occur: text, tokens and reason are those of the request alone."""
+    rng = random.Random(seed)
+    names = ["cat", "a dog", "sky", "a", "tree", "two cups"]
+    long = SamplingParams(max_new_tokens=12)
+    batch, continuous = BatchEngine(loaded, slots=4), ContinuousEngine(loaded, slots=4)
+    try:
+        plain = continuous.run([request(name, generation=long) for name in names])
+        texts = [str(result.text) for result in plain]
+        requests = []
+        for _ in range(12):
+            text = f" {rng.choice(texts)}"
+            start = rng.randrange(len(text))
+            stop = text[start : start + rng.randint(1, 3)]
+            stops = rng.choice([(stop,), (stop, "\n"), ("never",), (" ", stop)])
+            generation = replace(long, stop=stops)
+            requests.append(request(rng.choice(names), spec=GRID, generation=generation))
+        alone = [facts(continuous.run([one])[0]) for one in requests]
+        assert [facts(result) for result in continuous.run(requests)] == alone
+        assert [facts(result) for result in batch.run(requests)] == alone
+        assert "stop" in {result.finish_reason for result in alone}
+    finally:
+        continuous.close()
 
 
 def test_no_requests_give_no_results(engine: ModelEngine) -> None:

@@ -15,6 +15,7 @@ from sppruner.adapters import capabilities
 from sppruner.errors import SpecError
 from sppruner.pruner import check_spec
 from sppruner.selectors import Selector, selector_for
+from sppruner.selectors.pyramiddrop import PyramidDropSelector
 from sppruner.stages import TokenSchedule
 from tests.sppruner.families.llava import build
 
@@ -149,6 +150,13 @@ def test_the_error_for_an_invalid_option_says_what_to_write(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         selector(method, **options)
+
+
+def test_one_layer_can_be_written_on_a_command_line() -> None:
+    spec = PruneSpec.parse("pyramiddrop:layers=8", Budget(ratio=0.5))
+    chosen = selector_for(spec)
+    assert isinstance(chosen, PyramidDropSelector)
+    assert chosen.stage_layers(32) == (8,)
 
 
 def test_layers_outside_the_decoder_or_before_its_first_stage_are_refused() -> None:

@@ -119,10 +119,10 @@ def test_remote_urls_are_never_fetched(url: str) -> None:
 
 
 def test_invalid_base64_and_bytes_that_are_not_an_image_are_client_errors() -> None:
-    status, error = read_error(
-        complete(messages=[user_message(image_part("data:image/png;base64,@@@"))])
-    )
-    assert (status, error["code"]) == (400, "invalid_image")
+    for payload in ("@@@", "…", "ÄÄÄÄ", "AAA\u0000"):
+        uri = f"data:image/png;base64,{payload}"
+        status, error = read_error(complete(messages=[user_message(image_part(uri))]))
+        assert (status, error["code"]) == (400, "invalid_image"), payload
     status, error = read_error(complete(messages=[user_message(image_part(data_uri(b"<html>")))]))
     assert (status, error["code"]) == (400, "image_undecodable")
 

@@ -61,28 +61,25 @@ class PromptShape:
         return self.grid**2
 
 
-# Qwen's tower merges four patches into one token.
-_LLAVA = PromptShape(
-    model="LLaVA-1.5-7B",
-    widths=LLAVA_7B,
-    encoder_width=LLAVA_7B.tower_hidden,
-    grid=24,
-    text_tokens=60,
-    can=capabilities(LlavaConfig()),
-)
-_QWEN = PromptShape(
-    model="Qwen2.5-VL-7B",
-    widths=QWEN_7B,
-    encoder_width=4 * QWEN_7B.tower_hidden,
-    grid=24,
-    text_tokens=30,
-    can=capabilities(Qwen2_5_VLConfig()),
-)
-
-
 def list_published_prompts() -> list[PromptShape]:
     """Prompts of 576 and 1,296 visual tokens at the widths of LLaVA-1.5-7B and Qwen2.5-VL-7B."""
-    return [replace(prompt, grid=grid) for prompt in (_LLAVA, _QWEN) for grid in (24, 36)]
+    llava = PromptShape(
+        model="LLaVA-1.5-7B",
+        widths=LLAVA_7B,
+        encoder_width=LLAVA_7B.tower_hidden,
+        grid=24,
+        text_tokens=60,
+        can=capabilities(LlavaConfig()),
+    )
+    qwen = PromptShape(
+        model="Qwen2.5-VL-7B",
+        widths=QWEN_7B,
+        encoder_width=4 * QWEN_7B.tower_hidden,  # the tower merges four patches into one token
+        grid=24,
+        text_tokens=30,
+        can=capabilities(Qwen2_5_VLConfig()),
+    )
+    return [replace(prompt, grid=grid) for prompt in (llava, qwen) for grid in (24, 36)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

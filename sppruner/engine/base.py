@@ -87,11 +87,11 @@ class ModelEngine(ABC):
         requests that were submitted before stay for `poll`."""
         tickets = [self.submit(request) for request in requests]
         results: dict[int, Result] = {}
-        others: list[Update] = []
+        ours, others = set(tickets), list[Update]()
         while len(results) < len(tickets):
             self.step()
             for update in self.poll():
-                if update.ticket not in tickets:
+                if update.ticket not in ours:
                     others.append(update)
                 elif update.result is not None:
                     results[update.ticket] = update.result

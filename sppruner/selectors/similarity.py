@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sppruner.selectors.base import mask_to_index
 from sppruner.types import VisualTokens
 
 NEVER = float("-inf")
@@ -144,4 +145,4 @@ def complement(index_K: Tensor, size: int) -> Tensor:
     """The indices of 0 … size − 1 that `index_K` lacks, ascending."""
     is_left_N = torch.ones(size, dtype=torch.bool, device=index_K.device)
     is_left_N[index_K] = False
-    return is_left_N.nonzero().squeeze(1)
+    return mask_to_index(is_left_N)

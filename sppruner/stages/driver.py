@@ -2,10 +2,9 @@
 
 In front of a stage layer the visual tokens are ranked by the attention that the last token pays
 them, in the layer before or in the stage's own, pruned to each row's count and re-packed
-left-padded. The layers
-from there on get the rotary embeddings and the mask of the kept tokens, in the prefill and in every
-decode step. So each layer of the KV cache has its own length, and every token keeps its original
-position or, in a plan that renumbers, gets its index among the kept ones.
+left-padded. The layers from there on get the rotary embeddings and the mask of the kept tokens, in
+the prefill and in every decode step. So each layer of the KV cache has its own length, and every
+token keeps its original position or, in a plan that renumbers, gets its index among the kept ones.
 
 Shapes: B batch rows (times beams or return sequences), L tokens of the packed prompt at the current
 layer, S their number before it, D hidden width.

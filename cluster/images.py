@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.config import MediaLimits
@@ -20,6 +20,16 @@ from sppruner.models import JpegScale
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded, as Pillow names them."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright."""
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -48,7 +58,7 @@ def decode_image(
             )
         if jpeg_scale is None or not isinstance(image, JpegImageFile):
             return _convert_to_rgb(image)
-        if image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED:
+        if _orientation(image) in _TRANSPOSED:
             width, height = height, width
     factor = jpeg_scale(width, height)
     if factor > 1:
@@ -85,9 +95,21 @@ def _open_image(data: bytes) -> Iterator[Image.Image]:
         raise ImageUndecodable(f"{type(error).__name__}: {error}"[:300]) from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none or it cannot be read. No other tag is
+    interpreted: a broken one must not cost the image."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises anything on hostile tags, as its decoders do.
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    upright = _UPRIGHT.get(_orientation(image))
+    if upright is not None:
+        image = image.transpose(upright)
     if image.mode.startswith("I"):
         # 16-bit greyscale: Pillow's conversion clips all values above 255 to white.
         grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)

@@ -77,13 +77,15 @@ def is_internal(name: str) -> bool:
 
 def _output_names(kind: Kind) -> frozenset[str]:
     fields = OUTPUT_FIELDS + (VQA_FIELDS if kind == "vqa" else ())
-    return frozenset(field.name for field in fields)
+    return frozenset(field.name.lower() for field in fields)
 
 
 def rename_source_column(name: str, kind: Kind) -> str:
     """The committed name of a source column: its own, or `source_<name>` if that is the name of an
-    output column (LLaVA and WebDataset corpora often have a `text`) or an internal one."""
-    return f"source_{name}" if name in _output_names(kind) or is_internal(name) else name
+    output column in any case (LLaVA and WebDataset corpora often have a `text`, LAION's a `TEXT`;
+    DuckDB and Spark take them for one) or an internal one."""
+    taken = name.lower() in _output_names(kind)
+    return f"source_{name}" if taken or is_internal(name) else name
 
 
 def input_schema(source: pa.Schema) -> pa.Schema:

@@ -9,9 +9,11 @@ normalisation, which keeps symbols ("C++", "50 %") apart. A blank answer scores 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 # References from which VQAv2's agreement is defined.
 _AGREEMENT = 3
@@ -48,8 +50,15 @@ def references_of(value: object) -> list[str]:
     """The reference answers that a corpus gives for one row; empty where it gives none.
 
     value: a string, a number, a mapping with the key "answer" (VQAv2's annotations, with a
-    confidence beside it), or a list of these. None, NaN and blank strings are dropped.
+    confidence beside it), a list of these, or a list of strings or mappings as JSON text. None, NaN
+    and blank strings are dropped.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            listed = json.loads(value)
+            # A list of numbers is an answer itself, such as the corners of a box.
+            if all(isinstance(item, str | dict) for item in listed):
+                return references_of(listed)
     if isinstance(value, Mapping):
         return references_of(value.get("answer"))
     if isinstance(value, list | tuple):

@@ -17,8 +17,12 @@ from cluster.config import Kind
 from cluster.errors import UsageError
 from cluster.schema import rename_source_column
 
-KEY_COLUMNS = ("key", "__key__", "id", "image_id", "question_id")
-"""Names of key columns, the preferred first. A key is a string or an integer."""
+KEY_COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+    "caption": ("key", "__key__", "id", "image_id", "question_id"),
+    "vqa": ("key", "__key__", "id", "question_id", "image_id"),
+}
+"""Names of key columns, the preferred first: of several questions about one image, each has its own
+key. A key is a string or an integer."""
 QUESTION_COLUMNS = ("question", "text_input", "prompt")
 """Names of question columns, the preferred first."""
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -80,7 +84,8 @@ def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -
         raise UsageError(f"{uri}: duplicate column names among {names}; rename one")
     image = _find_image_column(schema, uri)
     key = next(
-        (name for name in KEY_COLUMNS if name in names and _can_be_key(schema.field(name))), None
+        (name for name in KEY_COLUMNS[kind] if name in names and _can_be_key(schema.field(name))),
+        None,
     )
     question = _find_question_column(schema, uri) if kind == "vqa" else None
     dropped = {question}
@@ -105,15 +110,22 @@ def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -
 
 
 def assign_committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str, str], ...]:
-    """Pairs each source column with its committed name. Committed names are unique."""
+    """Pairs each source column with its committed name. Committed names are unique, and differ in
+    more than case: engines that ignore it could not tell them apart."""
     pairs: list[tuple[str, str]] = []
     names = list(names)
-    taken = {name for name in names if rename_source_column(name, kind) == name}
+    keep: dict[str, str] = {}  # the first of the names that differ in case alone keeps its own
     for name in names:
-        committed = rename_source_column(name, kind)
-        while committed != name and committed in taken:
-            committed = f"source_{committed}"
-        taken.add(committed)
+        if rename_source_column(name, kind) == name:
+            keep.setdefault(name.lower(), name)
+    taken = set(keep)
+    for name in names:
+        committed = name
+        if keep.get(name.lower()) != name:
+            committed = f"source_{name}"
+            while committed.lower() in taken:
+                committed = f"source_{committed}"
+            taken.add(committed.lower())
         pairs.append((name, committed))
     return tuple(pairs)
 

@@ -60,5 +60,9 @@ def _resolve(uri: str) -> str:
 
 
 def _is_hidden(key: str) -> bool:
-    """Whether pyarrow and Spark skip the key too: a part of it starts with `_` or `.`."""
-    return any(part.startswith(("_", ".")) for part in key.split("/"))
+    """Whether Spark skips the key too: a part of it starts with `.`, or with `_` unless it is the
+    folder of a partition, such as `_split=train`."""
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part)
+        for part in key.split("/")
+    )

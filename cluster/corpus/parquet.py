@@ -16,6 +16,7 @@ import structlog
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnMapping, describe_difference, map_table_columns
 from cluster.corpus.table import SourceRow, build_unit_table
+from cluster.corpus.text import clean_array
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import ReadError, UsageError
 from cluster.store import ObjectInfo, RangedFile, Store
@@ -35,7 +36,7 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     uri = store.uri_of(info.key)
     try:
         file = pq.ParquetFile(RangedFile(store, info))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # OSError: a footer that is not Thrift
         raise UsageError(f"{uri}: not a Parquet file ({error}); remove or repair it") from error
     units: list[Unit] = []
     group_start = 0
@@ -86,6 +87,7 @@ def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Ta
         raise ReadError(f"{type(error).__name__}: {error}"[:300]) from error
     if table.num_rows != unit.row_count:
         raise ReadError(f"{table.num_rows} rows where {unit.row_count} were planned")
+    table, unreadable = _clean_text(table)
     assert mapping.image is not None
     image = table[mapping.image].combine_chunks()
     pictures = image.field("bytes") if pa.types.is_struct(image.type) else image
@@ -99,6 +101,7 @@ def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Ta
             key=key or unit.fallback_key(number),
             image=picture.as_py() if valid.as_py() else None,
             prompt=prompt,
+            error=unreadable.get(number),
         )
         for number, (key, picture, valid, prompt) in enumerate(
             zip(keys, pictures, image.is_valid(), prompts, strict=True)
@@ -131,6 +134,18 @@ def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     return pa.Table.from_batches(
         list(_slice_batches(batches, offset, unit.row_count)), schema=schema
     )
+
+
+def _clean_text(table: pa.Table) -> tuple[pa.Table, dict[int, ReadError]]:
+    """The table with valid text, and by row number why a row's text is not what the file holds."""
+    errors: dict[int, ReadError] = {}
+    for position, name in enumerate(table.column_names):
+        column, changed = clean_array(table[name].combine_chunks())
+        if changed:
+            table = table.set_column(position, table.schema.field(name), column)
+        for number in changed:
+            errors.setdefault(number, ReadError(f"column {name!r} is not valid UTF-8"))
+    return table, errors
 
 
 def _slice_batches(

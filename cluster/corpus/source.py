@@ -22,7 +22,7 @@ from cluster.corpus.parquet import read_parquet_unit
 from cluster.corpus.table import build_error_table
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
-from cluster.errors import ObjectGone, ReadError
+from cluster.errors import ObjectGone, ReadError, StoreError
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
 
@@ -99,6 +99,7 @@ def read_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
 
     Raises StoreError where the store gave up after its retries. Such a unit may be readable in a
     later attempt, and a committed error row is never replaced, so no error rows are made of it.
+    MemoryError, which says nothing about the rows, passes too.
     """
     logger.debug("unit_read", unit_id=unit.unit_id, file=unit.file, rows=unit.row_count)
     read = read_parquet_unit if unit.format == "parquet" else read_tar_unit
@@ -107,6 +108,13 @@ def read_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     except (ObjectGone, ReadError) as error:
         logger.warning("unit_unreadable", unit_id=unit.unit_id, file=unit.file, error=str(error))
         return build_error_table(unit, mapping, str(error))
+    except (StoreError, MemoryError):
+        raise
+    except Exception as error:
+        # Parsers raise anything on hostile bytes. One unit of them must not end the run, at every
+        # resume again.
+        logger.exception("unit_unreadable", unit_id=unit.unit_id, file=unit.file)
+        return build_error_table(unit, mapping, f"{type(error).__name__}: {error}"[:300])
 
 
 def _read_block(store: Store, unit: Unit, mapping: ColumnMapping) -> Iterator[pa.Table]:

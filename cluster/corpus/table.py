@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from cluster.corpus.columns import ColumnMapping
+from cluster.corpus.text import is_valid, replace_invalid
 from cluster.corpus.unit import Unit
 from cluster.errors import ImageMissing, PromptInvalid, ReadError, RowError
 from cluster.schema import input_schema
@@ -31,7 +32,11 @@ class SourceRow:
     """Why the row cannot be labelled; None if it can be."""
 
     def validate(self) -> SourceRow:
-        """The row, with an error if its prompt or image is missing."""
+        """The row, with an error if its prompt or image is missing or its text is not valid."""
+        if not (is_valid(self.key) and is_valid(self.prompt or "")):
+            error = self.error or PromptInvalid("key or prompt has half a surrogate pair")
+            prompt = self.prompt and replace_invalid(self.prompt)
+            return replace(self, key=replace_invalid(self.key), prompt=prompt, error=error)
         if self.error is not None:
             return self
         if self.prompt is None or not self.prompt.strip():
@@ -58,7 +63,7 @@ def build_unit_table(
         [None if row.error else row.image for row in validated],
         [row.prompt for row in validated],
         [error and error.code for error in errors],
-        [error and str(error) for error in errors],
+        [error and replace_invalid(str(error)) for error in errors],
         [error and error.stage for error in errors],
     ]
     schema = input_schema(mapping.schema)

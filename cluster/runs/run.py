@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import ray
+import structlog
 from ray.data import DataContext
 from rich.console import Console
 
@@ -39,7 +40,9 @@ from sppruner.models.loading import image_backend, load_config, load_processor, 
 from sppruner.pruner import check_spec
 from sppruner.selectors import selector_for
 
-EXIT_DONE, EXIT_ERROR_ROWS = 0, 3
+logger = structlog.get_logger(__name__)
+
+EXIT_DONE, EXIT_ERROR_ROWS, EXIT_INCOMPLETE = 0, 3, 5
 
 # The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
 _SINK_CPUS = 0.1
@@ -56,7 +59,9 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 for a run with error rows."""
+        """0, 3 for a run with error rows, or 5 for one whose units are not all committed."""
+        if self.summary.state == "incomplete":
+            return EXIT_INCOMPLETE
         return EXIT_ERROR_ROWS if self.summary.total.rows_failed else EXIT_DONE
 
 
@@ -171,13 +176,14 @@ def _label(
     labelled = label_units(units, settings)
     sink = CommitSink(manifest, output, on_commit=report_commit)
     with RunTracker(config, manifest, output) as tracker:
-        busy_before = fleet.stats().busy_seconds
+        busy_before = _busy_seconds(fleet)
         started = time.monotonic()
         with ProgressDisplay(tracker.progress, console):
             try:
                 labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
             except Exception as error:
-                cause = run_error(error)  # Ray wraps what its workers raise
+                # Ray wraps what its workers raise, and loses the cause where it pickles it twice.
+                cause = run_error(error) or tracker.stop_error()
                 if cause is None:
                     raise
                 raise cause from error
@@ -192,9 +198,21 @@ def _label(
     )
 
 
-def _busy_share(fleet: Fleet, busy_before: float, wall: float) -> float | None:
-    """None if a replica was replaced meanwhile: its counter started from zero."""
-    spent = fleet.stats().busy_seconds - busy_before
+def _busy_seconds(fleet: Fleet) -> float | None:
+    """None where a replica does not answer: a figure about the run must not fail it."""
+    try:
+        return fleet.stats().busy_seconds
+    except Exception as error:  # of Ray, of Serve or of a replica that has just died
+        logger.warning("stats_unavailable", app=fleet.app, error=type(error).__name__)
+        return None
+
+
+def _busy_share(fleet: Fleet, busy_before: float | None, wall: float) -> float | None:
+    """None if a replica did not answer or was replaced meanwhile: its counter started from zero."""
+    busy_after = _busy_seconds(fleet)
+    if busy_before is None or busy_after is None:
+        return None
+    spent = busy_after - busy_before
     return spent / (wall * fleet.replicas) if spent >= 0 else None
 
 

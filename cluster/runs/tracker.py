@@ -83,6 +83,19 @@ class RunTracker:
             return None
         return known
 
+    def stop_error(self) -> ErrorShareExceeded | None:
+        """Why the controller would have this run stopped; None for no reason, and where it is
+        unreachable."""
+        try:
+            reason: str | None = ray.get(
+                self._controller.stop_reason.remote(self._manifest.run_id),
+                timeout=_POLL_TIMEOUT_SECONDS,
+            )
+        except (RayError, GetTimeoutError) as error:
+            logger.warning("controller_unreachable", error=type(error).__name__)
+            return None
+        return None if reason is None else ErrorShareExceeded(reason)
+
     def _register(self) -> None:
         planned = {unit.unit_id for unit in self._manifest.units}
         done = sorted(self._output.committed_units() & planned)

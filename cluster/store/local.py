@@ -18,7 +18,8 @@ from cluster.store.base import ObjectInfo, Store
 
 
 class LocalStore(Store):
-    """Files under `root`. Names that start with `.` are never listed: temporary files have them.
+    """Files under `root`, linked files and folders included. Names that start with `.` are never
+    listed: temporary files have them.
 
     The etag is size and modification time, so a file is not read to list it.
     """
@@ -32,8 +33,13 @@ class LocalStore(Store):
         # The walk starts at the deepest directory of the prefix, so that its cost is that of the
         # objects listed.
         top = self._root / prefix.rpartition("/")[0]
-        for folder, folders, names in os.walk(top, onerror=self._raise_unlistable):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        walk = os.walk(top, onerror=self._raise_unlistable, followlinks=True)
+        for folder, folders, names in walk:
+            folders[:] = [
+                name
+                for name in folders
+                if not name.startswith(".") and not _leads_back(Path(folder, name))
+            ]
             for name in names:
                 path = Path(folder, name)
                 key = path.relative_to(self._root).as_posix()
@@ -118,6 +124,11 @@ class LocalStore(Store):
 
     def _error(self, key: str, error: OSError) -> StoreError:
         return StoreError(f"{self.uri_of(key)}: {error.strerror}; check the path, space and rights")
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that contains it: the walk would never end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _etag(stat: os.stat_result) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -314,3 +314,23 @@ def test_an_error_of_the_scale_function_is_not_an_image_error() -> None:
 
     with pytest.raises(ZeroDivisionError):
         decode_image(encoded(picture(), "JPEG"), LIMITS, faulty)
+
+
+def test_an_odd_exif_tag_beside_the_orientation_does_not_cost_the_image() -> None:
+    entries = struct.pack("<H", 2) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    entries += struct.pack("<HHII", 0x11A, 10, 1, 38) + struct.pack("<I", 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries + struct.pack("<ii", -1, 0)
+    for scale in (None, lambda width, height: 2):
+        assert decode_image(encoded(picture(), "JPEG", exif=exif), LIMITS, scale).height in (20, 40)
+        upright = decode_image(encoded(picture(), "JPEG", exif=exif), LIMITS, scale)
+        assert upright.height == 2 * upright.width
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encoded(picture(), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = ImageOps.exif_transpose(image)
+    assert decode_image(data, LIMITS).tobytes() == expected.tobytes()

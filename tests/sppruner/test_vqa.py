@@ -171,3 +171,10 @@ def test_the_scorer_imports_nothing_but_the_standard_library() -> None:
     assert imported <= {"__future__", *sys.stdlib_module_names}
     code = "import sys, sppruner.vqa; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_references_may_be_a_list_as_json_text() -> None:
+    assert references_of('["red", {"answer": "blue"}]') == ["red", "blue"]
+    # An answer that is itself written with brackets stays one.
+    for text in ("[12, 34]", "[red]", "[", "[" * 10_000):
+        assert references_of(text) == [text]

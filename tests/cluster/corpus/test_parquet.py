@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
 from cluster.errors import StoreError, UsageError
-from cluster.schema import input_schema
+from cluster.schema import input_schema, output_schema
 from cluster.store import Store, open_store
 from tests.cluster.corpora import IMAGE, image, plan, put_parquet, read_all
 
@@ -242,3 +242,55 @@ def test_unit_ids_depend_on_content_not_on_position_in_the_corpus(
     put_parquet(corpus, "a.parquet", table(4))
     after = {unit.unit_id for unit in plan(corpus.uri, str(tmp_path / "two")).units}
     assert before < after
+
+
+@pytest.mark.parametrize("column", ["key", "question", "answer", "note"])
+def test_text_that_is_not_utf8_costs_its_own_row_alone(
+    corpus: Store, output: str, column: str
+) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"R\xc9U", b"c"]).buffers())
+    columns: dict[str, Any] = {"question": ["q"] * 3} | {column: bad}
+    put_parquet(corpus, "a.parquet", table(3, **columns))
+    read = read_all(plan(corpus.uri, output, kind="vqa", prompt="{question}"))
+    read.validate(full=True)
+    assert read["_in_error_code"].to_pylist() == [None, "read_failed", None]
+    assert column in read["_in_error_message"].to_pylist()[1]
+    assert read["_in_image"].to_pylist() == [b"i0", None, b"i2"]
+
+
+def test_a_file_with_a_broken_footer_is_a_usage_error_that_names_it(
+    corpus: Store, output: str
+) -> None:
+    put_parquet(corpus, "a.parquet", table(3))
+    data = bytearray(corpus.get("a.parquet"))
+    length = int.from_bytes(data[-8:-4], "little")
+    data[-8 - length : -8 - length + 20] = b"\xff" * 20
+    corpus.put("a.parquet", bytes(data))
+    with pytest.raises(UsageError, match=r"a\.parquet: not a Parquet file"):
+        plan(corpus.uri, output)
+
+
+def test_committed_names_differ_in_more_than_case(corpus: Store, output: str) -> None:
+    columns = {name: ["x"] for name in ("TEXT", "url", "URL", "Key_2", "source_url")}
+    put_parquet(corpus, "a.parquet", table(1, **columns))
+    mapping = plan(corpus.uri, output).manifest.mapping
+    names = dict(mapping.columns)
+    assert names["TEXT"] == "source_TEXT"
+    assert (names["url"], names["URL"]) == ("url", "source_source_URL")
+    written = [field.name.lower() for field in output_schema(mapping.schema, "caption")]
+    assert len(set(written)) == len(written)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("caption", "7"), ("vqa", "70")])
+def test_questions_about_one_image_have_keys_of_their_own(
+    corpus: Store, output: str, kind: str, key: str
+) -> None:
+    put_parquet(corpus, "a.parquet", table(1, image_id=[7], question_id=[70], question=["q"]))
+    assert read_all(plan(corpus.uri, output, kind=kind))["_in_key"].to_pylist() == [key]
+
+
+def test_folders_of_partitions_are_read_and_hidden_ones_are_not(corpus: Store, output: str) -> None:
+    for folder in ("lang=en", "_split=train", "_temporary", ".cache"):
+        put_parquet(corpus, f"{folder}/a.parquet", table(1))
+    listed = {unit.file for unit in plan(corpus.uri, output).units}
+    assert listed == {"lang=en/a.parquet", "_split=train/a.parquet"}

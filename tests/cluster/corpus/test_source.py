@@ -16,9 +16,10 @@ from cluster.corpus import source
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Unit
-from cluster.store import Store
+from cluster.errors import StoreError
+from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
-from tests.cluster.corpora import plan
+from tests.cluster.corpora import image, plan, put_parquet, read_all
 from tests.cluster.labelled_tables import SPEC
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -73,3 +74,24 @@ def test_at_most_two_units_are_read_concurrently_for_each_replica(
     assert len(spans) >= len(planned.units)
     concurrent = [sum(start <= at < end for start, end in spans) for at, _ in spans]
     assert bound // 3 < max(concurrent) <= bound
+
+
+def test_whatever_a_parser_raises_ends_a_unit_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = open_store(str(tmp_path / "in"))
+    put_parquet(corpus, "a.parquet", pa.table({"image": [image()] * 3}))
+    planned = plan(corpus.uri, str(tmp_path / "out"))
+
+    def fail(error: Exception) -> pa.Table:
+        def read(*_: object) -> pa.Table:
+            raise error
+
+        monkeypatch.setattr(source, "read_parquet_unit", read)
+        return read_all(planned)
+
+    read = fail(RecursionError("too deep"))
+    assert read["_in_error_code"].to_pylist() == ["read_failed"] * 3
+    for passing in (StoreError("away"), MemoryError()):
+        with pytest.raises(type(passing)):
+            fail(passing)

@@ -320,3 +320,16 @@ def test_a_row_limit_ends_a_unit_within_its_byte_range(corpus: Store, output: st
     planned = plan(corpus.uri, output, unit_rows=4, limit=6)
     assert [unit.row_count for unit in planned.units] == [4, 2]
     assert read_all(planned)["_in_key"].to_pylist() == [str(n) for n in range(6)]
+
+
+def test_half_a_surrogate_pair_costs_its_own_row_alone(corpus: Store, output: str) -> None:
+    questions = [b'{"question": "fine"}', b'{"question": "\\ud800"}']
+    members = [
+        member
+        for n, question in enumerate(questions)
+        for member in ((f"{n}.jpg", b"jpeg"), (f"{n}.json", question))
+    ]
+    corpus.put("a.tar", tar_bytes(members))
+    read = read_all(plan(corpus.uri, output, kind="vqa", prompt="{question}"))
+    assert read["_in_error_code"].to_pylist() == [None, "prompt_invalid"]
+    assert read["_in_prompt"].to_pylist() == ["fine", "?"]

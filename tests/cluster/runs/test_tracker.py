@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
+from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
 from cluster.controller import get_controller
 from cluster.errors import ErrorShareExceeded, StoreError
@@ -98,3 +100,16 @@ def test_the_root_run_error_is_found_in_rays_exception_chain() -> None:
     found = run_error(wrapped)
     assert isinstance(found, StoreError)
     assert run_error(ValueError("x")) is None
+
+
+def test_the_reason_to_stop_is_known_without_the_error_that_ended_the_workers(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
+) -> None:
+    config, manifest, output = planned
+    strict = replace(config, max_error_share=0.0, error_share_after=1)
+    with RunTracker(strict, manifest, output) as tracker:
+        assert tracker.stop_error() is None
+        ledger = UnitLedger(rows=3, failed={"image_missing": 1})
+        unit = manifest.units[0].unit_id
+        ray.get(get_controller().unit_committed.remote(manifest.run_id, unit, ledger))
+        assert "1 of 3 rows failed" in str(tracker.stop_error())

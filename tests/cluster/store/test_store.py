@@ -266,3 +266,15 @@ def test_exhausted_retries_raise_a_store_error(s3: str, no_sleep: None) -> None:
 @pytest.fixture
 def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.store.s3.time.sleep", lambda seconds: None)
+
+
+def test_linked_folders_are_listed_and_a_loop_of_links_ends(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    root = tmp_path / "root"
+    (root / "real").mkdir(parents=True)
+    (root / "real" / "a.txt").write_text("a")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "real" / "loop").symlink_to(root)
+    (root / "real" / "self").symlink_to(root / "real")
+    assert [info.key for info in LocalStore(root).list()] == ["link/b.txt", "real/a.txt"]

@@ -80,12 +80,11 @@ def _output_names(kind: Kind) -> frozenset[str]:
     return frozenset(field.name.lower() for field in fields)
 
 
-def rename_source_column(name: str, kind: Kind) -> str:
-    """The committed name of a source column: its own, or `source_<name>` if that is the name of an
-    output column in any case (LLaVA and WebDataset corpora often have a `text`, LAION's a `TEXT`;
-    DuckDB and Spark take them for one) or an internal one."""
-    taken = name.lower() in _output_names(kind)
-    return f"source_{name}" if taken or is_internal(name) else name
+def is_reserved(name: str, kind: Kind) -> bool:
+    """Whether a source column cannot be committed under its own name: it is internal, or an output
+    column's in any case (LLaVA and WebDataset corpora often have a `text`, LAION's a `TEXT`; DuckDB
+    and Spark take them for one)."""
+    return is_internal(name) or name.lower() in _output_names(kind)
 
 
 def input_schema(source: pa.Schema) -> pa.Schema:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from cluster.config import Kind
 from cluster.errors import UsageError
-from cluster.schema import rename_source_column
+from cluster.schema import is_reserved
 
 KEY_COLUMNS: Mapping[Kind, tuple[str, ...]] = {
     "caption": ("key", "__key__", "id", "image_id", "question_id"),
@@ -110,13 +110,13 @@ def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -
 
 
 def assign_committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str, str], ...]:
-    """Pairs each source column with its committed name. Committed names are unique, and differ in
-    more than case: engines that ignore it could not tell them apart."""
+    """Pairs each source column with its committed name, its own or `source_<name>`. Committed names
+    are unique, and differ in more than case: engines that ignore it could not tell them apart."""
     pairs: list[tuple[str, str]] = []
     names = list(names)
     keep: dict[str, str] = {}  # the first of the names that differ in case alone keeps its own
     for name in names:
-        if rename_source_column(name, kind) == name:
+        if not is_reserved(name, kind):
             keep.setdefault(name.lower(), name)
     taken = set(keep)
     for name in names:

@@ -139,12 +139,14 @@ def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
 def _clean_text(table: pa.Table) -> tuple[pa.Table, dict[int, ReadError]]:
     """The table with valid text, and by row number why a row's text is not what the file holds."""
     errors: dict[int, ReadError] = {}
+    table = table.combine_chunks()
     for position, name in enumerate(table.column_names):
         column, changed = clean_array(table[name].combine_chunks())
         if changed:
             table = table.set_column(position, table.schema.field(name), column)
+        reason = f"column {name!r} holds a value that is not valid, such as text that is not UTF-8"
         for number in changed:
-            errors.setdefault(number, ReadError(f"column {name!r} is not valid UTF-8"))
+            errors.setdefault(number, ReadError(reason))
     return table, errors
 
 

@@ -18,8 +18,8 @@ from cluster.store.base import ObjectInfo, Store
 
 
 class LocalStore(Store):
-    """Files under `root`, linked files and folders included. Names that start with `.` are never
-    listed: temporary files have them.
+    """Files under `root`, linked files and folders included; a folder that several ways lead to is
+    listed once. Names that start with `.` are never listed: temporary files have them.
 
     The etag is size and modification time, so a file is not read to list it.
     """
@@ -33,16 +33,9 @@ class LocalStore(Store):
         # The walk starts at the deepest directory of the prefix, so that its cost is that of the
         # objects listed.
         top = self._root / prefix.rpartition("/")[0]
-        walk = os.walk(top, onerror=self._raise_unlistable, followlinks=True)
-        for folder, folders, names in walk:
-            folders[:] = [
-                name
-                for name in folders
-                if not name.startswith(".") and not _leads_back(Path(folder, name))
-            ]
+        for folder, names in self._walk(top):
             for name in names:
-                path = Path(folder, name)
-                key = path.relative_to(self._root).as_posix()
+                key = (folder / name).relative_to(self._root).as_posix()
                 if name.startswith(".") or not key.startswith(prefix):
                     continue
                 if suffixes and not key.endswith(tuple(suffixes)):
@@ -51,6 +44,23 @@ class LocalStore(Store):
                 if info is not None:
                     found.append(info)
         return sorted(found, key=lambda info: info.key)
+
+    def _walk(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
+        """Each folder below `top` once, with the names of its files. Links are followed after the
+        folders that stand there themselves, which so keep their keys; loops of links end."""
+        starts, seen = [top], set[tuple[int, int]]()
+        for start in starts:  # which grows
+            for folder, folders, names in os.walk(start, onerror=self._raise_unlistable):
+                stat = os.stat(folder)
+                visible = [name for name in sorted(folders) if not name.startswith(".")]
+                links = {name for name in visible if Path(folder, name).is_symlink()}
+                folders[:] = [name for name in visible if name not in links]
+                if (stat.st_dev, stat.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                starts += [Path(folder, name) for name in sorted(links)]
+                yield Path(folder), names
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
@@ -124,11 +134,6 @@ class LocalStore(Store):
 
     def _error(self, key: str, error: OSError) -> StoreError:
         return StoreError(f"{self.uri_of(key)}: {error.strerror}; check the path, space and rights")
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that contains it: the walk would never end."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _etag(stat: os.stat_result) -> str:

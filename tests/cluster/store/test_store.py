@@ -268,7 +268,7 @@ def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.store.s3.time.sleep", lambda seconds: None)
 
 
-def test_linked_folders_are_listed_and_a_loop_of_links_ends(tmp_path: Path) -> None:
+def test_linked_folders_are_listed_once_however_links_lead_to_them(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("b")
     root = tmp_path / "root"
@@ -277,4 +277,7 @@ def test_linked_folders_are_listed_and_a_loop_of_links_ends(tmp_path: Path) -> N
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "real" / "loop").symlink_to(root)
     (root / "real" / "self").symlink_to(root / "real")
+    (root / "again").symlink_to(root / "real")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)
     assert [info.key for info in LocalStore(root).list()] == ["link/b.txt", "real/a.txt"]

@@ -45,7 +45,7 @@ class LocalStore(Store):
                     found.append(info)
         return sorted(found, key=lambda info: info.key)
 
-    def _walk(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
+    def _walk(self, top: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         """Each folder below `top` once, with the names of its files. Links are followed after the
         folders that stand there themselves, which so keep their keys; loops of links end."""
         starts, seen = [top], set[tuple[int, int]]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -18,10 +19,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster.accounting.ledger import UnitLedger
+from cluster.events import RunEvent
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller-2"
+CONTROLLER_NAME = "run-controller-3"
 """The actor's name. Its number is raised with every change of what is sent to it: the actor
 outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
@@ -65,6 +67,8 @@ class RunProgress:
     """Modelled FLOPs of the committed rows, unpruned."""
     meta: Mapping[str, Any]
     """Kind, output, model and spec."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """Of this attempt, by kind (`cluster.events.RunEvent`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class _Run:
     units_done: set[str]
     ledger: UnitLedger
     rows_before: int
+    events: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     finished: float | None = None
 
@@ -124,14 +129,22 @@ class RunController:
             run.ledger += ledger
         return True
 
-    def finish(self, run_id: str, state: RunState) -> None:
-        """Ends the view of the run; "completed" with failed rows is "completed_with_errors"."""
+    def event(self, run_id: str, kind: str, count: int = 1) -> None:
+        """Adds to the run's count of an event; an unknown run's are dropped."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.events[kind] += count
+
+    def finish(self, run_id: str, state: RunState) -> RunProgress | None:
+        """Ends the view of the run, and returns it; "completed" with failed rows is
+        "completed_with_errors". None for a run that is not registered."""
         run = self._runs.get(run_id)
         if run is None:
-            return
+            return None
         if state == "completed" and run.ledger.rows_failed:
             state = "completed_with_errors"
         run.state, run.finished = state, time.monotonic()
+        return self.progress(run_id)
 
     def stop_reason(self, run_id: str) -> str | None:
         """Why the run should stop: too many of its committed rows failed. None: go on."""
@@ -170,6 +183,7 @@ class RunController:
             flops=sum(run.ledger.flops.values()),
             flops_dense=sum(run.ledger.flops_dense.values()),
             meta=run.meta,
+            events=dict(run.events),
         )
 
     def runs(self) -> list[RunProgress]:
@@ -193,10 +207,26 @@ def get_controller() -> ActorHandle[RunController]:
 
 
 def report_commit(run_id: str, unit_id: str, ledger: UnitLedger) -> None:
-    """Reports a commit to the controller without waiting for it: the committed object counts."""
-    controller = _find_controller()
-    if controller is not None:
-        controller.unit_committed.remote(run_id, unit_id, ledger)
+    """Tells the controller of a commit. Neither waits nor raises: the committed object counts."""
+    _tell("unit_committed", run_id, unit_id, ledger)
+
+
+def report_event(run_id: str, kind: RunEvent, count: int = 1) -> None:
+    """Adds `count` to the run's count of an event, from any process. Neither waits nor raises.
+
+    A kind that is counted in seconds takes whole seconds.
+    """
+    _tell("event", run_id, str(kind), count)
+
+
+def _tell(method: str, *arguments: Any) -> None:
+    """Calls the controller without waiting for it. Never raises: what is told is telemetry."""
+    try:
+        controller = _find_controller()
+        if controller is not None:
+            getattr(controller, method).remote(*arguments)
+    except Exception as error:  # of a Ray that is going away, in whatever state
+        logger.warning("controller_unreachable", call=method, error=type(error).__name__)
 
 
 async def stop_reason(run_id: str) -> str | None:

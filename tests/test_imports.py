@@ -32,7 +32,7 @@ ORDER = {
         pictures evaluation integrations
     """.split(),
     "cluster": """
-        errors config logs console store
+        errors config events logs console store
         protocol schema images
         corpus accounting output
         controller serving runs

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -41,6 +41,9 @@ class Attempt:
     replica_busy_share: float | None
     """Share of wall_seconds in which an engine was working, mean over replicas; None if a replica
     was replaced meanwhile."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """Deaths, retries and waits by kind (`cluster.events.RunEvent`), as far as they were reported:
+    telemetry, unlike the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

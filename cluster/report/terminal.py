@@ -9,6 +9,7 @@ from rich.text import Text
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.console import open_console
+from cluster.events import describe_events
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 
@@ -78,6 +79,9 @@ def _facts(summary: Summary, note: str | None) -> Table:
             f"rows/s on {attempt.replicas} replica(s), after {attempt.start_seconds:.1f} s to start"
             + ("" if busy is None else f", busy {100 * busy:.0f} % of that time"),
         )
+        happened = describe_events(attempt.events)
+        if happened:
+            facts.add_row("happened", happened)
     facts.add_row("output", summary.output)
     return facts
 

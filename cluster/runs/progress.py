@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from cluster.controller import RunProgress
+from cluster.events import describe_events
 
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 10.0
@@ -24,15 +25,16 @@ def format_eta(seconds: float | None) -> str:
 
 
 def progress_line(progress: RunProgress) -> str:
-    """One line: rows done, speed, ETA, failed rows and visual tokens kept."""
+    """One line: rows done, speed, ETA, failed rows, visual tokens kept and what happened."""
     share = 100 * progress.rows_done / max(1, progress.rows_total)
     failed = sum(progress.rows_failed.values())
     total, kept = progress.visual_tokens, progress.visual_tokens_kept
     tokens = f"  visual tokens kept {100 * kept / total:.1f} %" if total else ""
+    happened = describe_events(progress.events)
     return (
         f"{progress.rows_done}/{progress.rows_total} rows  {share:.1f} %  "
         f"{progress.rows_per_second:.1f} rows/s  ETA {format_eta(progress.eta_seconds)}  "
-        f"failed {failed}{tokens}"
+        f"failed {failed}{tokens}{'  ' + happened if happened else ''}"
     )
 
 

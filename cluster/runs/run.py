@@ -195,6 +195,7 @@ def _label(
         rows_per_second=rows / wall,
         replicas=fleet.replicas,
         replica_busy_share=_busy_share(fleet, busy_before, wall),
+        events=tracker.events,
     )
 
 

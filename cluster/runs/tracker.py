@@ -4,6 +4,7 @@ the controller restarts, and reports how the attempt ended.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import ray
@@ -40,6 +41,7 @@ class RunTracker:
         self._manifest = manifest
         self._output = output
         self._controller = get_controller()
+        self._events: Mapping[str, int] = {}
 
     def __enter__(self) -> RunTracker:
         # A run needs no controller: `progress` registers it once there is one.
@@ -61,12 +63,20 @@ class RunTracker:
         elif error is not None:
             state = "failed"
         try:
-            ray.get(
+            ended: RunProgress | None = ray.get(
                 self._controller.finish.remote(self._manifest.run_id, state),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
         except (RayError, GetTimeoutError) as unreachable:
             logger.warning("controller_unreachable", error=type(unreachable).__name__)
+        else:
+            self._events = {} if ended is None else ended.events
+
+    @property
+    def events(self) -> Mapping[str, int]:
+        """What happened in the attempt, by kind, once it ended; empty where the controller was
+        unreachable."""
+        return self._events
 
     def progress(self) -> RunProgress | None:
         """The run as of now; None while the controller is unreachable."""

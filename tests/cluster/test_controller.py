@@ -13,7 +13,9 @@ from cluster.controller import (
     RunProgress,
     get_controller,
     report_commit,
+    report_event,
 )
+from cluster.events import RunEvent
 
 UNIT = UnitLedger(
     rows=10,
@@ -85,6 +87,21 @@ def test_a_restarted_controller_is_rebuilt_by_registering_again() -> None:
     assert progress(restarted).rows_done == 10
 
 
+def test_events_are_counted_by_kind_and_start_anew_with_an_attempt() -> None:
+    controller = RunController()
+    controller.event("run", "replica_died")
+    register(controller)
+    controller.event("run", "replica_died")
+    controller.event("run", "replica_died")
+    controller.event("run", "store_waited", 40)
+    ended = controller.finish("run", "completed")
+    assert ended is not None
+    assert ended.events == {"replica_died": 2, "store_waited": 40}
+
+    register(controller)
+    assert progress(controller).events == {}
+
+
 @pytest.mark.parametrize(
     ("failed", "rows", "stops"),
     [(2, 10, False), (3, 10, True), (9, 9, False), (3, 20, False)],
@@ -140,12 +157,21 @@ def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray:
             )
         )
         report_commit("named", "a", UNIT)
-        assert ray.get(controller.progress.remote("named")).rows_done == 10
+        report_event("named", RunEvent.REPLICA_DIED, 2)
+        known = ray.get(controller.progress.remote("named"))
+        assert known.rows_done == 10
+        assert known.events == {"replica_died": 2}
     finally:
         ray.kill(controller)
 
 
-def test_reporting_a_commit_without_a_controller_does_not_fail(local_ray: None) -> None:
+def test_telling_a_controller_that_is_not_there_does_not_fail(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report_commit("nobody", "a", UNIT)
+    report_event("nobody", RunEvent.REPLICA_DIED)
+    with monkeypatch.context() as broken:
+        broken.setattr("cluster.controller.ray.get_actor", lambda *_, **__: 1 / 0)
+        report_event("nobody", RunEvent.REPLICA_DIED)
     with pytest.raises(ValueError, match=CONTROLLER_NAME):
         ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)

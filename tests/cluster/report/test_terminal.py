@@ -67,6 +67,7 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         rows_per_second=10.0,
         replicas=2,
         replica_busy_share=0.75,
+        events={"replica_died": 2, "store_waited": 9},
     )
     report = render_text(
         summary(attempt=attempt, accuracy=Accuracy(scored=80, mean=0.875)), "resumed"
@@ -77,6 +78,7 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         "3  (image_undecodable 3)",
         "5 rows took more than one attempt",
         "4 rows share their key",
+        "2 replicas died, store away for 9 s",
         "87.5 % of 80 rows",
         "10.0 rows/s on 2 replica(s)",
         "busy 75 %",

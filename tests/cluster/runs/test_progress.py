@@ -53,6 +53,11 @@ def test_before_the_first_commit_there_is_no_eta_and_no_token_share() -> None:
     assert format_eta(3725.4) == "1:02:05"
 
 
+def test_the_progress_line_ends_with_what_happened() -> None:
+    happened = run_progress(events={"replica_died": 1})
+    assert progress_line(happened).endswith("visual tokens kept 22.2 %  1 replica died")
+
+
 def test_a_job_log_has_plain_lines_and_a_final_one(monkeypatch: Any) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.05)
     out = io.StringIO()

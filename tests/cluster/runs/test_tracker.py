@@ -11,8 +11,9 @@ import ray
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
-from cluster.controller import get_controller
+from cluster.controller import get_controller, report_event
 from cluster.errors import ErrorShareExceeded, StoreError
+from cluster.events import RunEvent
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.runs.planning import plan_run
@@ -92,6 +93,15 @@ def test_the_controller_records_how_the_run_ended(
         with pytest.raises(type(error)), RunTracker(*planned):
             raise error
     assert state(planned[1]) == expected
+
+
+def test_what_happened_in_the_attempt_is_known_once_it_ended(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
+) -> None:
+    with RunTracker(*planned) as tracker:
+        report_event(planned[1].run_id, RunEvent.ROW_QUARANTINED)
+        assert tracker.events == {}
+    assert tracker.events == {"row_quarantined": 1}
 
 
 def test_the_root_run_error_is_found_in_rays_exception_chain() -> None:

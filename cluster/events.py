@@ -1,0 +1,51 @@
+"""What happens to a run besides rows: deaths, retries and waits, counted for people.
+
+Events are telemetry. They end in the attempt's part of the summary and decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class RunEvent(StrEnum):
+    """The kinds of events. A value is what summaries and `/v1/runs` hold, so values are stable."""
+
+    REPLICA_DIED = "replica_died"
+    CALL_RESENT = "call_resent"
+    CALL_TIMED_OUT = "call_timed_out"
+    ROW_QUARANTINED = "row_quarantined"
+    INFER_RETRIED = "infer_retried"
+    DECODER_ENDED = "decoder_ended"
+    UNIT_DEFERRED = "unit_deferred"
+    UNIT_REREAD = "unit_reread"
+    STORE_WAITED = "store_waited"
+    REPLICAS_WAITED = "replicas_waited"
+
+
+_PHRASES: Mapping[str, tuple[str, str]] = {
+    RunEvent.REPLICA_DIED: ("{n} replica died", "{n} replicas died"),
+    RunEvent.CALL_RESENT: ("{n} call sent again", "{n} calls sent again"),
+    RunEvent.CALL_TIMED_OUT: ("{n} call timed out", "{n} calls timed out"),
+    RunEvent.ROW_QUARANTINED: ("{n} row quarantined", "{n} rows quarantined"),
+    RunEvent.INFER_RETRIED: ("{n} failed row asked again", "{n} failed rows asked again"),
+    RunEvent.DECODER_ENDED: (
+        "{n} decoder ended at its limits",
+        "{n} decoders ended at their limits",
+    ),
+    RunEvent.UNIT_DEFERRED: ("{n} unit put off", "{n} units put off"),
+    RunEvent.UNIT_REREAD: ("{n} unit read again elsewhere", "{n} units read again elsewhere"),
+    # Counted in seconds.
+    RunEvent.STORE_WAITED: ("store away for {n} s", "store away for {n} s"),
+    RunEvent.REPLICAS_WAITED: ("no replica for {n} s", "no replica for {n} s"),
+}
+
+
+def describe_events(counts: Mapping[str, int]) -> str:
+    """{"replica_died": 2, "store_waited": 40} → "2 replicas died, store away for 40 s"; empty for
+    none. Unknown kinds, of another version, are shown by name."""
+    known = [kind for kind in _PHRASES if counts.get(kind)]
+    phrases = [_PHRASES[kind][counts[kind] != 1].format(n=counts[kind]) for kind in known]
+    unknown = sorted(kind for kind in counts if kind not in _PHRASES and counts[kind])
+    return ", ".join(phrases + [f"{kind} {counts[kind]}" for kind in unknown])

@@ -69,6 +69,14 @@ class Store(ABC):
         where the response to a request was lost.
         """
 
+    @abstractmethod
+    def put_if_match(self, key: str, data: bytes, *, etag: str, writer: str) -> bool:
+        """Replaces the object if it still is the version `etag`. True if the object is now this
+        call's; False where it is another version, or gone.
+
+        writer: as in `put_if_absent`.
+        """
+
     def uri_of(self, key: str) -> str:
         """The object's address, for messages and logs."""
         return f"{self.uri}/{key}"

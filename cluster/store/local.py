@@ -7,6 +7,7 @@ system with hard links.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,30 @@ class LocalStore(Store):
             except FileExistsError:
                 return False
         return True
+
+    def put_if_match(self, key: str, data: bytes, *, etag: str, writer: str) -> bool:
+        path = self._root / key
+        if not path.exists():
+            return False
+        with self._translate_errors(key), self._lock(path.parent):
+            before = path.stat()
+            if _etag(before) != etag:
+                return False
+            with self._write_temporary(key, data) as temporary:
+                if _etag(temporary.stat()) == etag:
+                    # As long as the old one, and within one tick of the file system's clock.
+                    later = before.st_mtime_ns + 2 * 10**9
+                    os.utime(temporary, ns=(later, later))
+                temporary.replace(path)
+        return True
+
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
+        """One at a time among the processes of all machines that replace objects in `folder`. The
+        lock ends with its process; the file stays, hidden, because removing it would be a race."""
+        with (folder / ".replace.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @contextmanager
     def _write_temporary(self, key: str, data: bytes) -> Iterator[Path]:

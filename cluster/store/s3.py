@@ -57,7 +57,7 @@ _ADVICE = {
     "SignatureDoesNotMatch": "the secret key is of another access key: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token has expired: renew the credentials and start again",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
-    "NotImplemented": "this server lacks conditional writes (If-None-Match), which commits need",
+    "NotImplemented": "this server lacks conditional writes (If-None-Match, If-Match), needed here",
 }
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _LOCK = threading.Lock()
@@ -112,18 +112,26 @@ class S3Store(Store):
 
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
         with self._translate_errors(key):
-            return self._retry(key, lambda: self._create(key, data, writer))
+            return self._retry(key, lambda: self._put_on(key, data, writer, IfNoneMatch="*"))
 
-    def _create(self, key: str, data: bytes, writer: str) -> bool:
+    def put_if_match(self, key: str, data: bytes, *, etag: str, writer: str) -> bool:
+        with self._translate_errors(key):
+            return self._retry(key, lambda: self._put_on(key, data, writer, IfMatch=f'"{etag}"'))
+
+    def _put_on(self, key: str, data: bytes, writer: str, **condition: str) -> bool:
+        """A PUT on a condition; whether the object is the writer's afterwards."""
         try:
             self._client.put_object(
                 Bucket=self._bucket,
                 Key=self._prefix + key,
                 Body=data,
-                IfNoneMatch="*",
                 Metadata={"writer": writer},
+                **condition,
             )
         except ClientError as error:
+            # If-Match on an object that is gone is answered with 404, like a missing bucket.
+            if "IfMatch" in condition and _error_code(error) in _MISSING:
+                return False
             if _error_code(error) not in _TAKEN:
                 raise
             # A PUT whose response was lost is resent, by botocore or by `_retry`, and is refused

@@ -93,6 +93,54 @@ def test_exactly_one_of_eight_concurrent_writers_wins(store: Store) -> None:
     assert store.get("unit") == f"{won.index(True)}".encode()
 
 
+def etag_of(store: Store, key: str) -> str:
+    info = store.head(key)
+    assert info is not None
+    return info.etag
+
+
+def test_put_if_match_replaces_only_the_version_that_was_seen(store: Store) -> None:
+    store.put("unit", b"first")
+    seen = etag_of(store, "unit")
+    assert store.put_if_match("unit", b"other", etag=seen, writer="a")
+    assert not store.put_if_match("unit", b"third", etag=seen, writer="b")
+    assert store.get("unit") == b"other"
+    assert [info.key for info in store.list()] == ["unit"]
+
+
+def test_put_if_match_creates_nothing(store: Store) -> None:
+    store.put("other", b"")
+    assert not store.put_if_match("unit", b"1", etag=etag_of(store, "other"), writer="a")
+    assert not store.put_if_match("no/such/unit", b"1", etag="1-1", writer="a")
+    assert [info.key for info in store.list()] == ["other"]
+
+
+def test_every_replacement_is_another_version(store: Store) -> None:
+    """A disk's clock ticks in milliseconds: two objects of one size may get the same time."""
+    store.put("unit", b"0")
+    seen = {etag_of(store, "unit")}
+    for number in range(1, 10):
+        newest = etag_of(store, "unit")
+        assert store.put_if_match("unit", f"{number}".encode(), etag=newest, writer=f"{number}")
+        assert not store.put_if_match("unit", b"x", etag=newest, writer="late")
+        seen.add(etag_of(store, "unit"))
+    assert len(seen) == 10
+
+
+def test_exactly_one_of_eight_concurrent_replacements_wins(store: Store) -> None:
+    store.put("unit", b"x")
+    seen, barrier = etag_of(store, "unit"), threading.Barrier(8)
+
+    def attempt(number: int) -> bool:
+        barrier.wait()
+        return store.put_if_match("unit", f"{number}".encode(), etag=seen, writer=f"w{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(attempt, range(8)))
+    assert sum(won) == 1
+    assert store.get("unit") == f"{won.index(True)}".encode()
+
+
 def test_a_store_is_picklable(store: Store) -> None:
     store.put("x", b"1")
     assert pickle.loads(pickle.dumps(store)).get("x") == b"1"
@@ -249,6 +297,23 @@ def test_a_put_whose_response_was_lost_loses_to_an_earlier_writer(s3: str, no_sl
 def test_a_conflicting_put_is_retried(s3: str, no_sleep: None) -> None:
     store = failing_store(s3, "put_object", CONFLICT, CONFLICT)
     assert store.put_if_absent("unit", b"ours", writer="me")
+
+
+@pytest.mark.parametrize("failure", [TIMEOUT, TAKEN, CONFLICT], ids=["lost", "resent", "conflict"])
+def test_a_replacement_whose_response_was_lost_counts_as_ours(
+    s3: str, no_sleep: None, failure: Exception
+) -> None:
+    open_store(s3).put("unit", b"old")
+    seen = etag_of(open_store(s3), "unit")
+    store = failing_store(s3, "put_object", failure, act=True)
+    assert store.put_if_match("unit", b"ours", etag=seen, writer="me")
+
+
+def test_a_server_without_conditional_writes_is_named(s3: str) -> None:
+    refused = ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
+    store = failing_store(s3, "put_object", refused)
+    with pytest.raises(StoreError, match="If-Match"):
+        store.put_if_match("unit", b"ours", etag="x", writer="me")
 
 
 def test_a_broken_response_body_is_retried(s3: str, no_sleep: None) -> None:

@@ -16,6 +16,9 @@ Kind: TypeAlias = Literal["caption", "vqa"]
 SCHEMA_VERSION = 2
 """Raised when committed rows change shape or meaning: an older output is then another run's."""
 
+MAX_ERROR_SHARE = 0.2
+"""Share of failed rows that stops an attempt unless a run says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
@@ -68,8 +71,9 @@ class RunConfig:
     """Model replicas to start, where none serve this model."""
     slots: int | None = None
     """Rows that a replica answers at once; None: as many as suit its device."""
-    max_error_share: float = 0.2
-    """The run stops once a larger share of its rows failed, in [0, 1]."""
+    max_error_share: float = MAX_ERROR_SHARE
+    """An attempt stops once a larger share of its rows, or of its latest rows, failed; in [0, 1].
+    1 never stops it."""
     error_share_after: int = 500
     """Rows after which `max_error_share` counts."""
     max_attempts: int = 3
@@ -91,7 +95,7 @@ class RunConfig:
             (0 <= self.control_share <= 1, f"control_share {self.control_share} outside [0, 1]"),
             (
                 0 <= self.max_error_share <= 1,
-                f"max_error_share {self.max_error_share} not in [0, 1]",
+                f"--max-error-share {self.max_error_share}: give a share from 0 to 1",
             ),
             (1 <= self.unit_rows <= 512, f"unit_rows {self.unit_rows} outside 1..512"),
             (

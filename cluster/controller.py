@@ -18,6 +18,7 @@ import structlog
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from cluster.accounting.error_share import ErrorShare
 from cluster.accounting.ledger import UnitLedger
 from cluster.events import RunEvent
 
@@ -77,8 +78,7 @@ class _Run:
     meta: Mapping[str, Any]
     units_total: int
     rows_total: int
-    max_error_share: float
-    error_share_after: int
+    errors: ErrorShare
     units_done: set[str]
     ledger: UnitLedger
     rows_before: int
@@ -111,8 +111,7 @@ class RunController:
             meta=dict(meta),
             units_total=units_total,
             rows_total=rows_total,
-            max_error_share=max_error_share,
-            error_share_after=error_share_after,
+            errors=ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total),
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
@@ -127,6 +126,7 @@ class RunController:
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
             run.ledger += ledger
+            run.errors.add(ledger)
         return True
 
     def event(self, run_id: str, kind: str, count: int = 1) -> None:
@@ -147,17 +147,11 @@ class RunController:
         return self.progress(run_id)
 
     def stop_reason(self, run_id: str) -> str | None:
-        """Why the run should stop: too many of its committed rows failed. None: go on."""
+        """Why the run should stop: too many rows of this attempt failed. None: go on."""
         run = self._runs.get(run_id)
-        if run is None or run.ledger.rows < max(1, run.error_share_after):
+        if run is None or run.errors.reason is None:
             return None
-        failed = run.ledger.rows_failed
-        if failed / run.ledger.rows <= run.max_error_share:
-            return None
-        return (
-            f"run {run_id}: {failed} of {run.ledger.rows} rows failed, more than the "
-            f"{run.max_error_share:.0%} allowed: {dict(run.ledger.failed)}"
-        )
+        return f"run {run_id}: {run.errors.reason}"
 
     def progress(self, run_id: str) -> RunProgress | None:
         """None for a run that is not registered."""

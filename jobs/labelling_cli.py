@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Kind, RunConfig
+from cluster.config import MAX_ERROR_SHARE, Kind, RunConfig
 from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
@@ -89,6 +89,13 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
         help="model precision; auto is bfloat16 on a GPU, float32 on a CPU (%(default)s)",
     )
     parser.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
+    parser.add_argument(
+        "--max-error-share",
+        type=float,
+        metavar="SHARE",
+        default=MAX_ERROR_SHARE,
+        help="stop once a larger share of the rows failed; 1 never stops (%(default)s)",
+    )
     return parser
 
 
@@ -116,6 +123,7 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
         dtype=arguments.dtype,
         replicas=arguments.replicas,
         auto=arguments.auto,
+        max_error_share=arguments.max_error_share,
         **(_DEMO_BOUNDS if demo else {}),
     )
 

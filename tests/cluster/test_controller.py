@@ -102,21 +102,20 @@ def test_events_are_counted_by_kind_and_start_anew_with_an_attempt() -> None:
     assert progress(controller).events == {}
 
 
-@pytest.mark.parametrize(
-    ("failed", "rows", "stops"),
-    [(2, 10, False), (3, 10, True), (9, 9, False), (3, 20, False)],
-)
-def test_a_run_stops_only_above_its_error_share_and_after_enough_rows(
-    failed: int, rows: int, stops: bool
-) -> None:
+def test_a_run_stops_for_the_error_rows_of_this_attempt_alone() -> None:
+    bad = UnitLedger(rows=10, failed={"read_failed": 10})
     controller = RunController()
-    register(controller)
-    controller.unit_committed("run", "a", UnitLedger(rows=rows, failed={"read_failed": failed}))
+    register(controller, units_done=["a"], ledger_so_far=bad)
+    controller.unit_committed("run", "a", bad)
+    assert controller.stop_reason("run") is None
+
+    controller.unit_committed("run", "b", bad)
     reason = controller.stop_reason("run")
-    assert (reason is not None) is stops
-    if reason is not None:
-        assert "3 of 10 rows failed" in reason
-        assert "20%" in reason
+    assert reason is not None
+    assert "10 of the 10 rows" in reason
+
+    register(controller, units_done=["a", "b"], ledger_so_far=bad + bad)
+    assert controller.stop_reason("run") is None
 
 
 def test_a_finished_run_keeps_its_state_and_speed() -> None:

@@ -32,14 +32,18 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--limit": None,
         "--dtype": "auto",
         "--replicas": 1,
+        "--max-error-share": 0.2,
     }
 
 
 def test_options_reach_the_replicas_and_their_requests() -> None:
     options = ["--input", "in", "--output", "out", "--dtype", "bfloat16", "--max-new-tokens", "7"]
     config = build_config(
-        JOBS[0], build_parser(JOBS[0]).parse_args([*options, "--replicas", "3"]), demo=False
+        JOBS[0],
+        build_parser(JOBS[0]).parse_args([*options, "--replicas", "3", "--max-error-share", "1"]),
+        demo=False,
     )
+    assert config.max_error_share == 1.0
     assert config.generation.max_new_tokens == 7
     fleet = fleet_settings(config, "r", {})
     assert (fleet.engine.dtype, fleet.engine.revision, fleet.replicas) == ("bfloat16", "r", 3)
@@ -60,6 +64,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--limit", "0"], "give at least 1"),
         (["--max-new-tokens", "0"], "give at least 1"),
         (["--replicas", "0"], "give at least 1"),
+        (["--max-error-share", "20"], "give a share from 0 to 1"),
         (["--model", "no/such-model"], "not a local folder"),
     ],
 )

@@ -20,7 +20,7 @@ import ray.data
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
-from cluster.controller import get_controller
+from cluster.controller import get_controller, report_commit
 from cluster.errors import ErrorShareExceeded
 from cluster.protocol import LabelRequest, Priority
 from cluster.runs.labeller import Labeller, LabellerSettings, label_units
@@ -328,13 +328,14 @@ def test_the_controllers_stop_reason_stops_the_run_before_the_next_unit(local_ra
             meta={},
             units_total=3,
             rows_total=30,
-            units_done=["a"],
-            ledger_so_far=UnitLedger(rows=10, failed={"read_failed": 9}),
+            units_done=[],
+            ledger_so_far=UnitLedger(),
             max_error_share=0.5,
             error_share_after=5,
         )
     )
-    with pytest.raises(ErrorShareExceeded, match="9 of 10 rows"):
+    report_commit("failing", "a", UnitLedger(rows=10, failed={"read_failed": 9}))
+    with pytest.raises(ErrorShareExceeded, match="9 of the 10 rows"):
         label(config(), unit("u", 2), run_id="failing")
     ray.kill(controller)
 

@@ -122,4 +122,4 @@ def test_the_reason_to_stop_is_known_without_the_error_that_ended_the_workers(
         ledger = UnitLedger(rows=3, failed={"image_missing": 1})
         unit = manifest.units[0].unit_id
         ray.get(get_controller().unit_committed.remote(manifest.run_id, unit, ledger))
-        assert "1 of 3 rows failed" in str(tracker.stop_error())
+        assert "1 of the 3 rows" in str(tracker.stop_error())

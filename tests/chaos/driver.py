@@ -1,0 +1,59 @@
+"""The user's command, with the fake engine and small units; everything else is the real one.
+
+    python -m tests.chaos.driver SETTINGS
+
+SETTINGS is JSON: task, input, output, replicas, unit_rows, engine options. No flag of the command
+sets the engine or the size of units, so this process replaces them where the command builds its
+settings; the replicas get them as they get any other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from cluster.config import RunConfig
+from cluster.runs import run as run_module
+from cluster.serving.application import FleetSettings
+from jobs import answer_vqa, caption_corpus, labelling_cli
+from tests.chaos.engine import RETAIN, SLOTS
+
+ENGINE: Final = "tests.chaos.engine:ChaosEngine"
+
+
+def fake(settings: FleetSettings, options: Mapping[str, Any]) -> FleetSettings:
+    """These replicas, with the fake engine."""
+    engine = replace(settings.engine, engine=ENGINE, options=options, slots=SLOTS)
+    return replace(settings, engine=engine)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; its exit code."""
+    given = json.loads(argv[0])
+    build_fleet_settings, run = run_module.fleet_settings, labelling_cli.run
+
+    def fleet_settings(*args: Any, **more: Any) -> FleetSettings:
+        return fake(build_fleet_settings(*args, **more), given["engine"])
+
+    def run_small(config: RunConfig, **more: Any) -> run_module.Outcome:
+        small = replace(
+            config, unit_rows=given["unit_rows"], slots=SLOTS, control_share=0.1, max_attempts=2
+        )
+        return run(small, **more)
+
+    run_module.fleet_settings = fleet_settings
+    labelling_cli.run = run_small
+    job = caption_corpus.JOB if given["task"] == "caption" else answer_vqa.JOB
+    prompt = [] if given["task"] == "caption" else ["--prompt", "{question}"]
+    return labelling_cli.main(
+        job,
+        ["--input", given["input"], "--output", given["output"], "--retain", str(RETAIN),
+         "--replicas", str(given["replicas"]), *prompt],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

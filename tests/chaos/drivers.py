@@ -1,0 +1,123 @@
+"""The command's processes: one that runs, and others that were stopped or started beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.ground import REPOSITORY, Ground
+from tests.chaos.judge import Attempt
+from tests.chaos.places import Place
+from tests.chaos.processes import send
+from tests.chaos.schedule import Schedule
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Driver:
+    process: subprocess.Popen[bytes]
+    excused: bool
+    signal: str | None = None
+
+
+class Drivers:
+    """Starts and ends the command's processes. What they print goes to files in `folder`."""
+
+    def __init__(self, schedule: Schedule, ground: Ground, place: Place, folder: Path) -> None:
+        self._ground = ground
+        self._folder = folder
+        tag = {} if schedule.attached else {"tag": f"seed-{schedule.seed}"}
+        self._settings = {
+            "task": schedule.corpus.task,
+            "input": place.input,
+            "output": place.output,
+            "replicas": schedule.replicas,
+            "unit_rows": schedule.unit_rows,
+            "engine": {**ground.engine_options, **tag},
+        }
+        self._started = 0
+        self._trouble = 0
+        self._all: list[_Driver] = []
+        self._current: _Driver | None = None
+        self.attempts: list[Attempt] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether the current driver runs."""
+        return self._current is not None
+
+    @property
+    def any_left(self) -> bool:
+        """Whether any driver is left, stopped ones included."""
+        return bool(self._all)
+
+    def start(self, *, beside: bool = False) -> None:
+        """Starts the command. beside: while the current one goes on."""
+        self._started += 1
+        with (self._folder / f"driver-{self._started}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.driver", json.dumps(self._settings)],
+                cwd=REPOSITORY,
+                env=os.environ | {"RAY_ADDRESS": self._ground.address},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        driver = _Driver(process=process, excused=self._trouble > 0)
+        self._all.append(driver)
+        if not beside:
+            self._current = driver
+
+    def begin_trouble(self) -> None:
+        """From now on a run may fail."""
+        self._trouble += 1
+        for driver in self._all:
+            driver.excused = True
+
+    def end_trouble(self) -> None:
+        """The end of what `begin_trouble` began."""
+        self._trouble -= 1
+
+    def send_current(self, name: str) -> bool:
+        """Sends KILL or TERM to the current driver; False where none runs."""
+        if self._current is None:
+            return False
+        self._current.signal = name
+        return send(self._current.process.pid, signal.Signals[f"SIG{name}"])
+
+    def stop_current(self) -> Any:
+        """Stops the current driver and starts another; a function that lets the first go on."""
+        stopped = self._current
+        if stopped is None or not send(stopped.process.pid, signal.SIGSTOP):
+            return None
+        self.start()
+        return lambda: send(stopped.process.pid, signal.SIGCONT)
+
+    def poll(self) -> list[Attempt]:
+        """The drivers that ended since the last call."""
+        ended = [driver for driver in self._all if driver.process.poll() is not None]
+        attempts = []
+        for driver in ended:
+            self._all.remove(driver)
+            if driver is self._current:
+                self._current = None
+            code = driver.process.returncode
+            attempt = Attempt(code=code, signal=driver.signal, excused=driver.excused)
+            attempts.append(attempt)
+        self.attempts += attempts
+        return attempts
+
+    def end_all(self) -> None:
+        """Kills whatever is left."""
+        for driver in self._all:
+            driver.signal = "KILL"
+            driver.process.kill()
+            driver.process.wait(timeout=30)
+        self._all.clear()
+        self._current = None

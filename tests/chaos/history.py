@@ -1,0 +1,81 @@
+"""The output over time: a reader of the whole prefix must never meet a row twice.
+
+Checked at every moment of the history of its objects, and not only at the end.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import pyarrow.parquet as pq
+
+Harm: TypeAlias = Literal["lost", "doubled", "stuck", "wrong"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One broken promise."""
+
+    harm: Harm
+    """What it did to the run."""
+    text: str
+    """What was found, and where."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectWrite:
+    """One change of an object that the store carried out."""
+
+    key: str
+    """Key relative to the output."""
+    body: bytes | None = field(repr=False)
+    """The new content; None where it was removed."""
+
+
+def is_visible(key: str) -> bool:
+    """Whether a reader of Parquet data sets takes the object for rows."""
+    hidden = any(part.startswith(("_", ".")) for part in key.split("/"))
+    return key.endswith(".parquet") and not hidden
+
+
+def read_rows(body: bytes) -> list[dict[str, Any]]:
+    """The rows of one object. Raises what pyarrow raises where it is not Parquet."""
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(body)).to_pylist()
+    return rows
+
+
+def check_history(writes: Sequence[ObjectWrite]) -> list[Finding]:
+    """What a reader could have seen between any two writes and must not."""
+    findings: list[Finding] = []
+    present: dict[str, bytes] = {}
+    places: Counter[tuple[Any, Any]] = Counter()
+    for write in writes:
+        if not is_visible(write.key):
+            continue
+        before = present.pop(write.key, None)
+        if before == write.body:
+            if before is not None:
+                present[write.key] = before
+            continue
+        if before is not None:
+            what = "was removed" if write.body is None else "was replaced by other rows"
+            findings.append(Finding(harm="wrong", text=f"{write.key} {what} after its commit"))
+            places.subtract(_places(before))
+        if write.body is not None:
+            present[write.key] = write.body
+            added = list(_places(write.body))
+            twice = sorted({place for place in added if places[place] > 0})
+            places.update(added)
+            if twice:
+                text = f"{write.key} holds rows that another object holds: {twice[:3]}"
+                findings.append(Finding(harm="doubled", text=text))
+    return findings
+
+
+def _places(body: bytes) -> Iterable[tuple[Any, Any]]:
+    table = pq.read_table(io.BytesIO(body), columns=["unit_id", "unit_row"])
+    return zip(table["unit_id"].to_pylist(), table["unit_row"].to_pylist(), strict=True)

@@ -1,0 +1,219 @@
+"""The verdict on a run, from the truth of its corpus and the objects of its output alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow.parquet as pq
+
+from tests.chaos.corpus import TEXT, Corpus, TrueRow
+from tests.chaos.engine import RETAIN
+from tests.chaos.history import Finding, ObjectWrite, check_history, is_visible, read_rows
+from tests.cluster.fake_engine import VISUAL_TOKENS
+
+DONE: Final = 0
+DONE_WITH_ERRORS: Final = 3
+_INCOMPLETE: Final = 5
+_FAILED: Final = 1
+_STOPPED: Final = {"KILL": {-9}, "TERM": {-15, 130, 143}}
+_SUMMED: Final = ("visual_tokens", "visual_tokens_kept", "prompt_tokens", "completion_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One invocation of the command."""
+
+    code: int
+    """Its exit code; negative for a signal."""
+    signal: str | None
+    """KILL or TERM, if it was sent one."""
+    excused: bool
+    """Whether something happened that may end a run: a store that is away, the death of a head."""
+
+
+def check_run(
+    corpus: Corpus,
+    objects: Mapping[str, bytes],
+    writes: Sequence[ObjectWrite],
+    attempts: Sequence[Attempt],
+) -> list[Finding]:
+    """Every broken promise of a run that is over.
+
+    objects: the output, by key. writes: its history. attempts: in order of their end.
+    """
+    units = {key: body for key, body in sorted(objects.items()) if is_visible(key)}
+    rows: list[dict[str, Any]] = []
+    findings: list[Finding] = []
+    for key, body in units.items():
+        try:
+            rows += read_rows(body)
+            findings += check_ledger(key, body)
+        except Exception as error:  # whatever pyarrow raises: a reader would meet it too
+            findings.append(Finding(harm="wrong", text=f"{key} is not readable: {error}"))
+    findings += check_rows(corpus, rows)
+    findings += check_summary(objects, rows)
+    findings += check_history(writes)
+    findings += check_exits(corpus, rows, attempts)
+    return findings
+
+
+def check_rows(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Each row of the corpus once, as what it must be, and none besides."""
+    return [*_check_places(rows), *_check_identities(corpus, rows)]
+
+
+def _check_places(rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    runs = {row["run_id"] for row in rows}
+    if len(runs) > 1:
+        yield Finding(harm="wrong", text=f"rows of several runs: {sorted(map(str, runs))}")
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        numbers[row["unit_id"]].append(row["unit_row"])
+    for unit, found in numbers.items():
+        twice = [number for number, times in Counter(found).items() if times > 1]
+        if twice:
+            yield Finding(harm="doubled", text=f"unit {unit} has the rows {twice[:5]} twice")
+        gaps = sorted(set(range(max(found) + 1)) - set(found))
+        if gaps:
+            yield Finding(harm="lost", text=f"unit {unit} lacks the rows {gaps[:5]}")
+
+
+def _check_identities(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    truth = {row.serial: row for row in corpus.rows}
+    by_key = {row.key: row.serial for row in corpus.rows}
+    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    nameless = []
+    for row in rows:
+        value = row.get(corpus.serial_column)
+        serial = by_key.get(row["key"]) if value is None else int(value)
+        if serial is None:
+            nameless.append(row)
+        elif serial not in truth:
+            yield Finding(harm="wrong", text=f"row {serial} is not in the corpus")
+        else:
+            found[serial].append(row)
+    lost = [serial for serial, row in truth.items() if serial not in found and not row.optional]
+    if lost:
+        yield Finding(harm="lost", text=f"{len(lost)} rows are missing: {lost[:8]}")
+    for serial, copies in found.items():
+        if len(copies) > 1:
+            yield Finding(harm="doubled", text=f"row {serial} is there {len(copies)} times")
+        for row in copies:
+            yield from _check_row(truth[serial], row, corpus.damage_codes)
+    yield from _check_nameless(corpus, nameless)
+
+
+def _check_nameless(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Rows that are no row of the corpus: error rows for a damaged file, and only a few."""
+    odd = [row["key"] for row in rows if row["error_code"] not in corpus.damage_codes]
+    if odd or len(rows) > corpus.damage_rows:
+        keys = odd or [row["key"] for row in rows]
+        codes = Counter(row["error_code"] for row in rows)
+        text = f"{len(keys)} rows of no row in the corpus: {keys[:3]}, {dict(codes)}"
+        yield Finding(harm="wrong", text=text)
+
+
+def _check_row(
+    truth: TrueRow, row: Mapping[str, Any], damage_codes: frozenset[str]
+) -> Iterator[Finding]:
+    name, code = f"row {truth.serial}", row["error_code"]
+    if (row["text"] is None) == (code is None):
+        yield Finding(harm="wrong", text=f"{name} has text {row['text']!r} and error {code!r}")
+    elif code is not None:
+        allowed = truth.outcomes | (damage_codes if truth.optional else frozenset())
+        if code not in allowed:
+            good = truth.outcomes == {TEXT}
+            message = str(row["error_message"])[:160]
+            yield Finding(
+                harm="lost" if good else "wrong",
+                text=f"{name} is {code} ({message}), must be {' or '.join(sorted(allowed))}",
+            )
+    elif TEXT not in truth.outcomes:
+        yield Finding(harm="wrong", text=f"{name} was answered, must be {sorted(truth.outcomes)}")
+    elif row["text"] != truth.text:
+        text = f"{name} says {row['text']!r}, must say {truth.text!r}"
+        yield Finding(harm="wrong", text=text)
+    elif truth.outcomes == {TEXT} and row["key"] != truth.key:
+        yield Finding(harm="wrong", text=f"{name} has the key {row['key']!r}, not {truth.key!r}")
+    else:
+        kept = (row["visual_tokens"], row["visual_tokens_kept"])
+        if kept != (VISUAL_TOKENS, int(VISUAL_TOKENS * RETAIN)):
+            yield Finding(harm="wrong", text=f"{name} counts its tokens as {kept}")
+
+
+def check_ledger(key: str, body: bytes) -> list[Finding]:
+    """The ledger in an object's footer against the object's rows."""
+    metadata = pq.read_metadata(io.BytesIO(body)).metadata or {}
+    if b"sppruner.ledger" not in metadata:
+        return [Finding(harm="wrong", text=f"{key} has no ledger")]
+    ledger = json.loads(metadata[b"sppruner.ledger"])
+    rows = read_rows(body)
+    answered = [row for row in rows if row["error_code"] is None]
+    attempts = [row["attempts"] or 0 for row in rows]
+    true: dict[str, Any] = {
+        "rows": len(rows),
+        "failed": dict(Counter(row["error_code"] for row in rows if row["error_code"])),
+        "attempts": sum(attempts),
+        "recomputed": sum(number > 1 for number in attempts),
+        **{name: sum(row[name] or 0 for row in answered) for name in _SUMMED},
+    }
+    findings = [
+        Finding(harm="wrong", text=f"{key}: its ledger says {ledger.get(name)} {name}, not {value}")
+        for name, value in true.items()
+        if ledger.get(name) != value
+    ]
+    seconds = sum(row["seconds"] or 0.0 for row in answered)
+    if abs(ledger["nanoseconds"] / 1e9 - seconds) > 1e-6 * max(1, len(rows)):
+        text = f"{key}: its ledger says {ledger['nanoseconds']} ns, its rows {seconds} s"
+        findings.append(Finding(harm="wrong", text=text))
+    controls = sum(bool(row["is_control"]) for row in answered)
+    if len(ledger.get("control_pairs", ())) != controls:
+        findings.append(Finding(harm="wrong", text=f"{key}: {controls} control rows, not as told"))
+    return findings
+
+
+def check_summary(
+    objects: Mapping[str, bytes], rows: Sequence[Mapping[str, Any]]
+) -> list[Finding]:
+    """What the run says of itself at its end."""
+    if "_run/summary.json" not in objects:
+        return [Finding(harm="wrong", text="no summary was written")]
+    summary = json.loads(objects["_run/summary.json"])
+    failed = dict(Counter(row["error_code"] for row in rows if row["error_code"]))
+    told = summary["rows"], summary["rows_failed"]
+    if told != (len(rows), failed):
+        text = f"the summary says {told[0]} rows, failed {told[1]}; there are {len(rows)}, {failed}"
+        return [Finding(harm="wrong", text=text)]
+    return []
+
+
+def check_exits(
+    corpus: Corpus, rows: Sequence[Mapping[str, Any]], attempts: Sequence[Attempt]
+) -> list[Finding]:
+    """The exit codes that the README prints, of every invocation."""
+    findings = []
+    bad = any(row["error_code"] for row in rows)
+    for number, attempt in enumerate(attempts, 1):
+        if attempt.code in (DONE, DONE_WITH_ERRORS):
+            right = attempt.code == (DONE_WITH_ERRORS if bad else DONE)
+        elif attempt.signal is not None:
+            right = attempt.code in _STOPPED[attempt.signal] | {_INCOMPLETE}
+        else:
+            right = attempt.code == _INCOMPLETE or (attempt.code == _FAILED and attempt.excused)
+        if not right:
+            text = f"attempt {number} ended with {attempt.code}"
+            findings.append(Finding(harm="wrong", text=text + _reason(attempt, bad)))
+    if not attempts or attempts[-1].code not in (DONE, DONE_WITH_ERRORS):
+        findings.append(Finding(harm="stuck", text=f"not completed in {len(attempts)} attempts"))
+    return findings
+
+
+def _reason(attempt: Attempt, bad: bool) -> str:
+    if attempt.code in (DONE, DONE_WITH_ERRORS):
+        return f", with{'' if bad else 'out'} error rows"
+    return ", which nothing that happened explains"

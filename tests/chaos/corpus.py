@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal, TypeAlias
 
 import pyarrow as pa
@@ -122,7 +123,7 @@ def draw_corpus(shape: CorpusShape, seed: int) -> Corpus:
     places = dict(zip(draw.sample(range(shape.rows), len(shape.bad)), shape.bad, strict=True))
     drawn = [_draw_row(serial, places.get(serial), shape, seed) for serial in range(shape.rows)]
     cuts = [shape.rows * number // shape.files for number in range(shape.files + 1)]
-    parts = [drawn[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [drawn[a:b] for a, b in pairwise(cuts)]
     hurt: set[int] = set()
     files: dict[str, bytes] = {}
     for number, part in enumerate(parts):

@@ -63,9 +63,7 @@ class ChaosEngine(FakeEngine):
         hashed, kept = image_hash(image), result.visual_tokens_kept
         assert kept is not None
         control = _text(hashed, request.prompt, VISUAL_TOKENS) if request.control else None
-        return replace(
-            result, text=_text(hashed, request.prompt, kept), control_text=control
-        )
+        return replace(result, text=_text(hashed, request.prompt, kept), control_text=control)
 
     def _take(self, kind: str) -> bool:
         for file in self._signals.glob(f"{kind}-*"):

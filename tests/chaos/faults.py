@@ -100,7 +100,12 @@ def _outage(stage: Stage) -> Undo | None:
     proxy = stage.ground.proxy
     stage.drivers.begin_trouble()
     proxy.start_outage(stage.draw.choice(("reset", "slow_down", "error_500")))
-    return lambda: (proxy.stop_outage(), stage.drivers.end_trouble())
+
+    def end() -> None:
+        proxy.stop_outage()
+        stage.drivers.end_trouble()
+
+    return end
 
 
 def _hang_requests(stage: Stage) -> Undo | None:
@@ -114,7 +119,12 @@ def _fill_disk(stage: Stage) -> Undo | None:
         return None
     stage.drivers.begin_trouble()
     place.fill()
-    return lambda: (place.free(), stage.drivers.end_trouble())
+
+    def end() -> None:
+        place.free()
+        stage.drivers.end_trouble()
+
+    return end
 
 
 def _nothing() -> None:

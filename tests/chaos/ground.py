@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -95,8 +96,8 @@ class Ground:
 
     def prepare(self, nodes: int, *, attached: bool) -> None:
         """A cluster with so many raylets, and with an endpoint if `attached`."""
-        for signal in (self.folder / "signals").iterdir():
-            signal.unlink()
+        for file in (self.folder / "signals").iterdir():
+            file.unlink()
         shape = (nodes, attached)
         if self._cluster is not None and (self._dirty or self._shape != shape):
             self.remove_cluster()
@@ -118,11 +119,13 @@ class Ground:
         assert self._shape is not None
         nodes, attached = self._shape
         head = {"num_cpus": _CPUS[nodes][0], "include_dashboard": False}
+        handler = signal.getsignal(signal.SIGTERM)
         self._cluster = Cluster(
             initialize_head=True, head_node_args={**head, "object_store_memory": _STORE_BYTES}
         )
         for number in range(1, nodes):
             self.add_node(_CPUS[nodes][number])
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process without cleaning
         if attached:
             with self._connected():
                 self._deploy()
@@ -203,7 +206,9 @@ class Ground:
         import ray
         from ray.serve.context import _set_global_client
 
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, handler)
         try:
             yield
         finally:

@@ -177,9 +177,7 @@ def check_ledger(key: str, body: bytes) -> list[Finding]:
     return findings
 
 
-def check_summary(
-    objects: Mapping[str, bytes], rows: Sequence[Mapping[str, Any]]
-) -> list[Finding]:
+def check_summary(objects: Mapping[str, bytes], rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """What the run says of itself at its end."""
     if "_run/summary.json" not in objects:
         return [Finding(harm="wrong", text="no summary was written")]

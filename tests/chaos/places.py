@@ -41,6 +41,7 @@ class Place(ABC):
         """How many different objects with rows have been written."""
         return len({w.key for w in self.writes() if w.body is not None and is_visible(w.key)})
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what the place took."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import threading
 import time
 from collections import Counter
@@ -82,7 +83,8 @@ class FaultProxy:
 
     def __init__(self, upstream: str) -> None:
         parts = urlsplit(upstream)
-        assert parts.hostname and parts.port
+        assert parts.hostname is not None
+        assert parts.port is not None
         self._upstream = (parts.hostname, parts.port)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -230,12 +232,8 @@ class FaultProxy:
             del weights["conflict"]
         if request.method != "GET":
             del weights["cut_body"], weights["short_body"]
-        point = _share(self._seed, request, "kind", asked) * sum(weights.values())
-        for fault, weight in weights.items():
-            point -= weight
-            if point < 0:
-                break
-        return fault
+        draw = random.Random(_share(self._seed, request, "kind", asked))
+        return draw.choices(list(weights), list(weights.values()))[0]
 
     def _record(
         self, request: _Request, number: int, fault: str | None, status: int | None
@@ -351,7 +349,9 @@ def _shorten(response: bytes, *, restate: bool) -> bytes:
     half = body[: len(body) // 2]
     if restate:
         lines = [
-            b"Content-Length: %d" % len(half) if line.lower().startswith(b"content-length:") else line
+            b"Content-Length: %d" % len(half)
+            if line.lower().startswith(b"content-length:")
+            else line
             for line in head.split(b"\r\n")
         ]
         head = b"\r\n".join(lines)

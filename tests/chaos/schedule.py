@@ -11,7 +11,7 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, TypeAlias
 
-from tests.chaos.corpus import BAD_ROWS, DAMAGES, IN_TARS, CorpusShape
+from tests.chaos.corpus import BAD_ROWS, DAMAGES, IN_TARS, CorpusShape, Task
 
 StoreKind: TypeAlias = Literal["s3", "local"]
 
@@ -30,13 +30,13 @@ _KINDS: Final[dict[str, float]] = {
     "kill_controller": 2,
     "kill_serve_controller": 1.5,
     "kill_node": 3,
-    "kill_head": 0.7,
+    "kill_head": 0.8,
     "pause_replica": 1.5,
     "stop_replica": 0.5,
     "engine_raises": 2,
     "engine_hangs": 0.5,
     "outage": 3,
-    "hung_requests": 0.5,
+    "hung_requests": 0.8,
     "full_disk": 4,
 }
 """Kinds of faults by weight; see `faults.py`."""
@@ -125,7 +125,7 @@ def draw_schedule(seed: int) -> Schedule:
 
 def _draw_corpus_shape(draw: random.Random) -> CorpusShape:
     parquet = draw.random() < 0.6
-    task = draw.choice(("caption", "vqa"))
+    task: Task = "caption" if draw.random() < 0.5 else "vqa"
     kinds = [kind for kind in (BAD_ROWS if parquet else IN_TARS) if kind != "kills"]
     if task == "caption":
         kinds = [kind for kind in kinds if "question" not in kind]

@@ -45,6 +45,8 @@ class ColumnMapping:
     """Source column of the question; None for captions."""
     prompt: str | None = None
     """Prompt of every row; None where each row has its own question."""
+    dotted_keys: bool = False
+    """WebDataset: a key ends at the last dot of the file name, not at the first."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest. The schema is base64 of its Arrow IPC message."""
@@ -56,6 +58,7 @@ class ColumnMapping:
             "prompt": self.prompt,
             "columns": [list(pair) for pair in self.columns],
             "schema": schema,
+            **({"dotted_keys": True} if self.dotted_keys else {}),
         }
 
     @classmethod
@@ -69,6 +72,7 @@ class ColumnMapping:
             key=data["key"],
             question=data["question"],
             prompt=data["prompt"],
+            dotted_keys=data.get("dotted_keys", False),
         )
 
 

@@ -1,251 +1,212 @@
-"""Untrusted tar archives as a stream of WebDataset samples.
+"""The walk over an untrusted tar: every byte is a member's, padding, or damage that is reported.
 
-Guarantees: nothing is written to disk; links and devices are reported, never followed; sizes,
-member counts and header lengths are bounded; any bytes end the iteration or raise ArchiveDamaged.
-Damage is distinguished from the regular end of the archive, which Python's `tarfile` does not do:
-it takes a truncated header for the end.
+Guarantees: the pieces of `walk_archive` lie one behind the other and cover the archive, whatever
+its bytes; behind damage the walk goes on at the next valid header. Nothing is written to disk.
+Damage is told from the archive's regular end, which Python's `tarfile` does not do.
 """
 
 from __future__ import annotations
 
 import re
-import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+
+from cluster.corpus.tar_header import (
+    BLOCK,
+    EXTENDED,
+    MAX_EXTENDED_HEADER,
+    Member,
+    ReadRange,
+    pad,
+    parse_header,
+    read_member,
+)
 from cluster.errors import ArchiveDamaged
 
-BLOCK = 512
-"""Bytes of a tar block. Headers are one block; data is padded to whole blocks."""
-MAX_EXTENDED_HEADER = 2**20
-"""Largest GNU or PAX extended header that is read, bytes."""
+RECORD = 20 * BLOCK
+"""Bytes of a record: most writers pad an archive to whole records."""
 MAX_MEMBERS = 5_000_000
 """Most members of an archive."""
-MAX_SAMPLE_MEMBERS = 1_000
-"""Most members of a sample."""
+MAX_ZERO_TAIL = 2**20
+"""Most zeros behind the last member, bytes; above that an allocated file was never filled."""
 
-ReadRange: TypeAlias = Callable[[int, int], bytes]
-"""Reads bytes [start, stop) of the archive, fewer where it ends earlier."""
-
-_REFUSED_EXTENSIONS = {"pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib"}
-_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, b"X"}
-_REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
-_REFUSED_TYPES = {
-    tarfile.LNKTYPE: "a hard link",
-    tarfile.SYMTYPE: "a symbolic link",
-    tarfile.CHRTYPE: "a device",
-    tarfile.BLKTYPE: "a device",
-    tarfile.FIFOTYPE: "a pipe",
-    tarfile.GNUTYPE_SPARSE: "a sparse file",
-}
-_WITHOUT_DATA = {
-    tarfile.DIRTYPE,
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.FIFOTYPE,
-}
-# The key is the path up to the first dot of its last part; the rest is the extension. Names without
-# a key or an extension, hidden files among them, belong to no sample.
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+# Between archives put behind each other: the end mark of two blocks, and zeros to a whole record.
+_END_MARK = 2 * BLOCK
+_MAX_PADDING = RECORD - BLOCK + _END_MARK
+# Reads while searching: small at first, because most damage is.
+_FIRST_SCAN, _LAST_SCAN = 2**12, 2**20
+_MAGIC, _MAGIC_AT = b"ustar", 257
+_CHECKSUM = slice(148, 154)
+_NAME = slice(0, 100)
+# The end of an extended header's body, where its own header block was lost.
+_PATH_RECORD = re.compile(rb"\d path=.*\n\0{,511}\Z", re.DOTALL)
+_PATH_BYTES = 2**13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One entry of an archive."""
+class Padding:
+    """Zeros that belong to the format."""
 
-    name: str
-    """Path in the archive, without a leading `./`."""
     start: int
-    """Byte of its first header, extended headers included."""
-    data_start: int
-    """Byte where its data starts."""
-    size: int
-    """Bytes of its data."""
+    """Byte of the first zero."""
     stop: int
-    """Byte after its padded data."""
-    refused: str | None = None
-    """Why its data must not be used, as for a link; None where it may be."""
+    """Byte after the last one."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Sample:
-    """Consecutive members that share a key. A repeated extension starts the next sample."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """Bytes that hold no readable member."""
 
-    key: str
-    """Path of its members up to the first dot of the last part."""
     start: int
-    """Byte where its first member starts."""
+    """The first byte that was not read."""
     stop: int
-    """Byte after its last member."""
-    members: dict[str, Member] = field(default_factory=dict)
-    """Its members by lower-case extension."""
-    refused: str | None = None
-    """Why the sample must not be used; None where it may be."""
+    """The byte where reading goes on, or the archive's size. Equal to `start` where nothing but the
+    end mark is missing."""
+    reason: str
+    """What is wrong there."""
+    member: str | None = None
+    """Name of the member that the archive's end cuts short; None where none is known."""
 
 
-def read_samples(
-    read: ReadRange, start: int, stop: int, *, expect_end_mark: bool
-) -> Iterator[Sample]:
-    """Yields the samples whose members start in [start, stop), in order.
-
-    expect_end_mark: `stop` is the archive's size, and an end mark must come before it. Raises
-    ArchiveDamaged where the archive is damaged or truncated, after the last sample known to be
-    complete.
-    """
-    current: Sample | None = None
-    previous_extensions: frozenset[str] = frozenset()
-    try:
-        for member in read_members(read, start, stop, expect_end_mark=expect_end_mark):
-            key, extension = _split_name(member.name)
-            if not extension and member.refused is None:
-                continue
-            if current is None or current.key != key or extension in current.members:
-                if current is not None:
-                    yield current
-                    previous_extensions = frozenset(current.members)
-                current = Sample(key=key, start=member.start, stop=member.stop)
-            current.stop = member.stop
-            current.members[extension] = member
-            current.refused = current.refused or _find_refusal(member, extension)
-            if len(current.members) > MAX_SAMPLE_MEMBERS:
-                raise ArchiveDamaged(
-                    member.start, f"over {MAX_SAMPLE_MEMBERS} members in a sample", key
-                )
-    except ArchiveDamaged as damage:
-        if current is not None and _is_complete(current, previous_extensions, damage):
-            yield current
-        raise
-    if current is not None:
-        yield current
-
-
-def _is_complete(
-    sample: Sample, previous_extensions: frozenset[str], damage: ArchiveDamaged
-) -> bool:
-    """Whether the damage after the sample took none of its members.
-
-    The damaged member's name decides where it is known. Otherwise the sample must have every
-    extension of the sample before it.
-    """
-    if damage.member is None:
-        return bool(previous_extensions) and previous_extensions <= set(sample.members)
-    key, extension = _split_name(damage.member)
-    return key != sample.key or extension in sample.members
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension) of a member; the extension is empty if it is in no sample."""
-    match = _NAME.fullmatch(name)
-    return (match[1], match[2].lower()) if match else (name, "")
-
-
-def _find_refusal(member: Member, extension: str) -> str | None:
-    reason = member.refused
-    if extension.rpartition(".")[2] in _REFUSED_EXTENSIONS:
-        reason = "a pickle could run code when read"
-    return reason and f"refused member {member.name[:200]}: {reason}"
-
-
-def read_members(
-    read: ReadRange, start: int, stop: int, *, expect_end_mark: bool
-) -> Iterator[Member]:
-    """Yields every file, link and device that starts in [start, stop); directories are skipped.
-    See `read_samples`."""
-    position = start
+def walk_archive(read: ReadRange, size: int) -> Iterator[Member | Padding | Damage]:
+    """The whole archive of `size` bytes, piece by piece."""
+    position = archive_start = 0
     for _ in range(MAX_MEMBERS):
-        if position >= stop and not expect_end_mark:
+        try:
+            member = read_member(read, position, size)
+        except ArchiveDamaged as error:
+            damage = _find_end_of_damage(read, position, size, error)
+            yield damage
+            position = damage.stop
+        else:
+            if member is not None:
+                yield member
+                position = member.stop
+                continue
+            zeros = _judge_zeros(read, position, size, archive_start)
+            yield zeros
+            position = zeros.stop
+            if isinstance(zeros, Padding):
+                archive_start = position
+        if position == size:
             return
-        member_start = position
-        extended: dict[str, str] = {}
-        header = _read_header(read, position)
-        while header is not None and (header.type in _EXTENDED or header.type == tarfile.XGLTYPE):
-            extended |= _read_extended_header(read, position, header)
-            position += BLOCK + _pad(header.size)
-            header = _read_header(read, position)
-        if header is None:
-            return
-        size = _parse_size(header, extended, position)
-        data_start = position + BLOCK
-        position = data_start + (_pad(size) if header.type not in _WITHOUT_DATA else 0)
-        path = extended.get("path") or header.name
-        name = _decode_name(path).removeprefix("./")
-        if expect_end_mark and position > stop:
-            raise ArchiveDamaged(member_start, f"{name[:200]} is truncated", name)
-        if header.type == tarfile.DIRTYPE:
-            continue
-        yield Member(
-            name=name,
-            start=member_start,
-            data_start=data_start,
-            size=size,
-            stop=position,
-            refused=_refuse_type(header.type) or _refuse_path(path),
-        )
-    raise ArchiveDamaged(position, f"more than {MAX_MEMBERS:,} members")
+    yield Damage(start=position, stop=size, reason=f"more than {MAX_MEMBERS:,} members")
 
 
-def _read_header(read: ReadRange, position: int) -> tarfile.TarInfo | None:
-    """The header block at `position`, or None at the archive's end mark."""
-    block = read(position, position + BLOCK)
-    if len(block) < BLOCK:
-        raise ArchiveDamaged(position, "no end mark" if not block else "a header is truncated")
-    if not any(block):
-        return None
-    try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise ArchiveDamaged(position, "a header is corrupt") from error
+def walk_members(read: ReadRange, start: int, stop: int) -> Iterator[Member | Padding]:
+    """Bytes [start, stop) of an archive, in which `walk_archive` found no damage. Raises
+    ArchiveDamaged where there is some nevertheless."""
+    position = start
+    while position < stop:
+        piece = read_member(read, position, stop) or Padding(start=position, stop=position + BLOCK)
+        yield piece
+        position = piece.stop
 
 
-def _read_extended_header(
-    read: ReadRange, position: int, header: tarfile.TarInfo
-) -> dict[str, str]:
-    """Path and size of the next member, where a GNU or PAX extended header has them."""
-    if not 0 <= header.size <= MAX_EXTENDED_HEADER:
-        raise ArchiveDamaged(position, f"an extended header of {header.size:,} bytes")
-    if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-        return {}
-    body = read(position + BLOCK, position + BLOCK + header.size)
-    if len(body) < header.size:
-        raise ArchiveDamaged(position, "an extended header is truncated")
-    if header.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": body.split(b"\0")[0].decode("utf-8", "surrogateescape")}
-    records: dict[str, str] = {}
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        if not length.isdigit() or len(length) > 7 or not 5 <= int(length) <= len(body):
-            raise ArchiveDamaged(position, "an extended header is corrupt")
-        record = body[len(length) + 1 : int(length) - 1]
-        name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        body = body[int(length) :]
-    return {name: records[name] for name in ("path", "size") if name in records}
+def _judge_zeros(read: ReadRange, start: int, size: int, archive_start: int) -> Padding | Damage:
+    """What the zeros at `start` are. They are padding as the end of the archive; or before a header
+    if they are as long, and end where, an end mark would before an archive that was appended."""
+    stop = _skip_zeros(read, start, size)
+    if stop == size:
+        if size - start < _END_MARK:
+            return Damage(start=start, stop=size, reason="the end mark is truncated")
+        if size - start > MAX_ZERO_TAIL:
+            return Damage(start=start, stop=size, reason=f"only zeros from byte {start:,} on")
+        return Padding(start=start, stop=size)
+    stop -= (stop - start) % BLOCK
+    length = stop - start
+    if parse_header(read(stop, min(stop + BLOCK, size))) is None:
+        error = ArchiveDamaged(start, f"{length:,} zeros where a header belongs, then other bytes")
+        return _find_end_of_damage(read, start, size, error)
+    ends_record = stop % RECORD == 0 or (stop - archive_start) % RECORD == 0
+    if length == _END_MARK or (_END_MARK < length <= _MAX_PADDING and ends_record):
+        return Padding(start=start, stop=stop)
+    reason = f"{length:,} zeros where a header belongs"
+    return Damage(start=start, stop=_skip_cut_name(read, start, stop, size), reason=reason)
 
 
-def _parse_size(header: tarfile.TarInfo, extended: dict[str, str], position: int) -> int:
-    text = extended.get("size", str(header.size))
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise ArchiveDamaged(position, f"a member size of {text[:40]!r}")
-    return int(text)
+def _skip_zeros(read: ReadRange, position: int, size: int) -> int:
+    """The first byte that is not zero, or `size`."""
+    for start, stop in _scan(position, size):
+        data = read(start, stop)
+        zeros = len(data) - len(data.lstrip(b"\0"))
+        if zeros < stop - start:
+            return start + zeros
+    return size
 
 
-def _pad(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _scan(position: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover [position, size), larger and larger ones, each but the last whole
+    blocks."""
+    length = _FIRST_SCAN
+    while position < size:
+        yield position, min(position + length, size)
+        position += length
+        length = min(4 * length, _LAST_SCAN)
 
 
-def _decode_name(name: str) -> str:
-    """The name as valid Unicode; bytes that are not UTF-8 become U+FFFD."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _find_end_of_damage(read: ReadRange, start: int, size: int, error: ArchiveDamaged) -> Damage:
+    """The damage from `start` to the next valid header behind the faulty block."""
+    faulty = parse_header(read(error.position, min(error.position + BLOCK, size)))
+    stop = search = min(error.position + BLOCK, size)
+    if faulty is not None and faulty.type in EXTENDED and faulty.size <= MAX_EXTENDED_HEADER:
+        # Its body is at fault, so the name of the member behind it is lost.
+        search = min(search + pad(faulty.size), size)
+        stop = _skip_member(read, search, size)
+    if stop == search:
+        stop = _find_header(read, search, size)
+        stop = _skip_cut_name(read, start, stop, size)
+    member = error.member if stop == size else None
+    return Damage(start=start, stop=stop, reason=str(error), member=member)
 
 
-def _refuse_type(kind: bytes) -> str | None:
-    return None if kind in _REGULAR else _REFUSED_TYPES.get(kind, f"a member of type {kind!r}")
+def _find_header(read: ReadRange, position: int, size: int) -> int:
+    """The first byte from `position` on where a header stands, or `size`.
+
+    A header has a valid checksum, and either the magic, at any byte, because bytes may be missing
+    or inserted; or, as in the oldest format, no magic but a whole number of blocks before it.
+    """
+    for start, stop in _scan(position, size):
+        data = read(start, min(stop + BLOCK, size))
+        for offset in _header_candidates(data):
+            if offset < stop - start and _is_header(data[offset : offset + BLOCK], size):
+                return start + offset
+    return size
 
 
-def _refuse_path(name: str) -> str | None:
-    if name.startswith("/") or ".." in name.split("/"):
-        return "its path leads outside the archive"
-    return None
+def _header_candidates(data: bytes) -> list[int]:
+    found = {match.start() - _MAGIC_AT for match in re.finditer(_MAGIC, data)}
+    blocks = np.array(memoryview(data)[: len(data) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+    digits = blocks[:, _CHECKSUM]
+    octal = ((digits >= ord("0")) & (digits <= ord("7"))) | (digits == ord(" "))
+    found.update((np.flatnonzero(octal.all(axis=1)) * BLOCK).tolist())
+    return sorted(offset for offset in found if offset >= 0)
+
+
+def _is_header(block: bytes, size: int) -> bool:
+    header = parse_header(block) if len(block) == BLOCK else None
+    if header is None or not header.name:
+        return False
+    return _MAGIC in block[_MAGIC_AT:] or (header.size <= size and header.name.isprintable())
+
+
+def _skip_cut_name(read: ReadRange, start: int, stop: int, size: int) -> int:
+    """`stop`, or the end of the member there if the damage [start, stop) may have taken the
+    extended header with its whole name."""
+    if stop == size:
+        return stop
+    name = read(stop, stop + BLOCK)[_NAME]
+    before = read(max(start, stop - _PATH_BYTES), stop)
+    cut = b"\0" not in name or b"?" in name or _PATH_RECORD.search(before) is not None
+    return _skip_member(read, stop, size) if cut else stop
+
+
+def _skip_member(read: ReadRange, position: int, size: int) -> int:
+    """The byte behind the member at `position`; `position` where there is none, or one whose name
+    an extended header gives."""
+    header = parse_header(read(position, min(position + BLOCK, size)))
+    if header is None or header.type in EXTENDED:
+        return position
+    return min(position + BLOCK + pad(header.size), size)

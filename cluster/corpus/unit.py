@@ -37,7 +37,7 @@ class Unit:
     row_start: int
     """The unit's first row, counted in the file."""
     row_count: int
-    """Rows of the unit, the row for a truncated archive included."""
+    """Rows of the unit, those for damaged ranges of an archive included."""
     size_bytes: int
     """Approximate memory that reading the unit takes, bytes."""
     row_group: int | None = None
@@ -49,7 +49,11 @@ class Unit:
     byte_stop: int | None = None
     """WebDataset: the byte after the unit's last one. None in other formats."""
     truncated: bool = False
-    """WebDataset: the archive is damaged after this unit; the unit's last row reports that."""
+    """WebDataset, in plans of an earlier version: the archive is damaged after this unit; the
+    unit's last row reports that."""
+    damaged: tuple[tuple[int, int, str], ...] = ()
+    """WebDataset: (first byte, byte behind, what is wrong) of each damaged range among the unit's
+    samples, in order; each is one row, which reports it."""
 
     @property
     def info(self) -> ObjectInfo:
@@ -74,13 +78,14 @@ class Unit:
         return {
             name: value
             for name, value in asdict(self).items()
-            if value is not None and value is not False
+            if value is not None and value is not False and value != ()
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Unit:
         """The inverse of `to_dict`. Raises TypeError on unknown or missing fields."""
-        return cls(**data)
+        damaged = tuple((start, stop, reason) for start, stop, reason in data.get("damaged", ()))
+        return cls(**{**data, "damaged": damaged})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,11 @@ class FileIndex:
     """The object's units, in row order."""
     schema: pa.Schema
     """Columns of the object; of a tar, the extensions of its members."""
+    unread_bytes: int = 0
+    """Bytes of the object that no row holds because they are damaged; each damaged range is one
+    error row."""
+    warnings: tuple[str, ...] = ()
+    """What the owner of the corpus should know about the object, for the plan."""
 
     @property
     def rows(self) -> int:

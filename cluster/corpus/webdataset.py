@@ -1,23 +1,26 @@
 """The WebDataset reader: tars in which consecutive members with one key are one sample.
 
-Guarantees: a unit is one byte range of one tar and is read by one ranged request; a sample is one
-row, with a string column for each text extension; a damaged archive keeps the samples known to be
-complete and adds one error row; a refused or oversized sample is an error row.
+Guarantees: a unit is one byte range of one tar and is read by one ranged request for each
+undamaged part; a sample is one row, with a string column for each text extension; each damaged
+range is one error row that says which bytes were not read; a refused or oversized sample is an
+error row.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import structlog
 
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnMapping, assign_committed_names
+from cluster.corpus.member_roles import find_image, is_text, list_not_copied
 from cluster.corpus.table import SourceRow, build_unit_table
-from cluster.corpus.tar import Member, Sample, read_samples
-from cluster.corpus.unit import FileIndex, Unit, make_unit
+from cluster.corpus.tar_header import Member
+from cluster.corpus.tar_samples import Sample, read_samples
+from cluster.corpus.unit import FileIndex, Unit
 from cluster.errors import (
     ArchiveDamaged,
     ArchiveTruncated,
@@ -26,72 +29,35 @@ from cluster.errors import (
     RowError,
     UsageError,
 )
-from cluster.store import ObjectInfo, RangedFile, Store
+from cluster.store import Store
 
 logger = structlog.get_logger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of images, the preferred first; one image per sample is used."""
-TEXT_EXTENSIONS = frozenset(
-    "answer answers caption cls cls2 count id idx index json label question tags text transcript "
-    "txt url".split()
-)
-"""Last parts of extensions whose members are committed as string columns."""
 QUESTION_MEMBERS = ("question", "question.txt", "json")
 """Extensions that may hold the question of a VQA sample, the preferred first."""
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Largest sample that is fetched, bytes; a larger one becomes an error row."""
-# One request while indexing. Far above a typical member, so that small members share a request;
-# the data of larger members is skipped.
-_INDEX_READ_BYTES = 4 * 2**20
-
-
-def index_tar(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int) -> FileIndex:
-    """Indexes one tar from its headers: its extensions, and its units of up to `unit_rows` rows and
-    `unit_bytes` bytes. Damage ends the index with one additional row, which stands for the rest of
-    the archive."""
-    file = RangedFile(store, info, window=_INDEX_READ_BYTES)
-    ranges: list[tuple[int, int, int]] = []  # rows, start, stop
-    extensions: set[str] = set()
-    damage: ArchiveDamaged | None = None
-    try:
-        for sample in read_samples(file.read_range, 0, info.size, expect_end_mark=True):
-            extensions.update(sample.members)
-            rows, start, _ = ranges[-1] if ranges else (unit_rows, 0, 0)
-            if rows >= unit_rows or sample.stop - start > unit_bytes:
-                ranges.append((1, sample.start, sample.stop))
-            else:
-                ranges[-1] = (rows + 1, start, sample.stop)
-    except ArchiveDamaged as error:
-        damage = error
-        logger.warning("archive_truncated", uri=store.uri_of(info.key), reason=str(error))
-        if not ranges:
-            ranges.append((0, 0, 0))
-    units: list[Unit] = []
-    first = 0
-    for number, (rows, start, stop) in enumerate(ranges):
-        truncated = damage is not None and number == len(ranges) - 1
-        count = rows + truncated
-        position = {"row_start": first, "row_count": count, "size_bytes": stop - start}
-        flag = {"truncated": True} if truncated else {}
-        units.append(
-            make_unit("webdataset", info, **position, **flag, byte_start=start, byte_stop=stop)
-        )
-        first += count
-    schema = pa.schema([pa.field(name, pa.binary()) for name in sorted(extensions)])
-    return FileIndex(info=info, units=tuple(units), schema=schema)
+_SHOWN = 20
 
 
 def map_tar_columns(
-    store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str
+    store: Store,
+    files: Sequence[FileIndex],
+    *,
+    kind: Kind,
+    prompt: str,
+    dotted_keys: bool = False,
 ) -> ColumnMapping:
     """Maps each text extension of any file to one string column. Raises UsageError for a VQA corpus
-    in which no member can hold a question."""
+    in which no member can hold a question.
+
+    dotted_keys: keys end at the last dot of the file name, as they were indexed.
+    """
     seen = {extension for file in files for extension in file.schema.names}
-    text = sorted(extension for extension in seen if _is_text(extension))
-    dropped = sorted(seen - set(text) - set(IMAGE_EXTENSIONS) - {""})
+    text = sorted(extension for extension in seen if is_text(extension))
+    dropped = list_not_copied(seen)
     if dropped:
-        logger.warning("members_not_committed", uri=store.uri, extensions=dropped)
+        logger.warning("members_not_committed", uri=store.uri, extensions=dropped[:_SHOWN])
     question = None
     if kind == "vqa":
         question = next((name for name in QUESTION_MEMBERS if name in seen), None)
@@ -107,37 +73,21 @@ def map_tar_columns(
         schema=pa.schema([pa.field(name, pa.string()) for _, name in columns]),
         question=question,
         prompt=prompt if kind == "caption" else None,
+        dotted_keys=dotted_keys,
     )
 
 
 def read_tar_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
-    """Reads the unit's rows with one ranged request. Raises ReadError where they are not as
-    planned, ObjectGone where the object was replaced, StoreError where the store gave up."""
-    assert unit.byte_start is not None
-    assert unit.byte_stop is not None
-    size = unit.byte_stop - unit.byte_start
-    if size > MAX_SAMPLE_BYTES and unit.row_count == 1 + unit.truncated:
-        raise ReadError(f"a sample of {size:,} bytes, more than the limit of {MAX_SAMPLE_BYTES:,}")
-    offset = unit.byte_start
-    data = memoryview(store.get_range(unit.file, offset, unit.byte_stop, etag=unit.etag))
-
-    def read(start: int, stop: int) -> bytes:
-        return bytes(data[start - offset : stop - offset])
-
-    def content(member: Member) -> bytes:
-        return read(member.data_start, member.data_start + member.size)
-
-    try:
-        found = list(read_samples(read, offset, unit.byte_stop, expect_end_mark=False))
-    except ArchiveDamaged as error:
-        raise ReadError(str(error)) from error
+    """Reads the unit's rows, with one ranged request for each undamaged part. Raises ReadError
+    where they are not as planned, ObjectGone where the object was replaced, StoreError where the
+    store gave up."""
+    texts: list[dict[str, str]] = []
+    rows: list[SourceRow] = []
+    for row, text in _read_rows(store, unit, mapping):
+        rows.append(row)
+        texts.append(text)
     # A row limit leaves more samples in the byte range than rows in the unit, never fewer.
-    found = found[: unit.row_count - unit.truncated]
-    texts = [_read_texts(sample, mapping, content) for sample in found]
-    rows = [
-        _build_row(sample, text, mapping, content)
-        for sample, text in zip(found, texts, strict=True)
-    ]
+    del rows[unit.row_count - unit.truncated :], texts[unit.row_count - unit.truncated :]
     if unit.truncated:
         truncation = ArchiveTruncated(
             f"{unit.file} is damaged or truncated after its first {unit.row_start + len(rows)} rows"
@@ -152,23 +102,65 @@ def read_tar_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     return build_unit_table(unit, mapping, rows, columns)
 
 
+def _read_rows(
+    store: Store, unit: Unit, mapping: ColumnMapping
+) -> Iterator[tuple[SourceRow, dict[str, str]]]:
+    """Each row with its text members by extension: the samples of the undamaged parts, and behind
+    each part the row of the damage there."""
+    assert unit.byte_start is not None
+    assert unit.byte_stop is not None
+    position = unit.byte_start
+    for start, stop, reason in unit.damaged:
+        yield from _read_samples(store, unit, mapping, position, start)
+        error = ArchiveTruncated(f"bytes {start:,} to {stop:,} of {unit.file} not read: {reason}")
+        yield SourceRow(key=f"{unit.file}@{start}", error=error), {}
+        position = stop
+    yield from _read_samples(store, unit, mapping, position, unit.byte_stop)
+
+
+def _read_samples(
+    store: Store, unit: Unit, mapping: ColumnMapping, start: int, stop: int
+) -> Iterator[tuple[SourceRow, dict[str, str]]]:
+    """The samples in bytes [start, stop) of the archive, which are all undamaged."""
+    size = stop - start
+    if size > MAX_SAMPLE_BYTES and unit.row_count == 1 + unit.truncated:
+        raise ReadError(f"a sample of {size:,} bytes, more than the limit of {MAX_SAMPLE_BYTES:,}")
+    data = memoryview(store.get_range(unit.file, start, stop, etag=unit.etag))
+
+    def read(first: int, last: int) -> bytes:
+        return bytes(data[first - start : last - start])
+
+    def content(member: Member) -> bytes:
+        return read(member.data_start, member.data_start + member.size)
+
+    def beginning(member: Member, size: int) -> bytes:
+        return read(member.data_start, member.data_start + min(size, member.size))
+
+    try:
+        for sample in read_samples(read, start, stop, dotted_keys=mapping.dotted_keys):
+            texts = _read_texts(sample, mapping, content)
+            image = find_image(sample, beginning)
+            yield (
+                _build_row(sample, texts, mapping, None if image is None else content(image)),
+                texts,
+            )
+    except ArchiveDamaged as error:
+        raise ReadError(str(error)) from error
+
+
 def _build_row(
-    sample: Sample,
-    texts: dict[str, str],
-    mapping: ColumnMapping,
-    content: Callable[[Member], bytes],
+    sample: Sample, texts: dict[str, str], mapping: ColumnMapping, image: bytes | None
 ) -> SourceRow:
     key = sample.key
     if sample.refused is not None:
         return SourceRow(key=key, error=ReadError(sample.refused))
-    images = [sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members]
     try:
         prompt = (
             mapping.prompt if mapping.question is None else _read_question(texts, mapping.question)
         )
     except RowError as error:
         return SourceRow(key=key, error=error)
-    return SourceRow(key=key, image=content(images[0]) if images else None, prompt=prompt)
+    return SourceRow(key=key, image=image, prompt=prompt)
 
 
 def _read_question(texts: dict[str, str], member: str) -> str | None:
@@ -197,7 +189,3 @@ def _read_texts(
         for extension, member in sample.members.items()
         if extension in wanted
     }
-
-
-def _is_text(extension: str) -> bool:
-    return extension.rpartition(".")[2] in TEXT_EXTENSIONS

@@ -13,8 +13,9 @@ from cluster.config import RunConfig
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.listing import list_corpus
 from cluster.corpus.parquet import index_parquet, map_parquet_columns
+from cluster.corpus.tar_index import index_tar
 from cluster.corpus.unit import FileIndex, Unit
-from cluster.corpus.webdataset import index_tar, map_tar_columns
+from cluster.corpus.webdataset import map_tar_columns
 from cluster.errors import SettingsChanged, UsageError
 from cluster.output.manifest import Identity, Manifest
 from cluster.output.run_output import RunOutput

@@ -20,7 +20,7 @@ from itertools import islice
 
 from cluster.config import Kind
 from cluster.corpus.unit import Format
-from cluster.demo import Fault, draw_rows, encode_parquet, encode_tar, plant_faults
+from cluster.demo import CUT_BYTES, Fault, draw_rows, encode_parquet, encode_tar, plant_faults
 from cluster.errors import RunError, UsageError
 from cluster.store import open_store
 
@@ -61,9 +61,11 @@ def make_corpus(
             continue
         key = f"{number:05}.tar"
         cut = faults and first + FILE_ROWS >= rows
-        store.put(key, encode_tar(part, cut=extra if cut else None))
+        archive = encode_tar(part, cut=extra if cut else None)
+        store.put(key, archive)
         if cut:
             truncated = "archive_truncated"
+            key = f"{key}@{len(archive) - CUT_BYTES}"
             planted.append(Fault(row=rows, key=key, fault=truncated, error_code=truncated))
     if faults:
         listing = [asdict(fault) for fault in planted]

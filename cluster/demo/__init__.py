@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from cluster.demo.drawn_rows import DrawnRow, draw_rows
 from cluster.demo.faults import Fault, plant_faults
-from cluster.demo.files import encode_parquet, encode_tar
+from cluster.demo.files import CUT_BYTES, encode_parquet, encode_tar
 
-__all__ = ["DrawnRow", "Fault", "draw_rows", "encode_parquet", "encode_tar", "plant_faults"]
+__all__ = [
+    "CUT_BYTES",
+    "DrawnRow",
+    "Fault",
+    "draw_rows",
+    "encode_parquet",
+    "encode_tar",
+    "plant_faults",
+]

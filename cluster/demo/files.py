@@ -55,6 +55,10 @@ def encode_parquet(rows: Sequence[DrawnRow], kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
+CUT_BYTES = 2 * tarfile.BLOCKSIZE + 100
+"""Bytes that an archive with a cut row holds of that row."""
+
+
 def encode_tar(rows: Sequence[DrawnRow], *, cut: DrawnRow | None = None) -> bytes:
     """One tar archive. With `cut`, that row follows and the archive ends within its image."""
     buffer = io.BytesIO()
@@ -66,7 +70,7 @@ def encode_tar(rows: Sequence[DrawnRow], *, cut: DrawnRow | None = None) -> byte
             _add(archive, cut)
     if cut is None:
         return buffer.getvalue()
-    return buffer.getvalue()[: whole + 2 * tarfile.BLOCKSIZE + 100]
+    return buffer.getvalue()[: whole + CUT_BYTES]
 
 
 def _add(archive: tarfile.TarFile, row: DrawnRow) -> None:

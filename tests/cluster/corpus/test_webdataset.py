@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from cluster.corpus.source import read_unit
 from cluster.corpus.tar import Damage
@@ -175,11 +176,42 @@ def test_a_unit_is_read_by_one_ranged_request(corpus: Store, output: str) -> Non
 
 
 def test_the_image_is_found_by_extension_and_may_be_missing(corpus: Store, output: str) -> None:
-    members = [("a.webp", b"w"), ("b.png", b"p"), ("b.jpg", b"j"), ("c.txt", b"t"), ("d.gif", b"g")]
+    members = [("a.webp", b"w"), ("b.png", b"p"), ("b.jpg", b"j"), ("c.txt", b"t"), ("d.npy", b"n")]
     corpus.put("a.tar", tar_bytes(members))
     read = read_all(plan(corpus.uri, output))
     assert read["_in_image"].to_pylist() == [b"w", b"j", None, None]
     assert read["_in_error_code"].to_pylist() == [None, None, "image_missing", "image_missing"]
+
+
+@pytest.mark.parametrize("name", ["a.GIF", "a.input.png", "a.jfif", "a.Tiff", "a.img"])
+def test_images_are_known_by_the_last_part_of_any_suffix(
+    corpus: Store, output: str, name: str
+) -> None:
+    corpus.put("a.tar", tar_bytes([(name, b"bytes"), ("a.seg.npy", b"n"), ("a.txt", b"t")]))
+    assert read_all(plan(corpus.uri, output))["_in_image"].to_pylist() == [b"bytes"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF0000WEBPVP8", b"0000ftypavif"]
+)
+def test_an_unknown_suffix_is_an_image_if_its_content_is(
+    corpus: Store, output: str, content: bytes
+) -> None:
+    members = [("a.photo", content), ("a.npy", b"n"), ("b.photo", b"?"), ("c.p", content)]
+    corpus.put("a.tar", tar_bytes([*members, ("c.q", content), ("d.pt", content)]))
+    read = read_all(plan(corpus.uri, output))
+    assert read["_in_image"].to_pylist() == [content, None, None, None]
+
+
+def test_latents_beside_an_image_cost_nothing_and_are_named_in_the_plan(
+    corpus: Store, output: str
+) -> None:
+    corpus.put("a.tar", tar_bytes([("p.png", b"png"), ("p.vae.pth", b"PK"), ("p.pkl", b"x")]))
+    with capture_logs() as events:
+        read = read_all(plan(corpus.uri, output))
+    assert read["_in_image"].to_pylist() == [b"png"]
+    (named,) = [event for event in events if event["event"] == "members_not_committed"]
+    assert named["extensions"] == ["pkl", "vae.pth"]
 
 
 def test_text_members_become_columns_and_others_are_dropped(corpus: Store, output: str) -> None:
@@ -206,7 +238,7 @@ def test_a_truncated_tar_gives_its_complete_samples_and_one_error_row(
         ("0", None),
         ("1", None),
         ("2", None),
-        ("bad.tar", "archive_truncated"),
+        (f"bad.tar@{3 * 5 * BLOCK}", "archive_truncated"),
         ("z", None),
     ]
     rows = [unit.row_count for unit in planned.units]
@@ -230,7 +262,8 @@ def test_a_corpus_of_empty_tars_is_a_usage_error(corpus: Store, output: str) -> 
 def test_dangerous_members_are_refused_and_affect_no_other_row(
     corpus: Store, output: str, tmp_path: Path
 ) -> None:
-    """Pickles, links, devices and paths outside the archive: error rows, and nothing on disk."""
+    """Links, devices and paths outside the archive: error rows. A pickle is never read. Nothing
+    is on disk."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
 
@@ -255,7 +288,8 @@ def test_dangerous_members_are_refused_and_affect_no_other_row(
     codes = dict(zip(read["_in_key"].to_pylist(), read["_in_error_code"].to_pylist(), strict=True))
     assert codes.pop("a") is None
     assert codes.pop("z") is None
-    assert len(codes) == 6
+    assert codes.pop("pickle") is None
+    assert len(codes) == 5
     assert set(codes.values()) == {"read_failed"}
     assert all("refused member" in m for m in read["_in_error_message"].to_pylist() if m)
     after = sorted(path for path in tmp_path.rglob("*") if "out" not in path.parts)

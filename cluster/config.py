@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from cluster.errors import UsageError
 from sppruner.engine import SamplingParams
@@ -12,6 +12,9 @@ from sppruner.engine.interface import DTYPES
 from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
+ImageFormat: TypeAlias = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
+IMAGE_FORMATS: Final[tuple[ImageFormat, ...]] = get_args(ImageFormat)
+"""Every image format that can be read; HEIC needs the extra `heic`."""
 
 SCHEMA_VERSION = 2
 """Raised when committed rows change shape or meaning: an older output is then another run's."""
@@ -22,16 +25,32 @@ MAX_ERROR_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
-    """Bounds of one image, checked before it is decoded, batch and online alike."""
+    """Bounds of one image, batch and online alike."""
 
     max_bytes: int = 32 * 2**20
     """Compressed bytes."""
     max_pixels: int = 64_000_000
     """Width times height."""
+    formats: tuple[ImageFormat, ...] = IMAGE_FORMATS
+    """What is read; an image of another format is undecodable."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(self.formats))
         if self.max_bytes < 1 or self.max_pixels < 1:
             raise UsageError("media limits must be positive")
+        unknown = [name for name in self.formats if name not in IMAGE_FORMATS]
+        if unknown or not self.formats:
+            raise UsageError(
+                f"image formats {self.formats!r}: use some of {', '.join(IMAGE_FORMATS)}"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The limits as part of a run's identity, and as arguments of this class. Those that were
+        added later are included only when set, so that older runs keep their id."""
+        settings: dict[str, Any] = {"max_bytes": self.max_bytes, "max_pixels": self.max_pixels}
+        if set(self.formats) != set(IMAGE_FORMATS):
+            settings["formats"] = sorted(self.formats)
+        return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +151,7 @@ class RunConfig:
             "unit_rows": self.unit_rows,
             "unit_bytes": self.unit_bytes,
             "control_share": self.control_share,
-            "media": {"max_bytes": self.media.max_bytes, "max_pixels": self.media.max_pixels},
+            "media": self.media.identity(),
             # JPEGs decoded at reduced scale (`sppruner.models.jpeg_scaling`) have other pixels than
             # in full: a run from before that existed cannot be resumed.
             "reduced_jpegs": True,

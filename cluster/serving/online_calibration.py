@@ -8,17 +8,15 @@ the nearest of them: under the endpoint's spec where that was faster with certai
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
-from PIL import Image
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.images import FORMATS
+from cluster.images import image_size
 from cluster.protocol import LabelRequest, Priority, Replicas
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import PruneSpec
@@ -115,10 +113,5 @@ def _drawn(side: int, number: int) -> bytes:
 
 def _pixels(image: bytes | None) -> int:
     """By the header; nothing for what is no image, which its replica will say."""
-    if image is None:
-        return 0
-    try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-            return opened.width * opened.height
-    except Exception:  # Pillow's parsers raise whatever hostile bytes make them raise.
-        return 0
+    width, height = (image_size(image) if image else None) or (0, 0)
+    return width * height

@@ -20,15 +20,20 @@ from tests.chaos.schedule import Schedule, draw_schedule
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs seeds, one line each, and the sum."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seeds", required=True, help="first:stop, as in 0:200")
+    parser.add_argument(
+        "--seeds", required=True, help="first:stop, as in 0:200, or some: 3,17,20:25"
+    )
     parser.add_argument("--keep", type=Path, help="keep logs, requests and outputs here")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="multiplies the time after which a run is stuck"
+    )
     parser.add_argument("--plan", action="store_true", help="print the schedules, run nothing")
     arguments = parser.parse_args(argv)
     try:
-        first, stop = (int(part) for part in arguments.seeds.split(":"))
+        seeds = parse_seeds(arguments.seeds)
     except ValueError:
         parser.error(f"--seeds {arguments.seeds}: write first:stop, such as 0:200")
-    schedules = [draw_schedule(seed) for seed in range(first, stop)]
+    schedules = [draw_schedule(seed) for seed in seeds]
     if arguments.plan:
         for schedule in schedules:
             print(schedule.to_json())
@@ -36,12 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A timeout's SIGTERM ends this process as an error does: everything it started ends first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reports: list[Report] = []
-    with Ground() as ground:
-        # Clusters of one shape after another: starting one takes longer than many a run.
-        for schedule in sorted(schedules, key=_shape):
-            reports.append(run_schedule(schedule, ground, keep=arguments.keep))
-            print(reports[-1].line(), flush=True)
-    return conclude(reports)
+    try:
+        with Ground() as ground:
+            # Clusters of one shape after another: starting one takes longer than many a run.
+            for schedule in sorted(schedules, key=_shape):
+                report = run_schedule(
+                    schedule, ground, keep=arguments.keep, patience=arguments.patience
+                )
+                reports.append(report)
+                print(report.line(), flush=True)
+    finally:
+        code = conclude(reports)
+    return code
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that "3,20:25" names. Raises ValueError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, colon, stop = part.partition(":")
+        seeds += range(int(first), int(stop) if colon else int(first) + 1)
+    return seeds
 
 
 def conclude(reports: Sequence[Report]) -> int:

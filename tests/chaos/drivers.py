@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.ground import REPOSITORY, Ground
+from tests.chaos.ground import Ground
 from tests.chaos.judge import Attempt
 from tests.chaos.places import Place
 from tests.chaos.processes import send
@@ -20,7 +17,7 @@ from tests.chaos.schedule import Schedule
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Driver:
-    process: subprocess.Popen[bytes]
+    pid: int
     excused: bool
     signal: str | None = None
 
@@ -59,17 +56,13 @@ class Drivers:
     def start(self, *, beside: bool = False) -> None:
         """Starts the command. beside: while the current one goes on."""
         self._started += 1
-        with (self._folder / f"driver-{self._started}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.driver", json.dumps(self._settings)],
-                cwd=REPOSITORY,
-                env=os.environ | {"RAY_ADDRESS": self._ground.address},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        driver = _Driver(process=process, excused=self._trouble > 0)
+        pid = self._ground.forks.start(
+            "tests.chaos.driver",
+            json.dumps(self._settings),
+            log=self._folder / f"driver-{self._started}.log",
+            environment={"RAY_ADDRESS": self._ground.address},
+        )
+        driver = _Driver(pid=pid, excused=self._trouble > 0)
         self._all.append(driver)
         if not beside:
             self._current = driver
@@ -89,35 +82,34 @@ class Drivers:
         if self._current is None:
             return False
         self._current.signal = name
-        return send(self._current.process.pid, signal.Signals[f"SIG{name}"])
+        return send(self._current.pid, signal.Signals[f"SIG{name}"])
 
     def stop_current(self) -> Any:
         """Stops the current driver and starts another; a function that lets the first go on."""
         stopped = self._current
-        if stopped is None or not send(stopped.process.pid, signal.SIGSTOP):
+        if stopped is None or not send(stopped.pid, signal.SIGSTOP):
             return None
         self.start()
-        return lambda: send(stopped.process.pid, signal.SIGCONT)
+        return lambda: send(stopped.pid, signal.SIGCONT)
 
     def poll(self) -> list[Attempt]:
         """The drivers that ended since the last call."""
-        ended = [driver for driver in self._all if driver.process.poll() is not None]
         attempts = []
-        for driver in ended:
+        for driver in list(self._all):
+            code = self._ground.forks.code(driver.pid)
+            if code is None:
+                continue
             self._all.remove(driver)
             if driver is self._current:
                 self._current = None
-            code = driver.process.returncode
-            attempt = Attempt(code=code, signal=driver.signal, excused=driver.excused)
-            attempts.append(attempt)
+            attempts.append(Attempt(code=code, signal=driver.signal, excused=driver.excused))
         self.attempts += attempts
         return attempts
 
     def end_all(self) -> None:
         """Kills whatever is left."""
         for driver in self._all:
-            driver.signal = "KILL"
-            driver.process.kill()
-            driver.process.wait(timeout=30)
+            send(driver.pid, signal.SIGKILL)
+            self._ground.forks.wait(driver.pid, 30)
         self._all.clear()
         self._current = None

@@ -6,27 +6,29 @@ Ray's files lie in a folder of their own, so nobody else on the machine takes th
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
 import socket
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from cluster.demo.local_s3 import LocalS3
+from tests.chaos.forks import Forks
+from tests.chaos.processes import send
 from tests.chaos.proxy import FaultProxy
-from tests.chaos.schedule import BATCH_SECONDS
+from tests.chaos.schedule import BATCH_SECONDS, endpoint_replicas
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _CPUS: Final = {1: (4,), 2: (3, 2), 3: (2, 2, 2)}
 _STORE_BYTES: Final = 100 * 2**20
-_UP_SECONDS: Final = 90.0
+_DEPLOY_SECONDS: Final = 240.0
+_STARTS: Final = 3
 _ENDPOINT: Final = "endpoint"
 ENVIRONMENT: Final = {
     "RAY_AUTH_MODE": "disabled",
@@ -36,6 +38,7 @@ ENVIRONMENT: Final = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_raylet_start_wait_time_s": "120",
     "SPPRUNER_LOG_LEVEL": "debug",
     "SPPRUNER_LOG_FORMAT": "keyvalue",
 }
@@ -48,6 +51,8 @@ class Ground:
     """Before the S3 server; set on entry."""
     server: LocalS3
     """The S3 server; set on entry."""
+    forks: Forks
+    """Starts the processes that connect to Ray; set on entry."""
     folder: Path
     """Everything on disk; set on entry."""
 
@@ -72,6 +77,7 @@ class Ground:
         self.server = self._stack.enter_context(LocalS3("first"))
         self.proxy = self._stack.enter_context(FaultProxy(self.server.endpoint))
         os.environ["AWS_ENDPOINT_URL"] = self.proxy.endpoint  # for Ray's workers and the drivers
+        self.forks = self._stack.enter_context(Forks())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -103,10 +109,16 @@ class Ground:
             self.remove_cluster()
         if self._cluster is not None and not self._mend(attached):
             self.remove_cluster()
-        if self._cluster is None:
-            self._shape = shape
-            self._dirty = False
-            self.start_cluster()
+        for last in (False,) * (_STARTS - 1) + (True,):
+            if self._cluster is not None:
+                return
+            self._shape, self._dirty = shape, False
+            try:
+                self.start_cluster()
+            except Exception:  # of Ray, on a machine that is too busy to start it in time
+                self.remove_cluster()
+                if last:
+                    raise
 
     def spoil(self) -> None:
         """The next run gets a new cluster."""
@@ -127,8 +139,15 @@ class Ground:
             self.add_node(_CPUS[nodes][number])
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process without cleaning
         if attached:
-            with self._connected():
-                self._deploy()
+            settings = {
+                "name": _ENDPOINT,
+                "engine": self.engine_options,
+                "replicas": endpoint_replicas(nodes),
+                "port": _free_port(),
+            }
+            if self._deploy(settings) != 0:
+                log = (self.folder / "deploy.log").read_text()[-2000:]
+                raise RuntimeError(f"the endpoint could not be deployed: {log}")
 
     def remove_cluster(self) -> None:
         """Ends every process of the cluster, at once."""
@@ -167,67 +186,19 @@ class Ground:
         assert self._shape is not None
         while len(self.raylets()) < self._shape[0]:
             self.add_node()
-        try:
-            with self._connected():
-                return self._remove_applications(attached)
-        except Exception:  # of Ray or Serve, whatever the last run's faults left of them
-            return False
+        return self._deploy({"name": _ENDPOINT if attached else None}) == 0
 
-    def _remove_applications(self, attached: bool) -> bool:
-        from ray import serve
-
-        if not attached:
-            serve.shutdown()
-            return True
-        applications = serve.status().applications
-        for name in applications:
-            if name != _ENDPOINT:
-                serve.delete(name)
-        return _ENDPOINT in applications and _is_up()
-
-    def _deploy(self) -> None:
-        from ray import serve
-
-        from cluster.serving.application import FleetSettings, application
-        from cluster.serving.engine_settings import EngineSettings
-        from sppruner.models.loading import EMBEDDED, resolve_model
-        from tests.chaos.driver import fake
-
-        engine = EngineSettings(model=EMBEDDED, revision=resolve_model(EMBEDDED).revision)
-        settings = fake(FleetSettings(engine=engine, replicas=2), self.engine_options)
-        serve.start(
-            http_options={"host": "127.0.0.1", "port": _free_port()}, proxy_location="HeadOnly"
+    def _deploy(self, settings: dict[str, object]) -> int | None:
+        """Runs `deploy.py`; its exit code, None where it took too long."""
+        log = self.folder / "deploy.log"
+        address = {"RAY_ADDRESS": self.address}
+        pid = self.forks.start(
+            "tests.chaos.deploy", json.dumps(settings), log=log, environment=address
         )
-        serve.run(application(settings), name=_ENDPOINT, route_prefix="/")
-
-    @contextmanager
-    def _connected(self) -> Iterator[None]:
-        """Connected for a moment: this process must not be a driver when the head is killed."""
-        import ray
-        from ray.serve.context import _set_global_client
-
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
-        signal.signal(signal.SIGTERM, handler)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-            _set_global_client(None)
-
-
-def _is_up() -> bool:
-    """Whether the endpoint runs again, within a minute or so."""
-    from ray import serve
-
-    deadline = time.monotonic() + _UP_SECONDS
-    while time.monotonic() < deadline:
-        application = serve.status().applications[_ENDPOINT]
-        states = [deployment.status for deployment in application.deployments.values()]
-        if application.status == "RUNNING" and all(state == "HEALTHY" for state in states):
-            return True
-        time.sleep(0.3)
-    return False
+        code = self.forks.wait(pid, _DEPLOY_SECONDS)
+        if code is None:
+            send(pid, signal.SIGKILL)
+        return code
 
 
 def _free_port() -> int:

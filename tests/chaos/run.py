@@ -99,8 +99,11 @@ class _Pending:
         self.waiting.clear()
 
 
-def run_schedule(schedule: Schedule, ground: Ground, *, keep: Path | None = None) -> Report:
-    """Carries out one run and judges it. keep: a folder for logs, requests and the output."""
+def run_schedule(
+    schedule: Schedule, ground: Ground, *, keep: Path | None = None, patience: float = 1.0
+) -> Report:
+    """Carries out one run and judges it. keep: a folder for logs, requests and the output.
+    patience: multiplies the seconds after which a run is stuck, for a machine with other work."""
     corpus = draw_corpus(schedule.corpus, schedule.seed)
     ground.prepare(schedule.nodes, attached=schedule.attached)
     logs = ground.folder / f"seed-{schedule.seed}"
@@ -113,7 +116,7 @@ def run_schedule(schedule: Schedule, ground: Ground, *, keep: Path | None = None
         stage = Stage(ground=ground, place=place, drivers=drivers, draw=draw)
         pending = _Pending(waiting=list(schedule.faults))
         try:
-            findings = _watch(stage, pending)
+            findings = _watch(stage, pending, patience)
         finally:
             pending.end()
             drivers.end_all()
@@ -151,7 +154,7 @@ def _open_place(schedule: Schedule, ground: Ground) -> Iterator[Place]:
         place.close()
 
 
-def _watch(stage: Stage, pending: _Pending) -> list[Finding]:
+def _watch(stage: Stage, pending: _Pending, patience: float) -> list[Finding]:
     """Starts the command, lets faults happen, starts it again where it ended, until it is done."""
     drivers = stage.drivers
     began = progress = ended = time.monotonic()
@@ -178,7 +181,7 @@ def _watch(stage: Stage, pending: _Pending) -> list[Finding]:
             drivers.start()
             progress = now
         quiet = now - max(progress, pending.last)
-        if quiet > STUCK_SECONDS or now - began > _RUN_SECONDS:
+        if quiet > patience * STUCK_SECONDS or now - began > patience * _RUN_SECONDS:
             text = f"{commits} units, nothing for {quiet:.0f} s; {now - began:.0f} s in all"
             return [Finding(harm="stuck", text=text)]
 

@@ -109,18 +109,23 @@ def draw_schedule(seed: int) -> Schedule:
     corpus = _draw_corpus_shape(draw)
     nodes = draw.choices((1, 2, 3), (3, 3, 2))[0]
     unit_rows = draw.choice(UNIT_ROWS)
-    attached = draw.random() < 0.6
+    attached = draw.random() < 0.7
     return Schedule(
         seed=seed,
         corpus=corpus,
         unit_rows=unit_rows,
         nodes=nodes,
-        replicas=2 if attached else draw.choice((1, 2)),
+        replicas=endpoint_replicas(nodes) if attached else draw.choice((1, 2)),
         attached=attached,
         store=store,
         request_faults=draw.choice((0.0, 0.02, 0.05)) if store == "s3" else 0.0,
         faults=_draw_faults(draw, store, nodes, corpus.rows // unit_rows),
     )
+
+
+def endpoint_replicas(nodes: int) -> int:
+    """Replicas of the endpoint of a cluster of so many nodes."""
+    return 1 if nodes == 1 else 2
 
 
 def _draw_corpus_shape(draw: random.Random) -> CorpusShape:

@@ -46,8 +46,8 @@ def test_schedules_ask_for_what_can_happen() -> None:
 
 
 def test_the_plan_is_printed_without_running(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seeds", "3:5", "--plan"]) == 0
+    assert main(["--seeds", "3:5,9", "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line)["seed"] for line in lines] == [3, 4]
+    assert [json.loads(line)["seed"] for line in lines] == [3, 4, 9]
     with pytest.raises(SystemExit):
-        main(["--seeds", "3"])
+        main(["--seeds", "3-5"])

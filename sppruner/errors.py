@@ -6,6 +6,7 @@ SpprunerError             prompt_invalid     prompt
 ├── UnsupportedModel      prompt_invalid     prompt   no adapter, or no interface in this version
 ├── MissingSignal         prompt_invalid     prompt   a signal that this family cannot give
 ├── InputError            prompt_invalid     prompt   wrong image count, too long, no image
+│   └── ImageTooNarrow    image_too_large    decode   proportions that no processor should resize
 ├── EngineError           inference_failed   infer    an engine that cannot answer a blank image
 ├── EvaluationError       prompt_invalid     prompt   a dataset or output that cannot be evaluated
 └── PruningHadNoEffect    pruning_no_effect  infer    the packed prompt is not what the budget asks
@@ -49,6 +50,13 @@ class MissingSignal(SpprunerError):
 
 class InputError(SpprunerError, ValueError):
     """A prompt the model cannot take."""
+
+
+class ImageTooNarrow(InputError):
+    """An image so narrow that the model's processor would refuse it or make gigabytes of it."""
+
+    code: ClassVar[str] = "image_too_large"
+    stage: ClassVar[RowStage] = "decode"
 
 
 class EngineError(SpprunerError):

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from sppruner.errors import InputError
+from sppruner.proportions import check_proportions
 
 
 def placeholder_words(processor: Any) -> list[str]:
@@ -25,9 +26,12 @@ def build_inputs(
     """The processor's tensors for prompts, each with its images in front of its text.
 
     images: one image, several or none per prompt. systems: a system message or None per prompt.
-    Raises InputError for text that the model would read as another image or a video.
+    Raises InputError for text that the model would read as another image or a video, and
+    ImageTooNarrow for an image that the processor cannot take at a bounded expense.
     """
     image_lists = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
+    for own_images in image_lists:
+        check_proportions(processor.image_processor, own_images)
     messages = systems or [None] * len(prompts)
     reserved = placeholder_words(processor)
     turns = []

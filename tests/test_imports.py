@@ -26,7 +26,7 @@ FOREIGN_TO_THE_SCIENCE = {"ray", "boto3", "botocore", "fastapi", "httpx", "pyarr
 # The `__init__` of a package is above all its rooms.
 ORDER = {
     "sppruner": """
-        errors spec vqa cost types signals compact decoder capabilities
+        errors spec vqa cost types signals compact decoder capabilities proportions
         prompts adapters stages relevance selectors resolved_spec selection reports pruner
         tiny models engine
         pictures evaluation integrations

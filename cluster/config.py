@@ -85,6 +85,12 @@ class RunConfig:
     """Measure first whether pruning pays, and label densely where it does not."""
     media: MediaLimits = field(default_factory=MediaLimits)
     """Bounds of one image."""
+    image_column: str | None = None
+    """Column that holds the images; None: found by name and content."""
+    key_column: str | None = None
+    """Column that holds the rows' keys; None: found by name."""
+    question_column: str | None = None
+    """Column that holds the questions of a VQA corpus; None: found by name."""
     # Below: how the run is carried out. These may change between resumes.
     replicas: int = 1
     """Model replicas to start, where none serve this model."""
@@ -163,4 +169,7 @@ class RunConfig:
             settings["auto"] = True
         if self.dtype != "auto":
             settings["dtype"] = self.dtype
+        for name in ("image_column", "key_column", "question_column"):
+            if getattr(self, name) is not None:
+                settings[name] = getattr(self, name)
         return settings

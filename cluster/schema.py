@@ -21,12 +21,20 @@ import pyarrow as pa
 
 from cluster.config import Kind
 
-# Reader → labeller. One row is one input row, or the remainder of a damaged archive.
+UNIT_FIELD = pa.field("_in_unit", pa.string())
+"""Reader → sink: id of the row's unit."""
+PLANNED_FIELD = pa.field("_in_unit_rows", pa.int32())
+"""Reader → sink: planned rows of the row's unit. The sink checks against what comes with them,
+since the manifest of a large run is too large for every write task."""
+
+# Reader → labeller. One row is one input row, or a damaged part of an archive.
 INPUT_FIELDS: tuple[pa.Field, ...] = (
-    pa.field("_in_unit", pa.string()),
+    UNIT_FIELD,
+    PLANNED_FIELD,
     pa.field("_in_row", pa.int32()),
     pa.field("_in_key", pa.string()),
-    pa.field("_in_image", pa.large_binary()),
+    # A dictionary, since rows often share an image.
+    pa.field("_in_image", pa.dictionary(pa.int32(), pa.large_binary())),
     pa.field("_in_prompt", pa.string()),
     pa.field("_in_error_code", pa.string()),
     pa.field("_in_error_message", pa.string()),

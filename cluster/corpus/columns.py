@@ -7,13 +7,14 @@ equal an output column; a mapping survives its JSON, so a resumed run reads as i
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.config import Kind
+from cluster.corpus.types import is_binary, is_string, plain_type
 from cluster.errors import UsageError
 from cluster.schema import is_reserved
 
@@ -76,24 +77,44 @@ class ColumnMapping:
         )
 
 
-def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -> ColumnMapping:
-    """Maps a corpus of tables. Raises UsageError where a required column is missing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnChoice:
+    """Columns that a user names, where their names or types do not tell which they are."""
 
-    Three columns are not committed: image bytes (of a struct, the other fields stay), the question
-    of a VQA corpus and a string column `key`. The last two are in the output's own `question` and
-    `key`.
+    image: str | None = None
+    """--image-column."""
+    key: str | None = None
+    """--key."""
+    question: str | None = None
+    """--question-column."""
+
+
+def map_table_columns(
+    schema: pa.Schema,
+    *,
+    kind: Kind,
+    prompt: str,
+    uri: str,
+    choice: ColumnChoice | None = None,
+    looks_like_images: Callable[[str], bool] = lambda name: True,
+) -> ColumnMapping:
+    """Maps a corpus of tables. Raises UsageError where a required column is missing, or where
+    several could be meant.
+
+    looks_like_images: whether the first values of a column begin as images do; asked where names
+    do not tell. Three columns are not committed: image bytes (of a struct, the other fields stay),
+    the question of a VQA corpus and a string column `key`. The last two are in the output's own
+    `question` and `key`.
     """
+    choice = choice or ColumnChoice()
     names = schema.names
     if len(set(names)) != len(names):
         raise UsageError(f"{uri}: duplicate column names among {names}; rename one")
-    image = _find_image_column(schema, uri)
-    key = next(
-        (name for name in KEY_COLUMNS[kind] if name in names and _can_be_key(schema.field(name))),
-        None,
-    )
-    question = _find_question_column(schema, uri) if kind == "vqa" else None
+    image = _find_image_column(schema, uri, choice.image, looks_like_images)
+    key = _find_key_column(schema, uri, choice.key, kind)
+    question = _find_question_column(schema, uri, choice.question) if kind == "vqa" else None
     dropped = {question}
-    if key in ("key", "__key__") and _is_string(schema.field(key).type):
+    if key in ("key", "__key__") and is_string(schema.field(key).type):
         dropped.add(key)
     if not pa.types.is_struct(schema.field(image).type):
         dropped.add(image)
@@ -102,7 +123,7 @@ def map_table_columns(schema: pa.Schema, *, kind: Kind, prompt: str, uri: str) -
         columns=columns,
         schema=pa.schema(
             [
-                pa.field(name, _make_fields_nullable(schema.field(source).type))
+                pa.field(name, _make_fields_nullable(plain_type(schema.field(source).type)))
                 for source, name in columns
             ]
         ),
@@ -134,46 +155,74 @@ def assign_committed_names(names: Iterable[str], kind: Kind) -> tuple[tuple[str,
     return tuple(pairs)
 
 
-def describe_difference(first: pa.Schema, other: pa.Schema) -> str | None:
-    """How the columns of two files differ, or None. Column order and metadata are ignored."""
-    types = {field.name: field.type for field in first}
-    others = {field.name: field.type for field in other}
-    parts = [f"no {name}" for name in types if name not in others]
-    parts += [f"also {name}" for name in others if name not in types]
-    parts += [
-        f"{name} is {others[name]} instead of {types[name]}"
-        for name in types
-        if name in others and types[name] != others[name]
-    ]
-    return ", ".join(parts) or None
-
-
-def _find_image_column(schema: pa.Schema, uri: str) -> str:
+def _find_image_column(
+    schema: pa.Schema, uri: str, chosen: str | None, looks_like_images: Callable[[str], bool]
+) -> str:
     candidates = [field.name for field in schema if _holds_images(field.type)]
-    named = [name for known in _IMAGE_COLUMNS for name in candidates if name.lower() == known]
+    if chosen is not None:
+        if chosen not in candidates:
+            raise UsageError(
+                f"{uri}: --image-column {chosen} is no column of encoded images (binary, or struct "
+                f"with bytes) among {_format_columns(schema)}"
+            )
+        return chosen
     if not candidates:
         raise UsageError(
             f"{uri}: no image column (binary, or struct with bytes) among "
             f"{_format_columns(schema)}; store the encoded images in the files, not their paths"
         )
-    return (named or candidates)[0]
+    named = [name for known in _IMAGE_COLUMNS for name in candidates if name.lower() == known]
+    if named:
+        return named[0]
+    found = [name for name in candidates if looks_like_images(name)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{uri}: {'none' if not found else 'several'} of the binary columns "
+            f"{', '.join(found or candidates)} hold{'s' if not found else ''} images; name the one "
+            "that is meant: --image-column COLUMN"
+        )
+    return found[0]
 
 
-def _find_question_column(schema: pa.Schema, uri: str) -> str:
-    for name in QUESTION_COLUMNS:
-        if name in schema.names and _is_string(schema.field(name).type):
+def _find_key_column(schema: pa.Schema, uri: str, chosen: str | None, kind: Kind) -> str | None:
+    """None where the source has no keys."""
+    usable = [field.name for field in schema if _can_be_key(field.type)]
+    if chosen is not None:
+        if chosen not in usable:
+            raise UsageError(
+                f"{uri}: --key {chosen} is no column of strings or integers among "
+                f"{_format_columns(schema)}"
+            )
+        return chosen
+    return next((name for name in KEY_COLUMNS[kind] if name in usable), None)
+
+
+def _find_question_column(schema: pa.Schema, uri: str, chosen: str | None) -> str:
+    for name in QUESTION_COLUMNS if chosen is None else (chosen,):
+        if name in schema.names and is_string(schema.field(name).type):
             return name
+    if chosen is not None:
+        raise UsageError(
+            f"{uri}: --question-column {chosen} is no column of strings among "
+            f"{_format_columns(schema)}"
+        )
     raise UsageError(
         f"{uri}: no question column ({', '.join(QUESTION_COLUMNS)}) among "
-        f"{_format_columns(schema)}; rename yours, or run jobs/caption_corpus.py"
+        f"{_format_columns(schema)}; name yours with --question-column COLUMN, or run "
+        "jobs/caption_corpus.py"
     )
 
 
 def _holds_images(kind: pa.DataType) -> bool:
+    """Whether a column can hold an encoded image a row: bytes, a struct with bytes, or a list of
+    either (of one image; a row with more becomes an error row)."""
+    kind = plain_type(kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _is_binary(kind.field(index).type)
-    return _is_binary(kind)
+        return index >= 0 and is_binary(kind.field(index).type)
+    return is_binary(kind)
 
 
 def _make_fields_nullable(kind: pa.DataType) -> pa.DataType:
@@ -183,16 +232,8 @@ def _make_fields_nullable(kind: pa.DataType) -> pa.DataType:
     return pa.struct([field.with_nullable(True) for field in kind])
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _can_be_key(field: pa.Field) -> bool:
-    return _is_string(field.type) or pa.types.is_integer(field.type)
+def _can_be_key(kind: pa.DataType) -> bool:
+    return is_string(kind) or pa.types.is_integer(kind)
 
 
 def _format_columns(schema: pa.Schema) -> str:

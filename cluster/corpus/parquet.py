@@ -1,33 +1,28 @@
-"""The Parquet reader. Columns are as Hugging Face datasets store them.
+"""The Parquet reader's plan: units of each file, columns of all files. Columns are as Hugging Face
+datasets store them.
 
-Guarantees: a unit lies within one row group, so reading it fetches no other group; indexing reads
-only the footer; the row's image is not copied into the committed columns; damage in a row group
-fails the units of that group alone.
+Guarantees: indexing reads only the footer; an indexed unit lies within one row group; files whose
+columns differ are one corpus where no value is lost by that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import structlog
 
 from cluster.config import Kind
-from cluster.corpus.columns import ColumnMapping, describe_difference, map_table_columns
-from cluster.corpus.table import SourceRow, build_unit_table
-from cluster.corpus.text import clean_array
+from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_columns
+from cluster.corpus.image_values import image_values, is_image
+from cluster.corpus.partitions import partition_schema
+from cluster.corpus.types import unify_schemas
 from cluster.corpus.unit import FileIndex, Unit, make_unit
-from cluster.errors import ReadError, UsageError
+from cluster.errors import UsageError
 from cluster.store import ObjectInfo, RangedFile, Store
 
-logger = structlog.get_logger(__name__)
-
-# Read-ahead while a row group larger than the unit is streamed.
-_STREAM_BYTES = 8 * 2**20
-# Each unit of a row group reads the rows before it too. Above this many units in one group that is
-# worth a warning: the file should be rewritten with smaller row groups.
-_WIDE_GROUP_UNITS = 8
+# Values that are looked at to find out whether a column holds images.
+_PROBED_ROWS = 8
 
 
 def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int) -> FileIndex:
@@ -45,8 +40,6 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
         rows = metadata.num_rows
         row_bytes = max(1.0, metadata.total_byte_size / max(1, rows))
         step = max(1, min(unit_rows, int(unit_bytes / row_bytes)))
-        if rows > step * _WIDE_GROUP_UNITS:
-            logger.warning("row_group_wide", uri=uri, rows=rows, unit_rows=step)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             position = {
@@ -62,113 +55,54 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
 
 
 def map_parquet_columns(
-    store: Store, files: Sequence[FileIndex], *, kind: Kind, prompt: str
+    store: Store,
+    files: Sequence[FileIndex],
+    *,
+    kind: Kind,
+    prompt: str,
+    choice: ColumnChoice | None = None,
 ) -> ColumnMapping:
-    """Maps the columns of all files. Raises UsageError if the columns of two files differ, naming
-    both, or if a required column is missing."""
-    first, *others = files
-    for other in others:
-        difference = describe_difference(first.schema, other.schema)
-        if difference:
+    """Maps the columns of all files, and those in the names of their folders. Raises UsageError if
+    files cannot be one corpus, naming two and the column, or if a required column is missing."""
+    schema = unify_schemas(
+        [file.schema for file in files], [store.uri_of(file.info.key) for file in files]
+    )
+    for field in partition_schema(file.info.key for file in files):
+        if field.name not in schema.names:
+            schema = schema.append(field)
+
+    def looks_like_images(name: str) -> bool:
+        with_column = (file for file in files if name in file.schema.names and file.units)
+        file = next(with_column, None)
+        return file is not None and _begins_with_images(store, file.info, name)
+
+    mapping = map_table_columns(
+        schema,
+        kind=kind,
+        prompt=prompt,
+        uri=store.uri,
+        choice=choice,
+        looks_like_images=looks_like_images,
+    )
+    for file in files:
+        missing = {mapping.image, mapping.question} - {None, *file.schema.names}
+        if missing:
             raise UsageError(
-                f"{store.uri_of(other.info.key)} differs from {store.uri_of(first.info.key)} in "
-                f"its columns: {difference}; run them as separate corpora"
+                f"{store.uri_of(file.info.key)} has no column {', '.join(map(str, missing))}, "
+                f"which other files have, only {file.schema.names}; run it as a corpus of its own"
             )
-    return map_table_columns(first.schema, kind=kind, prompt=prompt, uri=store.uri)
+    return mapping
 
 
-def read_parquet_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
-    """Reads the unit's rows. Raises ReadError where the row group cannot be decoded or has other
-    rows than planned, ObjectGone where the object was replaced, StoreError where the store gave
-    up."""
+def _begins_with_images(store: Store, info: ObjectInfo, name: str) -> bool:
+    """Whether the first values of the column that are not null begin as images do."""
     try:
-        table = _read_rows(store, unit, mapping)
-    except (pa.ArrowException, OSError) as error:
-        raise ReadError(f"{type(error).__name__}: {error}"[:300]) from error
-    if table.num_rows != unit.row_count:
-        raise ReadError(f"{table.num_rows} rows where {unit.row_count} were planned")
-    table, unreadable = _clean_text(table)
-    assert mapping.image is not None
-    image = table[mapping.image].combine_chunks()
-    pictures = image.field("bytes") if pa.types.is_struct(image.type) else image
-    keys = table[mapping.key].cast(pa.string()).to_pylist() if mapping.key else [None] * len(table)
-    prompts = (
-        table[mapping.question].to_pylist() if mapping.question else [mapping.prompt] * len(table)
-    )
-    rows = [
-        SourceRow(
-            # An empty key identifies no row, so it counts as missing.
-            key=key or unit.fallback_key(number),
-            image=picture.as_py() if valid.as_py() else None,
-            prompt=prompt,
-            error=unreadable.get(number),
-        )
-        for number, (key, picture, valid, prompt) in enumerate(
-            zip(keys, pictures, image.is_valid(), prompts, strict=True)
-        )
-    ]
-    columns = [
-        _drop_image_bytes(image) if source == mapping.image else table[source].combine_chunks()
-        for source, _ in mapping.columns
-    ]
-    return build_unit_table(unit, mapping, rows, columns)
-
-
-def _read_rows(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
-    assert unit.row_group is not None
-    assert unit.row_group_start is not None
-    parts = (mapping.image, mapping.key, mapping.question)
-    wanted = {source for source, _ in mapping.columns} | {part for part in parts if part}
-    source = RangedFile(store, unit.info)
-    file = pq.ParquetFile(source, pre_buffer=True)
-    columns = [name for name in file.schema_arrow.names if name in wanted]
-    offset = unit.row_start - unit.row_group_start
-    if unit.row_count == file.metadata.row_group(unit.row_group).num_rows:
-        return file.read_row_group(unit.row_group, columns=columns)
-    # The group is larger than the unit: stream it, and hold only the unit's rows in memory.
-    streamed = pq.ParquetFile(RangedFile(store, unit.info), buffer_size=_STREAM_BYTES)
-    batches = streamed.iter_batches(
-        min(unit.row_count, 256), row_groups=[unit.row_group], columns=columns
-    )
-    schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-    return pa.Table.from_batches(
-        list(_slice_batches(batches, offset, unit.row_count)), schema=schema
-    )
-
-
-def _clean_text(table: pa.Table) -> tuple[pa.Table, dict[int, ReadError]]:
-    """The table with valid text, and by row number why a row's text is not what the file holds."""
-    errors: dict[int, ReadError] = {}
-    table = table.combine_chunks()
-    for position, name in enumerate(table.column_names):
-        column, changed = clean_array(table[name].combine_chunks())
-        if changed:
-            table = table.set_column(position, table.schema.field(name), column)
-        reason = f"column {name!r} holds a value that is not valid, such as text that is not UTF-8"
-        for number in changed:
-            errors.setdefault(number, ReadError(reason))
-    return table, errors
-
-
-def _slice_batches(
-    batches: Iterator[pa.RecordBatch], offset: int, count: int
-) -> Iterator[pa.RecordBatch]:
-    """Rows [offset, offset + count) of consecutive batches. No batch after them is read."""
-    for batch in batches:
-        if offset < batch.num_rows:
-            part = batch.slice(offset, count)
-            yield part
-            count -= part.num_rows
-            if count == 0:
-                return
-        offset = max(0, offset - batch.num_rows)
-
-
-def _drop_image_bytes(image: pa.StructArray) -> pa.StructArray:
-    """The image column as committed: `bytes` is null, the other fields (the path) are kept."""
-    fields = [field.with_nullable(True) for field in image.type]
-    arrays = [
-        pa.nulls(len(image), field.type) if field.name == "bytes" else image.field(field.name)
-        for field in fields
-    ]
-    return pa.StructArray.from_arrays(arrays, fields=fields, mask=image.is_null())
+        with pq.ParquetFile(RangedFile(store, info)) as file:
+            batches = file.iter_batches(_PROBED_ROWS, columns=[name])
+            batch = next(iter(batches), None)
+    except (pa.ArrowException, OSError):
+        return False
+    if batch is None:
+        return False
+    images = [value for value in image_values(batch.column(0)) if isinstance(value, bytes)]
+    return bool(images) and all(is_image(image) for image in images)

@@ -1,29 +1,33 @@
 """The corpus as a Ray Data source.
 
-Guarantees: one unit is one read task and one block, and stays one block in the stages after it;
-a unit that cannot be read yields an error row for each planned row; a store that gave up fails the
-read, because its rows may be readable in a later attempt.
+Guarantees: a unit is one packed row and one block, here and in the stages after it; units of one
+row group are one read task, which decodes the group once; a unit that cannot be read yields an
+error row for each planned row, after a second opinion from another node where its object seems
+gone; a unit whose store gave up is left for a later pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 import pyarrow as pa
+import ray
 import ray.data
 import structlog
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.corpus.columns import ColumnMapping
-from cluster.corpus.parquet import read_parquet_unit
-from cluster.corpus.table import build_error_table
+from cluster.corpus.packed import PACKED_SCHEMA, SMALLEST_BLOCK, pack_unit
+from cluster.corpus.parquet_rows import Footers, read_parquet_units
+from cluster.corpus.table import build_error_table, join_tables
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError, StoreError
-from cluster.schema import input_schema
 from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)
@@ -36,7 +40,7 @@ _READERS_PER_REPLICA = 2
 
 
 class UnitSource(Datasource):
-    """Reads units. Images stay encoded; the schema is `cluster.schema.input_schema`'s."""
+    """Reads units, packed. Images stay encoded; a unit's schema is `input_schema`'s."""
 
     def __init__(self, source: str, mapping: ColumnMapping, units: Sequence[Unit]) -> None:
         """source: URI of the store that `Unit.file` is relative to."""
@@ -44,6 +48,7 @@ class UnitSource(Datasource):
         self._store = open_store(source)
         self._mapping = mapping
         self._units = tuple(units)
+        self.tasks = [tuple(group) for _, group in groupby(units, _read_together)]
 
     def get_name(self) -> str:
         """The operator's name in Ray Data."""
@@ -59,38 +64,43 @@ class UnitSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """One task per unit. `parallelism` is ignored, because a unit is never divided."""
-        schema = input_schema(self._mapping.schema)
+        """One task for units of one row group, and for each other unit. `parallelism` is ignored,
+        because a unit is never divided."""
         return [
             ReadTask(
-                partial(_read_block, self._store, unit, self._mapping),
-                BlockMetadata(unit.row_count, unit.size_bytes, [unit.file], None),
-                schema=schema,
+                partial(_read_blocks, self._store, units, self._mapping),
+                BlockMetadata(
+                    sum(unit.row_count for unit in units),
+                    sum(unit.size_bytes for unit in units),
+                    [units[0].file],
+                    None,
+                ),
+                schema=PACKED_SCHEMA,
             )
-            for unit in self._units
+            for units in self.tasks
         ]
 
 
 def read_units(
     source: str, mapping: ColumnMapping, units: Sequence[Unit], *, replicas: int = 1
 ) -> ray.data.Dataset:
-    """The dataset of `units`, one block each, in this stage and the stages after it.
+    """The dataset of `units`, one block each, packed; in this stage and the stages after it.
 
     source: URI of the store that `Unit.file` is relative to. replicas: replicas that the dataset
     feeds; at most two units are read concurrently for each.
 
-    Ray divides blocks to raise their number or to bound their size. The sink needs whole units, so
-    the number of blocks is fixed and their size is bounded by the plan alone. Without a bound on
-    concurrency Ray starts a reader for every free half CPU; each of these processes takes a second
-    of a core to start, while the labelling stage starts too.
+    Without a bound on concurrency Ray starts a reader for every free half CPU; each of these
+    processes takes a second of a core to start, while the labelling stage starts too.
     """
+    datasource = UnitSource(source, mapping, units)
+    tasks = len(datasource.tasks)
     dataset = ray.data.read_datasource(
-        UnitSource(source, mapping, units),
-        override_num_blocks=len(units),
+        datasource,
+        override_num_blocks=tasks,  # with more than that, Ray would divide what tasks return
         num_cpus=READER_CPUS,
-        concurrency=min(len(units), _READERS_PER_REPLICA * replicas),  # Ray warns above len(units)
+        concurrency=min(tasks, _READERS_PER_REPLICA * replicas),  # Ray warns above the tasks
     )
-    dataset.context.target_max_block_size = None
+    dataset.context.target_max_block_size = SMALLEST_BLOCK
     return dataset
 
 
@@ -98,24 +108,115 @@ def read_unit(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
     """All planned rows of the unit, in order; rows that cannot be read are error rows.
 
     Raises StoreError where the store gave up after its retries. Such a unit may be readable in a
-    later attempt, and a committed error row is never replaced, so no error rows are made of it.
-    MemoryError, which says nothing about the rows, passes too.
+    later attempt, so no error rows are made of it.
     """
-    logger.debug("unit_read", unit_id=unit.unit_id, file=unit.file, rows=unit.row_count)
-    read = read_parquet_unit if unit.format == "parquet" else read_tar_unit
+    (table,) = _read_tables(store, [unit], mapping, last_word=True)
+    return table
+
+
+def _read_together(unit: Unit) -> tuple[object, ...]:
+    """Equal for units of one row group, which are read in one pass; else the unit's own."""
+    if unit.parts or unit.row_group is None:
+        return (unit.unit_id,)
+    return (unit.file, unit.row_group)
+
+
+def _read_blocks(store: Store, units: Sequence[Unit], mapping: ColumnMapping) -> Iterator[pa.Table]:
+    """The units, packed, in a Ray task; those that the store does not give are left out."""
+    read = 0
     try:
-        return read(store, unit, mapping)
-    except (ObjectGone, ReadError) as error:
-        logger.warning("unit_unreadable", unit_id=unit.unit_id, file=unit.file, error=str(error))
-        return build_error_table(unit, mapping, str(error))
-    except (StoreError, MemoryError):
+        try:
+            for table in _read_tables(store, units, mapping, last_word=False):
+                yield pack_unit(table)
+                read += 1
+        except (ObjectGone, MemoryError) as error:
+            # What this node cannot see or hold another may: a mount is missing here, or memory.
+            logger.warning("second_opinion", unit_id=units[read].unit_id, error=str(error))
+            for table in _ask_elsewhere(store, units[read:], mapping):
+                yield pack_unit(table)
+                read += 1
+    except StoreError as error:
+        left = [unit.unit_id for unit in units[read:]]
+        logger.warning("units_deferred", unit_ids=left, error=str(error))
+
+
+def _ask_elsewhere(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping
+) -> Iterator[pa.Table]:
+    """The same units read on another node of the cluster, or here again where it has no other."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    node = NodeAffinitySchedulingStrategy(others[0] if others else here, soft=True)
+    read = ray.remote(_last_word).options(
+        num_cpus=0, num_returns="streaming", scheduling_strategy=node
+    )
+    for block in read.remote(store, tuple(units), mapping):
+        answer = ray.get(block)
+        if isinstance(answer, StoreError):
+            raise answer
+        yield answer
+
+
+def _last_word(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping
+) -> Iterator[pa.Table | StoreError]:
+    """As values, since Ray wraps what a task raises."""
+    try:
+        yield from _read_tables(store, units, mapping, last_word=True)
+    except StoreError as error:
+        yield error
+
+
+def _read_tables(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, *, last_word: bool
+) -> Iterator[pa.Table]:
+    """The rows of each unit. Several units are of one row group.
+
+    last_word: an object that is gone, and rows that do not fit into memory, are error rows; else
+    ObjectGone and MemoryError are raised. Raises StoreError where the store gave up.
+    """
+    footers = Footers(store)
+    if len(units) > 1:
+        yield from _read_pieces(store, footers, units, mapping, last_word)
+        return
+    for unit in units:
+        tables: Iterable[pa.Table] = [
+            table
+            for piece in unit.pieces
+            for table in _read_pieces(store, footers, [piece], mapping, last_word)
+        ]
+        yield join_tables(unit, list(tables)) if unit.parts else next(iter(tables))
+
+
+def _read_pieces(
+    store: Store,
+    footers: Footers,
+    pieces: Sequence[Unit],
+    mapping: ColumnMapping,
+    last_word: bool,
+) -> Iterator[pa.Table]:
+    read = 0
+    try:
+        if pieces[0].format == "parquet":
+            for table in read_parquet_units(footers, pieces, mapping):
+                yield table
+                read += 1
+        else:
+            yield read_tar_unit(store, pieces[0], mapping)
+        return
+    except (ObjectGone, MemoryError) as error:
+        if not last_word:
+            raise
+        reason = str(error) or "it does not fit into memory"
+    except ReadError as error:
+        reason = str(error)
+    except StoreError:
         raise
     except Exception as error:
         # Parsers raise anything on hostile bytes. One unit of them must not end the run, at every
         # resume again.
-        logger.exception("unit_unreadable", unit_id=unit.unit_id, file=unit.file)
-        return build_error_table(unit, mapping, f"{type(error).__name__}: {error}"[:300])
-
-
-def _read_block(store: Store, unit: Unit, mapping: ColumnMapping) -> Iterator[pa.Table]:
-    yield read_unit(store, unit, mapping)
+        logger.exception("unit_unreadable", file=pieces[read].file)
+        reason = f"{type(error).__name__}: {error}"[:300]
+    for piece in pieces[read:]:
+        logger.warning("unit_unreadable", unit_id=piece.unit_id, file=piece.file, error=reason)
+        yield build_error_table(piece, mapping, reason)

@@ -10,6 +10,7 @@ from typing import Final
 
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
+from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
 from cluster.output.manifest import Manifest
@@ -70,8 +71,7 @@ def _rows_of(
         )
     committed = output.read_unit(unit.unit_id, _COLUMNS).select(_COLUMNS)
     settings = manifest.identity.settings
-    read = read_unit(source, unit, manifest.mapping)
-    inputs = read.select(["_in_image", "_in_prompt", "_in_error_message"]).to_pylist()
+    inputs = input_rows(read_unit(source, unit, manifest.mapping))
     for row in committed.to_pylist():
         if row["error_code"] is not None:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -13,6 +12,7 @@ import pyarrow as pa
 from cluster.config import Kind
 from cluster.errors import CommitRefused
 from cluster.output.manifest import Manifest
+from cluster.schema import PLANNED_FIELD
 from sppruner.errors import SpecError
 from sppruner.spec import PruneSpec
 
@@ -30,8 +30,6 @@ class ExpectedUnits:
     """caption or vqa: decides the output columns."""
     source_schema: pa.Schema
     """The committed source columns."""
-    rows: Mapping[str, int]
-    """Planned rows by unit id."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> ExpectedUnits:
@@ -40,20 +38,17 @@ class ExpectedUnits:
             run_id=manifest.run_id,
             kind=manifest.kind,
             source_schema=manifest.mapping.schema,
-            rows={unit.unit_id: unit.row_count for unit in manifest.units},
         )
 
 
 def check_complete(table: pa.Table, expected: ExpectedUnits) -> str:
     """The id of the unit whose rows these are. Raises CommitRefused unless the table holds exactly
-    the planned rows of one unit of this run."""
+    the planned rows of one unit of this run. How many these are has come with the rows."""
     units = set(table["unit_id"].to_pylist())
     if len(units) != 1 or None in units:
         raise CommitRefused(f"rows of the units {sorted(map(str, units))} in one commit")
     unit_id: str = units.pop()
-    planned = expected.rows.get(unit_id)
-    if planned is None:
-        raise CommitRefused(f"unit {unit_id} is not planned in run {expected.run_id}")
+    planned = _planned_rows(table)
     rows = table["unit_row"].to_pylist()
     if sorted(rows, key=lambda row: -1 if row is None else row) != list(range(planned)):
         raise CommitRefused(
@@ -91,6 +86,17 @@ def check_pruning_claims(table: pa.Table, unit_id: str) -> None:
                 f"keeps {_range(fewest, most)}: pruning did not do what the row says"
             )
         _check_mask(mask, total, kept, spec, where)
+
+
+def _planned_rows(table: pa.Table) -> int:
+    """Planned rows of the unit that the rows of `table` belong to. Raises CommitRefused where they
+    disagree."""
+    planned = set(table[PLANNED_FIELD.name].to_pylist())
+    if len(planned) != 1 or None in planned:
+        units = sorted(set(map(str, table["unit_id"].to_pylist())))
+        raise CommitRefused(f"units {units}: rows of plans of {planned} rows in one commit")
+    rows: int = planned.pop()
+    return rows
 
 
 def _check_mask(mask: bytes, total: int, kept: int, spec: PruneSpec, where: str) -> None:

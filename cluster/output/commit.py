@@ -17,6 +17,7 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
 from cluster.accounting.ledger import UnitLedger, unit_ledger
+from cluster.corpus.packed import unpack_units
 from cluster.errors import CommitRefused
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.output.manifest import Manifest
@@ -72,7 +73,7 @@ def commit_unit(
 
 
 class CommitSink(Datasink[list[CommitOutcome]]):
-    """Commits each unit as soon as all its rows are there. Ray may rerun any write at any time."""
+    """Commits units. Ray may rerun any write at any time."""
 
     def __init__(
         self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit | None = None
@@ -86,19 +87,12 @@ class CommitSink(Datasink[list[CommitOutcome]]):
         return "Commit"
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[CommitOutcome]:
-        """Commits the units that `blocks` hold. Raises what `commit_unit` raises."""
-        outcomes: list[CommitOutcome] = []
-        pending: dict[str, list[pa.Table]] = {}
-        for block in blocks:
-            for unit_id, part in _split_by_unit(BlockAccessor.for_block(block).to_arrow()):
-                parts = pending.setdefault(unit_id, [])
-                parts.append(part)
-                if sum(len(part) for part in parts) >= self._expected.rows.get(unit_id, 0):
-                    outcomes.append(self._commit(pa.concat_tables(pending.pop(unit_id))))
-        for parts in pending.values():
-            # Too few rows: commit_unit raises, naming the unit and how many there are.
-            outcomes.append(self._commit(pa.concat_tables(parts)))
-        return outcomes
+        """Commits the packed units that `blocks` hold. Raises what `commit_unit` raises."""
+        return [
+            self._commit(table)
+            for block in blocks
+            for table in unpack_units(BlockAccessor.for_block(block).to_arrow())
+        ]
 
     def on_write_complete(self, write_result: WriteResult[list[CommitOutcome]]) -> None:
         """Logs how many commits were made and how many another writer had made before."""
@@ -120,17 +114,6 @@ class CommitSink(Datasink[list[CommitOutcome]]):
             writer=uuid.uuid4().hex,
             on_commit=self._on_commit,
         )
-
-
-def _split_by_unit(table: pa.Table) -> list[tuple[str, pa.Table]]:
-    ids = table["unit_id"].to_pylist()
-    distinct = dict.fromkeys(ids)
-    if len(distinct) == 1:
-        return [(ids[0], table)]
-    return [
-        (unit_id, table.filter(pa.array([other == unit_id for other in ids])))
-        for unit_id in distinct
-    ]
 
 
 def _committed_columns(table: pa.Table, expected: ExpectedUnits, unit_id: str) -> pa.Table:

@@ -115,7 +115,7 @@ class Manifest:
             "source": self.source,
             "corpus": [[info.key, info.size, info.etag] for info in self.identity.corpus],
             "layout": self.mapping.to_dict(),
-            "units": [unit.to_dict() for unit in self.units],
+            "units": [_without_object(unit.to_dict()) for unit in self.units],
         }
         return json.dumps(record, ensure_ascii=False).encode()
 
@@ -126,13 +126,29 @@ class Manifest:
         corpus = tuple(
             ObjectInfo(key=key, size=size, etag=etag) for key, size, etag in record["corpus"]
         )
+        objects = {info.key: info for info in corpus}
         return cls(
             identity=Identity(settings=record["settings"], corpus=corpus),
             source=record["source"],
             mapping=ColumnMapping.from_dict(record["layout"]),
-            units=tuple(Unit.from_dict(unit) for unit in record["units"]),
+            units=tuple(Unit.from_dict(_with_object(unit, objects)) for unit in record["units"]),
             created=record["created"],
         )
+
+
+def _without_object(unit: dict[str, Any]) -> dict[str, Any]:
+    """The unit's record less what the listing holds: a large run has 100,000 units and more."""
+    if "parts" in unit:
+        return {"parts": [_without_object(part) for part in unit["parts"]]}
+    return {name: value for name, value in unit.items() if name not in ("file_size", "etag")}
+
+
+def _with_object(unit: Mapping[str, Any], objects: Mapping[str, ObjectInfo]) -> dict[str, Any]:
+    """The inverse. Earlier versions wrote the unit's object with each unit."""
+    if "parts" in unit:
+        return {"parts": [_with_object(part, objects) for part in unit["parts"]]}
+    info = objects[unit["file"]]
+    return {"file_size": info.size, "etag": info.etag, **unit}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.config import RunConfig
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
+from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -79,9 +80,7 @@ def _control_requests(
     """Rows that can be sent, as control requests."""
     source = open_store(manifest.source)
     for unit in todo:
-        table = read_unit(source, unit, manifest.mapping)
-        names = ["_in_row", "_in_image", "_in_prompt", "_in_error_code"]
-        for row in table.select(names).to_pylist():
+        for row in input_rows(read_unit(source, unit, manifest.mapping)):
             prompt = build_prompt(config.kind, config.prompt, row["_in_prompt"])
             if prompt is None or row["_in_error_code"] is not None:
                 continue

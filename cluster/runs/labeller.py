@@ -14,20 +14,27 @@ from math import ceil
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import structlog
 from ray import serve
 from ray.data import ActorPoolStrategy, Dataset
 
 from cluster.config import RunConfig
 from cluster.controller import stop_reason
+from cluster.corpus.packed import PACKED_SCHEMA, pack_unit, unpack_units
 from cluster.corpus.prompts import build_prompt
+from cluster.corpus.table import input_rows
 from cluster.errors import ErrorShareExceeded, PromptInvalid
 from cluster.protocol import LabelRequest, Replicas, call_rows, row_error_result, rows_waiting
 from cluster.runs.admission import Admission
 from cluster.runs.control_sample import ControlSample
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
-from cluster.schema import COST_FIELD, INPUT_FIELDS, is_internal, output_schema
+from cluster.schema import (
+    COST_FIELD,
+    PLANNED_FIELD,
+    UNIT_FIELD,
+    is_internal,
+    output_schema,
+)
 from cluster.serving.client import ServeReplicas
 from sppruner.engine.interface import Result
 
@@ -39,8 +46,6 @@ and every read would block the event loop that drives the calls."""
 
 # Fewest units that one actor works on at a time: the next unit's calls start before this one's end.
 _MIN_UNITS: Final = 4
-_UNIT_FIELD: Final = INPUT_FIELDS[0]
-_INPUT_NAMES: Final = [field.name for field in INPUT_FIELDS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,25 +127,18 @@ class Labeller:
             max_attempts=settings.config.max_attempts,
         )
 
-    async def __call__(self, table: pa.Table) -> pa.Table:
-        """Labels whole units: the same rows in the same order come out. Ray Data hands over one
-        block, and the reader makes one block per unit; a block of several units is split.
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        """Labels the packed units of a block. Raises what `label_unit` raises."""
+        tables = await asyncio.gather(*(self.label_unit(table) for table in unpack_units(block)))
+        return pa.concat_tables([PACKED_SCHEMA.empty_table(), *map(pack_unit, tables)])
 
-        Raises ErrorShareExceeded once the run's controller says so.
-        """
-        names = table.column(_UNIT_FIELD.name)
-        units = names.unique().to_pylist()
-        if len(units) == 1:
-            return await self._label_unit(table)
-        parts = [self._label_unit(table.filter(pc.equal(names, unit))) for unit in units]
-        empty = self._labelled_table(table.slice(0, 0), [], [])
-        return pa.concat_tables([empty, *await asyncio.gather(*parts)])
-
-    async def _label_unit(self, table: pa.Table) -> pa.Table:
+    async def label_unit(self, table: pa.Table) -> pa.Table:
+        """Labels one unit: the same rows in the same order come out. Raises ErrorShareExceeded once
+        the run's controller says so."""
         reason = await stop_reason(self._run_id)
         if reason is not None:
             raise ErrorShareExceeded(reason)
-        rows = [self._unit_row(values) for values in table.select(_INPUT_NAMES).to_pylist()]
+        rows = [self._unit_row(values) for values in input_rows(table)]
         sendable = [row for row in rows if row.error is None]
         slots = self._settings.slots
         drawn = self._control.draw(rows[0].unit, [row.number for row in sendable], slots=slots)
@@ -209,7 +207,8 @@ class Labeller:
         output = pa.table(columns, schema=added)
         for field in output.schema:
             labelled = labelled.append_column(field, output.column(field.name))
-        labelled = labelled.append_column(_UNIT_FIELD, table.column(_UNIT_FIELD.name))
+        for field in (UNIT_FIELD, PLANNED_FIELD):
+            labelled = labelled.append_column(field, table.column(field.name))
         costs = pa.array([_cost(outcome.result) for outcome in outcomes], COST_FIELD.type)
         return labelled.append_column(COST_FIELD, costs)
 

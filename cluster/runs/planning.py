@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -10,11 +10,11 @@ from functools import partial
 import structlog
 
 from cluster.config import RunConfig
-from cluster.corpus.columns import ColumnMapping
+from cluster.corpus.columns import ColumnChoice, ColumnMapping
 from cluster.corpus.listing import list_corpus
 from cluster.corpus.parquet import index_parquet, map_parquet_columns
 from cluster.corpus.tar_index import index_tar
-from cluster.corpus.unit import FileIndex, Unit
+from cluster.corpus.unit import FileIndex, Unit, group_units, take_rows
 from cluster.corpus.webdataset import map_tar_columns
 from cluster.errors import SettingsChanged, UsageError
 from cluster.output.manifest import Identity, Manifest
@@ -54,7 +54,7 @@ def plan_run(
         identity=identity,
         source=source.uri,
         mapping=mapping,
-        units=tuple(_limited(units, config.limit)),
+        units=tuple(units),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if not output.create_manifest(manifest):
@@ -94,16 +94,22 @@ def _index(
             files += pool.map(index, corpus[first : first + step])
             if config.limit is not None and sum(file.rows for file in files) >= config.limit:
                 break
-    map_columns = map_parquet_columns if is_parquet else map_tar_columns
-    mapping = map_columns(source, files, kind=config.kind, prompt=config.prompt)
-    return mapping, [unit for file in files for unit in file.units]
-
-
-def _limited(units: Sequence[Unit], limit: int | None) -> Iterator[Unit]:
-    left = limit
-    for unit in units:
-        if left is None:
-            yield unit
-        elif left > 0:
-            yield unit.take(left)
-            left -= unit.row_count
+    choice = ColumnChoice(
+        image=config.image_column, key=config.key_column, question=config.question_column
+    )
+    if is_parquet:
+        mapping = map_parquet_columns(
+            source, files, kind=config.kind, prompt=config.prompt, choice=choice
+        )
+    elif choice != ColumnChoice():
+        raise UsageError(
+            f"{source.uri} holds WebDataset tars: --image-column, --key and --question-column name "
+            "columns of Parquet files"
+        )
+    else:
+        mapping = map_tar_columns(source, files, kind=config.kind, prompt=config.prompt)
+    units: Iterable[Unit] = (unit for file in files for unit in file.units)
+    if config.limit is not None:
+        units = take_rows(units, config.limit)
+    bounds = {"unit_rows": config.unit_rows, "unit_bytes": config.unit_bytes}
+    return mapping, list(group_units(units, **bounds))

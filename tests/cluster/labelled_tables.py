@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.output.checks import ExpectedUnits
-from cluster.schema import COST_FIELD, output_schema
+from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, output_schema
 from sppruner.spec import Budget, PruneSpec
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
@@ -16,7 +16,6 @@ EXPECTED = ExpectedUnits(
     run_id="run",
     kind="caption",
     source_schema=pa.schema([("note", pa.string())]),
-    rows={"unit": 3, "other": 1},
 )
 
 
@@ -43,11 +42,12 @@ def row(number: int, **values: Any) -> dict[str, Any]:
         "unit_id": "unit",
         "unit_row": number,
         "_in_unit": "unit",
+        "_in_unit_rows": 1 if values.get("unit_id") == "other" else 3,
     }
     return answered | values
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
     schema = output_schema(EXPECTED.source_schema, EXPECTED.kind)
-    extra = [pa.field("_in_unit", pa.string()), COST_FIELD]
+    extra = [UNIT_FIELD, PLANNED_FIELD, COST_FIELD]
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))

@@ -25,7 +25,8 @@ from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
         ([row(0), row(1), row(3)], "exactly its 3 planned rows"),
         ([row(0), row(1), row(None)], "exactly its 3 planned rows"),  # type: ignore[arg-type]
         ([row(0), row(1), row(2, unit_id="other")], "in one commit"),
-        ([row(0, unit_id="alien")], "not planned"),
+        ([row(0), row(1), row(2, _in_unit_rows=4)], "rows of plans"),
+        ([row(0), row(1), row(2, _in_unit_rows=None)], "rows of plans"),
         ([row(0), row(1), row(2, run_id="stale")], "other runs"),
     ],
 )

@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from structlog.testing import capture_logs
 
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import Kind, MediaLimits
-from cluster.corpus.source import read_units
+from cluster.corpus.packed import pack_unit, unpack_units
+from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Format, Unit
 from cluster.errors import CommitRefused, RowError
 from cluster.images import decode_image
 from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
 from cluster.output.run_output import RunOutput
-from cluster.schema import COST_FIELD, is_internal, output_schema
+from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
-from tests.cluster.corpora import Planned, plan, put_parquet, read_all
+from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.fake_engine import picture
 from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
 
@@ -115,6 +115,7 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
     for values in table.to_pylist():
         output = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
         output |= {"key": values["_in_key"], "_out_cost": None}
+        output |= {name: values[name] for name in (UNIT_FIELD.name, PLANNED_FIELD.name)}
         output |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
         output |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
         if output["error_code"] is None:
@@ -129,7 +130,8 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
         vqa = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
         rows.append({**source, **output, **vqa})
     source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
-    schema = pa.schema([*output_schema(source_schema, kind), COST_FIELD])
+    fields = [*output_schema(source_schema, kind), UNIT_FIELD, PLANNED_FIELD, COST_FIELD]
+    schema = pa.schema(fields)
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -141,19 +143,19 @@ def local_run(tmp_path: Path) -> Planned:
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=4)
 
 
-def label_rows(planned: Planned) -> pa.Table:
-    """The labelled rows of all units, in the order of the manifest."""
-    return labelled(read_all(planned), run_id=planned.manifest.run_id, kind="caption")
+def label_units(planned: Planned) -> list[pa.Table]:
+    """The labelled rows of each unit, in the order of the manifest."""
+    store, mapping = open_store(planned.manifest.source), planned.manifest.mapping
+    return [
+        labelled(read_unit(store, unit, mapping), run_id=planned.manifest.run_id, kind="caption")
+        for unit in planned.units
+    ]
 
 
-def test_a_unit_is_committed_once_all_its_rows_have_arrived_in_any_blocks(
-    local_run: Planned,
-) -> None:
-    """Ray Data may merge and slice blocks between the labeller and the sink."""
-    rows = label_rows(local_run)
-    blocks = [rows.slice(0, 3), rows.slice(3, 6), rows.slice(9, 1)]
+def test_every_unit_of_every_block_is_committed(local_run: Planned) -> None:
+    first, *others = label_units(local_run)
     sink = CommitSink(*local_run)
-    outcomes = sink.write(blocks, None)
+    outcomes = sink.write([pack_unit(first), pa.concat_tables(map(pack_unit, others))], None)
     assert [(o.unit_id, o.rows, o.won) for o in outcomes] == [
         (unit.unit_id, unit.row_count, True) for unit in local_run.units
     ]
@@ -161,18 +163,18 @@ def test_a_unit_is_committed_once_all_its_rows_have_arrived_in_any_blocks(
     assert local_run.output.committed_units() == {unit.unit_id for unit in local_run.units}
 
 
-def test_a_unit_whose_rows_did_not_all_arrive_is_refused(local_run: Planned) -> None:
-    """The sink must not wait for rows that never arrive, nor commit the unit without them."""
-    complete, incomplete, _ = local_run.units
-    with pytest.raises(CommitRefused, match=f"{incomplete.unit_id} has 3 rows"):
-        CommitSink(*local_run).write([label_rows(local_run).slice(0, 7)], None)
-    assert local_run.output.committed_units() == {complete.unit_id}
+def test_a_unit_that_lacks_rows_is_refused(local_run: Planned) -> None:
+    complete, incomplete, _ = label_units(local_run)
+    blocks = [pack_unit(complete), pack_unit(incomplete.slice(0, 3))]
+    with pytest.raises(CommitRefused, match="has 3 rows"):
+        CommitSink(*local_run).write(blocks, None)
+    assert local_run.output.committed_units() == {local_run.units[0].unit_id}
 
 
 def test_the_end_of_a_write_logs_commits_and_lost_races(local_run: Planned) -> None:
     sink = CommitSink(*local_run)
-    rows = label_rows(local_run)
-    first, second = sink.write([rows.slice(0, 4)], None), sink.write([rows], None)
+    blocks = [pack_unit(table) for table in label_units(local_run)]
+    first, second = sink.write(blocks[:1], None), sink.write(blocks, None)
     result = WriteResult(num_rows=14, size_bytes=0, write_returns=[first, second])
     with capture_logs() as events:
         sink.on_write_complete(result)
@@ -196,7 +198,11 @@ class RecordingSink(CommitSink):
 def label(planned: Planned, units: Sequence[Unit], sink: CommitSink) -> None:
     """Labels and commits units on Ray Data."""
     manifest = planned.manifest
-    stage = partial(labelled, run_id=manifest.run_id, kind=manifest.kind)
+
+    def stage(block: pa.Table) -> pa.Table:
+        (table,) = unpack_units(block)
+        return pack_unit(labelled(table, run_id=manifest.run_id, kind=manifest.kind))
+
     dataset = read_units(manifest.source, manifest.mapping, units)
     dataset.map_batches(stage, batch_size=None, batch_format="pyarrow").write_datasink(sink)
 

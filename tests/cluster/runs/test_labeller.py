@@ -21,6 +21,8 @@ import ray.data
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
 from cluster.controller import get_controller, report_commit
+from cluster.corpus.image_values import image_array
+from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.errors import ErrorShareExceeded
 from cluster.protocol import LabelRequest, Priority
 from cluster.runs.labeller import Labeller, LabellerSettings, label_units
@@ -58,9 +60,10 @@ def unit(
     columns = {
         "source_text": [f"old {n}" for n in numbers],
         "_in_unit": [name] * rows,
+        "_in_unit_rows": [rows] * rows,
         "_in_row": list(numbers),
         "_in_key": [f"{name}/{n}" for n in numbers],
-        "_in_image": [picture(n) for n in numbers],
+        "_in_image": image_array([picture(n) for n in numbers]),
         "_in_prompt": [prompts(n) for n in numbers],
         "_in_error_code": ["read_failed" if n in errors else None for n in numbers],
         "_in_error_message": ["broken" if n in errors else None for n in numbers],
@@ -88,7 +91,8 @@ def label(
     async def body() -> tuple[pa.Table, RecordingReplica]:
         replicas = RecordingReplica()
         labeller = Labeller(labeller_settings(run, run_id), replicas)
-        return await labeller(pa.concat_tables(tables)), replicas
+        block = pa.concat_tables([pack_unit(table) for table in tables])
+        return pa.concat_tables(unpack_units(await labeller(block))), replicas
 
     return asyncio.run(asyncio.wait_for(body(), 30))
 
@@ -113,16 +117,16 @@ def test_every_row_is_labelled_once_in_order_with_source_columns_and_pruning_cla
 
 
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_the_labelled_table_has_exactly_the_committed_columns_and_two_internal_ones(
+def test_the_labelled_table_has_exactly_the_committed_columns_and_three_internal_ones(
     kind: Kind,
 ) -> None:
     table, _ = label(config(kind), unit("u", 3, prompts=lambda n: "what?"))
     committed = output_schema(SOURCE, kind)
-    assert table.schema.names == [*committed.names, "_in_unit", "_out_cost"]
+    assert table.schema.names == [*committed.names, "_in_unit", "_in_unit_rows", "_out_cost"]
     assert table.select(committed.names).schema == committed
 
 
-def test_units_in_one_table_never_share_a_call() -> None:
+def test_units_of_one_block_never_share_a_call() -> None:
     table, replicas = label(config(), unit("a", 5), unit("b", 6))
     assert table["unit_id"].to_pylist() == ["a"] * 5 + ["b"] * 6
     for call in replicas.calls:
@@ -254,7 +258,7 @@ def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> No
         run = config(control_share=0.0)
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
         settings = labeller_settings(run, replicas=4, kv_token_capacity=5 * length)
-        await Labeller(settings, CountingReplica())(unit("u", 200))
+        await Labeller(settings, CountingReplica()).label_unit(unit("u", 200))
 
     observed: list[tuple[int, int]] = []
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -269,7 +273,9 @@ def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> No
 def label_on(fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table) -> list[dict[str, Any]]:
     """The labelled rows, in unit and row order."""
     settings = labeller_settings(run, run_id, app=fleet.app, deployment=fleet.deployment, slots=4)
-    rows = label_units(ray.data.from_arrow(list(units)), settings).take_all()
+    packed = ray.data.from_arrow([pack_unit(table) for table in units])
+    blocks = [ray.get(block) for block in label_units(packed, settings).to_arrow_refs()]
+    rows = [row for block in blocks for table in unpack_units(block) for row in table.to_pylist()]
     return sorted(rows, key=lambda row: (row["unit_id"], row["unit_row"]))
 
 
@@ -283,10 +289,10 @@ def kill_once_busy(fleet: Fleet) -> None:
 
 def test_ray_data_does_not_fuse_the_reader_into_the_labeller(fleet: Fleet, tmp_path: Path) -> None:
     """If fused, each read would block the event loop that sends the calls."""
-    pq.write_table(unit("u", 6), tmp_path / "u.parquet")
+    pq.write_table(pack_unit(unit("u", 6)), tmp_path / "u.parquet")
     settings = labeller_settings(config(), app=fleet.app, deployment=fleet.deployment)
     labelled = label_units(ray.data.read_parquet(str(tmp_path)), settings).materialize()
-    assert labelled.count() == 6
+    assert labelled.count() == 1
     assert "->MapBatches(Labeller)" not in labelled.stats()
     assert "MapBatches(Labeller)" in labelled.stats()
 

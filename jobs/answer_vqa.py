@@ -6,7 +6,8 @@
 Reads the columns `question` and, if present, `answers` or `answer`. {question} in the prompt stands
 for the row's question: --prompt "{question} Answer with a single word or phrase.". The same command
 resumes a run. Exit codes: 0 done, 1 the store or the replicas failed, 2 usage, 3 done with error
-rows, 4 stopped because too many rows failed, 130 interrupted.
+rows, 4 stopped because too many rows failed, 5 not complete yet, 130 interrupted, 143
+terminated.
 """
 
 from __future__ import annotations

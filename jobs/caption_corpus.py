@@ -5,7 +5,8 @@
     ray job submit --working-dir . -- python jobs/caption_corpus.py --input … --output …
 
 The same command resumes a run. Exit codes: 0 done, 1 the store or the replicas failed, 2
-usage, 3 done with error rows, 4 stopped because too many rows failed, 130 interrupted.
+usage, 3 done with error rows, 4 stopped because too many rows failed, 5 not
+complete yet, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations

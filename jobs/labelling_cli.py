@@ -17,18 +17,14 @@ from typing import Any
 
 from cluster.config import MAX_ERROR_SHARE, Kind, RunConfig
 from cluster.console import open_console
-from cluster.demo.local_s3 import LocalS3
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
-from cluster.report.terminal import print_report
-from cluster.runs.run import run
-from jobs.demo_results import copy_results
-from jobs.make_corpus import make_corpus
+from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
 from sppruner import Budget, PruneSpec
 from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
 from sppruner.errors import SpecError
-from sppruner.models.loading import EMBEDDED
+from sppruner.tiny import EMBEDDED
 
 _INTERRUPTED = 130  # a shell's status for a command that SIGINT ended
 _DEMO_ROWS = 384
@@ -131,15 +127,16 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
 def main(job: Job, argv: Sequence[str] | None) -> int:
     """The process boundary: every RunError becomes its message and its exit code."""
     arguments = build_parser(job).parse_args(argv)
+    raise_on_sigterm()
     try:
         configure_logs()
         return _run_job(job, arguments)
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped: committed units stay; the same command resumes", file=sys.stderr)
-        return _INTERRUPTED
+        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
 
 
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:
@@ -147,6 +144,13 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit {arguments.limit}: give at least 1")
+    # Imported here, where Ctrl-C is handled: Ray, torch and transformers take many seconds.
+    from cluster.demo.local_s3 import LocalS3
+    from cluster.report.terminal import print_report
+    from cluster.runs.run import run
+    from jobs.demo_results import copy_results
+    from jobs.make_corpus import make_corpus
+
     stderr = open_console(stderr=True)
     with ExitStack() as stack:
         demo = arguments.input is None

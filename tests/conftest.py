@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,15 +88,14 @@ def local_ray(s3_server: LocalS3) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def serving(local_ray: None) -> Iterator[str]:
+def serving(local_ray: None) -> str:
     """Serve on that Ray, on a free port; the value is the proxy's URL."""
     from cluster.serving.ray_session import http_root, join_serve, serve_details
 
-    with ExitStack() as stack:
-        join_serve(stack, host="127.0.0.1", port=None)
-        details = serve_details()
-        assert details is not None
-        yield http_root(details)
+    join_serve(host="127.0.0.1", port=None)
+    details = serve_details()
+    assert details is not None
+    return http_root(details)
 
 
 @pytest.fixture(scope="session")

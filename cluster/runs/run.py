@@ -33,7 +33,7 @@ from cluster.runs.tracker import RunTracker, run_error
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
-from cluster.serving.fleet import Fleet, open_fleet
+from cluster.serving.fleet import Fleet, FleetStats, open_fleet
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
 from sppruner.models.loading import image_backend, load_config, load_processor, resolve_model
@@ -167,16 +167,21 @@ def _label(
         app=fleet.app,
         deployment=fleet.deployment,
         slots=fleet.slots,
-        replicas=fleet.replicas,
-        kv_token_capacity=fleet.kv_token_capacity,
+        # Those that are still to come are counted: calls that find no room yet are sent again.
+        replicas=fleet.target_replicas,
+        kv_token_capacity=(
+            None
+            if fleet.kv_token_capacity is None
+            else fleet.kv_token_capacity * fleet.target_replicas // fleet.replicas
+        ),
         unit_rows=rows // len(todo),
     )
     _warn_if_starved(console)
-    units = read_units(manifest.source, manifest.mapping, todo, replicas=fleet.replicas)
+    units = read_units(manifest.source, manifest.mapping, todo, replicas=fleet.target_replicas)
     labelled = label_units(units, settings)
     sink = CommitSink(manifest, output, on_commit=report_commit)
     with RunTracker(config, manifest, output) as tracker:
-        busy_before = _busy_seconds(fleet)
+        before = _stats(fleet)
         started = time.monotonic()
         with ProgressDisplay(tracker.progress, console):
             try:
@@ -188,33 +193,36 @@ def _label(
                     raise
                 raise cause from error
         wall = time.monotonic() - started
+    after = _stats(fleet)
     return Attempt(
         rows=rows,
         wall_seconds=wall,
         start_seconds=started - began,
         rows_per_second=rows / wall,
-        replicas=fleet.replicas,
-        replica_busy_share=_busy_share(fleet, busy_before, wall),
+        replicas=fleet.replicas if after is None else len(after.replicas),
+        replica_busy_share=_busy_share(before, after),
         events=tracker.events,
     )
 
 
-def _busy_seconds(fleet: Fleet) -> float | None:
-    """None where a replica does not answer: a figure about the run must not fail it."""
+def _stats(fleet: Fleet) -> FleetStats | None:
+    """None where no replica answers: a figure about the run must not fail it."""
     try:
-        return fleet.stats().busy_seconds
+        return fleet.stats()
     except Exception as error:  # of Ray, of Serve or of a replica that has just died
         logger.warning("stats_unavailable", app=fleet.app, error=type(error).__name__)
         return None
 
 
-def _busy_share(fleet: Fleet, busy_before: float | None, wall: float) -> float | None:
-    """None if a replica did not answer or was replaced meanwhile: its counter started from zero."""
-    busy_after = _busy_seconds(fleet)
-    if busy_before is None or busy_after is None:
+def _busy_share(before: FleetStats | None, after: FleetStats | None) -> float | None:
+    """Mean over the seconds of all replicas, those that joined included; None if a replica did not
+    answer or was replaced: its counters started from zero."""
+    if before is None or after is None:
         return None
-    spent = busy_after - busy_before
-    return spent / (wall * fleet.replicas) if spent >= 0 else None
+    if not {replica.pid for replica in before.replicas} <= {r.pid for r in after.replicas}:
+        return None
+    seconds = after.uptime_seconds - before.uptime_seconds
+    return (after.busy_seconds - before.busy_seconds) / seconds if seconds > 0 else None
 
 
 def _warn_if_starved(console: Console) -> None:

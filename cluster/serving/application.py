@@ -14,9 +14,11 @@ from ray import serve
 
 from cluster.errors import UsageError
 from cluster.protocol import VERSION, rows_held
+from cluster.serving.code_version import code_version
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.http.app import Api, ApiSettings
 from cluster.serving.replica import VLMReplica
+from cluster.serving.serve_state import job_application
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
 from sppruner.models.loading import load_config, resolve_model
@@ -52,7 +54,7 @@ class FleetSettings:
     port: int | None = None
     """Port of the HTTP edge; None is 8000, or a free one if 8000 is taken."""
     start_timeout_seconds: float = 900.0
-    """Longest wait until all replicas run."""
+    """Longest wait until the first replica runs."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables for Ray's workers, if this process is not connected to Ray yet."""
 
@@ -62,17 +64,22 @@ class FleetSettings:
 
     @property
     def name(self) -> str:
-        """The deployment's name, and the application's if it is deployed here: equal for equal
-        models and engine settings."""
+        """The deployment's name: equal for equal models, engine settings and code."""
         return f"vlm-{fingerprint(self.engine)}"
+
+    @property
+    def app(self) -> str:
+        """The application's name, if a job deploys it."""
+        return job_application(self.name)
 
 
 def fingerprint(engine: EngineSettings) -> str:
-    """A hash of the protocol and of the settings that change answers; slots, device and threads do
-    not."""
+    """A hash of the code and of the settings that change answers; slots, device and threads do
+    not. Replicas of another code might answer otherwise, or not understand what is asked."""
     local = os.path.isdir(engine.model)
     settings = {
         "protocol": VERSION,
+        "code": code_version(),
         "model": os.path.realpath(engine.model) if local else engine.model,
         "revision": engine.revision,
         "engine": engine.engine,
@@ -94,7 +101,8 @@ def application(settings: FleetSettings) -> serve.Application:
         ray_actor_options=options,
         max_ongoing_requests=rows_held(engine.slots) + ONLINE_REQUESTS,
         max_queued_requests=_QUEUED_CALLS,
-        max_constructor_retry_count=2,
+        # Of all replicas together: before one is up, so many failed starts are a failed fleet.
+        max_constructor_retry_count=2 * settings.replicas,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=10.0,
         logging_config=_QUIET,

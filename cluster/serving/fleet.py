@@ -1,9 +1,8 @@
-"""Attach to the replicas that serve a model, or deploy them and remove them on exit.
+"""Attach to the replicas that serve a model, or deploy them.
 
-The replica deployment's name carries a fingerprint of model and engine settings, so jobs find an
-endpoint that `serve run cluster:endpoint model=PATH replicas=2` started, whatever its application
-is called. The process that deployed an application removes it: two jobs that are to share one
-attach to a long-lived endpoint.
+The replica deployment's name carries a fingerprint of model, engine settings and code, so jobs find
+an endpoint that `serve run cluster:endpoint model=PATH replicas=2` started, whatever its
+application is called. Each job holds a lease: what jobs deployed is removed with the last one.
 """
 
 from __future__ import annotations
@@ -12,20 +11,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
 from ray import serve
+from ray.exceptions import GetTimeoutError, RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationDetails, ApplicationStatus
+from ray.serve.schema import ApplicationDetails, ApplicationStatus, ReplicaState
 
 from cluster.errors import FleetUnavailable
 from cluster.serving.application import FleetSettings, application
+from cluster.serving.fleet_lease import FleetLease
 from cluster.serving.ray_session import http_root, join_ray, join_serve, serve_details
 from cluster.serving.replica import ReplicaStats
 
 logger = structlog.get_logger(__name__)
 
+_USABLE: Final = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
 _POLL_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 15.0
 _STATS_TIMEOUT_SECONDS: Final = 30.0
@@ -58,11 +62,15 @@ class Fleet:
     handle: DeploymentHandle[Any]
     """Handle of the deployment."""
     replicas: int
-    """Replicas that answered."""
+    """Replicas that were up when it was opened; more join, and some die, as long as it is used
+    (`cluster.serving.serve_state.live_replicas`)."""
+    target_replicas: int
+    """Replicas that Serve keeps up where there is room."""
     slots: int
     """Requests that each replica answers at once."""
     kv_token_capacity: int | None
-    """Tokens of prompts and answers that all KV caches hold together; None for no bound."""
+    """Tokens of prompts and answers that the KV caches of `replicas` hold together; None for no
+    bound."""
     model: str
     """Folder or Hub name."""
     model_revision: str
@@ -70,61 +78,111 @@ class Fleet:
     image_backend: str
     """"pil" or "torchvision"."""
     deployed_here: bool
-    """Whether this process deployed it, and will remove it."""
+    """Whether this process deployed it."""
 
     def stats(self) -> FleetStats:
-        """Counters of every replica as of now. Raises TimeoutError if one does not answer."""
+        """Counters of the replicas that answer now. Raises FleetUnavailable where none does."""
         return _sum_stats(_query_stats(self.handle))
 
 
 @contextmanager
 def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
-    """Replicas for this model, up and answering. Raises FleetUnavailable with the reason."""
+    """Replicas for this model. At least one is up and answers; the others join as they come.
+
+    Raises FleetUnavailable with the reason where not one came up in time."""
     with ExitStack() as stack:
         own_ray = join_ray(stack, settings.environment)
-        # A Ray of our own takes Serve and the application down with it, faster than one by one.
-        parts = ExitStack() if own_ray else stack
-        join_serve(parts, host=settings.host, port=settings.port)
-        found = _find(settings.name)
-        if found is None:
-            _deploy(settings, parts)
-        app = _wait(found or settings.name, settings)
-        logger.info("fleet_up", app=app.name, attached=found is not None)
-        yield _fleet(app, settings.name, deployed_here=found is None)
+        # A Ray of our own takes the application down with it, and nobody else uses either.
+        lease = (
+            None
+            if own_ray
+            else stack.enter_context(
+                FleetLease(settings.app, patience_seconds=settings.start_timeout_seconds)
+            )
+        )
+        name, deployed_here = _find_or_deploy(settings, lease)
+        app = _wait(name, settings)
+        logger.info("fleet_up", app=app.name, attached=not deployed_here)
+        if lease is not None and name == settings.app:
+            lease.after_each_beat(partial(_redeploy_if_gone, settings, lease))
+        yield _fleet(app, settings.name, deployed_here=deployed_here)
 
 
-def _find(deployment: str) -> str | None:
+def _find_or_deploy(settings: FleetSettings, lease: FleetLease | None) -> tuple[str, bool]:
+    """The name of the application, and whether this process deployed it."""
+    deadline = time.monotonic() + settings.start_timeout_seconds
+    while True:
+        found = _find(settings)
+        if found is not None:
+            return found, False
+        if _deploy_alone(settings, lease):
+            return settings.app, True
+        if time.monotonic() > deadline:
+            raise FleetUnavailable(
+                f"other jobs kept deploying for {settings.start_timeout_seconds:.0f} s: try again"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _deploy_alone(settings: FleetSettings, lease: FleetLease | None) -> bool:
+    """Deploys the application if nobody else deploys one now. False: look for it again."""
+    try:
+        if lease is not None and not lease.claim_deployment():
+            return False
+        try:
+            join_serve(host=settings.host, port=settings.port)
+            if _find(settings) is not None:  # somebody deployed it a moment ago
+                return False
+            _deploy(settings)
+        finally:
+            if lease is not None:
+                lease.deployed()
+    except (RayError, GetTimeoutError) as error:
+        raise FleetUnavailable(f"{settings.engine.model} could not be deployed: {error}") from error
+    return True
+
+
+def _redeploy_if_gone(settings: FleetSettings, lease: FleetLease) -> None:
+    """Deploys again what was removed while this job used it: the janitor took the job for dead, as
+    it slept or was cut off. Its calls go on where a replica is up."""
+    if _find(settings) is None and _deploy_alone(settings, lease):
+        logger.warning("fleet_redeployed", app=settings.app)
+
+
+def _find(settings: FleetSettings) -> str | None:
     """The application that has this deployment and is up or coming up."""
     details = serve_details()
-    assert details is not None
-    usable = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
-    for app in details.applications.values():
-        if deployment in app.deployments and app.status in usable:
+    applications = {} if details is None else details.applications
+    ours = applications.get(settings.app)
+    # Just deployed, it has no deployments yet; unhealthy, its replicas are being replaced.
+    if ours is not None and ours.status in (*_USABLE, ApplicationStatus.UNHEALTHY):
+        return ours.name
+    for app in applications.values():
+        if settings.name in app.deployments and app.status in _USABLE:
             return app.name
     return None
 
 
-def _deploy(settings: FleetSettings, stack: ExitStack) -> None:
+def _deploy(settings: FleetSettings) -> None:
     details = serve_details()
     assert details is not None
-    others = [app for name, app in details.applications.items() if name != settings.name]
-    route = f"/{settings.name}" if any(app.route_prefix == "/" for app in others) else "/"
+    others = [app for name, app in details.applications.items() if name != settings.app]
+    route = f"/{settings.app}" if any(app.route_prefix == "/" for app in others) else "/"
     target = serve.RunTarget(
-        target=application(settings), name=settings.name, route_prefix=route, logging_config=None
+        target=application(settings), name=settings.app, route_prefix=route, logging_config=None
     )
-    stack.callback(serve.delete, settings.name)
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
 
 
 def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
-    """The application once it runs; else why it does not."""
+    """The application once one of its replicas runs; else why none does."""
     started = reported = time.monotonic()
     while True:
         details = serve_details()
         app = details.applications.get(name) if details else None
-        if app is not None and app.status is ApplicationStatus.RUNNING:
+        if app is not None and _running(app, settings.name):
             return app
         reason = "" if app is None else _reason(app)
         if app is not None and app.status is ApplicationStatus.DEPLOY_FAILED:
@@ -140,6 +198,12 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
             reported = now
             logger.info("fleet_starting", app=name, seconds=round(now - started), message=reason)
         time.sleep(_POLL_SECONDS)
+
+
+def _running(app: ApplicationDetails, deployment: str) -> int:
+    """Replicas of the deployment that are up."""
+    found = app.deployments.get(deployment)
+    return 0 if found is None else sum(r.state is ReplicaState.RUNNING for r in found.replicas)
 
 
 def _reason(app: ApplicationDetails) -> str:
@@ -160,6 +224,7 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
         http_url=(http_root(details) + (app.route_prefix or "")).rstrip("/"),
         handle=handle,
         replicas=len(replicas),
+        target_replicas=app.deployments[deployment].target_num_replicas,
         slots=replicas[0].slots,
         kv_token_capacity=(
             None if None in capacities else sum(n for n in capacities if n is not None)
@@ -172,10 +237,21 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
 
 
 def _query_stats(handle: DeploymentHandle[Any]) -> Sequence[ReplicaStats]:
-    answers: list[ReplicaStats] = handle.broadcast("stats").results(
-        timeout_s=_STATS_TIMEOUT_SECONDS
-    )
-    return answers
+    """Counters of the replicas that answer. Raises FleetUnavailable where none does in time."""
+    deadline = time.monotonic() + _STATS_TIMEOUT_SECONDS
+    while True:
+        try:
+            answers: Sequence[object] = handle.broadcast("stats").results(
+                timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError) as error:
+            answers = [error]  # the router knows no replica at the moment, or none answered
+        stats = [answer for answer in answers if isinstance(answer, ReplicaStats)]
+        if stats:
+            return stats
+        if time.monotonic() >= deadline:
+            raise FleetUnavailable(f"no replica answers: {answers}")
+        time.sleep(_POLL_SECONDS)
 
 
 def _sum_stats(replicas: Sequence[ReplicaStats]) -> FleetStats:

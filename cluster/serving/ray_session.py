@@ -1,13 +1,15 @@
 """Join the Ray cluster and the Serve instance that are running, or start them.
 
-Each function registers on the caller's ExitStack how to stop what it started, and nothing else.
+A Ray that this process started ends with it; whatever was there before, and Serve, stay.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +24,7 @@ from ray.serve.schema import ServeInstanceDetails
 
 from cluster.errors import FleetUnavailable
 from cluster.logs import WORKER_HOOK
+from cluster.termination import raise_on_sigterm
 
 logger = structlog.get_logger(__name__)
 
@@ -38,10 +41,22 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
     start` started on this machine, else a new local one. Returns whether it started one.
 
     environment: variables for this job's workers. Everyone with access to the cluster sees them,
-    so secrets belong on the nodes. Raises FleetUnavailable where RAY_ADDRESS does not answer.
+    so secrets belong on the nodes. SIGTERM raises Terminated from now on, unless this process has
+    a handler of its own. Raises FleetUnavailable where RAY_ADDRESS does not answer.
     """
     if ray.is_initialized():
         return False
+    handler = signal.getsignal(signal.SIGTERM)
+    own = _connect(stack, environment)
+    # Ray sets a handler of its own, under which a driver counts as failed.
+    if handler is signal.SIG_DFL:
+        raise_on_sigterm()
+    elif threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    return own
+
+
+def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
     runtime = {**WORKER_HOOK, "env_vars": dict(environment or {})}
     named = os.environ.get("RAY_ADDRESS")
     address = named or _current_cluster()
@@ -96,10 +111,11 @@ def _current_cluster() -> str | None:
     return address
 
 
-def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:
+def join_serve(*, host: str, port: int | None) -> bool:
     """Uses the Serve instance of the cluster, or starts one. Returns whether it started one.
 
-    port: None for 8000, or a free one if 8000 is taken.
+    It stays: others may have put applications on it, and empty it holds no CPU and no GPU. port:
+    None for 8000, or a free one if 8000 is taken.
     """
     if serve_details() is not None:
         return False
@@ -108,7 +124,6 @@ def join_serve(stack: ExitStack, *, host: str, port: int | None) -> bool:
         http_options={"host": host, "port": chosen},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    stack.callback(serve.shutdown)
     logger.info("serve_started", host=host, port=chosen)
     return True
 

@@ -20,10 +20,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sppruner.errors import UnsupportedModel
 from sppruner.models.processors import processor_of
+from sppruner.tiny import EMBEDDED as EMBEDDED
 from sppruner.tiny import TINY_MODELS
-
-# The model that jobs use without --model, one of those in this repository, trained on drawn scenes.
-EMBEDDED = "tiny-llava"
 
 # Larger weight files are hashed at their two ends only: hashing 15 GB takes a minute.
 _WHOLE_FILE_BYTES = 64 * 2**20

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["TINY_MODELS"]
+__all__ = ["EMBEDDED", "TINY_MODELS"]
 
 _WEIGHTS: Final = Path(__file__).parent / "weights"
 
@@ -17,3 +17,6 @@ TINY_MODELS: Final = {
     folder.name: folder for folder in sorted(_WEIGHTS.iterdir()) if folder.is_dir()
 }
 """Folders of the shipped checkpoints by name; `from_pretrained` loads them."""
+
+EMBEDDED: Final = "tiny-llava"
+"""The one that commands use without --model."""

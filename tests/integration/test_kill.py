@@ -82,6 +82,23 @@ def test_the_same_command_resumes_after_a_killed_driver(s3: str, s3_server: Loca
 
 
 @pytest.mark.timeout(600)
+def test_a_terminated_driver_ends_as_stopped_and_keeps_what_it_committed(
+    s3: str, s3_server: LocalS3
+) -> None:
+    """`ray job stop` and every scheduler send SIGTERM, and kill a few seconds later."""
+    make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")
+    job = start_job(s3)
+    wait_for(lambda: len(units_committed(s3)) >= 1, 240, "a first commit")
+    os.kill(job.pid, signal.SIGTERM)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode == 143, printed[-3000:]
+    assert "stopped: committed units stay; the same command resumes" in printed
+    assert "Traceback" not in printed
+    assert "SIGTERM received" not in printed, "Ray dumped its stack"
+    assert 0 < len(units_committed(s3)) < 5
+
+
+@pytest.mark.timeout(600)
 def test_a_killed_replica_loses_no_row(s3: str, s3_server: LocalS3) -> None:
     make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")
     job = start_job(s3)

@@ -6,6 +6,9 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
 
@@ -17,11 +20,13 @@ import cluster
 import cluster.fleet
 from cluster.errors import Busy, FleetUnavailable, UsageError
 from cluster.protocol import LabelRequest, Priority
-from cluster.serving.application import FleetSettings, endpoint, fingerprint
+from cluster.serving.application import FleetSettings, application, endpoint, fingerprint
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet, open_fleet
+from cluster.serving.janitor import Janitor
 from cluster.serving.ray_session import serve_details
+from cluster.serving.serve_state import is_job_application, live_replicas
 from sppruner.models.loading import resolve_model
 from tests.cluster.fake_engine import expected_text, picture
 
@@ -77,10 +82,70 @@ def test_another_model_has_its_own_application_and_removes_only_that(fleet: Flee
     assert applications() == before
 
 
+def test_jobs_that_start_at_once_share_a_fleet_and_the_last_one_removes_it(fleet: Fleet) -> None:
+    """Whichever deploys it: the job that ends first takes nothing from the other."""
+    before = applications()
+    with ThreadPoolExecutor() as threads, ExitStack() as first, ExitStack() as second:
+        opening = [
+            threads.submit(stack.enter_context, open_fleet(settings("shared")))
+            for stack in (first, second)
+        ]
+        one, other = (future.result(timeout=120) for future in opening)
+        assert sorted([one.deployed_here, other.deployed_here]) == [False, True]
+        (first if one.deployed_here else second).close()
+        assert label(other, LabelRequest(id="a", prompt="p", images=(picture(3),))) == [
+            expected_text(picture(3))
+        ]
+        assert one.app in applications()
+    assert applications() == before
+
+
+def test_the_janitor_removes_what_jobs_left_and_neither_what_is_held_nor_endpoints(
+    fleet: Fleet,
+) -> None:
+    """A killed job is not heard of any more."""
+    left, endpoint_name = settings("left"), "my-endpoint"
+    for name in (left.app, endpoint_name):
+        serve.run(application(left), name=name, route_prefix=f"/{name}")
+    janitor = Janitor(patience_seconds=0.5)
+
+    async def rounds() -> None:
+        await janitor.hold(left.app, "killed")
+        await janitor.patrol()
+        await asyncio.sleep(0.6)
+        for held in applications_of_jobs - {left.app}:
+            await janitor.hold(held, "alive")
+        await janitor.patrol()
+
+    try:
+        applications_of_jobs = {name for name in applications() if is_job_application(name)}
+        assert {left.app, fleet.app} <= applications_of_jobs
+        asyncio.run(rounds())
+        assert left.app not in applications()
+        assert {fleet.app, endpoint_name} <= applications()
+    finally:
+        serve.delete(endpoint_name)
+
+
+def test_the_replicas_of_a_deployment_are_counted_without_blocking_the_loop(fleet: Fleet) -> None:
+    assert asyncio.run(live_replicas(fleet.app, fleet.deployment)) == 1
+    assert asyncio.run(live_replicas(fleet.app, "other")) == 0
+    assert asyncio.run(live_replicas("other", fleet.deployment)) == 0
+
+
+@pytest.mark.slow
+def test_a_fleet_is_open_with_its_first_replica_while_others_find_no_room(fleet: Fleet) -> None:
+    """The session's Ray has four CPUs, of which the shared fleet takes one."""
+    with open_fleet(settings("partly", replicas=9)) as opened:
+        assert 1 <= opened.replicas < opened.target_replicas == 9
+        assert 1 <= len(opened.stats().replicas) < 9
+        assert label(opened, LabelRequest(id="a", prompt="p", images=(picture(3),))) == [
+            expected_text(picture(3))
+        ]
+
+
 @pytest.mark.slow
 def test_an_application_of_any_name_is_found_by_its_deployment(fleet: Fleet) -> None:
-    from cluster.serving.application import application
-
     wanted = settings("long-lived")
     serve.run(application(wanted), name="my-endpoint", route_prefix="/mine")
     try:
@@ -106,10 +171,14 @@ def test_an_engine_that_fails_to_start_is_reported_and_its_application_removed(
 
 @pytest.mark.slow
 def test_a_fleet_without_resources_fails_after_its_start_timeout(fleet: Fleet) -> None:
-    impossible = settings("too-many", replicas=50, start_timeout_seconds=3.0)
-    with pytest.raises(FleetUnavailable, match="fewer replicas"), open_fleet(impossible):
-        pass
-    assert "too-many" not in str(applications())
+    before = applications()
+    with open_fleet(settings("all-cpus", replicas=9)) as other:
+        while asyncio.run(live_replicas(other.app, other.deployment)) < 3:  # type: ignore[operator]
+            time.sleep(0.2)
+        impossible = settings("no-room", start_timeout_seconds=3.0)
+        with pytest.raises(FleetUnavailable, match="more GPUs or CPUs"), open_fleet(impossible):
+            pass
+    assert applications() == before
 
 
 def test_busy_crosses_serve_as_the_typed_error(fleet: Fleet) -> None:
@@ -129,6 +198,12 @@ def test_busy_crosses_serve_as_the_typed_error(fleet: Fleet) -> None:
 def test_clients_never_find_replicas_of_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     known = settings("m").name
     monkeypatch.setattr("cluster.serving.application.VERSION", 999)
+    assert settings("m").name != known
+
+
+def test_a_fleet_with_other_code_is_never_attached_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = settings("m").name
+    monkeypatch.setattr("cluster.serving.application.code_version", lambda: "another")
     assert settings("m").name != known
 
 

@@ -9,7 +9,6 @@ from types import TracebackType
 
 import ray
 import structlog
-from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.accounting.ledger import RunLedger
 from cluster.config import RunConfig
@@ -47,7 +46,7 @@ class RunTracker:
         # A run needs no controller: `progress` registers it once there is one.
         try:
             self._register()
-        except (RayError, GetTimeoutError) as error:
+        except Exception as error:  # of Ray or the store, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
         return self
 
@@ -67,7 +66,7 @@ class RunTracker:
                 self._controller.finish.remote(self._manifest.run_id, state),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
-        except (RayError, GetTimeoutError) as unreachable:
+        except Exception as unreachable:  # of Ray in any state, behind the last commit
             logger.warning("controller_unreachable", error=type(unreachable).__name__)
         else:
             self._events = {} if ended is None else ended.events
@@ -88,7 +87,7 @@ class RunTracker:
             if known is None:
                 logger.info("controller_restarted", run_id=self._manifest.run_id)
                 self._register()
-        except (RayError, GetTimeoutError) as error:
+        except Exception as error:  # of Ray or the store, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
             return None
         return known
@@ -101,7 +100,7 @@ class RunTracker:
                 self._controller.stop_reason.remote(self._manifest.run_id),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
-        except (RayError, GetTimeoutError) as error:
+        except Exception as error:  # of Ray or the store, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
             return None
         return None if reason is None else ErrorShareExceeded(reason)

@@ -19,7 +19,12 @@ from ray import serve
 from ray.exceptions import GetTimeoutError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationDetails, ApplicationStatus, ReplicaState
+from ray.serve.schema import (
+    ApplicationDetails,
+    ApplicationStatus,
+    ReplicaState,
+    ServeInstanceDetails,
+)
 
 from cluster.errors import FleetUnavailable
 from cluster.serving.application import FleetSettings, application
@@ -182,7 +187,7 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
     while True:
         details = serve_details()
         app = details.applications.get(name) if details else None
-        if app is not None and _running(app, settings.name):
+        if app is not None and _answers(app, settings.name):
             return app
         reason = "" if app is None else _reason(app)
         if app is not None and app.status is ApplicationStatus.DEPLOY_FAILED:
@@ -191,8 +196,8 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
         if now - started > settings.start_timeout_seconds:
             raise FleetUnavailable(
                 f"{settings.engine.model} was not up after {settings.start_timeout_seconds:.0f} s: "
-                f"{reason or 'no replica could be placed'}. Ask for fewer replicas, or give the "
-                "cluster more GPUs or CPUs."
+                f"{reason or 'no replica could be placed'}. Give the cluster more GPUs or CPUs"
+                f"{_name_others(details, settings.name)}"
             )
         if now - reported > _REPORT_SECONDS:
             reported = now
@@ -200,10 +205,27 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
         time.sleep(_POLL_SECONDS)
 
 
-def _running(app: ApplicationDetails, deployment: str) -> int:
-    """Replicas of the deployment that are up."""
-    found = app.deployments.get(deployment)
-    return 0 if found is None else sum(r.state is ReplicaState.RUNNING for r in found.replicas)
+def _name_others(details: ServeInstanceDetails | None, deployment: str) -> str:
+    """What else serves models here, and may be what somebody meant this job to attach to."""
+    others = [
+        app.name
+        for app in ([] if details is None else details.applications.values())
+        if any(name.startswith("vlm-") and name != deployment for name in app.deployments)
+    ]
+    if not others:
+        return ""
+    return (
+        f", or end {', '.join(sorted(others))}, which serves another model, with other settings, "
+        "or with other code than this job has"
+    )
+
+
+def _answers(app: ApplicationDetails, deployment: str) -> bool:
+    """Whether a replica of every deployment is up: of the model's, and of the HTTP edge."""
+    return deployment in app.deployments and all(
+        any(replica.state is ReplicaState.RUNNING for replica in found.replicas)
+        for found in app.deployments.values()
+    )
 
 
 def _reason(app: ApplicationDetails) -> str:

@@ -15,6 +15,7 @@ Kind: TypeAlias = Literal["caption", "vqa"]
 ImageFormat: TypeAlias = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
 IMAGE_FORMATS: Final[tuple[ImageFormat, ...]] = get_args(ImageFormat)
 """Every image format that can be read; HEIC needs the extra `heic`."""
+CorpusFormat: TypeAlias = Literal["parquet", "webdataset"]
 
 SCHEMA_VERSION = 2
 """Raised when committed rows change shape or meaning: an older output is then another run's."""
@@ -91,6 +92,11 @@ class RunConfig:
     """Column that holds the rows' keys; None: found by name."""
     question_column: str | None = None
     """Column that holds the questions of a VQA corpus; None: found by name."""
+    format: CorpusFormat | None = None
+    """Which files of the input are the corpus; None: the only kind there is, or the tars of a
+    folder that img2dataset wrote."""
+    dotted_keys: bool = False
+    """WebDataset: a sample's key ends at the last dot of the file name, not at the first."""
     # Below: how the run is carried out. These may change between resumes.
     replicas: int = 1
     """Model replicas to start, where none serve this model."""
@@ -114,6 +120,10 @@ class RunConfig:
             (bool(self.model.strip()), "--model is empty: give a folder or Hub name"),
             (bool(self.prompt.strip()), "--prompt is empty: give what every row is asked"),
             (self.dtype in DTYPES, f"--dtype {self.dtype!r}: use one of {', '.join(DTYPES)}"),
+            (
+                self.format in (None, *get_args(CorpusFormat)),
+                f"--format {self.format!r}: use {' or '.join(get_args(CorpusFormat))}",
+            ),
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give at least 1"),
             (self.replicas >= 1, f"--replicas {self.replicas}: give at least 1"),
             (self.slots is None or self.slots >= 1, f"slots {self.slots}: give at least 1"),
@@ -172,4 +182,8 @@ class RunConfig:
         for name in ("image_column", "key_column", "question_column"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
+        if self.format is not None:
+            settings["format"] = self.format
+        if self.dotted_keys:
+            settings["dotted_keys"] = True
         return settings

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cluster.config import MAX_ERROR_SHARE, Kind, RunConfig
+from cluster.config import MAX_ERROR_SHARE, CorpusFormat, Kind, RunConfig
 from cluster.console import open_console
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
@@ -77,6 +77,16 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
         default=job.max_new_tokens,
         help="most tokens of an answer (%(default)s)",
     )
+    parser.add_argument(
+        "--format",
+        choices=get_args(CorpusFormat),
+        help="which files of --input are the corpus, where there are both",
+    )
+    parser.add_argument(
+        "--dotted-keys",
+        action="store_true",
+        help="WebDataset: keys end at the last dot of the file name, not at the first",
+    )
     parser.add_argument("--limit", type=int, help="only the first N rows")
     parser.add_argument(
         "--dtype",
@@ -116,6 +126,8 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
         spec=spec,
         generation=generation,
         limit=arguments.limit,
+        format=arguments.format,
+        dotted_keys=arguments.dotted_keys,
         dtype=arguments.dtype,
         replicas=arguments.replicas,
         auto=arguments.auto,

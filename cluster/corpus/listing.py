@@ -9,15 +9,26 @@ from __future__ import annotations
 import os
 from pathlib import PurePosixPath
 
+import structlog
+
+from cluster.config import CorpusFormat
 from cluster.errors import UsageError
 from cluster.store import ObjectInfo, Store, open_store
+
+logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 
 
-def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
+def list_corpus(
+    uri: str, output: str, format: CorpusFormat | None = None
+) -> tuple[Store, list[ObjectInfo]]:
     """The store and the objects of the input: all Parquet files or all tars under the prefix, or
-    the single file that `uri` names. Raises UsageError where that is not a corpus."""
+    the single file that `uri` names. Raises UsageError where that is not a corpus.
+
+    format: the files that count where there are both. Without it, the Parquet files that
+    img2dataset writes beside its tars, with the same names, do not count.
+    """
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
     listed = [info for info in source.list() if not _is_hidden(info.key)]
@@ -29,6 +40,12 @@ def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
     parquet = [info for info in listed if info.key.endswith(".parquet")]
     tars = [info for info in listed if info.key.endswith(".tar")]
     compressed = [info for info in listed if info.key.endswith(_COMPRESSED)]
+    if format is None:
+        parquet = _drop_img2dataset_tables(source, parquet, tars)
+    elif format == "parquet":
+        tars, compressed = [], []
+    else:
+        parquet = []
     if compressed:
         raise UsageError(
             f"{source.uri_of(compressed[0].key)}: compressed archives cannot be read in parts; "
@@ -37,13 +54,30 @@ def list_corpus(uri: str, output: str) -> tuple[Store, list[ObjectInfo]]:
     if parquet and tars:
         raise UsageError(
             f"{uri} mixes Parquet ({parquet[0].key}) and WebDataset ({tars[0].key}); "
-            "give one of them as --input"
+            "give one of them as --input, or say which: --format parquet or --format webdataset"
         )
     if not parquet and not tars:
         suffixes = sorted({PurePosixPath(info.key).suffix or "no suffix" for info in listed})
         found = f"{len(listed)} objects ({', '.join(suffixes[:8])})" if listed else "nothing"
-        raise UsageError(f"{uri} holds no *.parquet and no *.tar, but {found}; check --input")
+        wanted = {None: "*.parquet and no *.tar", "parquet": "*.parquet", "webdataset": "*.tar"}
+        raise UsageError(f"{uri} holds no {wanted[format]}, but {found}; check --input")
     return source, parquet or tars
+
+
+def _drop_img2dataset_tables(
+    source: Store, parquet: list[ObjectInfo], tars: list[ObjectInfo]
+) -> list[ObjectInfo]:
+    """The Parquet files less those that describe the tar of the same name."""
+    stems = {info.key.removesuffix(".tar") for info in tars}
+    kept = [info for info in parquet if info.key.removesuffix(".parquet") not in stems]
+    if len(kept) < len(parquet):
+        logger.warning(
+            "parquet_beside_tars_ignored",
+            uri=source.uri,
+            files=len(parquet) - len(kept),
+            instead="--format parquet",
+        )
+    return kept
 
 
 def _check_no_overlap(source: str, output: str) -> None:

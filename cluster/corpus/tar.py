@@ -150,7 +150,8 @@ def _scan(position: int, size: int) -> Iterator[tuple[int, int]]:
 def _find_end_of_damage(read: ReadRange, start: int, size: int, error: ArchiveDamaged) -> Damage:
     """The damage from `start` to the next valid header behind the faulty block."""
     faulty = parse_header(read(error.position, min(error.position + BLOCK, size)))
-    stop = search = min(error.position + BLOCK, size)
+    # Inserted bytes may end within a block that is no header.
+    stop = search = error.position if faulty is None else min(error.position + BLOCK, size)
     if faulty is not None and faulty.type in EXTENDED and faulty.size <= MAX_EXTENDED_HEADER:
         # Its body is at fault, so the name of the member behind it is lost.
         search = min(search + pad(faulty.size), size)

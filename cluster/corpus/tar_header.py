@@ -137,10 +137,9 @@ def _read_extended_header(
     body = read(position + BLOCK, min(position + BLOCK + header.size, stop))
     if len(body) < header.size:
         raise ArchiveDamaged(position, "an extended header is truncated")
-    if header.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": body.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    records = parse_pax(body)
-    if records is None:
+    is_name = header.type == tarfile.GNUTYPE_LONGNAME
+    records = {b"path": body.partition(b"\0")[0]} if is_name else parse_pax(body)
+    if not records or records.get(b"path") == b"":
         raise ArchiveDamaged(position, "an extended header is corrupt")
     return {
         name: records[name.encode()].decode("utf-8", "surrogateescape")

@@ -22,13 +22,14 @@ from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import UsageError
 from cluster.store import ObjectInfo, Store
 
-_PACKED = {
+PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip -c"),
     b"BZh": ("bzip2", "bunzip2 -c"),
     b"\xfd7zXZ\0": ("xz", "xz -dc"),
     b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
     b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
 }
+"""How compressed files begin, the compression, and the command that undoes it."""
 # Above this share of samples whose key comes back the members are unsorted; a few that do are
 # strays, which are rows of their own.
 _UNSORTED_SHARE = 0.01
@@ -72,11 +73,11 @@ def index_tar(
             f"{len(nameless)} members are in no sample, because their names have no key or no "
             f"extension (first: {nameless[0][:100]})"
         )
+    units = tuple(_make_units(info, ranges))
     return FileIndex(
         info=info,
-        units=tuple(_make_units(info, ranges)),
+        units=units,
         schema=pa.schema([pa.field(name, pa.binary()) for name in sorted(extensions)]),
-        unread_bytes=sum(unit_range.unread_bytes for unit_range in ranges),
         warnings=tuple(warnings),
     )
 
@@ -157,7 +158,7 @@ class _KeyOrder:
 def _check_not_packed(block: bytes, uri: str) -> None:
     if parse_header(block) is not None:
         return
-    for magic, (name, command) in _PACKED.items():
+    for magic, (name, command) in PACKED.items():
         if block.startswith(magic):
             raise UsageError(
                 f"{uri}: this is {name}, not a plain tar, and cannot be read in parts; unpack it "

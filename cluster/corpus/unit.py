@@ -64,6 +64,12 @@ class Unit:
         return self.parts or (self,)
 
     @property
+    def unread_bytes(self) -> int:
+        """Bytes of the damaged ranges."""
+        damaged = (each for piece in self.pieces for each in piece.damaged)
+        return sum(stop - start for start, stop, _ in damaged)
+
+    @property
     def info(self) -> ObjectInfo:
         """The object as it was listed; reads are pinned to its etag."""
         return ObjectInfo(key=self.file, size=self.file_size, etag=self.etag)
@@ -118,9 +124,6 @@ class FileIndex:
     """The object's units, in row order."""
     schema: pa.Schema
     """Columns of the object; of a tar, the extensions of its members."""
-    unread_bytes: int = 0
-    """Bytes of the object that no row holds because they are damaged; each damaged range is one
-    error row."""
     warnings: tuple[str, ...] = ()
     """What the owner of the corpus should know about the object, for the plan."""
 
@@ -128,6 +131,11 @@ class FileIndex:
     def rows(self) -> int:
         """Rows of all units."""
         return sum(unit.row_count for unit in self.units)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of the object that are damaged; each damaged range is one error row."""
+        return sum(unit.unread_bytes for unit in self.units)
 
 
 def make_unit(format: Format, info: ObjectInfo, **position: Any) -> Unit:

@@ -106,6 +106,11 @@ class Manifest:
         """Planned rows of all units."""
         return sum(unit.row_count for unit in self.units)
 
+    @property
+    def unread_bytes(self) -> int:
+        """Damaged bytes of the corpus; each damaged range is one error row."""
+        return sum(unit.unread_bytes for unit in self.units)
+
     def to_json(self) -> bytes:
         """For the object in the output."""
         record = {

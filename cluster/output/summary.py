@@ -67,6 +67,8 @@ class Summary:
     """Committed units."""
     rows_planned: int
     """Planned rows."""
+    unread_bytes: int
+    """Damaged bytes of the corpus; each damaged range is one of the rows that failed."""
     total: UnitLedger
     """Sum over the committed units."""
     measured: MeasuredRatio | None
@@ -113,6 +115,7 @@ class Summary:
             "units": self.units,
             "units_done": self.units_done,
             "rows_planned": self.rows_planned,
+            "unread_bytes": self.unread_bytes,
             "rows": total.rows,
             "rows_failed": dict(total.failed),
             "rows_recomputed": total.recomputed,
@@ -156,6 +159,7 @@ def summarise(
         units=len(manifest.units),
         units_done=len(done),
         rows_planned=manifest.rows,
+        unread_bytes=manifest.unread_bytes,
         total=ledger.total,
         measured=ledger.measured_ratio(),
         duplicate_keys=_count_duplicates(columns),

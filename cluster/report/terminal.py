@@ -61,6 +61,11 @@ def _facts(summary: Summary, note: str | None) -> Table:
     failed = "  ".join(f"{code} {n}" for code, n in sorted(total.failed.items()))
     facts.add_row("rows", f"{total.rows} of {summary.rows_planned} done")
     facts.add_row("failed", f"{total.rows_failed}{f'  ({failed})' if failed else ''}")
+    if summary.unread_bytes:
+        facts.add_row(
+            "unread",
+            f"{summary.unread_bytes:,} bytes of damaged archives; each range is an error row",
+        )
     if total.recomputed:
         facts.add_row("recomputed", f"{total.recomputed} rows took more than one attempt")
     if summary.duplicate_keys:

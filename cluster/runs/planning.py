@@ -34,7 +34,7 @@ def plan_run(
     Raises UsageError where the corpus cannot be read as one, SettingsChanged where the output
     belongs to another run, StoreError where a store does not answer.
     """
-    source, corpus = list_corpus(config.input, config.output)
+    source, corpus = list_corpus(config.input, config.output, config.format)
     identity = Identity.of(
         config, corpus, model_revision=model_revision, image_backend=image_backend
     )
@@ -81,12 +81,8 @@ def _index(
 ) -> tuple[ColumnMapping, list[Unit]]:
     """Indexes files in order, several at a time, and no more of them than the limit needs."""
     is_parquet = corpus[0].key.endswith(".parquet")
-    index = partial(
-        index_parquet if is_parquet else index_tar,
-        source,
-        unit_rows=config.unit_rows,
-        unit_bytes=config.unit_bytes,
-    )
+    index_file = index_parquet if is_parquet else partial(index_tar, dotted_keys=config.dotted_keys)
+    index = partial(index_file, source, unit_rows=config.unit_rows, unit_bytes=config.unit_bytes)
     files: list[FileIndex] = []
     step = len(corpus) if config.limit is None else _THREADS
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -94,6 +90,7 @@ def _index(
             files += pool.map(index, corpus[first : first + step])
             if config.limit is not None and sum(file.rows for file in files) >= config.limit:
                 break
+    _warn_of_damage(source, files)
     choice = ColumnChoice(
         image=config.image_column, key=config.key_column, question=config.question_column
     )
@@ -107,9 +104,32 @@ def _index(
             "columns of Parquet files"
         )
     else:
-        mapping = map_tar_columns(source, files, kind=config.kind, prompt=config.prompt)
+        mapping = map_tar_columns(
+            source,
+            files,
+            kind=config.kind,
+            prompt=config.prompt,
+            dotted_keys=config.dotted_keys,
+        )
     units: Iterable[Unit] = (unit for file in files for unit in file.units)
     if config.limit is not None:
         units = take_rows(units, config.limit)
     bounds = {"unit_rows": config.unit_rows, "unit_bytes": config.unit_bytes}
     return mapping, list(group_units(units, **bounds))
+
+
+def _warn_of_damage(source: Store, files: Sequence[FileIndex]) -> None:
+    for file in files:
+        uri = source.uri_of(file.info.key)
+        damaged = sum(len(unit.damaged) for unit in file.units)
+        if damaged:
+            logger.warning(
+                "archive_damaged",
+                uri=uri,
+                unread_bytes=file.unread_bytes,
+                size=file.info.size,
+                rows=file.rows - damaged,
+                error_rows=damaged,
+            )
+        for warning in file.warnings:
+            logger.warning("archive_suspect", uri=uri, reason=warning)

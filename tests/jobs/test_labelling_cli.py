@@ -29,6 +29,8 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--auto": False,
         "--prompt": job.prompt,
         "--max-new-tokens": job.max_new_tokens,
+        "--format": None,
+        "--dotted-keys": False,
         "--limit": None,
         "--dtype": "auto",
         "--replicas": 1,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +20,10 @@ from cluster.corpus.source import read_unit
 from cluster.corpus.tar import Damage
 from cluster.corpus.tar_header import BLOCK
 from cluster.corpus.tar_samples import Sample, read_rows
+from cluster.corpus.unit import make_unit
 from cluster.errors import UsageError
+from cluster.output.manifest import Manifest
+from cluster.output.summary import summarise
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
 from tests.cluster.corpora import plan, read_all, tar_bytes
@@ -361,3 +366,116 @@ def test_half_a_surrogate_pair_costs_its_own_row_alone(corpus: Store, output: st
     read = read_all(plan(corpus.uri, output, kind="vqa", prompt="{question}"))
     assert read["_in_error_code"].to_pylist() == [None, "prompt_invalid"]
     assert read["_in_prompt"].to_pylist() == ["fine", "?"]
+
+
+def test_members_that_are_not_sorted_by_key_are_refused_with_both_places(
+    corpus: Store, output: str
+) -> None:
+    names = [f"u{n}.{extension}" for extension in ("png", "txt") for n in range(3)]
+    corpus.put("a.tar", tar_bytes([(name, b"x") for name in names]))
+    with pytest.raises(UsageError, match=r"u0 is at byte 0 and.*at byte 3,072.*--sort=name"):
+        plan(corpus.uri, output)
+
+
+def test_one_stray_member_is_a_row_of_its_own_and_named(corpus: Store, output: str) -> None:
+    names = ["a.png", "b.png", "b.txt", "a.txt", "c.png", "c.txt"]
+    corpus.put("a.tar", tar_bytes([(name, b"x") for name in names]))
+    with capture_logs() as events:
+        read = read_all(plan(corpus.uri, output))
+    assert read["_in_key"].to_pylist() == ["a", "b", "a", "c"]
+    assert read["_in_error_code"].to_pylist() == [None, None, "image_missing", None]
+    (named,) = [event for event in events if event["event"] == "archive_suspect"]
+    assert "a at byte 0 comes back with other members at byte 3,072" in named["reason"]
+
+
+def test_keys_that_repeat_with_the_same_extensions_are_samples(corpus: Store, output: str) -> None:
+    members = [("0.jpg", b"0"), ("1.jpg", b"1")]
+    corpus.put("a.tar", tar_bytes(members) + tar_bytes(members))
+    assert read_all(plan(corpus.uri, output))["_in_key"].to_pylist() == ["0", "1", "0", "1"]
+
+
+def test_keys_with_dots_are_refused_with_the_rule_or_read_by_the_last_dot(
+    corpus: Store, output: str
+) -> None:
+    members = [(f"shot.{n}.{e}", f"{n}{e}".encode()) for n in range(9) for e in ("png", "txt")]
+    corpus.put("a.tar", tar_bytes(members))
+    with pytest.raises(UsageError, match=r"first dot of the file name.*--dotted-keys"):
+        plan(corpus.uri, output)
+    planned = plan(corpus.uri, output, dotted_keys=True, unit_rows=4)
+    assert Manifest.from_json(planned.manifest.to_json()).mapping.dotted_keys
+    read = read_all(planned)
+    assert read["_in_key"].to_pylist() == [f"shot.{n}" for n in range(9)]
+    assert read["txt"].to_pylist() == [f"{n}txt" for n in range(9)]
+
+
+def test_a_mask_beside_the_image_is_no_rival_of_it(corpus: Store, output: str) -> None:
+    corpus.put("a.tar", tar_bytes([("a.mask.png", b"m"), ("a.png", b"i"), ("a.seg.png", b"s")]))
+    with capture_logs() as events:
+        assert read_all(plan(corpus.uri, output))["_in_image"].to_pylist() == [b"i"]
+    (named,) = [event for event in events if event["event"] == "members_not_committed"]
+    assert named["extensions"] == ["mask.png", "seg.png"]
+
+
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (lzma.compress, "xz")])
+def test_a_compressed_tar_is_refused_with_the_command_to_type(
+    corpus: Store, output: str, pack: Callable[[bytes], bytes], name: str
+) -> None:
+    corpus.put("a.tar", pack(tar_bytes([("a.png", b"x")])))
+    with pytest.raises(UsageError, match=rf"this is {name}.*-d?c a\.tar > plain\.tar"):
+        plan(corpus.uri, output)
+
+
+def test_damage_is_reported_by_plan_row_and_manifest(corpus: Store, output: str) -> None:
+    members = [(f"{n:04}.png", bytes([n + 1]) * 500) for n in range(40)]
+    data = bytearray(tar_bytes(members))
+    data[10 * 2 * BLOCK : 10 * 2 * BLOCK + BLOCK] = bytes(BLOCK)
+    corpus.put("a.tar", bytes(data))
+    with capture_logs() as events:
+        planned = plan(corpus.uri, output, unit_rows=16)
+    (named,) = [event for event in events if event["event"] == "archive_damaged"]
+    assert (named["unread_bytes"], named["rows"], named["error_rows"]) == (2 * BLOCK, 39, 1)
+    manifest = Manifest.from_json(planned.manifest.to_json())
+    assert manifest == planned.manifest
+    assert (manifest.rows, manifest.unread_bytes) == (40, 2 * BLOCK)
+    assert summarise(planned.output).unread_bytes == 2 * BLOCK
+    rows = read_all(planned).to_pylist()
+    assert rows[10]["_in_key"] == "a.tar@10240"
+    assert "bytes 10,240 to 11,264 of a.tar not read" in rows[10]["_in_error_message"]
+    assert [r["_in_key"] for r in rows if not r["_in_error_code"]] == [
+        f"{n:04}" for n in range(40) if n != 10
+    ]
+    assert plan(corpus.uri, f"{output}/limited", limit=12).manifest.rows == 12
+
+
+def test_a_damaged_range_is_not_fetched(corpus: Store, output: str) -> None:
+    data = tar_bytes([(f"{n}.png", b"x") for n in range(3)])[: 6 * BLOCK]
+    corpus.put("a.tar", data + bytes(2**20) + tar_bytes([("z.png", b"z")]))
+    planned = plan(corpus.uri, output)
+    (unit,) = planned.units
+    assert unit.size_bytes == 8 * BLOCK
+    asked: list[int] = []
+
+    class CountingStore:
+        def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+            asked.append(stop - start)
+            return corpus.get_range(key, start, stop, etag=etag)
+
+    read_unit(CountingStore(), unit, planned.manifest.mapping)  # type: ignore[arg-type]
+    assert sum(asked) == 8 * BLOCK
+
+
+def test_a_unit_that_an_earlier_version_planned_over_a_cut_tar_reads_the_same_rows(
+    corpus: Store, output: str
+) -> None:
+    data = tar_bytes([(f"{n}.jpg", bytes([n]) * 2_000) for n in range(3)])
+    corpus.put("bad.tar", data[: 2 * 5 * BLOCK + BLOCK + 100])
+    planned = plan(corpus.uri, output)
+    (info,) = corpus.list()
+    place = {"byte_start": 0, "byte_stop": 2 * 5 * BLOCK, "size_bytes": 2 * 5 * BLOCK}
+    unit = make_unit("webdataset", info, row_start=0, row_count=3, truncated=True, **place)
+    rows = read_unit(corpus, unit, planned.manifest.mapping).to_pylist()
+    assert [(row["_in_key"], row["_in_error_code"]) for row in rows] == [
+        ("0", None),
+        ("1", None),
+        ("bad.tar", "archive_truncated"),
+    ]

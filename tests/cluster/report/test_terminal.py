@@ -44,6 +44,7 @@ def summary(**more: Any) -> Summary:
         "units": 2,
         "units_done": 2,
         "rows_planned": 100,
+        "unread_bytes": 0,
         "total": TOTAL,
         "measured": RunLedger(total=TOTAL).measured_ratio(),
         "duplicate_keys": 4,
@@ -89,6 +90,11 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         "1 of 2 control rows, same text",
     ):
         assert text in report, text
+
+
+def test_unread_bytes_are_shown_where_there_are_any() -> None:
+    assert "unread" not in render_text(summary())
+    assert "1,536 bytes of damaged archives" in render_text(summary(unread_bytes=1536))
 
 
 def test_a_negative_saving_is_printed_as_a_loss() -> None:

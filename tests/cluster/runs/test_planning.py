@@ -147,6 +147,28 @@ def test_mixed_formats_are_refused(source: Store, place: str) -> None:
         plan(source.uri, f"{place}/out")
 
 
+def test_the_tables_that_img2dataset_writes_beside_its_tars_are_ignored(place: str) -> None:
+    store = open_store(f"{place}/dataset")
+    store.put("00000.tar", tar_bytes([("a.jpg", b"x"), ("b.jpg", b"x")]))
+    put_parquet(store, "00000.parquet", rows(5))
+    store.put("00000_stats.json", b'{"successes": 2}')
+    with capture_logs() as events:
+        assert {u.file for u in plan(store.uri, f"{place}/out").units} == {"00000.tar"}
+    assert [e["files"] for e in events if e["event"] == "parquet_beside_tars_ignored"] == [1]
+    tables = plan(store.uri, f"{place}/tables", format="parquet")
+    assert {unit.file for unit in tables.units} == {"00000.parquet"}
+    put_parquet(store, "other.parquet", rows(1))
+    with pytest.raises(UsageError, match="--format parquet or --format webdataset"):
+        plan(store.uri, f"{place}/mixed")
+    tars = plan(store.uri, f"{place}/tars", format="webdataset")
+    assert {unit.file for unit in tars.units} == {"00000.tar"}
+
+
+def test_a_format_that_is_not_there_is_refused(source: Store, place: str) -> None:
+    with pytest.raises(UsageError, match=r"holds no \*\.tar, but 2 objects"):
+        plan(source.uri, f"{place}/out", format="webdataset")
+
+
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
 def test_compressed_archives_are_refused(place: str, name: str) -> None:
     open_store(f"{place}/packed").put(name, b"x")

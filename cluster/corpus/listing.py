@@ -27,7 +27,7 @@ def list_corpus(
     the single file that `uri` names. Raises UsageError where that is not a corpus.
 
     format: the files that count where there are both. Without it, the Parquet files that
-    img2dataset writes beside its tars, with the same names, do not count.
+    img2dataset writes beside its tars do not count.
     """
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
@@ -41,7 +41,7 @@ def list_corpus(
     tars = [info for info in listed if info.key.endswith(".tar")]
     compressed = [info for info in listed if info.key.endswith(_COMPRESSED)]
     if format is None:
-        parquet = _drop_img2dataset_tables(source, parquet, tars)
+        parquet = _drop_img2dataset_tables(source, parquet, tars, listed)
     elif format == "parquet":
         tars, compressed = [], []
     else:
@@ -65,11 +65,16 @@ def list_corpus(
 
 
 def _drop_img2dataset_tables(
-    source: Store, parquet: list[ObjectInfo], tars: list[ObjectInfo]
+    source: Store, parquet: list[ObjectInfo], tars: list[ObjectInfo], listed: list[ObjectInfo]
 ) -> list[ObjectInfo]:
-    """The Parquet files less those that describe the tar of the same name."""
-    stems = {info.key.removesuffix(".tar") for info in tars}
-    kept = [info for info in parquet if info.key.removesuffix(".parquet") not in stems]
+    """The Parquet files less those that describe tars: they have the name of one, or the figures
+    of a shard beside them."""
+    if not tars:
+        return parquet
+    names = {info.key for info in listed}
+    kept = [
+        info for info in parquet if not names & {f"{_stem(info)}.tar", f"{_stem(info)}_stats.json"}
+    ]
     if len(kept) < len(parquet):
         logger.warning(
             "parquet_beside_tars_ignored",
@@ -78,6 +83,10 @@ def _drop_img2dataset_tables(
             instead="--format parquet",
         )
     return kept
+
+
+def _stem(info: ObjectInfo) -> str:
+    return info.key.removesuffix(".parquet")
 
 
 def _check_no_overlap(source: str, output: str) -> None:

@@ -151,12 +151,13 @@ def test_the_tables_that_img2dataset_writes_beside_its_tars_are_ignored(place: s
     store = open_store(f"{place}/dataset")
     store.put("00000.tar", tar_bytes([("a.jpg", b"x"), ("b.jpg", b"x")]))
     put_parquet(store, "00000.parquet", rows(5))
-    store.put("00000_stats.json", b'{"successes": 2}')
+    store.put("00001_stats.json", b'{"successes": 0}')
+    put_parquet(store, "00001.parquet", rows(5))  # of a shard without a single download
     with capture_logs() as events:
         assert {u.file for u in plan(store.uri, f"{place}/out").units} == {"00000.tar"}
-    assert [e["files"] for e in events if e["event"] == "parquet_beside_tars_ignored"] == [1]
+    assert [e["files"] for e in events if e["event"] == "parquet_beside_tars_ignored"] == [2]
     tables = plan(store.uri, f"{place}/tables", format="parquet")
-    assert {unit.file for unit in tables.units} == {"00000.parquet"}
+    assert {unit.file for unit in tables.units} == {"00000.parquet", "00001.parquet"}
     put_parquet(store, "other.parquet", rows(1))
     with pytest.raises(UsageError, match="--format parquet or --format webdataset"):
         plan(store.uri, f"{place}/mixed")

@@ -67,8 +67,6 @@ class Summary:
     """Committed units."""
     rows_planned: int
     """Planned rows."""
-    unread_bytes: int
-    """Damaged bytes of the corpus; each damaged range is one of the rows that failed."""
     total: UnitLedger
     """Sum over the committed units."""
     measured: MeasuredRatio | None
@@ -81,6 +79,8 @@ class Summary:
     """The attempt that wrote this summary; None where it was read from the output."""
     break_even: BreakEven | None = None
     """The decision of a run that decides by measurement, once made."""
+    unread_bytes: int = 0
+    """Damaged bytes of the corpus; each damaged range is one of the rows that failed."""
 
     @property
     def state(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -163,7 +164,7 @@ def test_pax_records_are_parsed_in_linear_time() -> None:
 # The law, with generated archives and generated damage.
 
 FORMATS = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]
-UNIT = {"unit_rows": 3, "unit_bytes": 6_000}
+UNIT: dict[str, Any] = {"unit_rows": 3, "unit_bytes": 6_000}
 
 
 @st.composite

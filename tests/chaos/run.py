@@ -117,6 +117,10 @@ def run_schedule(
         pending = _Pending(waiting=list(schedule.faults))
         try:
             findings = _watch(stage, pending, patience)
+        except BaseException:
+            if keep is not None:  # an interrupted run has logs too
+                shutil.copytree(logs, keep / f"seed-{schedule.seed}", dirs_exist_ok=True)
+            raise
         finally:
             pending.end()
             drivers.end_all()

@@ -32,7 +32,11 @@ class Forks:
     def __enter__(self) -> Forks:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.forks"], stdin=pipe, stdout=pipe, bufsize=0
+            [sys.executable, "-m", "tests.chaos.forks"],
+            stdin=pipe,
+            stdout=pipe,
+            bufsize=0,
+            start_new_session=True,  # a signal to our group is ours to answer, and ends these last
         )
         self._codes: dict[int, int] = {}
         self._started: list[int] = []

@@ -112,6 +112,7 @@ class FaultProxy:
             self._in_a_row: Counter[tuple[str, str]] = Counter()
             self._exchanges: list[Exchange] = []
             self._number = 0
+            self._writing: dict[str, asyncio.Lock] = {}
             self._began = time.monotonic()
             self._outage: Literal["reset", "slow_down", "error_500"] | None = None
             self._hangs = 0
@@ -168,11 +169,14 @@ class FaultProxy:
             self._record(request, number, fault, None)
             await asyncio.sleep(_HANG_SECONDS)
         elif fault in (None, "late", "lost_answer", "applied_500", "cut_body", "short_body"):
-            try:
-                status, response = await self._forward(request)
-            except OSError:
-                fault = "upstream_gone"
-            self._record(request, number, fault, status)
+            # The server behind checks a condition first and writes then, so two writers of one key
+            # could both succeed there. S3 lets one of them.
+            async with self._writing.setdefault(request.path, asyncio.Lock()):
+                try:
+                    status, response = await self._forward(request)
+                except OSError:
+                    fault = "upstream_gone"
+                self._record(request, number, fault, status)
         else:
             self._record(request, number, fault, None)
         if fault in ("error_500", "applied_500"):
@@ -226,12 +230,15 @@ class FaultProxy:
             self._in_a_row[name] = 0 if fault in (None, "late") else self._in_a_row[name] + 1
             return number, fault
 
-    def _choose(self, request: _Request, asked: int) -> str:
+    def _choose(self, request: _Request, asked: int) -> str | None:
+        """One of the faults that such a request can meet; None where there is none."""
         weights = dict(FAULTS)
         if not request.only_if_absent:
             del weights["conflict"]
         if request.method != "GET":
             del weights["cut_body"], weights["short_body"]
+        if not any(weights.values()):
+            return None
         draw = random.Random(_share(self._seed, request, "kind", asked))
         return draw.choices(list(weights), list(weights.values()))[0]
 

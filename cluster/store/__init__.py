@@ -14,17 +14,28 @@ from pathlib import Path
 from cluster.errors import UsageError
 from cluster.store.base import ObjectInfo, Store
 from cluster.store.local import LocalStore
+from cluster.store.patience import FIRST_CONTACT_S, Patience
 from cluster.store.ranged import RangedFile
 from cluster.store.s3 import S3Store
 
-__all__ = ["LocalStore", "ObjectInfo", "RangedFile", "S3Store", "Store", "open_store"]
+__all__ = [
+    "FIRST_CONTACT_S",
+    "LocalStore",
+    "ObjectInfo",
+    "Patience",
+    "RangedFile",
+    "S3Store",
+    "Store",
+    "open_store",
+]
 
 
-def open_store(uri: str | os.PathLike[str]) -> Store:
+def open_store(uri: str | os.PathLike[str], *, patience: Patience | None = None) -> Store:
     """The store at `s3://bucket/prefix`, `file:///path` or a plain path. No request is made.
 
-    S3 is configured by the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError
-    for any other scheme, an invalid bucket name and an empty path.
+    patience: how long trouble may last in one call; None for that of work in flight. S3 is
+    configured by the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError for any
+    other scheme, an invalid bucket name and an empty path.
     """
     uri = os.fspath(uri)
     if not uri.strip():
@@ -33,12 +44,12 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
         raise UsageError(f"{uri}: write {uri.partition(':')[0]}:// with two slashes")
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        return LocalStore(Path(uri).absolute())
+        return LocalStore(Path(uri).absolute(), patience=patience)
     if scheme == "file":
-        return LocalStore(Path("/" + rest.lstrip("/")))
+        return LocalStore(Path("/" + rest.lstrip("/")), patience=patience)
     if scheme != "s3":
         raise UsageError(f"{uri}: cannot open {scheme}://; use s3://bucket/prefix or a local path")
     bucket, _, prefix = rest.partition("/")
     if len(bucket) < 3:
         raise UsageError(f"{uri}: no bucket of at least 3 characters; use s3://bucket/prefix")
-    return S3Store(bucket, prefix)
+    return S3Store(bucket, prefix, patience=patience)

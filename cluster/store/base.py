@@ -1,15 +1,20 @@
 """The interface of an object store.
 
 Guarantees of every implementation: writes are atomic, a reader never sees part of an object; a
-listing is complete and sorted by key; transient failures are retried, and the error that remains
-is a StoreError whose message names the object and, where it is known, the next step.
+listing is complete and sorted by key; trouble that passes within the store's patience costs time
+alone, and what stays is a StoreError that names the object and, where it is known, the next step.
 """
 
 from __future__ import annotations
 
+import copy
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
+
+from cluster.store.patience import Patience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +32,24 @@ class ObjectInfo:
 class Store(ABC):
     """Objects under one prefix. Keys are relative to the prefix and use `/` as separator.
 
-    Instances are picklable and thread-safe. Every method raises StoreError once its retries are
-    spent; methods that read raise ObjectGone for a missing object.
+    Instances are picklable and thread-safe. Every method raises StoreError once its patience is
+    spent; methods that read raise ObjectGone for a missing object, where nothing suggests that the
+    whole store is missing.
     """
 
     uri: str
     """Address of the prefix, without a trailing slash."""
+
+    def __init__(self, uri: str, patience: Patience | None) -> None:
+        """patience: None for that of work in flight."""
+        self.uri = uri
+        self._patience = patience or Patience()
+
+    def with_patience(self, seconds: float) -> Self:
+        """This store with calls that give up after `seconds` of trouble."""
+        other = copy.copy(self)
+        other._patience = replace(self._patience, seconds=seconds)
+        return other
 
     @abstractmethod
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
@@ -76,6 +93,11 @@ class Store(ABC):
 
         writer: as in `put_if_absent`.
         """
+
+    def honours_put_if_absent(self, key: str) -> bool:
+        """Whether the store keeps the promise of `put_if_absent`, found out by writing an empty
+        object `key` twice. A server that does not know the condition accepts both writes."""
+        return not all(self.put_if_absent(key, b"", writer=uuid.uuid4().hex) for _ in range(2))
 
     def uri_of(self, key: str) -> str:
         """The object's address, for messages and logs."""

@@ -1,36 +1,63 @@
-"""Objects as files under a directory.
+"""Objects as files under a directory, of one machine or of a mount that many share.
 
 Guarantees: a file appears under its name complete and synced to disk, because it is written under a
-temporary name first; create-if-absent is a hard link, which fails if the name exists. Needs a file
-system with hard links.
+temporary name first; create-if-absent is a hard link, which fails if the name exists, on NFS too; a
+directory that is not mounted on this node is trouble that may pass, not a missing object.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any, TypeAlias, TypeVar
 
-from cluster.errors import ObjectGone, StoreError
+from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
+from cluster.store.local_errors import NoHardLinks, NotMounted, passing_reason, store_error
+from cluster.store.patience import Patience
+
+_T = TypeVar("_T")
+
+_File: TypeAlias = tuple[int, int, int]
+"""What tells a file from every other that had or will have its name: inode, size and time."""
 
 
 class LocalStore(Store):
     """Files under `root`, linked files and folders included; a folder that several ways lead to is
-    listed once. Names that start with `.` are never listed: temporary files have them.
+    listed once. Names that start with `.` are never listed: temporary files have them, also those
+    that a killed process left.
 
-    The etag is size and modification time, so a file is not read to list it.
+    The etag is size and modification time, so a file is not read to list it. A store that has seen
+    its root with something in it, here or in the process that pickled it, expects to find the same
+    directory again.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, patience: Patience | None = None) -> None:
+        super().__init__(str(root), patience)
         self._root = root
-        self.uri = str(root)
+        self._inode: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        with suppress(OSError):
+            self._look_at_root()
+        return self.__dict__
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
-        found = []
+        def attempt() -> list[ObjectInfo]:
+            self._check_mounted(before_use=True)
+            found = list(self._listed(prefix, tuple(suffixes)))
+            self._check_mounted(before_use=True)  # still: else the walk ended early
+            return sorted(found, key=lambda info: info.key)
+
+        return self._call(prefix, attempt)
+
+    def _listed(self, prefix: str, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
         # The walk starts at the deepest directory of the prefix, so that its cost is that of the
         # objects listed.
         top = self._root / prefix.rpartition("/")[0]
@@ -39,20 +66,23 @@ class LocalStore(Store):
                 key = (folder / name).relative_to(self._root).as_posix()
                 if name.startswith(".") or not key.startswith(prefix):
                     continue
-                if suffixes and not key.endswith(tuple(suffixes)):
+                if suffixes and not key.endswith(suffixes):
                     continue
-                info = self.head(key)
-                if info is not None:
-                    found.append(info)
-        return sorted(found, key=lambda info: info.key)
+                stat = self._stat(key)
+                if stat is not None:
+                    yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
 
     def _walk(self, top: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         """Each folder below `top` once, with the names of its files. Links are followed after the
         folders that stand there themselves, which so keep their keys; loops of links end."""
         starts, seen = [top], set[tuple[int, int]]()
         for start in starts:  # which grows
-            for folder, folders, names in os.walk(start, onerror=self._raise_unlistable):
-                stat = os.stat(folder)
+            for folder, folders, names in os.walk(start, onerror=_raise_unlistable):
+                try:
+                    stat = os.stat(folder)
+                except FileNotFoundError:  # removed since its parent was read
+                    folders.clear()
+                    continue
                 visible = [name for name in sorted(folders) if not name.startswith(".")]
                 links = {name for name in visible if Path(folder, name).is_symlink()}
                 folders[:] = [name for name in visible if name not in links]
@@ -64,53 +94,92 @@ class LocalStore(Store):
                 yield Path(folder), names
 
     def head(self, key: str) -> ObjectInfo | None:
-        try:
-            stat = (self._root / key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise self._error(key, error) from error
-        return ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
+        def attempt() -> ObjectInfo | None:
+            stat = self._stat(key)
+            if stat is None:
+                self._check_mounted(before_use=True)
+                return None
+            return ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
+
+        return self._call(key, attempt)
 
     def get(self, key: str) -> bytes:
-        with self._translate_errors(key):
-            return (self._root / key).read_bytes()
+        return self._call(key, lambda: self._read(key, 0, None, None))
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
-        with self._translate_errors(key), (self._root / key).open("rb") as file:
-            if etag is not None and _etag(os.fstat(file.fileno())) != etag:
+        return self._call(key, lambda: self._read(key, start, max(start, stop), etag))
+
+    def _read(self, key: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        """Bytes [start, stop) of the file, to its end for None, all of one version."""
+        try:
+            if self._stat(key) is None:  # a pipe, for example, would never open
+                raise FileNotFoundError
+            file = (self._root / key).open("rb")
+        except FileNotFoundError as error:
+            self._check_mounted(before_use=False)
+            raise ObjectGone(f"{self.uri_of(key)}: no such file") from error
+        with file:
+            before = os.fstat(file.fileno())
+            if etag not in (None, _etag(before)):
                 raise ObjectGone(f"{self.uri_of(key)}: changed since it was listed")
+            stop = before.st_size if stop is None else min(stop, before.st_size)
             file.seek(start)
-            return file.read(max(0, stop - start))
+            data = file.read(max(0, stop - start))
+            after = os.fstat(file.fileno())
+        if _etag(after) != _etag(before):
+            raise ObjectGone(f"{self.uri_of(key)}: changed while it was read")
+        if len(data) != max(0, stop - start):
+            raise OSError(errno.EIO, "the file is shorter than its size")
+        return data
 
     def put(self, key: str, data: bytes) -> None:
-        with self._translate_errors(key), self._write_temporary(key, data) as temporary:
-            temporary.replace(self._root / key)
+        def attempt() -> None:
+            with self._temporary(key, data) as temporary:
+                temporary.replace(self._root / key)
+
+        self._call(key, attempt)
 
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
-        # Unlike a rename, a hard link fails if the name exists.
-        with self._translate_errors(key), self._write_temporary(key, data) as temporary:
-            try:
-                os.link(temporary, self._root / key)
-            except FileExistsError:
-                return False
-        return True
+        path, written = self._root / key, set[_File]()
+
+        def attempt() -> bool:
+            if not _is_one_of(written, path):
+                with self._temporary(key, data) as temporary:
+                    written.add(_file(temporary.stat()))
+                    # Unlike a rename, a hard link fails if the name exists. Over NFS the answer may
+                    # be lost and the link made twice: then the name that exists is our own.
+                    try:
+                        _link(temporary, path)
+                    except FileExistsError:
+                        return _is_one_of(written, path)
+            _sync_folder(path.parent)
+            return True
+
+        return self._call(key, attempt)
 
     def put_if_match(self, key: str, data: bytes, *, etag: str, writer: str) -> bool:
-        path = self._root / key
-        if not path.exists():
-            return False
-        with self._translate_errors(key), self._lock(path.parent):
-            before = path.stat()
-            if _etag(before) != etag:
+        path, written = self._root / key, set[_File]()
+
+        def attempt() -> bool:
+            if self._stat(key) is None:
+                self._check_mounted(before_use=True)
                 return False
-            with self._write_temporary(key, data) as temporary:
-                if _etag(temporary.stat()) == etag:
-                    # As long as the old one, and within one tick of the file system's clock.
-                    later = before.st_mtime_ns + 2 * 10**9
-                    os.utime(temporary, ns=(later, later))
-                temporary.replace(path)
-        return True
+            with self._lock(path.parent):
+                before = self._stat(key)
+                if not _is_one_of(written, path):
+                    if before is None or _etag(before) != etag:
+                        return False
+                    with self._temporary(key, data) as temporary:
+                        if _etag(temporary.stat()) == etag:
+                            # As long as the old one, within one tick of the file system's clock.
+                            later = before.st_mtime_ns + 2 * 10**9
+                            os.utime(temporary, ns=(later, later))
+                        written.add(_file(temporary.stat()))
+                        temporary.replace(path)
+                _sync_folder(path.parent)
+            return True
+
+        return self._call(key, attempt)
 
     @contextmanager
     def _lock(self, folder: Path) -> Iterator[None]:
@@ -121,8 +190,9 @@ class LocalStore(Store):
             yield
 
     @contextmanager
-    def _write_temporary(self, key: str, data: bytes) -> Iterator[Path]:
+    def _temporary(self, key: str, data: bytes) -> Iterator[Path]:
         """Yields a complete, synced temporary file in the key's directory, and removes it after."""
+        self._check_mounted(before_use=True)
         path = self._root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -132,33 +202,86 @@ class LocalStore(Store):
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            # What remains is hidden; it must not turn a write that was made into a failed one.
+            with suppress(OSError):
+                temporary.unlink()
 
-    @contextmanager
-    def _translate_errors(self, key: str) -> Iterator[None]:
+    def _stat(self, key: str) -> os.stat_result | None:
+        """The file's; None if there is no file of this name."""
         try:
-            yield
-        except FileNotFoundError as error:
-            raise ObjectGone(f"{self.uri_of(key)}: no such file") from error
+            stat = (self._root / key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return stat if S_ISREG(stat.st_mode) else None
+
+    # Mounts
+
+    def _look_at_root(self) -> bool:
+        """Whether the root holds anything. The first time that it does, it is remembered."""
+        try:
+            with os.scandir(self._root) as entries:
+                if all(entry.name.startswith(".") for entry in entries):
+                    return False
+            inode = os.stat(self._root).st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if self._inode is None:
+            self._inode = inode
+        return inode == self._inode
+
+    def _check_mounted(self, *, before_use: bool) -> None:
+        """Raises NotMounted where the root is missing, empty, or not the directory it was: on a
+        node without the mount a path leads to nothing, or to the empty folder below the mount.
+
+        before_use: a root that never held anything is accepted, because a new output has none.
+        """
+        if not self._look_at_root() and (self._inode is not None or not before_use):
+            raise NotMounted(f"{self._root} is missing or empty here")
+
+    def _call(self, key: str, attempt: Callable[[], _T]) -> _T:
+        try:
+            return self._patience.retry(self.uri, attempt, passing_reason)
         except OSError as error:
-            raise self._error(key, error) from error
+            raise store_error(error, self._root / key, self._patience.seconds) from error
 
-    def _raise_unlistable(self, error: OSError) -> None:
-        """Raises for a folder that cannot be read; `os.walk` would leave it out. Absent ones, and
-        the folder that every ext4 volume keeps for itself, hold no objects."""
-        folder = Path(error.filename)
-        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        if not absent and folder.name != "lost+found":
-            raise self._error(folder.relative_to(self._root).as_posix(), error) from error
 
-    def _error(self, key: str, error: OSError) -> StoreError:
-        return StoreError(f"{self.uri_of(key)}: {error.strerror}; check the path, space and rights")
+def _file(stat: os.stat_result) -> _File:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _is_one_of(written: set[_File], path: Path) -> bool:
+    """Whether the file at `path` is one that this call wrote: an earlier attempt did it, and its
+    answer was lost."""
+    try:
+        return bool(written) and _file(path.stat()) in written
+    except FileNotFoundError:
+        return False
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise NoHardLinks(error.errno, error.strerror) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_unlistable(error: OSError) -> None:
+    """Raises for a folder that cannot be read; `os.walk` would leave it out. Absent ones, and the
+    folder that every ext4 volume keeps for itself, hold no objects."""
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+    if not absent and Path(error.filename).name != "lost+found":
+        raise error
 
 
 def _etag(stat: os.stat_result) -> str:

@@ -1,209 +1,235 @@
 """Objects in an S3 bucket, or in any server that speaks S3 and honours `If-None-Match: *`.
 
-Guarantees: a create-if-absent whose response was lost, or that botocore resent, still reports who
-created the object, from the writer in its metadata; broken response bodies and write conflicts are
-retried; every botocore error becomes a StoreError, which names the setting to check if one is
-known to cause it.
+Guarantees: a conditional write whose answer was lost still reports whose object it is, from the
+writer in its metadata; a body that was cut short is fetched again; every error of botocore becomes
+a StoreError, which names the setting to check if one is known to cause it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import boto3
-import structlog
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ResponseStreamingError,
-    TokenRetrievalError,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 
-from cluster.errors import ObjectGone, StoreError
+from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.store.base import ObjectInfo, Store
-
-logger = structlog.get_logger(__name__)
+from cluster.store.patience import Patience
+from cluster.store.s3_errors import (
+    CHANGED,
+    FORBIDDEN,
+    MISSING,
+    OUT_OF_RANGE,
+    REQUEST_ERRORS,
+    Unsettled,
+    error_code,
+    lacks_credentials,
+    passing_reason,
+    store_error,
+)
 
 _T = TypeVar("_T")
 
+_READ_TIMEOUT_S = 60
+# Patience is the only layer that repeats requests: botocore's gives up after seconds, cannot look
+# for credentials again, and would hide from us that an answer was lost.
 _CONFIG = Config(
-    retries={"mode": "adaptive", "max_attempts": 5},
+    retries={"mode": "standard", "total_max_attempts": 1},
     connect_timeout=5,
-    read_timeout=60,
+    read_timeout=_READ_TIMEOUT_S,
     max_pool_connections=32,
 )
-_ATTEMPTS = 4
-_MISSING = {"NoSuchKey", "404", "NotFound"}
-_CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
-_TAKEN = {"PreconditionFailed", "412"}
-# Another conditional write of the same key is in progress, so the outcome is not known yet.
-_CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
-_ADVICE = {
-    "NoSuchBucket": "the bucket does not exist: create it, or check AWS_ENDPOINT_URL and the name",
-    "AccessDenied": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
-    "403": "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject",
-    "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is of another access key: check AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "the session token has expired: renew the credentials and start again",
-    "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
-    "NotImplemented": "this server lacks conditional writes (If-None-Match, If-Match), needed here",
-}
+_CHUNK = 256 * 2**10
+# A body that comes slower than this many bytes per second is as good as cut: it is asked for again.
+_SLOWEST = 32 * 2**10
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _LOCK = threading.Lock()
-_CONNECTION_ERRORS = (BotoConnectionError, HTTPClientError, ResponseStreamingError)
 
 
 class S3Store(Store):
     """Keys under `s3://bucket/prefix`. All stores of a process share one client."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, *, patience: Patience | None = None) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
-
-    def __reduce__(self) -> tuple[type[S3Store], tuple[str, str]]:
-        return S3Store, (self._bucket, self._prefix)
+        super().__init__(f"s3://{bucket}/{self._prefix}".rstrip("/"), patience)
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
         found = []
-        with self._translate_errors(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix + prefix
-            )
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"][len(self._prefix) :]
-                    # S3 consoles create an empty object "folder/" for a folder.
-                    if key.endswith("/") or (suffixes and not key.endswith(tuple(suffixes))):
-                        continue
-                    info = ObjectInfo(key=key, size=entry["Size"], etag=entry["ETag"].strip('"'))
-                    found.append(info)
-        return sorted(found, key=lambda info: info.key)
+        token: str | None = None
+        while True:
+            page = self._list_page(prefix, token)
+            for entry in page.get("Contents", ()):
+                key = entry["Key"][len(self._prefix) :]
+                # S3 consoles create an empty object "folder/" for a folder.
+                if key.endswith("/") or (suffixes and not key.endswith(tuple(suffixes))):
+                    continue
+                info = ObjectInfo(key=key, size=entry["Size"], etag=entry["ETag"].strip('"'))
+                found.append(info)
+            if not page.get("IsTruncated"):
+                return sorted(found, key=lambda info: info.key)
+            previous, token = token, page.get("NextContinuationToken")
+            if token is None or token == previous:
+                raise StoreError(f"{self.uri}: the server's listing does not go on after a page")
+
+    def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
+        """A page is asked for again alone; a listing may have thousands."""
+        arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        if token is not None:
+            arguments["ContinuationToken"] = token
+        return self._request(prefix, lambda client: client.list_objects_v2(**arguments))
 
     def head(self, key: str) -> ObjectInfo | None:
-        response = self._head(key)
+        response = self._request(key, lambda client: self._head(client, key))
         if response is None:
             return None
         return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
 
     def get(self, key: str) -> bytes:
-        return self._read(key)
+        return self._request(key, lambda client: self._get(client, key))
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
         if start >= stop:
             return b""
-        condition = {} if etag is None else {"IfMatch": f'"{etag}"'}
-        return self._read(key, Range=f"bytes={start}-{stop - 1}", **condition)
+        return self._request(key, lambda client: self._get_range(client, key, start, stop, etag))
 
     def put(self, key: str, data: bytes) -> None:
-        with self._translate_errors(key):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
+        self._request(key, lambda client: client.put_object(**self._named(key), Body=data))
 
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:
-        with self._translate_errors(key):
-            return self._retry(key, lambda: self._put_on(key, data, writer, IfNoneMatch="*"))
+        return self._request(
+            key, lambda client: self._put_on(client, key, data, writer, IfNoneMatch="*")
+        )
 
     def put_if_match(self, key: str, data: bytes, *, etag: str, writer: str) -> bool:
-        with self._translate_errors(key):
-            return self._retry(key, lambda: self._put_on(key, data, writer, IfMatch=f'"{etag}"'))
+        return self._request(
+            key, lambda client: self._put_on(client, key, data, writer, IfMatch=f'"{etag}"')
+        )
 
-    def _put_on(self, key: str, data: bytes, writer: str, **condition: str) -> bool:
+    # One attempt each
+
+    def _named(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _put_on(self, client: Any, key: str, data: bytes, writer: str, **condition: str) -> bool:
         """A PUT on a condition; whether the object is the writer's afterwards."""
         try:
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=self._prefix + key,
-                Body=data,
-                Metadata={"writer": writer},
-                **condition,
+            client.put_object(
+                **self._named(key), Body=data, Metadata={"writer": writer}, **condition
             )
         except ClientError as error:
-            # If-Match on an object that is gone is answered with 404, like a missing bucket.
-            if "IfMatch" in condition and _error_code(error) in _MISSING:
-                return False
-            if _error_code(error) not in _TAKEN:
+            # If-Match on an object that is gone is answered with 404.
+            if error_code(error) not in CHANGED and not self._is_missing(client, error):
                 raise
-            # A PUT whose response was lost is resent, by botocore or by `_retry`, and is refused
-            # because of itself. The writer in the object's metadata decides whose object it is.
-            present = self._head(key)
+            # A PUT whose answer was lost is sent again, and is refused because of itself. The
+            # writer in the object's metadata decides whose object it is.
+            present = self._head(client, key)
+            if present is None and "IfNoneMatch" in condition:
+                raise Unsettled("refused for an object that is not there") from error
             return present is not None and present.get("Metadata", {}).get("writer") == writer
         return True
 
-    def _head(self, key: str) -> dict[str, Any] | None:
-        with self._translate_errors(key):
+    def _head(self, client: Any, key: str) -> dict[str, Any] | None:
+        try:
+            return client.head_object(**self._named(key))
+        except ClientError as error:
+            if self._is_missing(client, error):
+                return None
+            raise
+
+    def _is_missing(self, client: Any, error: ClientError) -> bool:
+        """Whether an object is missing. A 404 that does not say what is missing may mean the
+        bucket, or come from a proxy whose server is away: then the bucket is asked for."""
+        code = error_code(error)
+        if code in MISSING and code != "NoSuchKey":
             try:
-                return self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-            except ClientError as error:
-                if _error_code(error) in _MISSING:
-                    return None
+                client.head_bucket(Bucket=self._bucket)
+            except ClientError as other:
+                if error_code(other) in MISSING:
+                    raise ClientError({"Error": {"Code": "NoSuchBucket"}}, "HeadBucket") from other
+                if error_code(other) not in FORBIDDEN:
+                    raise
+        return code in MISSING
+
+    def _get(self, client: Any, key: str, **arguments: str) -> bytes:
+        response = client.get_object(**self._named(key), **arguments)
+        return self._body(response, response.get("ContentLength"))
+
+    def _get_range(self, client: Any, key: str, start: int, stop: int, etag: str | None) -> bytes:
+        condition = {} if etag is None else {"IfMatch": f'"{etag}"'}
+        try:
+            response = client.get_object(
+                **self._named(key), Range=f"bytes={start}-{stop - 1}", **condition
+            )
+        except ClientError as error:
+            if error_code(error) in OUT_OF_RANGE:  # nothing there: of this version?
+                present = self._head(client, key)
+                if present is not None and etag in (None, present["ETag"].strip('"')):
+                    return b""
+            elif error_code(error) in MISSING:
+                self._is_missing(client, error)
+            raise
+        if etag is not None and response.get("ETag", etag).strip('"') != etag:
+            response["Body"].close()
+            raise ObjectGone(f"{self.uri_of(key)}: changed since it was listed")
+        # Never the whole of an object that was asked for in part: it may be of any size.
+        given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
+        if given is None or int(given[1]) != start or int(given[2]) >= stop:
+            response["Body"].close()
+            raise StoreError(f"{self.uri_of(key)}: this server ignores Range, needed here")
+        return self._body(response, int(given[2]) - start + 1)
+
+    def _body(self, response: dict[str, Any], size: int | None) -> bytes:
+        """The body of an answer, of exactly `size` bytes; None where the server does not say."""
+        body, clock = response["Body"], self._patience.clock
+        chunks, got, began = [], 0, clock.now()
+        try:
+            while chunk := body.read(_CHUNK):
+                chunks.append(chunk)
+                got += len(chunk)
+                if size is not None and got > size:
+                    break
+                if clock.now() - began > _READ_TIMEOUT_S + got / _SLOWEST:
+                    raise ReadTimeoutError(endpoint_url=self.uri)
+            if size is not None and got != size:
+                raise IncompleteReadError(actual_bytes=got, expected_bytes=size)
+        except BaseException:
+            body.close()
+            raise
+        return b"".join(chunks)
+
+    # Requests
+
+    def _request(self, key: str, attempt: Callable[[Any], _T]) -> _T:
+        """The result of `attempt` with a client, repeated within the store's patience."""
+
+        endpoint = "AWS"
+
+        def with_client() -> _T:
+            nonlocal endpoint
+            client = None
+            try:
+                client = self._client()
+                endpoint = client.meta.endpoint_url
+                return attempt(client)
+            except Exception as error:
+                if lacks_credentials(error):
+                    _forget(client)
                 raise
 
-    def _read(self, key: str, **arguments: str) -> bytes:
-        def attempt() -> bytes:
-            response = self._client.get_object(
-                Bucket=self._bucket, Key=self._prefix + key, **arguments
-            )
-            return response["Body"].read()
+        try:
+            return self._patience.retry(self.uri, with_client, passing_reason)
+        except REQUEST_ERRORS as error:
+            patience = self._patience.seconds
+            raise store_error(error, self.uri_of(key), endpoint, patience) from error
 
-        with self._translate_errors(key):
-            return self._retry(key, attempt)
-
-    def _retry(self, key: str, attempt: Callable[[], _T]) -> _T:
-        """Retries what botocore does not, broken response bodies and write conflicts, and goes on
-        with connections where botocore gave up."""
-        for number in range(1, _ATTEMPTS):
-            try:
-                return attempt()
-            except ClientError as error:
-                if _error_code(error) not in _CONFLICT:
-                    raise
-                reason = _error_code(error)
-            except (IncompleteReadError, *_CONNECTION_ERRORS) as error:
-                reason = type(error).__name__
-            logger.warning("store_retry", uri=self.uri_of(key), attempt=number, reason=reason)
-            time.sleep(0.2 * 2**number)
-        return attempt()
-
-    @property
     def _client(self) -> Any:
         return _get_client()
-
-    @contextmanager
-    def _translate_errors(self, key: str) -> Iterator[None]:
-        uri = self.uri_of(key)
-        try:
-            yield
-        except ClientError as error:
-            code = _error_code(error)
-            if code in _MISSING:
-                raise ObjectGone(f"{uri}: no such object") from error
-            if code in _CHANGED:
-                raise ObjectGone(f"{uri}: changed since it was listed") from error
-            raise StoreError(f"{uri}: {_ADVICE.get(code, error)} ({code})") from error
-        except (NoCredentialsError, PartialCredentialsError, TokenRetrievalError) as error:
-            raise StoreError(
-                f"{uri}: no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, or run under a role"
-            ) from error
-        except _CONNECTION_ERRORS as error:
-            endpoint = self._client.meta.endpoint_url
-            raise StoreError(
-                f"{uri}: no answer from {endpoint}; check AWS_ENDPOINT_URL and the network "
-                f"({type(error).__name__})"
-            ) from error
-        except BotoCoreError as error:
-            raise StoreError(f"{uri}: {error}") from error
 
 
 def _get_client() -> Any:
@@ -214,9 +240,15 @@ def _get_client() -> Any:
     with _LOCK:
         if key not in _CLIENTS:
             # A new session: boto3's default session is not thread-safe.
-            _CLIENTS[key] = boto3.session.Session().client("s3", config=_CONFIG)
+            try:
+                _CLIENTS[key] = boto3.session.Session().client("s3", config=_CONFIG)
+            except ValueError as error:
+                raise UsageError(f"{error}: check AWS_ENDPOINT_URL, http://host:port") from error
         return _CLIENTS[key]
 
 
-def _error_code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+def _forget(client: Any) -> None:
+    """The next request looks for credentials anew: in variables, files, and the node's role."""
+    with _LOCK:
+        for key in [key for key, kept in _CLIENTS.items() if kept is client]:
+            del _CLIENTS[key]

@@ -14,7 +14,8 @@ import pytest
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 
 from cluster.errors import ObjectGone, StoreError, UsageError
-from cluster.store import LocalStore, RangedFile, S3Store, Store, open_store
+from cluster.store import LocalStore, Patience, RangedFile, S3Store, Store, open_store
+from tests.cluster.store.clock import FakeClock
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -68,6 +69,7 @@ def test_a_range_of_a_replaced_object_is_refused(store: Store) -> None:
 
 
 def test_a_missing_object_raises_object_gone(store: Store) -> None:
+    store.put("another", b"")
     with pytest.raises(ObjectGone, match="absent"):
         store.get("absent")
     with pytest.raises(ObjectGone):
@@ -220,9 +222,8 @@ def test_a_missing_bucket_is_named_as_the_cause(s3: str) -> None:
 
 def test_an_unreachable_endpoint_is_named(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(StoreError, match=r"no answer from http://127\.0\.0\.1:9"):
-        open_store(s3).list()
+        open_store(s3).with_patience(0).list()
 
 
 def test_missing_credentials_name_the_variables_to_set(
@@ -233,7 +234,7 @@ def test_missing_credentials_name_the_variables_to_set(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID"):
-        open_store(s3).list()
+        open_store(s3).with_patience(0).list()
 
 
 class FailingClient:
@@ -260,10 +261,14 @@ class FailingClient:
 def failing_store(uri: str, method: str, *failures: Exception, act: bool = False) -> S3Store:
     """A store on a FailingClient."""
 
-    class FailingStore(S3Store):
-        _client = FailingClient(S3Store("any", "")._client, method, list(failures), act=act)
+    client = FailingClient(S3Store("any", "")._client(), method, list(failures), act=act)
 
-    return FailingStore(uri.removeprefix("s3://"), "")
+    class FailingStore(S3Store):
+        def _client(self) -> Any:
+            return client
+
+    patience = Patience(seconds=60, clock=FakeClock())
+    return FailingStore(uri.removeprefix("s3://"), "", patience=patience)
 
 
 TIMEOUT = ReadTimeoutError(endpoint_url="http://store")
@@ -282,27 +287,25 @@ def test_a_resent_put_that_meets_its_own_object_counts_as_ours(s3: str) -> None:
     assert store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_put_that_never_arrived_is_retried(s3: str, no_sleep: None) -> None:
+def test_a_put_that_never_arrived_is_retried(s3: str) -> None:
     store = failing_store(s3, "put_object", TIMEOUT)
     assert store.put_if_absent("unit", b"ours", writer="me")
     assert store.get("unit") == b"ours"
 
 
-def test_a_put_whose_response_was_lost_loses_to_an_earlier_writer(s3: str, no_sleep: None) -> None:
+def test_a_put_whose_response_was_lost_loses_to_an_earlier_writer(s3: str) -> None:
     open_store(s3).put_if_absent("unit", b"theirs", writer="them")
     store = failing_store(s3, "put_object", TIMEOUT)
     assert not store.put_if_absent("unit", b"ours", writer="me")
 
 
-def test_a_conflicting_put_is_retried(s3: str, no_sleep: None) -> None:
+def test_a_conflicting_put_is_retried(s3: str) -> None:
     store = failing_store(s3, "put_object", CONFLICT, CONFLICT)
     assert store.put_if_absent("unit", b"ours", writer="me")
 
 
 @pytest.mark.parametrize("failure", [TIMEOUT, TAKEN, CONFLICT], ids=["lost", "resent", "conflict"])
-def test_a_replacement_whose_response_was_lost_counts_as_ours(
-    s3: str, no_sleep: None, failure: Exception
-) -> None:
+def test_a_replacement_whose_response_was_lost_counts_as_ours(s3: str, failure: Exception) -> None:
     open_store(s3).put("unit", b"old")
     seen = etag_of(open_store(s3), "unit")
     store = failing_store(s3, "put_object", failure, act=True)
@@ -316,21 +319,16 @@ def test_a_server_without_conditional_writes_is_named(s3: str) -> None:
         store.put_if_match("unit", b"ours", etag="x", writer="me")
 
 
-def test_a_broken_response_body_is_retried(s3: str, no_sleep: None) -> None:
+def test_a_broken_response_body_is_retried(s3: str) -> None:
     open_store(s3).put("x", b"data")
     broken = IncompleteReadError(actual_bytes=1, expected_bytes=4)
     assert failing_store(s3, "get_object", broken, TIMEOUT).get("x") == b"data"
 
 
-def test_exhausted_retries_raise_a_store_error(s3: str, no_sleep: None) -> None:
+def test_exhausted_retries_raise_a_store_error(s3: str) -> None:
     open_store(s3).put("x", b"data")
     with pytest.raises(StoreError, match="no answer"):
-        failing_store(s3, "get_object", *[TIMEOUT] * 9).get("x")
-
-
-@pytest.fixture
-def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.store.s3.time.sleep", lambda seconds: None)
+        failing_store(s3, "get_object", *[TIMEOUT] * 99).get("x")
 
 
 def test_linked_folders_are_listed_once_however_links_lead_to_them(tmp_path: Path) -> None:

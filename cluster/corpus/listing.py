@@ -13,7 +13,7 @@ import structlog
 
 from cluster.config import CorpusFormat
 from cluster.errors import UsageError
-from cluster.store import ObjectInfo, Store, open_store
+from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store, open_store
 
 logger = structlog.get_logger(__name__)
 
@@ -31,7 +31,8 @@ def list_corpus(
     """
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
-    listed = [info for info in source.list() if not _is_hidden(info.key)]
+    first = source.with_patience(FIRST_CONTACT_S)
+    listed = [info for info in first.list() if not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
         if not folder.endswith("/"):

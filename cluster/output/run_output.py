@@ -4,6 +4,7 @@
     _run/manifest.json       what the run is, created once
     _run/break-even.json     whether pruning pays, where the run decides by measurement
     _run/summary.json        the last attempt's summary
+    _run/probe               empty: shows that the store keeps the first of two writers
 
 Readers of Parquet data sets skip `_run/`, so `pyarrow.parquet.read_table(prefix)` sees rows alone.
 """
@@ -24,12 +25,13 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
 from cluster.errors import StoreError, UsageError
 from cluster.output.manifest import Manifest
-from cluster.store import ObjectInfo, RangedFile, Store, open_store
+from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_store
 
 _SUFFIX: Final = ".parquet"
 _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
 _SUMMARY: Final = "_run/summary.json"
+_PROBE: Final = "_run/probe"
 _LEDGER: Final = b"sppruner.ledger"
 _THREADS: Final = 16
 
@@ -60,10 +62,11 @@ class RunOutput:
 
     def manifest(self) -> Manifest | None:
         """What the run is; None for a prefix that holds no run. Raises StoreError if unreadable."""
-        if self._store.head(_MANIFEST) is None:
+        store = self._store.with_patience(FIRST_CONTACT_S)  # every command asks this first
+        if store.head(_MANIFEST) is None:
             return None
         try:
-            return Manifest.from_json(self._store.get(_MANIFEST))
+            return Manifest.from_json(store.get(_MANIFEST))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{self._store.uri_of(_MANIFEST)}: not a manifest this version can read "
@@ -80,6 +83,15 @@ class RunOutput:
     def create_manifest(self, manifest: Manifest) -> bool:
         """Writes the manifest unless there is one; False where another driver was first."""
         return self._store.put_if_absent(_MANIFEST, manifest.to_json(), writer=uuid.uuid4().hex)
+
+    def check_first_writer_wins(self) -> None:
+        """Raises UsageError for a store on which two drivers would overwrite each other's units."""
+        if not self._store.honours_put_if_absent(_PROBE):
+            raise UsageError(
+                f"{self.uri}: this server ignores If-None-Match, so that two writers of one object "
+                "both succeed; --output needs a store with conditional writes, such as AWS S3, "
+                "MinIO, or a directory (AWS_ENDPOINT_URL says which server is asked)"
+            )
 
     def first_parquet_object(self) -> str | None:
         """The address of a Parquet object in this prefix, whoever wrote it; None where there is

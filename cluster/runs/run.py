@@ -97,6 +97,7 @@ def run(
         if not output.has_summary():  # the driver died between the last commit and here
             output.put_summary(summary.to_json())
         return Outcome(summary=summary, note="finished before: nothing was left to do")
+    output.check_first_writer_wins()
 
     with open_fleet(fleet_settings(config, model.revision, environment or {})) as fleet:
         if fleet.image_backend != model.image_backend:

@@ -27,8 +27,10 @@ CHANGED = {"PreconditionFailed", "412"}
 OUT_OF_RANGE = {"InvalidRange", "416"}
 
 # Beyond what the status says: the server is busy or restarting, the request was cut on its way, or
-# another conditional write of the same key is under way.
+# another conditional write of the same key is under way. A bare 400 answers a HEAD, whose error has
+# no body to say that a request timed out or a token expired.
 _PASSING_CODES = {
+    "400",
     "BadDigest",
     "BandwidthLimitExceeded",
     "ConditionalRequestConflict",
@@ -107,7 +109,7 @@ def passing_reason(error: Exception) -> str | None:
 def lacks_credentials(error: Exception) -> bool:
     """Whether credentials must be looked up anew: a client keeps what it found, even nothing."""
     if isinstance(error, ClientError):
-        return error_code(error) in _STALE_CREDENTIALS
+        return error_code(error) in ("400", *_STALE_CREDENTIALS)
     return isinstance(error, _NO_CREDENTIALS)
 
 

@@ -1,0 +1,204 @@
+"""S3 under scripted faults: a write is ours once or not at all, a read is whole or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import ObjectGone, StoreError
+from cluster.store import Patience, RangedFile, S3Store
+from tests.cluster.store.clock import FakeClock
+from tests.cluster.store.faulty_s3 import APPLIED, BUCKET, CONFLICTS, CUT, LOST, FaultyS3, Stored
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyS3]:
+    with FaultyS3() as started, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", started.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "local")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "local")
+        patch.setenv("AWS_REGION", "us-east-1")
+        yield started
+
+
+def store(seconds: float = 600) -> S3Store:
+    """On a clock of its own, so that waiting takes no time."""
+    return S3Store(BUCKET, "", patience=Patience(seconds=seconds, clock=FakeClock()))
+
+
+OLD = Stored(body=b"old", writer="them before")
+WRITES = st.lists(st.sampled_from((*LOST, *APPLIED, *CONFLICTS)), max_size=6)
+READS = st.lists(st.sampled_from((*LOST, *CUT)), max_size=6)
+
+
+@settings(max_examples=30)
+@given(faults=WRITES, rival=st.none() | st.integers(0, 6))
+def test_put_if_absent_is_ours_exactly_if_the_object_is(
+    server: FaultyS3, faults: list[str], rival: int | None
+) -> None:
+    """Whatever answers are lost, and whenever another writer comes first."""
+    server.reset()
+    theirs = Stored(body=b"theirs", writer="them")
+    server.script = list(faults)
+    if rival is not None:
+        server.script.insert(rival, lambda: server.objects.setdefault("unit", theirs) and None)
+    won = store().put_if_absent("unit", b"ours", writer="me")
+    kept = server.objects["unit"]
+    assert kept in (theirs, Stored(body=b"ours", writer="me"))
+    assert won == (kept != theirs)
+
+
+@settings(max_examples=30)
+@given(faults=WRITES, rival=st.none() | st.integers(0, 6))
+def test_put_if_match_is_ours_exactly_if_the_object_is(
+    server: FaultyS3, faults: list[str], rival: int | None
+) -> None:
+    server.reset()
+    server.objects["unit"] = OLD
+    theirs = Stored(body=b"theirs", writer="them")
+
+    def replace_old() -> None:  # as a rival with put_if_match does
+        if server.objects["unit"] == OLD:
+            server.objects["unit"] = theirs
+
+    server.script = list(faults)
+    if rival is not None:
+        server.script.insert(rival, replace_old)
+    won = store().put_if_match("unit", b"ours", etag=OLD.etag, writer="me")
+    kept = server.objects["unit"]
+    assert kept in (theirs, Stored(body=b"ours", writer="me"))
+    assert won == (kept != theirs)
+
+
+def test_put_if_match_of_a_removed_object_is_not_ours(server: FaultyS3) -> None:
+    server.reset()
+    assert not store().put_if_match("unit", b"ours", etag=OLD.etag, writer="me")
+    assert server.objects == {}
+
+
+def test_an_object_that_vanished_after_a_refusal_is_created(server: FaultyS3) -> None:
+    """412 means another's object; where there is none any more, nobody would have the unit."""
+    server.reset()
+    server.objects["unit"] = OLD
+    server.script = ["412 PreconditionFailed", lambda: server.objects.clear()]
+    assert store().put_if_absent("unit", b"ours", writer="me")
+    assert server.objects["unit"].body == b"ours"
+
+
+@settings(max_examples=30)
+@given(faults=READS, start=st.integers(0, 12), length=st.integers(0, 12), pinned=st.booleans())
+def test_a_range_is_whole_whatever_cuts_it(
+    server: FaultyS3, faults: list[str], start: int, length: int, pinned: bool
+) -> None:
+    server.reset()
+    kept = Stored(body=b"0123456789", writer="")
+    server.objects["x"] = kept
+    server.script = list(faults)
+    etag = kept.etag if pinned else None
+    data = store().get_range("x", start, start + length, etag=etag)
+    assert data == kept.body[start : start + length]
+
+
+@settings(max_examples=30)
+@given(faults=st.lists(st.sampled_from((*LOST, "cut body", "cut chunks")), max_size=6))
+def test_an_object_is_whole_whatever_cuts_it(server: FaultyS3, faults: list[str]) -> None:
+    server.reset()
+    server.objects["x"] = Stored(body=bytes(range(256)) * 2_000, writer="")
+    server.script = list(faults)
+    assert store().get("x") == server.objects["x"].body
+
+
+@settings(max_examples=30)
+@given(faults=READS, replaced=st.integers(0, 6))
+def test_a_pinned_range_is_never_of_another_version(
+    server: FaultyS3, faults: list[str], replaced: int
+) -> None:
+    server.reset()
+    server.objects["x"] = OLD
+    server.script = list(faults)
+    new = Stored(body=b"new and longer", writer="")
+    server.script.insert(replaced, lambda: server.objects.update(x=new))
+    data = None
+    with suppress(ObjectGone):
+        data = store().get_range("x", 0, 3, etag=OLD.etag)
+    assert data in (None, b"old")
+
+
+@pytest.mark.parametrize("ignored", ["If-Match", "Range"])
+def test_servers_that_ignore_what_reads_need_are_found_out(server: FaultyS3, ignored: str) -> None:
+    """A proxy that drops headers would give bytes of another version, or a whole archive."""
+    server.reset()
+    server.objects["x"] = Stored(body=b"0123456789", writer="")
+    server.ignored = {ignored}
+    problem = "changed since" if ignored == "If-Match" else "ignores Range"
+    with pytest.raises(StoreError, match=problem):
+        store().get_range("x", 2, 4, etag=OLD.etag if ignored == "If-Match" else None)
+
+
+def test_a_server_that_keeps_the_second_writer_is_found_out(server: FaultyS3) -> None:
+    server.reset()
+    assert store().honours_put_if_absent("_run/probe")
+    assert store().honours_put_if_absent("_run/probe")  # at resume
+    assert len(server.requests) <= 5
+    server.ignored = {"If-None-Match"}
+    assert not store().honours_put_if_absent("_run/probe")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "403 AccessDenied",
+        "403 InvalidAccessKeyId",
+        "403 SignatureDoesNotMatch",
+        "404 NoSuchBucket",
+        "501 NotImplemented",
+        "400 InvalidArgument",
+    ],
+)
+def test_an_error_that_stays_takes_one_request(server: FaultyS3, code: str) -> None:
+    server.reset()
+    server.script = [code]
+    with pytest.raises(StoreError, match=code.split()[1]) as caught:
+        store().get("x")
+    assert not isinstance(caught.value, ObjectGone)
+    assert server.requests == ["GET x"]
+
+
+def test_an_outage_longer_than_the_patience_says_how_long_it_was_tried(server: FaultyS3) -> None:
+    server.reset()
+    server.script = ["503 SlowDown"] * 1_000
+    with pytest.raises(StoreError, match=r"s3://bucket/x: .*SlowDown, tried for 600 s"):
+        store().get("x")
+    server.script = ["drop"] * 1_000
+    with pytest.raises(StoreError, match=r"no answer from http://.*tried for 30 s"):
+        store(30).get("x")
+
+
+def test_a_404_of_a_proxy_is_no_missing_object(server: FaultyS3) -> None:
+    """A load balancer without servers answers 404 to everything; a unit would be lost."""
+    server.reset()
+    server.objects["x"] = OLD
+    server.script = ["404", "404"]
+    with pytest.raises(StoreError, match="bucket does not exist") as caught:
+        store().get_range("x", 0, 3)
+    assert not isinstance(caught.value, ObjectGone)
+    server.script = ["404", "404"]
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        store().head("x")
+    with pytest.raises(ObjectGone):
+        store().get_range("y", 0, 3)
+
+
+def test_a_large_object_is_read_in_bounded_requests(server: FaultyS3) -> None:
+    server.reset()
+    server.objects["x"] = Stored(body=bytes(range(256)) * 4_000, writer="")
+    server.script = ["cut body", "drop", "cut chunks"]
+    info = store().head("x")
+    assert info is not None
+    file = RangedFile(store(), info, window=100_000)
+    assert b"".join(iter(lambda: file.read(7_777), b"")) == server.objects["x"].body
+    assert server.requests.count("GET x") < 18

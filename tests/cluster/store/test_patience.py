@@ -89,7 +89,8 @@ def test_an_outage_is_logged_once_however_many_wait_and_again_when_it_is_over() 
     barrier = threading.Barrier(8)
 
     def wait(_: int) -> None:
-        clock, begun = FakeClock(), []
+        clock = FakeClock()
+        begun: list[int] = []
 
         def call() -> None:
             if not begun:

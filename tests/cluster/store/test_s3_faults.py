@@ -44,8 +44,12 @@ def test_put_if_absent_is_ours_exactly_if_the_object_is(
     server.reset()
     theirs = Stored(body=b"theirs", writer="them")
     server.script = list(faults)
+
+    def create() -> None:
+        server.objects.setdefault("unit", theirs)
+
     if rival is not None:
-        server.script.insert(rival, lambda: server.objects.setdefault("unit", theirs) and None)
+        server.script.insert(rival, create)
     won = store().put_if_absent("unit", b"ours", writer="me")
     kept = server.objects["unit"]
     assert kept in (theirs, Stored(body=b"ours", writer="me"))

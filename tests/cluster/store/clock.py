@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.store.patience import Clock
 
 
@@ -17,3 +19,17 @@ class FakeClock(Clock):
     def sleep(self, seconds: float) -> None:
         assert seconds >= 0
         self.time += seconds
+
+
+class EventfulClock(FakeClock):
+    """Something happens while somebody sleeps until `at`, in seconds, or later."""
+
+    def __init__(self, at: float, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._at, self._act = at, act
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        if self.time >= self._at:
+            self._at = float("inf")
+            self._act()

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from botocore.exceptions import (
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    IncompleteReadError,
+    MetadataRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.parsers import ResponseParserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import ObjectGone, StoreError
+from cluster.errors import ObjectGone, StoreError, UsageError
+from cluster.output.run_output import RunOutput
 from cluster.store import Patience, RangedFile, S3Store
-from tests.cluster.store.clock import FakeClock
+from cluster.store.s3_errors import passing_reason
+from tests.cluster.store.clock import EventfulClock, FakeClock
 from tests.cluster.store.faulty_s3 import APPLIED, BUCKET, CONFLICTS, CUT, LOST, FaultyS3, Stored
 
 
@@ -150,6 +168,8 @@ def test_a_server_that_keeps_the_second_writer_is_found_out(server: FaultyS3) ->
     assert len(server.requests) <= 5
     server.ignored = {"If-None-Match"}
     assert not store().honours_put_if_absent("_run/probe")
+    with pytest.raises(UsageError, match="ignores If-None-Match"):
+        RunOutput(store()).check_first_writer_wins()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +200,63 @@ def test_an_outage_longer_than_the_patience_says_how_long_it_was_tried(server: F
     server.script = ["drop"] * 1_000
     with pytest.raises(StoreError, match=r"no answer from http://.*tried for 30 s"):
         store(30).get("x")
+
+
+def test_credentials_that_come_late_are_found(
+    server: FaultyS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node's metadata service is throttled, or a file is mounted late: a client remembers that it
+    found none."""
+    server.reset()
+    server.objects["x"] = OLD
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    text = "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    clock = EventfulClock(1, lambda: file.write_text(text))
+    assert S3Store(BUCKET, "", patience=Patience(seconds=60, clock=clock)).get("x") == b"old"
+    assert server.requests == ["GET x"]
+
+
+def test_a_token_that_expired_is_renewed(server: FaultyS3) -> None:
+    server.reset()
+    server.objects["x"] = OLD
+    server.script = ["400 ExpiredToken"]
+    assert store().get("x") == b"old"
+
+
+def test_an_endpoint_that_is_no_url_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"):
+        store().get("x")
+
+
+PASSING = [
+    NoCredentialsError(),
+    CredentialRetrievalError(provider="role", error_msg="throttled"),
+    MetadataRetrievalError(error_msg="timeout"),
+    EndpointConnectionError(endpoint_url="http://no.such.host"),
+    ConnectTimeoutError(endpoint_url="http://store"),
+    ReadTimeoutError(endpoint_url="http://store"),
+    ConnectionClosedError(endpoint_url="http://store"),
+    SSLError(endpoint_url="http://store", error="eof"),
+    ProxyConnectionError(proxy_url="http://proxy"),
+    IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    ResponseParserError("not XML"),
+]
+STAYING = [PartialCredentialsError(provider="env", cred_var="key"), ProfileNotFound(profile="x")]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
+def test_errors_of_networks_and_roles_may_pass(error: Exception) -> None:
+    assert passing_reason(error) == type(error).__name__
+
+
+@pytest.mark.parametrize("error", STAYING, ids=lambda error: type(error).__name__)
+def test_errors_of_settings_stay(error: Exception) -> None:
+    assert passing_reason(error) is None
 
 
 def test_a_404_of_a_proxy_is_no_missing_object(server: FaultyS3) -> None:

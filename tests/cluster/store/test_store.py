@@ -1,4 +1,4 @@
-"""The contract of both stores; for S3 also lost responses, retries and named causes."""
+"""The contract of stores, on disk and on two servers; for S3 also named causes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cluster.store import LocalStore, Patience, RangedFile, S3Store, Store, open
 from tests.cluster.store.clock import FakeClock
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "seaweedfs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return open_store(str(tmp_path / "root"))
-    return open_store(f"{request.getfixturevalue('s3')}/some/prefix")
+    return open_store(f"{request.getfixturevalue(request.param)}/{tmp_path.name}/some/prefix")
 
 
 def test_a_put_object_is_returned_by_get_list_and_head(store: Store) -> None:
@@ -50,11 +50,19 @@ def test_a_listing_has_more_than_one_page(s3: str) -> None:
     assert [info.key for info in store.list()] == keys
 
 
+def test_the_store_keeps_the_first_of_two_writers(store: Store) -> None:
+    assert store.honours_put_if_absent("_run/probe")
+    assert store.honours_put_if_absent("_run/probe")
+
+
 def test_ranges_are_half_open_and_end_with_the_object(store: Store) -> None:
     store.put("x", b"0123456789")
     assert store.get_range("x", 2, 5) == b"234"
     assert store.get_range("x", 8, 100) == b"89"
     assert store.get_range("x", 4, 4) == b""
+    assert store.get_range("x", 10, 12, etag=etag_of(store, "x")) == b""
+    store.put("empty", b"")
+    assert store.get_range("empty", 0, 8) == store.get("empty") == b""
 
 
 def test_a_range_of_a_replaced_object_is_refused(store: Store) -> None:

@@ -37,7 +37,9 @@ PUBLIC = {
         EngineSettings FleetSettings LabellerSettings RunConfig RunOutput endpoint label_units
         open_fleet read_units run summarise
     """,
-    "cluster.store": "LocalStore ObjectInfo RangedFile S3Store Store open_store",
+    "cluster.store": """
+        FIRST_CONTACT_S LocalStore ObjectInfo Patience RangedFile S3Store Store open_store
+    """,
 }
 
 

@@ -69,6 +69,18 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
         action="store_true",
         help="measure first whether pruning is faster on these rows; label densely if it is not",
     )
+    parser.add_argument(
+        "--image-column",
+        metavar="COLUMN",
+        help="Parquet: where images are, if names do not say",
+    )
+    parser.add_argument(
+        "--key", metavar="COLUMN", help="Parquet: what identifies a row, if names do not say"
+    )
+    if job.kind == "vqa":
+        parser.add_argument(
+            "--question-column", metavar="COLUMN", help="Parquet: where the questions are"
+        )
     parser.add_argument("--prompt", default=job.prompt, help="prompt of every row (%(default)r)")
     parser.add_argument(
         "--max-new-tokens",
@@ -128,6 +140,9 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
         limit=arguments.limit,
         format=arguments.format,
         dotted_keys=arguments.dotted_keys,
+        image_column=arguments.image_column,
+        key_column=arguments.key,
+        question_column=getattr(arguments, "question_column", None),
         dtype=arguments.dtype,
         replicas=arguments.replicas,
         auto=arguments.auto,

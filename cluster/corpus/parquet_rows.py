@@ -51,7 +51,7 @@ class Footers:
             source = RangedFile(self._store, info, window=_WINDOW_BYTES)
             self._open = {info.key: (source, pq.ParquetFile(source).metadata)}  # one at a time
         source, metadata = self._open[info.key]
-        return pq.ParquetFile(source, metadata=metadata, **options)
+        return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
 
 
 def read_parquet_units(

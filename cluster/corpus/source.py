@@ -8,9 +8,10 @@ gone; a unit whose store gave up is left for a later pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import TypeAlias
 
 import pyarrow as pa
 import ray
@@ -28,6 +29,7 @@ from cluster.corpus.table import build_error_table, join_tables
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError, StoreError
+from cluster.events import RunEvent
 from cluster.store import Store, open_store
 
 logger = structlog.get_logger(__name__)
@@ -38,13 +40,27 @@ never be scheduled on a small machine whose replicas hold all but one CPU."""
 # At 10 s for a unit of 256 rows, two readers deliver 50 rows/s.
 _READERS_PER_REPLICA = 2
 
+OnEvent: TypeAlias = Callable[[RunEvent, int], None]
+"""Told of an event and how often it happened. It must be picklable and must not raise."""
+
+
+def ignore_event(kind: RunEvent, count: int) -> None:
+    """An `OnEvent` for readers outside a run."""
+
 
 class UnitSource(Datasource):
     """Reads units, packed. Images stay encoded; a unit's schema is `input_schema`'s."""
 
-    def __init__(self, source: str, mapping: ColumnMapping, units: Sequence[Unit]) -> None:
+    def __init__(
+        self,
+        source: str,
+        mapping: ColumnMapping,
+        units: Sequence[Unit],
+        on_event: OnEvent = ignore_event,
+    ) -> None:
         """source: URI of the store that `Unit.file` is relative to."""
         super().__init__()
+        self._on_event = on_event
         self._store = open_store(source)
         self._mapping = mapping
         self._units = tuple(units)
@@ -68,7 +84,7 @@ class UnitSource(Datasource):
         because a unit is never divided."""
         return [
             ReadTask(
-                partial(_read_blocks, self._store, units, self._mapping),
+                partial(_read_blocks, self._store, units, self._mapping, self._on_event),
                 BlockMetadata(
                     sum(unit.row_count for unit in units),
                     sum(unit.size_bytes for unit in units),
@@ -82,17 +98,23 @@ class UnitSource(Datasource):
 
 
 def read_units(
-    source: str, mapping: ColumnMapping, units: Sequence[Unit], *, replicas: int = 1
+    source: str,
+    mapping: ColumnMapping,
+    units: Sequence[Unit],
+    *,
+    replicas: int = 1,
+    on_event: OnEvent = ignore_event,
 ) -> ray.data.Dataset:
     """The dataset of `units`, one block each, packed; in this stage and the stages after it.
 
     source: URI of the store that `Unit.file` is relative to. replicas: replicas that the dataset
-    feeds; at most two units are read concurrently for each.
+    feeds; at most two units are read concurrently for each. on_event: told of units that are read
+    again elsewhere or left out, in any process. A unit whose store gave up is left out.
 
     Without a bound on concurrency Ray starts a reader for every free half CPU; each of these
     processes takes a second of a core to start, while the labelling stage starts too.
     """
-    datasource = UnitSource(source, mapping, units)
+    datasource = UnitSource(source, mapping, units, on_event)
     tasks = len(datasource.tasks)
     dataset = ray.data.read_datasource(
         datasource,
@@ -121,7 +143,9 @@ def _read_together(unit: Unit) -> tuple[object, ...]:
     return (unit.file, unit.row_group)
 
 
-def _read_blocks(store: Store, units: Sequence[Unit], mapping: ColumnMapping) -> Iterator[pa.Table]:
+def _read_blocks(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent = ignore_event
+) -> Iterator[pa.Table]:
     """The units, packed, in a Ray task; those that the store does not give are left out."""
     read = 0
     try:
@@ -132,12 +156,14 @@ def _read_blocks(store: Store, units: Sequence[Unit], mapping: ColumnMapping) ->
         except (ObjectGone, MemoryError) as error:
             # What this node cannot see or hold another may: a mount is missing here, or memory.
             logger.warning("second_opinion", unit_id=units[read].unit_id, error=str(error))
+            on_event(RunEvent.UNIT_REREAD, len(units) - read)
             for table in _ask_elsewhere(store, units[read:], mapping):
                 yield pack_unit(table)
                 read += 1
     except StoreError as error:
         left = [unit.unit_id for unit in units[read:]]
         logger.warning("units_deferred", unit_ids=left, error=str(error))
+        on_event(RunEvent.UNIT_DEFERRED, len(left))
 
 
 def _ask_elsewhere(

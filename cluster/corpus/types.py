@@ -80,6 +80,8 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
     fit: a time beyond the range of nanoseconds."""
     if array.type == kind:
         return array
+    if types.is_null(array.type):
+        return pa.nulls(len(array), kind)
     if types.is_struct(kind) and types.is_struct(array.type):
         children = [
             conform(array.field(field.name), field.type)

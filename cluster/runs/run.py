@@ -7,8 +7,9 @@ ended.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import ray
 import structlog
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.console import open_console
-from cluster.controller import report_commit
+from cluster.controller import report_commit, report_event
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
@@ -113,10 +114,16 @@ def run(
     summary = summarise(output, attempt)
     output.put_summary(summary.to_json())
     resumed = len(manifest.units) - len(todo)
-    note = (
-        f"resumed: {resumed} of {len(manifest.units)} units were done before" if resumed else None
-    )
-    return Outcome(summary=summary, note=note)
+    notes = []
+    if resumed:
+        notes.append(f"resumed: {resumed} of {len(manifest.units)} units were done before")
+    missing = summary.units - summary.units_done
+    if missing:
+        notes.append(
+            f"{missing} units are missing, {manifest.source} did not give them: once it answers, "
+            "the same command labels them"
+        )
+    return Outcome(summary=summary, note="; ".join(notes) or None)
 
 
 def fleet_settings(
@@ -178,22 +185,39 @@ def _label(
         unit_rows=rows // len(todo),
     )
     _warn_if_starved(console)
-    units = read_units(manifest.source, manifest.mapping, todo, replicas=fleet.target_replicas)
-    labelled = label_units(units, settings)
     sink = CommitSink(manifest, output, on_commit=report_commit)
     with RunTracker(config, manifest, output) as tracker:
         before = _stats(fleet)
         started = time.monotonic()
         with ProgressDisplay(tracker.progress, console):
-            try:
-                labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
-            except Exception as error:
-                # Ray wraps what its workers raise, and loses the cause where it pickles it twice.
-                cause = run_error(error) or tracker.stop_error()
-                if cause is None:
-                    raise
-                raise cause from error
+            left: Sequence[Unit] = todo
+            while left:
+                units = read_units(
+                    manifest.source,
+                    manifest.mapping,
+                    left,
+                    replicas=fleet.target_replicas,
+                    on_event=partial(report_event, manifest.run_id),
+                )
+                try:
+                    label_units(units, settings).write_datasink(
+                        sink, ray_remote_args={"num_cpus": _SINK_CPUS}
+                    )
+                except Exception as error:
+                    # Ray wraps what its workers raise, and loses the cause where it pickles it
+                    # twice.
+                    cause = run_error(error) or tracker.stop_error()
+                    if cause is None:
+                        raise
+                    raise cause from error
+                # Readers leave out units whose store gave up: they have another turn for as long
+                # as that brings rows.
+                done, asked = output.committed_units(), len(left)
+                left = [unit for unit in left if unit.unit_id not in done]
+                if len(left) == asked:
+                    break
         wall = time.monotonic() - started
+    rows -= sum(unit.row_count for unit in left)
     after = _stats(fleet)
     return Attempt(
         rows=rows,

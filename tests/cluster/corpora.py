@@ -73,3 +73,19 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], *, format: int = tarfile.PAX
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+class CountingStore:
+    """A store that counts the bytes it returns."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.fetched = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+        data = self._store.get_range(key, start, stop, etag=etag)
+        self.fetched += len(data)
+        return data

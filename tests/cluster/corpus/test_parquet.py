@@ -16,7 +16,7 @@ from cluster.corpus.unit import Unit
 from cluster.errors import StoreError, UsageError
 from cluster.schema import input_schema, output_schema
 from cluster.store import Store, open_store
-from tests.cluster.corpora import IMAGE, image, plan, put_parquet, read_all
+from tests.cluster.corpora import IMAGE, CountingStore, image, plan, put_parquet, read_all
 
 
 @pytest.fixture
@@ -170,22 +170,6 @@ def test_every_row_is_in_exactly_one_unit(
     assert read["_in_image"].to_pylist() == [f"i{n}".encode() for n in range(rows)]
     assert planned.manifest.rows == rows
     assert all(unit.row_count <= unit_rows for unit in planned.units)
-
-
-class CountingStore:
-    """A store that counts the bytes it returns."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.fetched = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
-        data = self._store.get_range(key, start, stop, etag=etag)
-        self.fetched += len(data)
-        return data
 
 
 def test_reading_a_unit_fetches_only_its_row_group(corpus: Store, output: str) -> None:

@@ -32,7 +32,8 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     try:
         file = pq.ParquetFile(RangedFile(store, info))
     except (pa.ArrowException, OSError) as error:  # OSError: a footer that is not Thrift
-        raise UsageError(f"{uri}: not a Parquet file ({error}); remove or repair it") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{uri}: not a Parquet file ({reason}); remove or repair it") from error
     units: list[Unit] = []
     group_start = 0
     for group in range(file.metadata.num_row_groups):

@@ -8,7 +8,10 @@ gone; a unit whose store gave up is left for a later pass.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import groupby
 from typing import TypeAlias
@@ -39,6 +42,12 @@ READER_CPUS = 0.5
 never be scheduled on a small machine whose replicas hold all but one CPU."""
 # At 10 s for a unit of 256 rows, two readers deliver 50 rows/s.
 _READERS_PER_REPLICA = 2
+
+# A store that gave up once is asked for so long, in the same process, until it answers again: every
+# unit behind an outage would wait for minutes else.
+_AFTER_GIVING_UP_S = 20.0
+_gave_up: set[str] = set()
+_ISOLATED_FROM = 2  # attempts are counted from 0
 
 OnEvent: TypeAlias = Callable[[RunEvent, int], None]
 """Told of an event and how often it happened. It must be picklable and must not raise."""
@@ -148,11 +157,13 @@ def _read_blocks(
 ) -> Iterator[pa.Table]:
     """The units, packed, in a Ray task; those that the store does not give are left out."""
     read = 0
+    store = store.with_patience(_AFTER_GIVING_UP_S) if store.uri in _gave_up else store
     try:
         try:
-            for table in _read_tables(store, units, mapping, last_word=False):
+            for table in _attempt(store, units, mapping):
                 yield pack_unit(table)
                 read += 1
+                _gave_up.discard(store.uri)
         except (ObjectGone, MemoryError) as error:
             # What this node cannot see or hold another may: a mount is missing here, or memory.
             logger.warning("second_opinion", unit_id=units[read].unit_id, error=str(error))
@@ -164,6 +175,28 @@ def _read_blocks(
         left = [unit.unit_id for unit in units[read:]]
         logger.warning("units_deferred", unit_ids=left, error=str(error))
         on_event(RunEvent.UNIT_DEFERRED, len(left))
+        _gave_up.add(store.uri)
+
+
+def _attempt(store: Store, units: Sequence[Unit], mapping: ColumnMapping) -> Iterator[pa.Table]:
+    """Raises ObjectGone and MemoryError as `_read_tables` does. Ray repeats a task whose process
+    died for as long as it takes: from the third time on the units are read in processes of their
+    own, since it may be they that end it."""
+    if task_attempt() < _ISOLATED_FROM:
+        yield from _read_tables(store, units, mapping, last_word=False)
+        return
+    for unit in units:
+        yield _read_isolated(store, unit, mapping)
+
+
+def _read_isolated(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
+    """The unit's rows, read in a process of its own. One that dies makes error rows of them."""
+    logger.warning("unit_isolated", unit_id=unit.unit_id, file=unit.file)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(read_unit, store, unit, mapping).result()
+        except BrokenProcessPool:
+            return build_error_table(unit, mapping, "reading it ends the process that does")
 
 
 def _ask_elsewhere(
@@ -191,6 +224,15 @@ def _last_word(
         yield from _read_tables(store, units, mapping, last_word=True)
     except StoreError as error:
         yield error
+
+
+def task_attempt() -> int:
+    """How often Ray has begun this task before; 0 outside Ray."""
+    worker = ray._private.worker.global_worker
+    if not ray.is_initialized() or worker.mode != ray.WORKER_MODE:
+        return 0
+    attempt: int = worker.core_worker.get_current_task_attempt_number()
+    return attempt
 
 
 def _read_tables(

@@ -18,7 +18,7 @@ from cluster.corpus.packed import unpack_units
 from cluster.corpus.source import UnitSource, _read_blocks, read_unit
 from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit, join_units
-from cluster.errors import ObjectGone
+from cluster.errors import ObjectGone, StoreError
 from cluster.output.manifest import Manifest
 from cluster.schema import input_schema
 from cluster.store import Store, open_store
@@ -197,6 +197,81 @@ def test_an_object_that_is_gone_here_is_looked_for_a_second_time(
     (read,) = unpack_units(block)
     assert asked == [planned.units]
     assert images_of(read) == [b"there"] * 2
+
+
+class EndsItsProcess:
+    """A store whose bytes end the process that reads them, as a parser's crash does."""
+
+    uri = "crash"
+
+    def __init__(self, store: Store, file: str) -> None:
+        self._store = store
+        self._file = file
+
+    def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+        if key == self._file:
+            os._exit(11)
+        return self._store.get_range(key, start, stop, etag=etag)
+
+
+@pytest.mark.slow
+def test_a_unit_that_ends_its_reader_becomes_error_rows(
+    corpus: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would repeat the task for ever."""
+    for name in "ab":
+        rows = [image(name.encode())] * 3
+        put_parquet(corpus, f"{name}.parquet", pa.table({"image": rows}), group_rows=3)
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_rows=3)
+    store: Any = EndsItsProcess(corpus, "a.parquet")
+    monkeypatch.setattr("cluster.corpus.source.task_attempt", lambda: 2)
+    first, second = (
+        table
+        for unit in planned.units
+        for block in _read_blocks(store, [unit], planned.manifest.mapping)
+        for table in unpack_units(block)
+    )
+    assert first["_in_error_code"].to_pylist() == ["read_failed"] * 3
+    assert "ends the process" in first["_in_error_message"][0].as_py()
+    assert images_of(second) == [b"b"] * 3
+
+
+def test_units_are_left_out_while_the_store_is_away(corpus: Store, tmp_path: Path) -> None:
+    put_parquet(corpus, "a.parquet", pa.table({"image": [image()] * 4}))
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_rows=2)
+    mapping = planned.manifest.mapping
+    events: list[tuple[str, int]] = []
+    away = _Away(corpus)
+    for _ in range(2):
+        blocks = _read_blocks(away, planned.units, mapping, lambda *event: events.append(event))  # type: ignore[arg-type, misc]
+        assert list(blocks) == []
+    assert events == [("unit_deferred", 2)] * 2
+    assert away.patience == [None, 20.0], "after an outage a reader waits for seconds, not minutes"
+    away.is_away = False
+    for patience in (20.0, None):
+        assert len(list(_read_blocks(away, planned.units, mapping))) == 2  # type: ignore[arg-type]
+        assert away.patience[-1] == patience
+
+
+class _Away:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.uri = store.uri
+        self.is_away = True
+        self.patience: list[float | None] = []
+        self._seconds: float | None = None
+
+    def with_patience(self, seconds: float) -> _Away:
+        self._seconds = seconds
+        return self
+
+    def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
+        if not self.patience or self._seconds != self.patience[-1] or self.is_away:
+            self.patience.append(self._seconds)
+        self._seconds = None
+        if self.is_away:
+            raise StoreError("away")
+        return self._store.get_range(key, start, stop, etag=etag)
 
 
 # The law: as many rows as planned, whatever the bytes.

@@ -21,6 +21,7 @@ ClusterError                     code                 retryable  stops
     │   └── ObjectGone           store                no         or only the rows that needed it
     ├── SettingsChanged          settings_changed     no         refused: another run's output
     ├── FleetUnavailable         fleet_unavailable    no         no replicas to send rows to
+    ├── FleetUnstable            fleet_unstable       no         replicas die and hardly answer
     ├── ErrorShareExceeded       error_share          no         too many bad rows
     ├── CommitRefused            commit_refused       no         a unit that may not be committed
     ├── RedrawDiffers            redraw_differs       no         a picture it could not back
@@ -107,7 +108,7 @@ class InferenceFailed(RowError):
 
 
 class PoisonRow(RowError):
-    """The row was in every attempt that killed a replica; isolated by splitting the call."""
+    """The row killed, or hung, every replica that it ran on alone."""
 
     code = "poison_row"
     stage = "infer"
@@ -195,6 +196,12 @@ class FleetUnavailable(RunError):
     """The model could not be served: the message has Ray's or the engine's reason."""
 
     code = "fleet_unavailable"
+
+
+class FleetUnstable(RunError):
+    """Replicas died, hung or answered wrongly, again and again, and answered hardly a row."""
+
+    code = "fleet_unstable"
 
 
 class ErrorShareExceeded(RunError):

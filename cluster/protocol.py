@@ -17,7 +17,7 @@ from cluster.errors import RowError
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Raised with every change of what travels here. Replicas of one version are never found by
 clients of another, which could not read their answers."""
 
@@ -65,6 +65,15 @@ class Replicas(Protocol):
 
         Raises Busy, or Ray's actor errors if the replica died.
         """
+        ...
+
+
+class BatchReplicas(Replicas, Protocol):
+    """Replicas that also run a call alone."""
+
+    def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
+        """None once nothing else runs on the replica that took the call, then what `label` returns.
+        Raises as `label` does."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 A replica runs as many rows at once as it has slots and as their keys and values find memory. Rows
 differ in length by a factor of a hundred, with image, family and budget. Rows in flight are
-therefore bounded in tokens, as far as memory is what bounds them.
+therefore bounded in tokens, as far as memory is what bounds them, and in bytes of their images.
 """
 
 from __future__ import annotations
@@ -21,32 +21,57 @@ _REMEMBERED: Final = 1024
 
 
 class Admission:
-    """FIFO admission of calls. An exclusive call has priority: nothing starts until it finishes,
-    and it starts when nothing runs. One event loop owns an instance.
+    """FIFO admission of calls. One event loop owns an instance.
 
     A call that is larger than every bound is admitted when nothing else is in flight.
     """
 
-    def __init__(self, *, rows: int, tokens: int | None = None, waiting: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        tokens: int | None = None,
+        waiting: int = 0,
+        size: int | None = None,
+        replicas: int = 1,
+    ) -> None:
         """rows: bound of running rows. tokens: bound of their prompt tokens and longest answers
-        together; None for no bound. waiting: rows in flight beside those that run."""
+        together. waiting: rows in flight beside those that run. size: bound of the bytes of their
+        images. None is no bound. replicas: those for which the bounds are meant; see `resize`."""
         self._max_rows = rows
         self._max_tokens = tokens
         self._waiting = waiting
+        self._max_size = size
+        self._replicas = self._live = replicas
         self._rows_observed = self._tokens_observed = 0.0
-        self._rows_in_flight = 0
+        self._rows_in_flight = self._size_in_flight = 0
         self._queue: deque[object] = deque()
-        self._exclusive_waiting = 0
-        self._exclusive_running = False
         self._changed = asyncio.Condition()
 
     @property
     def rows(self) -> int:
-        """Bound of rows in flight, given the row lengths observed so far."""
+        """Bound of rows in flight, given the live replicas and the row lengths observed so far."""
+        share = self._live / self._replicas
+        slots, waiting = max(1, int(share * self._max_rows)), int(share * self._waiting)
         if self._max_tokens is None or not self._tokens_observed:
-            return self._max_rows + self._waiting
-        running = int(self._max_tokens * self._rows_observed / self._tokens_observed)
-        return min(self._max_rows, max(1, running)) + self._waiting
+            return slots + waiting
+        tokens = share * self._max_tokens
+        running = int(tokens * self._rows_observed / self._tokens_observed)
+        return min(slots, max(1, running)) + waiting
+
+    @property
+    def size(self) -> int | None:
+        """Bound of the bytes in flight."""
+        if self._max_size is None:
+            return None
+        return int(self._live / self._replicas * self._max_size)
+
+    async def resize(self, replicas: int) -> None:
+        """Every bound follows the number of replicas that live. Without any, calls of one replica
+        are admitted: they wait at the fleet, within their deadline."""
+        async with self._changed:
+            self._live = max(1, replicas)
+            self._changed.notify_all()
 
     def observe(self, requests: Sequence[LabelRequest], results: Sequence[Result]) -> None:
         """Records the lengths of answered rows; of a control row the pruned length."""
@@ -59,39 +84,39 @@ class Admission:
                 self._tokens_observed += result.prompt_tokens + request.generation.max_new_tokens
 
     @asynccontextmanager
-    async def admit(self, rows: int, *, exclusive: bool = False) -> AsyncIterator[None]:
-        """Waits until a call of `rows` rows may start; the block is the time it is in flight."""
+    async def admit(self, rows: int, size: int = 0, *, again: bool = False) -> AsyncIterator[None]:
+        """Waits until a call of `rows` rows with `size` bytes of images may start; the block is the
+        time it is in flight. again: a call that was sent before goes first, since others of its
+        unit wait for it."""
         async with self._changed:
-            await (self._wait_until_idle() if exclusive else self._wait_for_turn(rows))
-            self._exclusive_running = exclusive
+            await self._wait_for_turn(rows, size, again=again)
             self._rows_in_flight += rows
+            self._size_in_flight += size
             self._changed.notify_all()  # the next in the queue may fit beside this call
         try:
             yield
         finally:
             async with self._changed:
                 self._rows_in_flight -= rows
-                self._exclusive_running = False
+                self._size_in_flight -= size
                 self._changed.notify_all()
 
-    async def _wait_for_turn(self, rows: int) -> None:
+    async def _wait_for_turn(self, rows: int, size: int, *, again: bool) -> None:
         ticket = object()
-        self._queue.append(ticket)
+        (self._queue.appendleft if again else self._queue.append)(ticket)
+
+        def has_turn() -> bool:
+            return self._queue[0] is ticket and self._fits(rows, size)
+
         try:
-            await self._changed.wait_for(lambda: self._queue[0] is ticket and self._fits(rows))
+            await self._changed.wait_for(has_turn)
         finally:
             self._queue.remove(ticket)
             self._changed.notify_all()
 
-    def _fits(self, rows: int) -> bool:
-        if self._exclusive_running or self._exclusive_waiting:
-            return False
-        return self._rows_in_flight == 0 or self._rows_in_flight + rows <= self.rows
-
-    async def _wait_until_idle(self) -> None:
-        self._exclusive_waiting += 1
-        try:
-            await self._changed.wait_for(lambda: self._rows_in_flight == 0)
-        finally:
-            self._exclusive_waiting -= 1
-            self._changed.notify_all()
+    def _fits(self, rows: int, size: int) -> bool:
+        if self._rows_in_flight == 0:
+            return True
+        most = self.size
+        fits = most is None or self._size_in_flight + size <= most
+        return fits and self._rows_in_flight + rows <= self.rows

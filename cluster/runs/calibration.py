@@ -19,7 +19,7 @@ from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
-from cluster.protocol import LabelRequest, Replicas
+from cluster.protocol import BatchReplicas, LabelRequest
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import Dispatcher
 from cluster.store import open_store
@@ -39,7 +39,7 @@ def calibrate(
     manifest: Manifest,
     todo: Sequence[Unit],
     output: RunOutput,
-    replicas: Replicas,
+    replicas: BatchReplicas,
     *,
     slots: int,
 ) -> BreakEven:
@@ -60,7 +60,7 @@ def calibrate(
 
 
 async def _time_batches(
-    config: RunConfig, requests: Iterator[LabelRequest], replicas: Replicas, batch_rows: int
+    config: RunConfig, requests: Iterator[LabelRequest], replicas: BatchReplicas, batch_rows: int
 ) -> list[Result]:
     """Results of the timed batches, one after another: each has its replica to itself."""
     dispatcher = Dispatcher(replicas, admission=Admission(rows=1), max_attempts=config.max_attempts)

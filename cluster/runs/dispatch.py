@@ -1,33 +1,42 @@
-"""Dispatch: every row gets exactly one result while replicas die, restart and refuse.
+"""Dispatch: every row gets exactly one result in bounded time while a replica can work, whatever
+replicas do: die, hang, refuse, answer late or wrongly.
 
-A full replica is retried for as long as it takes. A call whose replica dies is sent again. After
-`max_attempts` deaths the call is quarantined: it runs exclusively, so that a death is its own
-doing, and is bisected until the one row that kills replicas is found. That row becomes
-`poison_row`; its neighbours, and calls that merely shared a replica with it, do not.
+A call without answers is sent again. From its last attempt on it is quarantined: it runs alone on
+one replica, and then its rows one by one, while other replicas work. A row that kills replicas on
+its own becomes `poison_row`; a row that the model failed on is asked a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
 import structlog
 
-from cluster.errors import PoisonRow
-from cluster.protocol import LabelRequest, Priority, Replicas, row_error_result
+from cluster.errors import InferenceFailed, PoisonRow
+from cluster.events import RunEvent
+from cluster.protocol import BatchReplicas, LabelRequest, row_error_result
 from cluster.runs.admission import Admission
-from cluster.serving.client import REPLICA_FULL, REPLICA_GONE
-from sppruner.engine.interface import Result
+from cluster.runs.call import KILLS, CallFault, FaultKind, send
+from cluster.runs.death_budget import DeathBudget
+from cluster.serving.patience import Patience
+from sppruner.engine.interface import Result, SamplingParams
 
 logger = structlog.get_logger(__name__)
 
-# A single row is poison only after so many replicas died under it alone: one death in quarantine
-# may still have another cause.
+# A row is poison only after so many replicas died under it alone: one death may have another cause.
 _DEATHS_ALONE: Final = 2
+# Wrong answers are rather the replica's fault: the row is asked until another one should have had
+# its turn.
+_FAULTS_ALONE: Final = 6
 _MAX_PAUSE_SECONDS: Final = 10.0
+_FIRST_SECONDS: Final = 3600.0
+_LEAST_SECONDS: Final = 600.0
+
+EventReport: TypeAlias = Callable[[RunEvent, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,74 +54,191 @@ class Dispatcher:
 
     def __init__(
         self,
-        replicas: Replicas,
+        replicas: BatchReplicas,
         *,
         admission: Admission,
         max_attempts: int,
         pause_seconds: float = 0.5,
+        patience: Patience | None = None,
+        budget: DeathBudget | None = None,
+        report: EventReport = lambda kind, count: None,
     ) -> None:
-        """max_attempts: deaths before a call is quarantined. pause_seconds: before the first
-        retry; pauses double up to ten seconds, with jitter."""
+        """max_attempts: faults before a call is taken apart. pause_seconds: before the first
+        retry; pauses double up to ten seconds, with jitter. patience: for one call; by default an
+        hour for the first and ten minutes or more for the others. report: hears what happened."""
         self._replicas = replicas
         self._admission = admission
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
+        self._patience = patience or Patience(first=_FIRST_SECONDS, least=_LEAST_SECONDS)
+        self._budget = budget or DeathBudget()
+        self._report = report
+        self._quarantine = asyncio.Lock()
+        self._answered_rows = 0
+        self._answered_at = float("-inf")  # the loop's time
+        self._known_good: LabelRequest | None = None
+        self._dead: set[str] = set()
 
     async def dispatch(self, requests: Sequence[LabelRequest]) -> list[AttemptedRow]:
-        """One result per request, in order. Raises only what is neither a death nor a refusal."""
-        for attempt in range(1, self._max_attempts + 1):
-            results = await self._try(requests, attempt)
-            if results is not None:
-                return [AttemptedRow(result=result, attempts=attempt) for result in results]
-        return await self._quarantine(requests, self._max_attempts)
+        """One result per request, in order. Raises FleetUnstable once replicas die, hang or answer
+        wrongly and hardly answer anything else."""
+        rows = await self._answer(requests)
+        failed = [n for n, row in enumerate(rows) if row.result.error_code == InferenceFailed.code]
+        if failed:
+            # What fails one row of a step fails all of them, and may pass: out of memory does.
+            self._report(RunEvent.INFER_RETRIED, len(failed))
+            again = (self._ask_again(requests[n], rows[n]) for n in failed)
+            for n, row in zip(failed, await asyncio.gather(*again), strict=True):
+                rows[n] = row
+        return rows
 
-    async def _quarantine(
+    async def _ask_again(self, request: LabelRequest, failed: AttemptedRow) -> AttemptedRow:
+        (row,) = await self._answer([_uncontrolled(request)])
+        return replace(row, attempts=row.attempts + failed.attempts)
+
+    async def _answer(self, requests: Sequence[LabelRequest]) -> list[AttemptedRow]:
+        """First beside other calls, where a fault may be anybody's doing; then in quarantine."""
+        shared = max(1, self._max_attempts - 1)
+        for attempt in range(1, shared + 1):
+            results = await self._attempt(requests, attempt)
+            if not isinstance(results, CallFault):
+                return [AttemptedRow(result=result, attempts=attempt) for result in results]
+        async with self._quarantine:
+            return await self._take_apart(requests, shared)
+
+    async def _take_apart(
         self, requests: Sequence[LabelRequest], attempts: int
     ) -> list[AttemptedRow]:
-        for _ in range(_DEATHS_ALONE if len(requests) == 1 else 1):
-            attempts += 1
-            results = await self._try(requests, attempts, exclusive=True)
-            if results is not None:
+        """Finds the rows that are at fault, by running them alone on a replica."""
+        self._report(RunEvent.ROW_QUARANTINED, len(requests))
+        if len(requests) > 1 and self._max_attempts > 1:
+            results, attempts = await self._attempt_alone(requests, attempts)
+            if not isinstance(results, CallFault):
                 return [AttemptedRow(result=result, attempts=attempts) for result in results]
-        if len(requests) == 1:
-            logger.error("poison_row", row=requests[0].id, attempts=attempts)
-            poison = PoisonRow(f"killed {_DEATHS_ALONE} replicas on its own; see their logs")
-            return [
-                AttemptedRow(result=row_error_result(requests[0].id, poison), attempts=attempts)
-            ]
-        half = len(requests) // 2
-        first = await self._quarantine(requests[:half], attempts)
-        return first + await self._quarantine(requests[half:], attempts)
+        return [await self._examine(request, attempts) for request in requests]
 
-    async def _try(
-        self, requests: Sequence[LabelRequest], attempt: int, *, exclusive: bool = False
-    ) -> list[Result] | None:
-        """The results, or None if the replica died. A refused call stays admitted while it waits:
-        admitting the next one would only have it refused too."""
-        refusals = 0
-        async with self._admission.admit(len(requests), exclusive=exclusive):
-            while True:
-                try:
-                    results = await self._replicas.label(requests, priority=Priority.BATCH)
-                    self._admission.observe(requests, results)
-                    return results
-                except REPLICA_FULL as error:
-                    refusals += 1
-                    logger.debug("replica_full", refusals=refusals, error=str(error))
-                    await self._pause(self._pause_seconds / 10, refusals)
-                except REPLICA_GONE as error:
-                    logger.warning(
-                        "replica_died",
-                        first_row=requests[0].id,
-                        rows=len(requests),
-                        attempt=attempt,
-                        alone=exclusive,
-                        error=type(error).__name__,
-                    )
-                    break
-        await self._pause(self._pause_seconds, attempt)
-        return None
+    async def _examine(self, request: LabelRequest, attempts: int) -> AttemptedRow:
+        """The row's result, from calls of its own."""
+        request, answered = _uncontrolled(request), self._answered_rows
+        kills = faults = 0
+        while True:
+            outcome, attempts = await self._attempt_alone([request], attempts)
+            if not isinstance(outcome, CallFault):
+                return AttemptedRow(result=outcome[0], attempts=attempts)
+            if not faults:
+                answered = self._answered_rows
+            faults += 1
+            kills += outcome.kind in KILLS
+            if kills < _DEATHS_ALONE and faults < _FAULTS_ALONE:
+                continue
+            if self._answered_rows == answered and not await self._answers_known_row():
+                kills = faults = 0  # the fleet answers nothing at all: that is not this row's doing
+                continue
+            error: PoisonRow | InferenceFailed
+            if kills >= _DEATHS_ALONE:
+                error = PoisonRow(f"killed {kills} replicas that ran it alone; see their logs")
+            else:
+                error = InferenceFailed(f"no replica answered it properly: {outcome.reason}")
+            logger.error(error.code, row=request.id, attempts=attempts, error=outcome.reason)
+            return AttemptedRow(result=row_error_result(request.id, error), attempts=attempts)
+
+    async def _answers_known_row(self) -> bool:
+        """Whether replicas answer a row that was answered before; without one, a plain question."""
+        plain = LabelRequest(
+            id="plain-question", prompt="Hello", generation=SamplingParams(max_new_tokens=1)
+        )
+        for _ in range(_DEATHS_ALONE):
+            outcome, _ = await self._attempt_alone([self._known_good or plain], 0)
+            if not isinstance(outcome, CallFault):
+                return True
+        return False
+
+    async def _attempt_alone(
+        self, requests: Sequence[LabelRequest], attempts: int
+    ) -> tuple[list[Result] | CallFault, int]:
+        """The results, or a fault that is these rows' own doing; and the calls so far."""
+        while True:
+            attempts += 1
+            outcome = await self._attempt(requests, attempts, alone=True)
+            if not isinstance(outcome, CallFault) or outcome.alone:
+                return outcome, attempts
+
+    async def _attempt(
+        self, requests: Sequence[LabelRequest], attempt: int, *, alone: bool = False
+    ) -> list[Result] | CallFault:
+        """The results, or why there are none: after a pause, and paid from the budget."""
+        if alone:
+            self._budget.check()
+            generation = self._budget.generation
+            outcome = await self._send(requests, alone=True)
+        else:
+            size = sum(len(image or b"") for request in requests for image in request.images)
+            # A refused call stays admitted while it waits: the next would only be refused too.
+            async with self._admission.admit(len(requests), size, again=attempt > 1):
+                self._budget.check()
+                generation = self._budget.generation
+                outcome = await self._send(requests, alone=False)
+        if isinstance(outcome, CallFault):
+            self._note(outcome, requests, attempt)
+            hung = outcome.kind in (FaultKind.HUNG, FaultKind.REFUSED)
+            reason = f"{outcome.reason} (row {requests[0].id} and {len(requests) - 1} more)"
+            self._budget.spend(generation, reason, hung=hung)
+            await self._pause(self._pause_seconds, attempt)
+        return outcome
+
+    async def _send(
+        self, requests: Sequence[LabelRequest], *, alone: bool
+    ) -> list[Result] | CallFault:
+        """Sends a call, as often as it is refused: until nothing was answered for as long as a call
+        may take."""
+        now = asyncio.get_running_loop().time
+        first, refusals = now(), 0
+        while True:
+            sent, deadline = now(), self._patience.seconds
+            outcome = await send(self._replicas, requests, alone=alone, deadline=deadline)
+            if not isinstance(outcome, CallFault):
+                self._patience.observe(now() - sent)
+                self._answered_at = now()
+                self._note_answers(requests, outcome)
+                return outcome
+            overdue = now() - max(first, self._answered_at) > deadline
+            if outcome.kind is not FaultKind.REFUSED or overdue:
+                return outcome
+            refusals += 1
+            logger.debug("replica_full", refusals=refusals, error=outcome.reason)
+            await self._pause(self._pause_seconds / 10, refusals)
+
+    def _note_answers(self, requests: Sequence[LabelRequest], results: Sequence[Result]) -> None:
+        self._answered_rows += len(results)
+        self._admission.observe(requests, results)
+        self._budget.refill(len(results))
+        for request, result in zip(requests, results, strict=True):
+            if result.error_code is None:
+                self._known_good = _uncontrolled(request)
+                break
+
+    def _note(self, fault: CallFault, requests: Sequence[LabelRequest], attempt: int) -> None:
+        logger.warning(
+            "replica_died" if fault.kind is FaultKind.DIED else "call_failed",
+            fault=fault.kind.name.lower(),
+            first_row=requests[0].id,
+            rows=len(requests),
+            attempt=attempt,
+            alone=fault.alone,
+            error=fault.reason,
+        )
+        self._report(RunEvent.CALL_RESENT, 1)
+        if fault.kind is FaultKind.HUNG:
+            self._report(RunEvent.CALL_TIMED_OUT, 1)
+        if fault.replica is not None and fault.replica not in self._dead:
+            self._dead.add(fault.replica)
+            self._report(RunEvent.REPLICA_DIED, 1)
 
     async def _pause(self, first_seconds: float, times: int) -> None:
         longest = min(_MAX_PAUSE_SECONDS, first_seconds * 2 ** min(times - 1, 10))
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+
+
+def _uncontrolled(request: LabelRequest) -> LabelRequest:
+    """The row by itself is no control: its seconds would be those of a batch of one."""
+    return replace(request, control=False)

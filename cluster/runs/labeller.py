@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Any, Final
 
@@ -19,12 +20,12 @@ from ray import serve
 from ray.data import ActorPoolStrategy, Dataset
 
 from cluster.config import RunConfig
-from cluster.controller import stop_reason
+from cluster.controller import report_event, stop_reason
 from cluster.corpus.packed import PACKED_SCHEMA, pack_unit, unpack_units
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.table import input_rows
 from cluster.errors import ErrorShareExceeded, PromptInvalid
-from cluster.protocol import LabelRequest, Replicas, call_rows, row_error_result, rows_waiting
+from cluster.protocol import BatchReplicas, LabelRequest, call_rows, row_error_result, rows_waiting
 from cluster.runs.admission import Admission
 from cluster.runs.control_sample import ControlSample
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
@@ -36,6 +37,7 @@ from cluster.schema import (
     output_schema,
 )
 from cluster.serving.client import ServeReplicas
+from cluster.serving.serve_state import live_replicas
 from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
@@ -46,6 +48,15 @@ and every read would block the event loop that drives the calls."""
 
 # Fewest units that one actor works on at a time: the next unit's calls start before this one's end.
 _MIN_UNITS: Final = 4
+# Of large units it works on fewer, by bytes, and on two in any case.
+_UNIT_BYTES_AT_ONCE: Final = 2**30
+# Bytes of images that one actor has in flight, so that neither it nor the replicas hold gigabytes:
+# 64 slots and 32 waiting rows of 0.5 MB images fit, and of larger images fewer rows wait.
+_BYTES_IN_FLIGHT: Final = 256 * 2**20
+_BYTES_IN_FLIGHT_PER_REPLICA: Final = 64 * 2**20
+# One event loop serialises the images of so many replicas without being what they wait for.
+_REPLICAS_PER_ACTOR: Final = 8
+_POLL_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,27 +78,43 @@ class LabellerSettings:
     slots: int = 16
     """Rows that one replica runs at once."""
     replicas: int = 1
-    """Replicas that one actor keeps full."""
+    """Replicas that the actors keep full together."""
     kv_token_capacity: int | None = None
     """Tokens that the replicas' KV caches hold together; None for no bound."""
     unit_rows: int = 256
     """Rows of a typical unit."""
+    unit_bytes: int = 0
+    """Bytes of a typical unit as read."""
+    actors: int = 1
+    """Labelling actors, which share the replicas evenly."""
 
     @property
     def rows_running(self) -> int:
-        """Slots of all replicas."""
-        return self.replicas * self.slots
+        """Slots of one actor's share of the replicas."""
+        return ceil(self.replicas * self.slots / self.actors)
 
     @property
     def rows_waiting(self) -> int:
-        """Rows in flight beside those in slots."""
-        return self.replicas * rows_waiting(self.slots)
+        """Rows that one actor has in flight beside those in slots."""
+        return ceil(self.replicas * rows_waiting(self.slots) / self.actors)
+
+    @property
+    def tokens(self) -> int | None:
+        """One actor's share of the tokens; None for no bound."""
+        return None if self.kv_token_capacity is None else self.kv_token_capacity // self.actors
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of images that one actor has in flight at most."""
+        return _BYTES_IN_FLIGHT + ceil(_BYTES_IN_FLIGHT_PER_REPLICA * self.replicas / self.actors)
 
     @property
     def units_at_once(self) -> int:
-        """Units that hold all rows that may be in flight, and one more."""
+        """Units that hold all rows that one actor may have in flight, and one more, as far as they
+        take about 1 GiB."""
         rows = self.rows_running + self.rows_waiting
-        return max(_MIN_UNITS, 1 + ceil(rows / max(1, self.unit_rows)))
+        by_rows = max(_MIN_UNITS, 1 + ceil(rows / max(1, self.unit_rows)))
+        return max(2, min(by_rows, _UNIT_BYTES_AT_ONCE // max(1, self.unit_bytes)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +132,14 @@ class _UnitRow:
 class Labeller:
     """The class that Ray Data runs; `label_units` sets it up."""
 
-    def __init__(self, settings: LabellerSettings, replicas: Replicas | None = None) -> None:
-        """replicas: None for those that the settings name; tests pass doubles."""
+    def __init__(
+        self,
+        settings: LabellerSettings,
+        replicas: BatchReplicas | None = None,
+        live: Callable[[], Awaitable[int | None]] | None = None,
+    ) -> None:
+        """replicas: None for those that the settings name; tests pass doubles. live: how many of
+        them live, or None where that is unknown; by default Serve is asked."""
         self._run_id = settings.run_id
         self._config = settings.config
         self._settings = settings
@@ -116,29 +149,60 @@ class Labeller:
             share=0.0 if settings.config.spec.is_dense else settings.config.control_share,
             first_unit=settings.first_unit,
         )
+        if replicas is None:
+            handle = serve.get_deployment_handle(settings.deployment, settings.app)
+            replicas = ServeReplicas(handle)
+            live = live or partial(live_replicas, settings.app, settings.deployment)
+        self._live = live
+        self._resizing: asyncio.Task[None] | None = None
+        self._admission = Admission(
+            rows=settings.rows_running,
+            tokens=settings.tokens,
+            waiting=settings.rows_waiting,
+            size=settings.bytes_in_flight,
+            replicas=settings.replicas,
+        )
         self._dispatcher = Dispatcher(
-            replicas
-            or ServeReplicas(serve.get_deployment_handle(settings.deployment, settings.app)),
-            admission=Admission(
-                rows=settings.rows_running,
-                tokens=settings.kv_token_capacity,
-                waiting=settings.rows_waiting,
-            ),
+            replicas,
+            admission=self._admission,
             max_attempts=settings.config.max_attempts,
+            report=partial(report_event, settings.run_id),
         )
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Labels the packed units of a block. Raises what `label_unit` raises."""
+        if self._resizing is None:
+            self._resizing = asyncio.create_task(self._keep_resizing())
         tables = await asyncio.gather(*(self.label_unit(table) for table in unpack_units(block)))
         return pa.concat_tables([PACKED_SCHEMA.empty_table(), *map(pack_unit, tables)])
 
+    async def resize_to_live(self) -> None:
+        """Admits from now on as much as the replicas that live can hold; where their number is
+        unknown, as much as before."""
+        if self._live is None:
+            return
+        try:
+            count = await self._live()
+        except Exception as error:  # of Ray or Serve: their controller may be restarting
+            logger.warning("live_replicas_unknown", error=type(error).__name__)
+            return
+        if count is not None:
+            await self._admission.resize(count)
+
+    async def _keep_resizing(self) -> None:
+        while True:
+            await self.resize_to_live()
+            await asyncio.sleep(_POLL_SECONDS)
+
     async def label_unit(self, table: pa.Table) -> pa.Table:
         """Labels one unit: the same rows in the same order come out. Raises ErrorShareExceeded once
-        the run's controller says so."""
+        the run's controller says so, and FleetUnstable."""
         reason = await stop_reason(self._run_id)
         if reason is not None:
             raise ErrorShareExceeded(reason)
         rows = [self._unit_row(values) for values in input_rows(table)]
+        if not rows:
+            return self._labelled_table(table, [], [])
         sendable = [row for row in rows if row.error is None]
         slots = self._settings.slots
         drawn = self._control.draw(rows[0].unit, [row.number for row in sendable], slots=slots)
@@ -252,9 +316,10 @@ def label_units(units: Dataset, settings: LabellerSettings, *, actors: int = 1) 
     """The labelling stage: every unit of `units` labelled, with the columns that `CommitSink`
     takes.
 
-    units: as `cluster.corpus.source.read_units` gives them. actors: labelling actors; each keeps
-    as many replicas full as the settings name.
+    units: as `cluster.corpus.source.read_units` gives them. actors: labelling actors, which share
+    the replicas evenly; see `actors_for`.
     """
+    settings = replace(settings, actors=actors)
     return units.map_batches(
         Labeller,
         fn_constructor_kwargs={"settings": settings},
@@ -267,6 +332,11 @@ def label_units(units: Dataset, settings: LabellerSettings, *, actors: int = 1) 
         ),
         num_cpus=LABELLER_CPUS,
     )
+
+
+def actors_for(replicas: int) -> int:
+    """Labelling actors that keep so many replicas full."""
+    return ceil(replicas / _REPLICAS_PER_ACTOR)
 
 
 def _chunks(rows: Sequence[_UnitRow], size: int) -> list[Sequence[_UnitRow]]:

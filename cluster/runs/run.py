@@ -27,7 +27,7 @@ from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Summary, summarise
 from cluster.runs.calibration import calibrate
-from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, label_units
+from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, actors_for, label_units
 from cluster.runs.planning import plan_run
 from cluster.runs.progress import ProgressDisplay
 from cluster.runs.tracker import RunTracker, run_error
@@ -167,6 +167,7 @@ def _label(
         highlight=False,
         soft_wrap=True,
     )
+    actors = actors_for(fleet.target_replicas)
     settings = LabellerSettings(
         run_id=manifest.run_id,
         first_unit=manifest.units[0].unit_id,
@@ -175,7 +176,7 @@ def _label(
         app=fleet.app,
         deployment=fleet.deployment,
         slots=fleet.slots,
-        # Those that are still to come are counted: calls that find no room yet are sent again.
+        # Those that are still to come are counted: actors follow how many there are.
         replicas=fleet.target_replicas,
         kv_token_capacity=(
             None
@@ -183,8 +184,9 @@ def _label(
             else fleet.kv_token_capacity * fleet.target_replicas // fleet.replicas
         ),
         unit_rows=rows // len(todo),
+        unit_bytes=sum(unit.size_bytes for unit in todo) // len(todo),
     )
-    _warn_if_starved(console)
+    _warn_if_starved(console, actors)
     sink = CommitSink(manifest, output, on_commit=report_commit)
     with RunTracker(config, manifest, output) as tracker:
         before = _stats(fleet)
@@ -200,7 +202,7 @@ def _label(
                     on_event=partial(report_event, manifest.run_id),
                 )
                 try:
-                    label_units(units, settings).write_datasink(
+                    label_units(units, settings, actors=actors).write_datasink(
                         sink, ray_remote_args={"num_cpus": _SINK_CPUS}
                     )
                 except Exception as error:
@@ -250,10 +252,10 @@ def _busy_share(before: FleetStats | None, after: FleetStats | None) -> float | 
     return (after.busy_seconds - before.busy_seconds) / seconds if seconds > 0 else None
 
 
-def _warn_if_starved(console: Console) -> None:
+def _warn_if_starved(console: Console, actors: int) -> None:
     """Ray waits silently where reading, labelling and writing do not fit beside what runs."""
     free = ray.available_resources().get("CPU", 0.0)
-    needed = READER_CPUS + LABELLER_CPUS + _SINK_CPUS
+    needed = READER_CPUS + actors * LABELLER_CPUS + _SINK_CPUS
     if free < needed:
         console.print(
             f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "

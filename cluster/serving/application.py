@@ -118,7 +118,7 @@ def application(settings: FleetSettings) -> serve.Application:
     )
     threads = settings.threads or replica_threads(settings.replicas, gpus=gpus)
     api = replace(settings.api, replicas=settings.replicas)
-    return edge.bind(replica.bind(engine, threads=threads), api)
+    return edge.bind(replica.bind(engine, threads=threads, watched=True), api)
 
 
 def replica_threads(replicas: int, *, gpus: float) -> int | None:

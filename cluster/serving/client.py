@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -19,6 +25,7 @@ REPLICA_GONE: Final = (
     WorkerCrashedError,
     NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     ReplicaUnavailableError,
 )
 """What a call raises whose replica died."""
@@ -42,6 +49,18 @@ class ServeReplicas:
             response.cancel()
             raise
         return results
+
+    async def label_alone(
+        self, requests: Sequence[LabelRequest]
+    ) -> AsyncGenerator[list[Result] | None]:
+        """See `BatchReplicas.label_alone`."""
+        response = self._streaming.label_alone.remote(list(requests))
+        try:
+            async for answer in response:
+                yield answer
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise
 
     async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """See `Replicas.stream`."""

@@ -36,12 +36,19 @@ class EngineSettings:
     """Of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     """More arguments of the factory."""
+    first_step_seconds: float = 600.0
+    """Longest silence of the engine in its first steps, which compile and allocate, before the
+    replica counts as hung and is killed."""
+    step_seconds: float = 120.0
+    """The same for later steps, or 20 times the slowest step so far where that is longer."""
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise UsageError(f"slots {self.slots}: give at least 1")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if not (self.first_step_seconds > 0 and self.step_seconds > 0):
+            raise UsageError("first_step_seconds and step_seconds: give seconds above 0")
         if self.engine.count(":") != 1:
             raise UsageError(f"engine {self.engine!r}: write it as module:callable")
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
+from cluster.serving.patience import Patience
+from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result, Update
 
 _Command: TypeAlias = Callable[[Engine], None] | None
+# An idle engine's thread beats this often.
+_IDLE_SECONDS: Final = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -33,11 +38,21 @@ class EngineThread:
     thread) and steps it while there are requests.
 
     on_fault: called in the thread with what the engine raised, after which it answers nothing.
-    Raises what `build` raises.
+    watchdog: hears a beat before each step, and while there is none to do; None for no watch.
+    patience: for one step. Raises what `build` raises.
     """
 
-    def __init__(self, build: Callable[[], Engine], on_fault: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        on_fault: Callable[[Exception], None],
+        *,
+        watchdog: Watchdog | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         self._on_fault = on_fault
+        self._watchdog = watchdog
+        self._patience = patience or Patience(first=600.0, least=120.0)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._subscriptions: dict[int, _Subscription] = {}  # by ticket; used in the thread alone
         self._waiting: Counter[int] = Counter()  # by priority; used in the loop alone
@@ -82,10 +97,19 @@ class EngineThread:
             if not ended:
                 self._commands.put(partial(self._cancel, subscription))
 
+    async def settled(self) -> None:
+        """Returns once the engine is between two steps, and has dropped what was cancelled."""
+        loop = asyncio.get_running_loop()
+        reached = asyncio.Event()
+        self._commands.put(lambda engine: _notify(loop, reached.set))
+        await reached.wait()
+
     def close(self) -> None:
         """Ends the thread after its present step; requests in flight are dropped."""
         self._commands.put(None)
         self._thread.join()
+        if self._watchdog is not None:
+            self._watchdog.close()
 
     def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
         try:
@@ -96,8 +120,11 @@ class EngineThread:
         built.set_result(engine)
         try:
             while self._run_commands(engine):
+                started = time.monotonic()
+                self._beat()
                 engine.step()
                 self._deliver(engine.poll())
+                self._patience.observe(time.monotonic() - started)
         except Exception as error:  # Requests have their own errors: this one is the engine's.
             self._on_fault(error)
         finally:
@@ -106,11 +133,19 @@ class EngineThread:
     def _run_commands(self, engine: Engine) -> bool:
         """Runs pending commands, and waits for one while the engine is idle; False to end."""
         while not engine.in_flight or not self._commands.empty():
-            command = self._commands.get()
+            self._beat()
+            try:
+                command = self._commands.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                continue
             if command is None:
                 return False
             command(engine)
         return True
+
+    def _beat(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.beat(self._patience.seconds)
 
     def _submit(self, subscription: _Subscription, engine: Engine) -> None:
         subscription.ticket = engine.submit(subscription.request)
@@ -127,6 +162,11 @@ class EngineThread:
             subscription = self._subscriptions.get(update.ticket)
             if update.result is not None:
                 self._subscriptions.pop(update.ticket, None)
-            if subscription is not None and not subscription.loop.is_closed():
-                put = subscription.updates.put_nowait
-                subscription.loop.call_soon_threadsafe(put, update)
+            if subscription is not None:
+                _notify(subscription.loop, partial(subscription.updates.put_nowait, update))
+
+
+def _notify(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Runs a call in a loop of another thread, unless that loop has ended."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)

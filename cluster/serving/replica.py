@@ -2,7 +2,7 @@
 
 The engine has a thread of its own and serves online requests before batch rows. Images are decoded
 in thread pools, one for each priority, so that online images never wait behind a batch. Bad rows
-become error results.
+become error results. A watchdog kills the process once the engine hangs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import structlog
 import torch
@@ -25,6 +26,9 @@ from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
+from cluster.serving.occupancy import Occupancy
+from cluster.serving.patience import Patience
+from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result
 from sppruner.models import JpegScale
 
@@ -33,6 +37,10 @@ logger = structlog.get_logger(__name__)
 _BATCH_DECODERS = 2
 # Once this many batches of rows have failed, one after another, the engine is taken for broken.
 _BROKEN_AFTER = 3
+# Steps that may be slower than any later one: shapes are compiled, kernels loaded.
+_FIRST_STEPS: Final = 8
+# Until the news that a call runs alone has left the process, which the call may be about to kill.
+_NEWS_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +76,25 @@ class ReplicaStats:
 class VLMReplica:
     """The Serve deployment. Runs equally without Serve, inside any event loop."""
 
-    def __init__(self, settings: EngineSettings, threads: int | None = None) -> None:
-        """threads: torch threads on a CPU replica; None leaves the default. Raises what the
-        engine's factory raises."""
+    def __init__(
+        self, settings: EngineSettings, threads: int | None = None, *, watched: bool = False
+    ) -> None:
+        """threads: torch threads on a CPU replica; None leaves the default. watched: whether a
+        watchdog kills this process when its engine hangs. Raises what the engine's factory
+        raises."""
         settings = settings.sized(gpu=settings.device != "cpu" and torch.cuda.is_available())
-        self._thread = EngineThread(partial(_build_engine, settings, threads), _handle_fault)
+        self._thread = EngineThread(
+            partial(_build_engine, settings, threads),
+            _handle_fault,
+            watchdog=Watchdog() if watched else None,
+            patience=Patience(
+                first=settings.first_step_seconds,
+                least=settings.step_seconds,
+                learning=_FIRST_STEPS,
+            ),
+        )
         self._engine = self._thread.engine
+        self._occupancy = Occupancy()
         self._decoders = {
             Priority.ONLINE: ThreadPoolExecutor(1, thread_name_prefix="decode-online"),
             Priority.BATCH: ThreadPoolExecutor(_BATCH_DECODERS, thread_name_prefix="decode"),
@@ -91,21 +112,42 @@ class VLMReplica:
 
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         """One result per request, in order. Raises Busy where batch rows exceed what the replica
-        holds; online calls are bounded by Serve's max_ongoing_requests alone."""
+        holds, and while a call runs alone; online calls wait for that one, and are bounded by
+        Serve's max_ongoing_requests alone."""
         if priority is Priority.ONLINE:
-            return await self._label(requests, priority)
+            async with self._occupancy.shared():
+                return await self._label(requests, priority)
+        if self._occupancy.taken:
+            raise Busy("another call runs alone")
         held, most = self._batch_rows_in_flight, rows_held(self._engine.slots)
         # A call larger than the limit still runs on an idle replica: refusing it for ever is worse.
         if held and held + len(requests) > most:
             raise Busy(f"{held} batch rows in flight of {most}")
         self._batch_rows_in_flight += len(requests)
         try:
-            return await self._label(requests, priority)
+            async with self._occupancy.shared():
+                return await self._label(requests, priority)
         finally:
             self._batch_rows_in_flight -= len(requests)
 
+    async def label_alone(
+        self, requests: Sequence[LabelRequest]
+    ) -> AsyncGenerator[list[Result] | None]:
+        """None once nothing else runs on this replica, then the batch call's results: what happens
+        to the replica in between is these rows' doing. Raises Busy while another call has it."""
+        async with self._occupancy.alone():
+            await self._thread.settled()
+            yield None
+            await asyncio.sleep(_NEWS_SECONDS)
+            yield await self._label(requests, Priority.BATCH)
+
     async def stream(self, request: LabelRequest) -> AsyncIterator[str | Result]:
         """The text of an online request piece by piece, then its result."""
+        async with self._occupancy.shared(), aclosing(self._stream(request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
         jpeg_scale = self._engine.jpeg_scale
         item = await loop.run_in_executor(pool, _decode, request, Priority.ONLINE, jpeg_scale)
@@ -159,7 +201,10 @@ class VLMReplica:
     async def _answer(self, item: Request | Result) -> Result:
         if isinstance(item, Result):
             return item
-        return self._record(await self._thread.answer(item))
+        result = await self._thread.answer(item)
+        if result.id != item.id:  # nobody may get another's answer: this engine mixes them up
+            _handle_fault(EngineBroken(f"the engine answered {result.id!r} for {item.id!r}"))
+        return self._record(result)
 
     def _record(self, result: Result) -> Result:
         self._rows += 1
@@ -192,6 +237,9 @@ def _decode(request: LabelRequest, priority: Priority, jpeg_scale: JpegScale) ->
         )
     except RowError as error:
         return row_error_result(request.id, error)
+    except Exception as error:  # the row boundary: out of memory is no property of the row
+        failed = InferenceFailed(f"{type(error).__name__}: {error}")
+        return row_error_result(request.id, failed)
     return Request(
         id=request.id,
         prompt=request.prompt,

@@ -47,8 +47,8 @@ class FakeEngine(QueuedEngine):
     """Runs a batch in `seconds`, unless a prompt asks for a fault.
 
     Prompts: "raise" makes the whole batch raise, "fault" raises an accelerator error, "die" sends
-    SIGKILL to this process, "slow" takes 2 s, "bad" gives an error result, "stageless" one that
-    does not say where the row failed.
+    SIGKILL to this process, "slow" takes 2 s, "hang" ten minutes, "bad" gives an error result,
+    "stageless" one that does not say where the row failed.
 
     seconds: duration of a batch. journal: path of a file that receives one line per batch, the ids
     of its rows with a * after those of control rows. reduced: the scale of every JPEG.
@@ -88,6 +88,8 @@ class FakeEngine(QueuedEngine):
             with Path(self.journal).open("a") as file:
                 file.write(" ".join(f"{r.id}{'*' * r.control}" for r in requests) + "\n")
         time.sleep(2.0 if any(r.prompt == "slow" for r in requests) else self.seconds)
+        if any(request.prompt == "hang" for request in requests):
+            time.sleep(600)
         if any(request.prompt == "die" for request in requests):
             os.kill(os.getpid(), signal.SIGKILL)
         if any(request.prompt == "fault" for request in requests):

@@ -1,4 +1,5 @@
-"""Admission: rows in flight are bounded in rows until their length is known, then in tokens."""
+"""Admission: rows in flight are bounded in rows until their length is known, then in tokens, and in
+bytes of their images."""
 
 from __future__ import annotations
 
@@ -126,28 +127,78 @@ async def _hold(admission: Admission, rows: int) -> None:
         pass
 
 
+def test_a_call_that_is_sent_again_goes_first() -> None:
+    """Rows of its unit that are answered already take memory until it is."""
+
+    async def body() -> None:
+        admission = Admission(rows=1)
+        started: list[str] = []
+
+        async def call(name: str) -> None:
+            async with admission.admit(1, again=name == "again"):
+                started.append(name)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(call(name) for name in ("a", "b", "c", "again")))
+        assert started == ["a", "again", "b", "c"]
+
+    run(body)
+
+
+def test_the_bounds_follow_the_replicas_that_live() -> None:
+    async def body() -> None:
+        admission = Admission(rows=64, tokens=1000, waiting=8, size=400, replicas=4)
+        assert (admission.rows, admission.size) == (72, 400)
+        await admission.resize(1)
+        assert (admission.rows, admission.size) == (18, 100)
+        await admission.resize(0)
+        assert admission.rows == 18
+        observe(admission, 115)
+        assert admission.rows == 2 + 2  # 250 tokens hold two rows of 125
+        await admission.resize(8)
+        assert admission.rows == 16 + 16
+
+    run(body)
+
+
+def test_a_fleet_that_grows_lets_waiting_calls_in() -> None:
+    async def body() -> None:
+        admission = Admission(rows=8, replicas=2)
+        await admission.resize(1)
+        async with admission.admit(4):
+            second = asyncio.ensure_future(_hold(admission, 4))
+            await asyncio.sleep(0.01)
+            assert not second.done()
+            await admission.resize(2)
+            await second
+
+    run(body)
+
+
 @given(
-    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    calls=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=12),
     rows=st.integers(1, 40),
-    exclusive=st.sets(st.integers(0, 11)),
+    size=st.none() | st.integers(1, 100),
+    again=st.sets(st.integers(0, 11)),
 )
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_rows_in_flight_stay_within_the_bound_and_exclusive_calls_run_exclusively(
-    sizes: list[int], rows: int, exclusive: set[int]
+def test_rows_and_bytes_in_flight_stay_within_their_bounds(
+    calls: list[tuple[int, int]], rows: int, size: int | None, again: set[int]
 ) -> None:
     async def body() -> None:
-        admission = Admission(rows=rows)
-        admitted: list[int] = []
+        admission = Admission(rows=rows, size=size)
+        admitted: list[tuple[int, int]] = []
 
-        async def call(number: int, size: int) -> None:
-            async with admission.admit(size, exclusive=number in exclusive):
-                admitted.append(size)
-                assert len(admitted) == 1 or (sum(admitted) <= rows and number not in exclusive)
+        async def call(number: int, of: tuple[int, int]) -> None:
+            async with admission.admit(*of, again=number in again):
+                admitted.append(of)
+                in_flight = [sum(one) for one in zip(*admitted, strict=True)]
+                assert len(admitted) == 1 or in_flight[0] <= rows
+                assert len(admitted) == 1 or size is None or in_flight[1] <= size
                 for _ in range(3):
                     await asyncio.sleep(0)
-                    assert number not in exclusive or len(admitted) == 1
-                admitted.remove(size)
+                admitted.remove(of)
 
-        await asyncio.gather(*(call(n, size) for n, size in enumerate(sizes)))
+        await asyncio.gather(*(call(n, of) for n, of in enumerate(calls)))
 
     run(body)

@@ -36,6 +36,9 @@ class TimedReplicas:
     def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("calibration never streams")
 
+    def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
+        raise AssertionError("nothing is quarantined here")
+
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.BATCH
         number = len(self.batches)

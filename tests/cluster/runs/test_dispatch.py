@@ -1,123 +1,303 @@
-"""Dispatch: retries, bisection of calls that kill replicas, and bounded rows in flight."""
+"""Dispatch: exactly one result for each row, in bounded time, whatever replicas do."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
 
-from cluster.errors import Busy
+from cluster.errors import Busy, FleetUnstable
+from cluster.events import RunEvent
 from cluster.protocol import LabelRequest, Priority
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from sppruner.engine.interface import Result
+from tests.cluster.runs.simulated_fleet import ACCIDENTS, Schedule, SimulatedFleet
+from tests.cluster.runs.virtual_time import run_in_virtual_time
+
+HOUR = 3600.0
 
 
-class OneReplica:
-    """A replica whose death fails all calls in flight, as the death of a process does.
-
-    poison: ids of rows that kill it. refusals: calls that are refused as busy at first.
-    """
-
-    def __init__(self, *, poison: frozenset[str] = frozenset(), refusals: int = 0) -> None:
-        self.poison = poison
-        self.refusals = refusals
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self.calls = 0
-        self._death = asyncio.Event()
-
-    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
-        assert priority is Priority.BATCH
-        if self.refusals:
-            self.refusals -= 1
-            raise Busy("full") if self.refusals % 2 else BackPressureError(9, 8)
-        self.calls += 1
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        death = self._death
-        try:
-            for _ in range(3):
-                await asyncio.sleep(0)
-                if any(request.id in self.poison for request in requests):
-                    death.set()
-                    self._death = asyncio.Event()
-                if death.is_set():
-                    raise ActorDiedError
-            return [Result(id=one.id, text=one.id) for one in requests]
-        finally:
-            self.in_flight -= 1
+@pytest.fixture(autouse=True)
+def quiet(own_logs: None) -> None:
+    """Simulations report thousands of deaths."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 def dispatch(
-    replica: OneReplica, chunks: Sequence[Sequence[str]], *, rows: int = 3, max_attempts: int = 2
-) -> list[list[AttemptedRow]]:
-    async def body() -> list[list[AttemptedRow]]:
+    fleet: SimulatedFleet,
+    chunks: Sequence[Sequence[str]],
+    *,
+    rows: int = 8,
+    max_attempts: int = 3,
+    events: Counter[RunEvent] | None = None,
+) -> tuple[list[list[AttemptedRow]], float]:
+    """Every chunk's rows, and the hours that it took."""
+
+    def report(kind: RunEvent, count: int) -> None:
+        if events is not None:
+            events[kind] += count
+
+    async def body() -> tuple[list[list[AttemptedRow]], float]:
         dispatcher = Dispatcher(
-            replica, admission=Admission(rows=rows), max_attempts=max_attempts, pause_seconds=0.0001
+            fleet, admission=Admission(rows=rows), max_attempts=max_attempts, report=report
         )
         calls = [[LabelRequest(id=name, prompt="p") for name in chunk] for chunk in chunks]
-        return list(await asyncio.gather(*(dispatcher.dispatch(chunk) for chunk in calls)))
+        answered = await asyncio.gather(*(dispatcher.dispatch(chunk) for chunk in calls))
+        return list(answered), asyncio.get_running_loop().time() / HOUR
 
-    return asyncio.run(asyncio.wait_for(body(), 30))
-
-
-def test_rows_in_flight_never_exceed_the_admission_bound() -> None:
-    replica = OneReplica()
-    dispatch(replica, [[str(n)] for n in range(20)], rows=3)
-    assert replica.most_in_flight == 3
+    random.seed(0)
+    return run_in_virtual_time(body())
 
 
-def test_busy_and_backpressure_are_retried_without_counting_as_attempts() -> None:
-    ((row,),) = dispatch(OneReplica(refusals=7), [["a"]], max_attempts=1)
-    assert (row.result.text, row.attempts) == ("a", 1)
+def named(sizes: Sequence[int]) -> list[list[str]]:
+    numbers = iter(range(sum(sizes)))
+    return [[f"r{next(numbers)}" for _ in range(size)] for size in sizes]
 
 
-def test_only_the_row_that_kills_replicas_becomes_a_poison_row() -> None:
-    names = [f"r{n}" for n in range(8)]
-    (rows,) = dispatch(OneReplica(poison=frozenset({"r5"})), [names])
-    assert [row.result.error_code for row in rows] == [
-        "poison_row" if name == "r5" else None for name in names
-    ]
-    assert rows[5].attempts > 2
-
-
-def test_an_unexpected_error_propagates() -> None:
-    class Broken(OneReplica):
-        async def label(
-            self, requests: Sequence[LabelRequest], *, priority: Priority
-        ) -> list[Result]:
-            raise TypeError("a bug")
-
-    with pytest.raises(TypeError):
-        dispatch(Broken(), [["a"]])
+def codes(attempted: Sequence[Sequence[AttemptedRow]]) -> dict[str, str | None]:
+    return {row.result.id: row.result.error_code for chunk in attempted for row in chunk}
 
 
 @given(
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    poison=st.sets(st.integers(0, 35), max_size=3),
-    rows=st.integers(1, 10),
-    max_attempts=st.integers(1, 3),
+    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=8),
+    killers=st.sets(st.integers(0, 63), max_size=4),
+    hangers=st.sets(st.integers(0, 63), max_size=2),
+    failing=st.sets(st.integers(0, 63), max_size=3),
+    accidents=st.lists(st.sampled_from(ACCIDENTS), max_size=8),
+    refusals=st.integers(0, 30),
+    replicas=st.integers(1, 4),
+    rows=st.integers(1, 40),
+    max_attempts=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
 )
-@hypothesis_settings(max_examples=60, deadline=None)
-def test_under_any_replica_deaths_each_row_has_one_result_and_only_poison_rows_fail(
-    sizes: list[int], poison: set[int], rows: int, max_attempts: int
+@hypothesis_settings(max_examples=80, deadline=None)
+def test_under_every_schedule_each_row_has_one_result_and_only_guilty_rows_fail(
+    sizes: list[int],
+    killers: set[int],
+    hangers: set[int],
+    failing: set[int],
+    accidents: list[str],
+    refusals: int,
+    replicas: int,
+    rows: int,
+    max_attempts: int,
+    seed: int,
 ) -> None:
-    """Rows of the same call, and calls on the same replica, are never reported as poison."""
-    numbers = iter(range(sum(sizes)))
-    chunks = [[str(next(numbers)) for _ in range(size)] for size in sizes]
-    killers = frozenset(map(str, poison))
+    """A row is guilty if it kills or hangs each replica that runs it, or always fails. Finding one
+    that kills costs at most two deaths more than a call may have."""
+    chunks = named(sizes)
+    names = [name for chunk in chunks for name in chunk]
+    guilty = {f"r{n}" for n in killers | hangers} & set(names)
+    bad = {f"r{n}" for n in failing} - guilty
+    fleet = SimulatedFleet(
+        Schedule(
+            seed=seed,
+            replicas=replicas,
+            killers=frozenset(f"r{n}" for n in killers),
+            hangers=frozenset(f"r{n}" for n in hangers - killers),
+            failing=frozenset(bad),
+            accidents=accidents,  # type: ignore[arg-type]
+            refusals=refusals,
+        )
+    )
 
-    attempted = dispatch(OneReplica(poison=killers), chunks, rows=rows, max_attempts=max_attempts)
+    attempted, hours = dispatch(fleet, chunks, rows=rows, max_attempts=max_attempts)
 
-    results = [row.result for chunk in attempted for row in chunk]
-    assert [result.id for result in results] == [name for chunk in chunks for name in chunk]
-    reported = Counter(result.id for result in results if result.error_code == "poison_row")
-    assert reported == Counter(name for chunk in chunks for name in chunk if name in killers)
+    assert [row.result.id for chunk in attempted for row in chunk] == names
+    found = codes(attempted)
+    assert {n for n, code in found.items() if code == "poison_row"} == guilty
+    assert {n for n, code in found.items() if code == "inference_failed"} == bad & set(names)
+    assert all(
+        row.result.text == f"text of {row.result.id}"
+        for chunk in attempted
+        for row in chunk
+        if row.result.error_code is None
+    )
+    assert fleet.deaths_by_rows <= (max_attempts + 2) * len(guilty)
+    assert hours < 1.5 * (1 + len(accidents)) + len(guilty)
+
+
+def test_a_row_that_kills_replicas_costs_two_deaths_more_than_a_call_may_have() -> None:
+    fleet = SimulatedFleet(Schedule(replicas=4, killers=frozenset({"r5"})))
+    events: Counter[RunEvent] = Counter()
+    attempted, _ = dispatch(fleet, named([16] * 12), rows=64, max_attempts=3, events=events)
+    assert [name for name, code in codes(attempted).items() if code] == ["r5"]
+    assert fleet.deaths_by_rows == 5
+    assert attempted[0][5].attempts == 5
+    assert events[RunEvent.REPLICA_DIED] == 5
+    assert events[RunEvent.ROW_QUARANTINED] >= 16
+
+
+def test_other_replicas_work_while_a_suspect_runs_alone_on_one() -> None:
+    fleet = SimulatedFleet(Schedule(replicas=4, hangers=frozenset({"r5"})))
+    dispatch(fleet, named([4] * 300), rows=16)
+    assert fleet.calls_beside_alone > 10
+
+
+def test_a_neighbour_on_the_replica_of_a_poison_row_is_answered_in_one_piece() -> None:
+    """Its call runs alone at most once and is answered, rather than taken apart."""
+    fleet = SimulatedFleet(Schedule(replicas=1, killers=frozenset({"r0"})))
+    attempted, _ = dispatch(fleet, named([8] * 6), rows=48)
+    calls = [{row.attempts for row in rows} for rows in attempted[1:]]
+    assert max(calls, key=max) == {3}
+    assert [rows for rows in calls if len(rows) > 1] == []
+
+
+def test_an_answer_after_the_deadline_is_dropped_and_the_rows_are_sent_again() -> None:
+    events: Counter[RunEvent] = Counter()
+    fleet = SimulatedFleet(Schedule(accidents=["late"], seed=1))
+    attempted, hours = dispatch(fleet, named([4] * 12), events=events)
+    assert set(codes(attempted).values()) == {None}
+    assert set(fleet.answered.values()) == {1}
+    assert events[RunEvent.CALL_TIMED_OUT] == 1
+    assert hours < 1.5
+
+
+def test_failed_rows_are_asked_once_more_alone_and_then_believed() -> None:
+    events: Counter[RunEvent] = Counter()
+    fleet = SimulatedFleet(Schedule(accidents=["fail"], failing=frozenset({"r40"}), seed=1))
+    attempted, _ = dispatch(fleet, named([16] * 3), events=events)
+    rows = {row.result.id: row for chunk in attempted for row in chunk}
+    assert [name for name, row in rows.items() if row.result.error_code] == ["r40"]
+    assert rows["r40"].attempts == 2
+    assert Counter(row.attempts for row in rows.values()) == {1: 31, 2: 17}
+    assert events[RunEvent.INFER_RETRIED] == 17
+
+
+class Replicas:
+    """Replicas that answer, or not, as the subclass says; alone like beside others."""
+
+    calls = 0
+
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        raise NotImplementedError
+
+    async def label_alone(
+        self, requests: Sequence[LabelRequest]
+    ) -> AsyncGenerator[list[Result] | None]:
+        yield None
+        yield await self.label(requests, priority=Priority.BATCH)
+
+
+class BrokenReplicas(Replicas):
+    """Each call raises `error` after 30 seconds, or never ends for None."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        self.calls += 1
+        await asyncio.sleep(1e9 if self.error is None else 30.0)
+        assert self.error is not None
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "hours"),
+    [
+        (ActorDiedError(), "ActorDiedError", 2),
+        (TypeError("a bug"), "TypeError: a bug", 2),
+        (Busy("full"), "Busy: full", 9),
+        (None, "no answer in 3600 s", 9),
+    ],
+)
+def test_a_fleet_that_answers_nothing_stops_the_run_with_what_happened(
+    error: Exception | None, told: str, hours: int
+) -> None:
+    """Not one row of the 64 becomes an error row for it."""
+
+    async def body() -> float:
+        dispatcher = Dispatcher(BrokenReplicas(error), admission=Admission(rows=16), max_attempts=3)
+        calls = [[LabelRequest(id=f"{c}:{n}", prompt="p") for n in range(4)] for c in range(16)]
+        tasks = [asyncio.ensure_future(dispatcher.dispatch(call)) for call in calls]
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, FleetUnstable)
+            assert told in str(outcome)
+        return asyncio.get_running_loop().time() / HOUR
+
+    assert run_in_virtual_time(body()) < hours
+
+
+def test_a_fleet_that_breaks_after_many_answers_stops_the_run_and_convicts_no_row() -> None:
+    class Breaking(Replicas):
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
+            self.calls += 1
+            await asyncio.sleep(1.0)
+            if self.calls > 500:
+                raise ActorDiedError
+            return [Result(id=request.id, text="x") for request in requests]
+
+    async def body() -> None:
+        replicas = Breaking()
+        dispatcher = Dispatcher(replicas, admission=Admission(rows=16), max_attempts=3)
+        calls = [[LabelRequest(id=f"{c}:{n}", prompt="p") for n in range(4)] for c in range(600)]
+        tasks = [asyncio.ensure_future(dispatcher.dispatch(call)) for call in calls]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        answered = [rows for rows in outcomes if not isinstance(rows, BaseException)]
+        assert len(answered) == 500
+        assert {row.result.error_code for rows in answered for row in rows} == {None}
+        assert replicas.calls < 800
+        # A run whose budget is spent ends with the next fault.
+        with pytest.raises(FleetUnstable):
+            await dispatcher.dispatch(calls[0])
+
+    run_in_virtual_time(body())
+
+
+def test_replicas_that_are_busy_for_long_are_waited_for_while_others_are_answered() -> None:
+    class Queueing(Replicas):
+        """Refuses the call "b" until all others are answered, after hours."""
+
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
+            if requests[0].id == "b" and self.calls < 40:
+                raise Busy("full")
+            await asyncio.sleep(400.0)
+            self.calls += 1
+            return [Result(id=request.id, text="x") for request in requests]
+
+    async def body() -> None:
+        dispatcher = Dispatcher(Queueing(), admission=Admission(rows=2), max_attempts=1)
+        names = ["b", *(f"r{n}" for n in range(40))]
+        calls = [[LabelRequest(id=name, prompt="p")] for name in names]
+        attempted = await asyncio.gather(*(dispatcher.dispatch(call) for call in calls))
+        assert {row.attempts for rows in attempted for row in rows} == {1}
+
+    run_in_virtual_time(body())
+
+
+def test_rows_in_flight_never_exceed_the_admission_bound() -> None:
+    class Counting(Replicas):
+        in_flight = most = 0
+
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
+            self.in_flight += sum(len(image or b"") for r in requests for image in r.images)
+            self.most = max(self.most, self.in_flight)
+            await asyncio.sleep(1.0)
+            self.in_flight -= sum(len(image or b"") for r in requests for image in r.images)
+            return [Result(id=request.id, text="x") for request in requests]
+
+    async def body(admission: Admission) -> int:
+        replicas = Counting()
+        dispatcher = Dispatcher(replicas, admission=admission, max_attempts=1)
+        calls = [[LabelRequest(id=str(n), prompt="p", images=(b"x" * 10,))] for n in range(20)]
+        await asyncio.gather(*(dispatcher.dispatch(call) for call in calls))
+        return replicas.most
+
+    assert run_in_virtual_time(body(Admission(rows=3))) == 30
+    assert run_in_virtual_time(body(Admission(rows=9, size=50))) == 50

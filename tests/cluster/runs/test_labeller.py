@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from cluster.corpus.image_values import image_array
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.errors import ErrorShareExceeded
 from cluster.protocol import LabelRequest, Priority
-from cluster.runs.labeller import Labeller, LabellerSettings, label_units
+from cluster.runs.labeller import Labeller, LabellerSettings, actors_for, label_units
 from cluster.schema import input_schema, output_schema
+from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
-from cluster.serving.fleet import Fleet
+from cluster.serving.fleet import Fleet, open_fleet
 from cluster.serving.replica import VLMReplica
 from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -83,6 +84,9 @@ class RecordingReplica:
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         self.calls.append(requests)
         return await self._replica.label(requests, priority=priority)
+
+    def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
+        raise AssertionError("nothing is quarantined here")
 
 
 def label(
@@ -219,7 +223,7 @@ def test_a_captions_own_prompt_overrides_the_runs_prompt() -> None:
 def test_calls_are_small_and_control_calls_have_as_many_rows_as_slots() -> None:
     async def body() -> None:
         settings = labeller_settings(config(control_share=0.25), first_unit="u", slots=40)
-        await Labeller(settings, replicas)(unit("u", 160))
+        await Labeller(settings, replicas).label_unit(unit("u", 160))
 
     replicas = RecordingReplica(slots=40)
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -237,6 +241,59 @@ def test_concurrent_units_hold_enough_rows_to_fill_the_admission_bound(
     assert settings.units_at_once >= 4
     in_flight = replicas * (64 + 2 * 16)
     assert (settings.units_at_once - 1) * max(1, unit_rows) >= in_flight
+
+
+@pytest.mark.parametrize("replicas", [1, 7, 8, 9, 64])
+def test_an_actor_holds_no_more_than_a_gibibyte_of_units_and_its_share_of_the_replicas(
+    replicas: int,
+) -> None:
+    actors = actors_for(replicas)
+    assert replicas / 8 <= actors < replicas / 8 + 1
+    settings = labeller_settings(
+        config(), replicas=replicas, slots=64, actors=actors, unit_rows=16, unit_bytes=2**26,
+        kv_token_capacity=10**6,
+    )  # fmt: skip
+    assert settings.units_at_once <= 16
+    assert settings.bytes_in_flight <= (256 + 8 * 64) * 2**20
+    assert actors * settings.rows_running >= replicas * 64
+    assert settings.rows_running <= 8 * 64
+    assert actors * (settings.tokens or 0) <= 10**6
+
+
+def test_an_actor_admits_as_much_as_the_live_replicas_hold() -> None:
+    class MeasuringReplica(RecordingReplica):
+        in_flight = most = 0
+
+        async def label(
+            self, requests: Sequence[LabelRequest], *, priority: Priority
+        ) -> list[Result]:
+            self.in_flight += len(requests)
+            self.most = max(self.most, self.in_flight)
+            try:
+                return await super().label(requests, priority=priority)
+            finally:
+                self.in_flight -= len(requests)
+
+    async def body(live: Callable[[], Awaitable[int | None]]) -> int:
+        replicas = MeasuringReplica(slots=64)
+        settings = labeller_settings(config(control_share=0.0), replicas=4)
+        labeller = Labeller(settings, replicas, live)
+        await labeller.resize_to_live()
+        await labeller.label_unit(unit("u", 100))
+        return replicas.most
+
+    async def one() -> int | None:
+        return 1
+
+    async def unknown() -> int | None:
+        return None
+
+    async def failing() -> int | None:
+        raise RuntimeError("Serve's controller restarts")
+
+    assert asyncio.run(asyncio.wait_for(body(one), 30)) == 4 + 8
+    assert asyncio.run(asyncio.wait_for(body(unknown), 30)) == 4 * (4 + 8)
+    assert asyncio.run(asyncio.wait_for(body(failing), 30)) == 4 * (4 + 8)
 
 
 def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> None:
@@ -317,13 +374,33 @@ def test_killing_a_replica_neither_loses_nor_duplicates_a_row(fleet: Fleet) -> N
 
 @pytest.mark.slow
 def test_a_row_that_kills_its_replica_is_isolated_and_the_rest_is_labelled(fleet: Fleet) -> None:
-    """Takes about eight replica deaths, each followed by the start of a replica."""
+    """Takes four replica deaths, each followed by the start of a replica."""
     poisoned = unit("u", 10, prompts=lambda n: "die" if n == 5 else None)
     rows = label_on(fleet, config(max_attempts=2), "poison", poisoned, unit("v", 10))
+    assert max(row["attempts"] for row in rows) == 4
     bad = [(r["unit_id"], r["unit_row"]) for r in rows if r["error_code"] == "poison_row"]
     assert bad == [("u", 5)]
     assert len(rows) == 20
     assert sum(r["error_code"] is None for r in rows) == 19
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stopped_replica_and_a_row_that_hangs_its_engine_cost_no_row(serving: str) -> None:
+    """The watchdog kills both replicas that beat no more; the row is found."""
+    engine = EngineSettings(
+        model="watched", engine=ENGINE, slots=4, first_step_seconds=8.0, step_seconds=8.0
+    )
+    with open_fleet(FleetSettings(engine=engine)) as fleet:
+        pid = fleet.stats().replicas[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        units = [unit("u", 12, prompts=lambda n: "hang" if n == 5 else None), unit("v", 12)]
+        rows = label_on(fleet, config(max_attempts=1), "hung", *units)
+    bad = [(r["unit_id"], r["unit_row"]) for r in rows if r["error_code"] == "poison_row"]
+    assert bad == [("u", 5)]
+    assert sum(r["error_code"] is None for r in rows) == 23
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_the_controllers_stop_reason_stops_the_run_before_the_next_unit(local_ray: None) -> None:

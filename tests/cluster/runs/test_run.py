@@ -23,7 +23,7 @@ def test_a_run_that_has_to_wait_for_cpus_warns(
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free} if free else {})
     console = Console(width=200)
     with console.capture() as captured:
-        run._warn_if_starved(console)
+        run._warn_if_starved(console, actors=1)
     assert ("waits until other work ends" in captured.get()) == warned
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +18,11 @@ from cluster.errors import Busy, EngineBroken, UsageError
 from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, call_rows, rows_waiting
 from cluster.serving.engine_settings import EngineSettings, default_slots
+from cluster.serving.engine_thread import EngineThread
+from cluster.serving.patience import Patience
 from cluster.serving.replica import VLMReplica
-from sppruner.engine.interface import Result, SamplingParams
+from cluster.serving.watchdog import Watchdog
+from sppruner.engine.interface import Request, Result, SamplingParams
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
 
@@ -260,6 +264,117 @@ def test_a_device_fault_ends_the_process_and_fails_no_row(
             await replica.check_health()
 
     run(settings(journal), scenario)
+
+
+def test_a_call_alone_starts_when_the_replica_is_idle_and_keeps_batch_calls_out(
+    journal: Path,
+) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        queued = asyncio.create_task(
+            replica.label([call(n) for n in range(8)], priority=Priority.BATCH)
+        )
+        await asyncio.sleep(0.05)
+        alone = replica.label_alone([call(50), call(51)])
+        began = asyncio.ensure_future(anext(alone))
+        await asyncio.sleep(0.05)
+        assert not began.done()
+        with pytest.raises(Busy):
+            await replica.label([call(60)], priority=Priority.BATCH)
+        with pytest.raises(Busy):
+            await anext(replica.label_alone([call(61)]))
+        online = asyncio.create_task(replica.label([call(70)], priority=Priority.ONLINE))
+        assert await began is None
+        assert queued.done()
+        results = await anext(alone)
+        assert [result.id for result in results or ()] == ["r50", "r51"]
+        assert not online.done()
+        await alone.aclose()
+        await online
+
+    run(settings(journal, seconds=0.2), scenario)
+    assert batches(journal)[-2:] == [["r50", "r51"], ["r70"]]
+
+
+def test_a_call_alone_waits_for_the_step_of_a_cancelled_call(journal: Path) -> None:
+    """The engine may still be busy with rows whose caller has gone."""
+
+    async def scenario(replica: VLMReplica) -> None:
+        gone = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
+        while not journal.exists():
+            await asyncio.sleep(0.01)
+        gone.cancel()
+        alone = replica.label_alone([call(1)])
+        started = time.monotonic()
+        assert await anext(alone) is None
+        assert time.monotonic() - started > 0.2
+        await alone.aclose()
+        await replica.label([call(2)], priority=Priority.BATCH)
+
+    run(settings(journal, seconds=0.5), scenario)
+
+
+def test_running_out_of_memory_is_an_error_of_the_row_that_may_be_asked_again(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(data: bytes | None, *rest: object) -> Image.Image:
+        if data == b"large":
+            raise MemoryError("no memory for a bitmap")
+        return decode_image(data, MediaLimits())
+
+    monkeypatch.setattr("cluster.serving.replica.decode_image", run_out)
+    calls = [call(0), call(1, images=(b"large",)), call(2)]
+    results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
+    assert [result.error_code for result in results] == [None, "inference_failed", None]
+    assert results[1].error_message == "MemoryError: no memory for a bitmap"
+
+
+def test_an_engine_that_mixes_up_answers_ends_its_replica(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("cluster.serving.replica._end_process", ended.set)
+
+    async def answer(self: EngineThread, request: object) -> Result:
+        return Result(id="another row", text="x")
+
+    monkeypatch.setattr(EngineThread, "answer", answer)
+    run(settings(journal), lambda r: r.label([call(0)], priority=Priority.BATCH))
+    assert ended.is_set()
+
+
+def test_an_engine_at_work_and_an_idle_one_beat_and_a_hung_one_does_not(journal: Path) -> None:
+    class Listener(Watchdog):
+        def __init__(self) -> None:
+            self.beats: list[float] = []
+
+        def beat(self, allowed_seconds: float) -> None:
+            self.beats.append(allowed_seconds)
+
+        def close(self) -> None:
+            self.beats.append(0.0)
+
+    async def scenario(thread: EngineThread) -> None:
+        await asyncio.sleep(1.2)
+        assert len(listener.beats) > 1
+        hung = asyncio.create_task(thread.answer(Request(id="a", prompt="slow")))
+        await asyncio.sleep(0.3)
+        heard = len(listener.beats)
+        await asyncio.sleep(1.2)
+        assert len(listener.beats) == heard
+        await hung
+        await thread.answer(Request(id="b", prompt="x"))
+        assert listener.beats[-1] >= 20 * 2.0  # the slowest step took two seconds
+
+    listener = Listener()
+    thread = EngineThread(
+        settings(journal).build,
+        lambda error: None,
+        watchdog=listener,
+        patience=Patience(first=600, least=1),
+    )
+    asyncio.run(asyncio.wait_for(scenario(thread), 20))
+    thread.close()
+    assert listener.beats[-1] == 0.0
 
 
 def test_a_stream_ends_with_its_result_and_a_bad_image_gives_only_a_result(

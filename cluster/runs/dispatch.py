@@ -22,7 +22,7 @@ from cluster.protocol import BatchReplicas, LabelRequest, row_error_result
 from cluster.runs.admission import Admission
 from cluster.runs.call import KILLS, CallFault, FaultKind, send
 from cluster.runs.death_budget import DeathBudget
-from cluster.serving.patience import Patience
+from cluster.serving.deadline import Deadline
 from sppruner.engine.interface import Result, SamplingParams
 
 logger = structlog.get_logger(__name__)
@@ -59,18 +59,18 @@ class Dispatcher:
         admission: Admission,
         max_attempts: int,
         pause_seconds: float = 0.5,
-        patience: Patience | None = None,
+        deadline: Deadline | None = None,
         budget: DeathBudget | None = None,
         report: EventReport = lambda kind, count: None,
     ) -> None:
         """max_attempts: faults before a call is taken apart. pause_seconds: before the first
-        retry; pauses double up to ten seconds, with jitter. patience: for one call; by default an
+        retry; pauses double up to ten seconds, with jitter. deadline: for one call; by default an
         hour for the first and ten minutes or more for the others. report: hears what happened."""
         self._replicas = replicas
         self._admission = admission
         self._max_attempts = max_attempts
         self._pause_seconds = pause_seconds
-        self._patience = patience or Patience(first=_FIRST_SECONDS, least=_LEAST_SECONDS)
+        self._deadline = deadline or Deadline(first=_FIRST_SECONDS, least=_LEAST_SECONDS)
         self._budget = budget or DeathBudget()
         self._report = report
         self._quarantine = asyncio.Lock()
@@ -194,10 +194,10 @@ class Dispatcher:
         now = asyncio.get_running_loop().time
         first, refusals = now(), 0
         while True:
-            sent, deadline = now(), self._patience.seconds
+            sent, deadline = now(), self._deadline.seconds
             outcome = await send(self._replicas, requests, alone=alone, deadline=deadline)
             if not isinstance(outcome, CallFault):
-                self._patience.observe(now() - sent)
+                self._deadline.observe(now() - sent)
                 self._answered_at = now()
                 self._note_answers(requests, outcome)
                 return outcome

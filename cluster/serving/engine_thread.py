@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeAlias
 
-from cluster.serving.patience import Patience
+from cluster.serving.deadline import Deadline
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result, Update
 
@@ -39,7 +39,7 @@ class EngineThread:
 
     on_fault: called in the thread with what the engine raised, after which it answers nothing.
     watchdog: hears a beat before each step, and while there is none to do; None for no watch.
-    patience: for one step. Raises what `build` raises.
+    deadline: for one step. Raises what `build` raises.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class EngineThread:
         on_fault: Callable[[Exception], None],
         *,
         watchdog: Watchdog | None = None,
-        patience: Patience | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self._on_fault = on_fault
         self._watchdog = watchdog
-        self._patience = patience or Patience(first=600.0, least=120.0)
+        self._deadline = deadline or Deadline(first=600.0, least=120.0)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._subscriptions: dict[int, _Subscription] = {}  # by ticket; used in the thread alone
         self._waiting: Counter[int] = Counter()  # by priority; used in the loop alone
@@ -124,7 +124,7 @@ class EngineThread:
                 self._beat()
                 engine.step()
                 self._deliver(engine.poll())
-                self._patience.observe(time.monotonic() - started)
+                self._deadline.observe(time.monotonic() - started)
         except Exception as error:  # Requests have their own errors: this one is the engine's.
             self._on_fault(error)
         finally:
@@ -145,7 +145,7 @@ class EngineThread:
 
     def _beat(self) -> None:
         if self._watchdog is not None:
-            self._watchdog.beat(self._patience.seconds)
+            self._watchdog.beat(self._deadline.seconds)
 
     def _submit(self, subscription: _Subscription, engine: Engine) -> None:
         subscription.ticket = engine.submit(subscription.request)

@@ -24,10 +24,10 @@ from PIL import Image
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
 from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
+from cluster.serving.deadline import Deadline
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
-from cluster.serving.patience import Patience
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result
 from sppruner.models import JpegScale
@@ -87,7 +87,7 @@ class VLMReplica:
             partial(_build_engine, settings, threads),
             _handle_fault,
             watchdog=Watchdog() if watched else None,
-            patience=Patience(
+            deadline=Deadline(
                 first=settings.first_step_seconds,
                 least=settings.step_seconds,
                 learning=_FIRST_STEPS,

@@ -17,9 +17,9 @@ from cluster.config import MediaLimits
 from cluster.errors import Busy, EngineBroken, UsageError
 from cluster.images import decode_image
 from cluster.protocol import LabelRequest, Priority, call_rows, rows_waiting
+from cluster.serving.deadline import Deadline
 from cluster.serving.engine_settings import EngineSettings, default_slots
 from cluster.serving.engine_thread import EngineThread
-from cluster.serving.patience import Patience
 from cluster.serving.replica import VLMReplica
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Request, Result, SamplingParams
@@ -370,7 +370,7 @@ def test_an_engine_at_work_and_an_idle_one_beat_and_a_hung_one_does_not(journal:
         settings(journal).build,
         lambda error: None,
         watchdog=listener,
-        patience=Patience(first=600, least=1),
+        deadline=Deadline(first=600, least=1),
     )
     asyncio.run(asyncio.wait_for(scenario(thread), 20))
     thread.close()

@@ -1,4 +1,4 @@
-"""How long to wait for something that was done before: by what it took then, within bounds."""
+"""How long a piece of work may take: by what the same took before, within bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 _TIMES_SLOWEST: Final = 20
 
 
-class Patience:
+class Deadline:
     """Seconds after which a piece of work counts as hung.
 
     `first` until `learning` pieces were done; then 20 times the slowest of them, from `least` up to

@@ -76,7 +76,7 @@ class Store(ABC):
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
-        """Creates or overwrites the object. For summaries; units are never overwritten."""
+        """Creates or overwrites the object. For summaries; units are replaced on a condition."""
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes, *, writer: str) -> bool:

@@ -237,7 +237,7 @@ class LocalStore(Store):
         before_use: a root that never held anything is accepted, because a new output has none.
         """
         if not self._look_at_root() and (self._inode is not None or not before_use):
-            raise NotMounted(f"{self._root} is missing or empty here")
+            raise NotMounted("missing, empty or another directory here")
 
     def _call(self, key: str, attempt: Callable[[], _T]) -> _T:
         try:

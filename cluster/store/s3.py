@@ -11,11 +11,13 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
+from botocore.parsers import ResponseParserError
 
 from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.store.base import ObjectInfo, Store
@@ -60,35 +62,28 @@ class S3Store(Store):
         super().__init__(f"s3://{bucket}/{self._prefix}".rstrip("/"), patience)
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
-        found = []
+        found: list[ObjectInfo] = []
         token: str | None = None
         while True:
-            page = self._list_page(prefix, token)
-            for entry in page.get("Contents", ()):
-                key = entry["Key"][len(self._prefix) :]
-                # S3 consoles create an empty object "folder/" for a folder.
-                if key.endswith("/") or (suffixes and not key.endswith(tuple(suffixes))):
-                    continue
-                info = ObjectInfo(key=key, size=entry["Size"], etag=entry["ETag"].strip('"'))
-                found.append(info)
-            if not page.get("IsTruncated"):
+            # A page is asked for again alone; a listing may have thousands.
+            page, following = self._request(prefix, partial(self._list_page, prefix, token))
+            # S3 consoles create an empty object "folder/" for a folder, the prefix's own too.
+            objects = (info for info in page if info.key and not info.key.endswith("/"))
+            found += (info for info in objects if info.key.endswith(tuple(suffixes) or ""))
+            if following is None:
                 return sorted(found, key=lambda info: info.key)
-            previous, token = token, page.get("NextContinuationToken")
-            if token is None or token == previous:
+            if following == token:
                 raise StoreError(f"{self.uri}: the server's listing does not go on after a page")
-
-    def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
-        """A page is asked for again alone; a listing may have thousands."""
-        arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        if token is not None:
-            arguments["ContinuationToken"] = token
-        return self._request(prefix, lambda client: client.list_objects_v2(**arguments))
+            token = following
 
     def head(self, key: str) -> ObjectInfo | None:
-        response = self._request(key, lambda client: self._head(client, key))
-        if response is None:
-            return None
-        return ObjectInfo(key=key, size=response["ContentLength"], etag=response["ETag"].strip('"'))
+        def attempt(client: Any) -> ObjectInfo | None:
+            present = self._head(client, key)
+            if present is None:
+                return None
+            return ObjectInfo(key=key, size=present["ContentLength"], etag=_etag(present))
+
+        return self._request(key, attempt)
 
     def get(self, key: str) -> bytes:
         return self._request(key, lambda client: self._get(client, key))
@@ -115,6 +110,20 @@ class S3Store(Store):
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _list_page(
+        self, prefix: str, token: str | None, client: Any
+    ) -> tuple[Sequence[ObjectInfo], str | None]:
+        """One page of the listing, and the token of the page after it."""
+        arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        if token is not None:
+            arguments["ContinuationToken"] = token
+        page = client.list_objects_v2(**arguments)
+        infos = [
+            ObjectInfo(key=e["Key"][len(self._prefix) :], size=e["Size"], etag=_etag(e))
+            for e in page.get("Contents", ())
+        ]
+        return infos, page["NextContinuationToken"] if page["IsTruncated"] else None
 
     def _put_on(self, client: Any, key: str, data: bytes, writer: str, **condition: str) -> bool:
         """A PUT on a condition; whether the object is the writer's afterwards."""
@@ -156,9 +165,12 @@ class S3Store(Store):
                     raise
         return code in MISSING
 
-    def _get(self, client: Any, key: str, **arguments: str) -> bytes:
-        response = client.get_object(**self._named(key), **arguments)
-        return self._body(response, response.get("ContentLength"))
+    def _get(self, client: Any, key: str) -> bytes:
+        response = client.get_object(**self._named(key))
+        size, headers = response.get("ContentLength"), response["ResponseMetadata"]["HTTPHeaders"]
+        if not _etag(response) or (size is None and "transfer-encoding" not in headers):
+            raise ResponseParserError("the answer does not say how long its body is")
+        return self._body(response, size)
 
     def _get_range(self, client: Any, key: str, start: int, stop: int, etag: str | None) -> bytes:
         condition = {} if etag is None else {"IfMatch": f'"{etag}"'}
@@ -169,12 +181,12 @@ class S3Store(Store):
         except ClientError as error:
             if error_code(error) in OUT_OF_RANGE:  # nothing there: of this version?
                 present = self._head(client, key)
-                if present is not None and etag in (None, present["ETag"].strip('"')):
+                if present is not None and etag in (None, _etag(present)):
                     return b""
             elif error_code(error) in MISSING:
                 self._is_missing(client, error)
             raise
-        if etag is not None and response.get("ETag", etag).strip('"') != etag:
+        if etag not in (None, _etag(response)):
             response["Body"].close()
             raise ObjectGone(f"{self.uri_of(key)}: changed since it was listed")
         # Never the whole of an object that was asked for in part: it may be of any size.
@@ -182,10 +194,11 @@ class S3Store(Store):
         if given is None or int(given[1]) != start or int(given[2]) >= stop:
             response["Body"].close()
             raise StoreError(f"{self.uri_of(key)}: this server ignores Range, needed here")
-        return self._body(response, int(given[2]) - start + 1)
+        size = stop - start if given[3] == "*" else min(stop, int(given[3])) - start
+        return self._body(response, size)
 
     def _body(self, response: dict[str, Any], size: int | None) -> bytes:
-        """The body of an answer, of exactly `size` bytes; None where the server does not say."""
+        """The body of an answer, of exactly `size` bytes; None where its end says that it ends."""
         body, clock = response["Body"], self._patience.clock
         chunks, got, began = [], 0, clock.now()
         try:
@@ -217,6 +230,8 @@ class S3Store(Store):
                 client = self._client()
                 endpoint = client.meta.endpoint_url
                 return attempt(client)
+            except KeyError as error:  # a proxy's page, for example, has status 200 and no ETag
+                raise ResponseParserError(f"the answer lacks {error}") from error
             except Exception as error:
                 if lacks_credentials(error):
                     _forget(client)
@@ -252,3 +267,9 @@ def _forget(client: Any) -> None:
     with _LOCK:
         for key in [key for key, kept in _CLIENTS.items() if kept is client]:
             del _CLIENTS[key]
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    """Raises KeyError for an answer without one, which is none of an S3 server."""
+    etag: str = answer["ETag"]
+    return etag.strip('"')

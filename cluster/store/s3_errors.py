@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
+import ssl
+
+import urllib3
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -12,7 +16,6 @@ from botocore.exceptions import (
     MetadataRetrievalError,
     NoCredentialsError,
     PartialCredentialsError,
-    ResponseStreamingError,
     SSOError,
     TokenRetrievalError,
 )
@@ -65,7 +68,15 @@ _NO_CREDENTIALS = (
     MetadataRetrievalError,
     TokenRetrievalError,
 )
-_CONNECTION_ERRORS = (BotoConnectionError, HTTPClientError, ResponseStreamingError)
+# botocore lets some errors of the layers below through, while a body is read.
+_LOWER_LAYERS = (
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+)
+_CONNECTION_ERRORS = (BotoConnectionError, HTTPClientError, *_LOWER_LAYERS)
 _BROKEN_ANSWERS = (IncompleteReadError, FlexibleChecksumError, ResponseParserError)
 
 _PERMISSIONS = "the credentials lack a permission: grant s3:ListBucket, GetObject, PutObject"
@@ -136,5 +147,5 @@ def store_error(error: Exception, uri: str, endpoint: str, patience: float) -> S
     return StoreError(f"{uri}: {error} ({type(error).__name__}{waited})")
 
 
-REQUEST_ERRORS = (BotoCoreError, ClientError, Unsettled, ResponseParserError)
+REQUEST_ERRORS = (BotoCoreError, ClientError, Unsettled, ResponseParserError, *_LOWER_LAYERS)
 """Every error of a request, whether it may pass or not."""

@@ -56,6 +56,8 @@ class FaultyS3:
         """Methods and keys so far."""
         self.ignored: set[str] = set()
         """Headers that the server does not know."""
+        self.shortened = 0
+        """How many ranges are answered without their last byte, correctly labelled."""
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -76,6 +78,7 @@ class FaultyS3:
     def reset(self) -> None:
         """No objects, no script, no requests."""
         self.objects, self.script, self.requests, self.ignored = {}, [], [], set()
+        self.shortened = 0
 
     def next_fault(self) -> Fault | None:
         """What happens to this request, after all that happens before it."""
@@ -183,6 +186,8 @@ class FaultyS3:
         first, last = map(int, re.findall(r"\d+", wanted["Range"]))
         if first >= len(present.body):
             return 416, "InvalidRange", b"", {}
+        if self.shortened:
+            self.shortened, last = self.shortened - 1, last - 1
         part = present.body[first : last + 1]
         where = f"bytes {first}-{first + len(part) - 1}/{len(present.body)}"
         return 206, "", part, {**found, "Content-Range": where}

@@ -37,6 +37,21 @@ def test_a_put_object_is_returned_by_get_list_and_head(store: Store) -> None:
     assert store.head("absent") is None
 
 
+def test_keys_may_hold_any_characters(store: Store) -> None:
+    keys = ["a b/c+d", "a%20b", "\u00fc/\u65e5\u672c", "x=1&y=2"]
+    for key in keys:
+        store.put(key, key.encode())
+    assert [info.key for info in store.list()] == sorted(keys)
+    assert [store.get(key).decode() for key in keys] == keys
+
+
+def test_folders_that_consoles_create_are_no_objects(s3: str) -> None:
+    store = open_store(s3)
+    for key in ("in/", "in/folder/", "in/x"):
+        store.put(key, b"")
+    assert [info.key for info in open_store(f"{s3}/in").list()] == ["x"]
+
+
 def test_an_empty_prefix_lists_nothing(store: Store) -> None:
     assert store.list() == []
 

@@ -137,6 +137,7 @@ _STRIKES: Final[dict[str, Callable[[Stage], Undo | None]]] = {
     "kill_reader": _kill("reader"),
     "kill_writer": _kill("writer"),
     "kill_controller": _kill("controller"),
+    "kill_janitor": _kill("janitor"),
     "kill_serve_controller": _kill("serve_controller"),
     "kill_driver": _signal_driver("KILL"),
     "term_driver": _signal_driver("TERM"),

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,7 +66,7 @@ class Ground:
     def __enter__(self) -> Ground:
         # Short: Ray's sockets lie in it, whose paths are bounded.
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
-        self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._stack.callback(_remove, self.folder)
         (self.folder / "signals").mkdir()
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         before = dict(os.environ)
@@ -205,6 +206,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which processes that are about to end still write."""
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(1.0)
 
 
 def _restore(before: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ _KINDS: Final[dict[str, float]] = {
     "stop_driver": 2,
     "second_driver": 1.5,
     "kill_controller": 2,
+    "kill_janitor": 1,
     "kill_serve_controller": 1.5,
     "kill_node": 3,
     "kill_head": 0.8,

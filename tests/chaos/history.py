@@ -63,8 +63,12 @@ def check_history(writes: Sequence[ObjectWrite]) -> list[Finding]:
                 present[write.key] = before
             continue
         if before is not None:
-            what = "was removed" if write.body is None else "was replaced by other rows"
-            findings.append(Finding(harm="wrong", text=f"{write.key} {what} after its commit"))
+            if write.body is None:
+                text = f"{write.key} was removed after its commit"
+                findings.append(Finding(harm="wrong", text=text))
+            elif not _improves(before, write.body):
+                text = f"{write.key} was replaced by other rows after its commit"
+                findings.append(Finding(harm="wrong", text=text))
             places.subtract(_places(before))
         if write.body is not None:
             present[write.key] = write.body
@@ -75,6 +79,14 @@ def check_history(writes: Sequence[ObjectWrite]) -> list[Finding]:
                 text = f"{write.key} holds rows that another object holds: {twice[:3]}"
                 findings.append(Finding(harm="doubled", text=text))
     return findings
+
+
+def _improves(before: bytes, after: bytes) -> bool:
+    """Whether the second object is a later generation of the first: the same rows, in which an
+    error may have become an answer, and every answer is what it was."""
+    old, new = ({p: r["text"] for p, r in zip(_places(b), read_rows(b), strict=True)}
+                for b in (before, after))  # fmt: skip
+    return old.keys() == new.keys() and all(new[p] == t for p, t in old.items() if t is not None)
 
 
 def _places(body: bytes) -> Iterable[tuple[Any, Any]]:

@@ -221,6 +221,14 @@ def test_a_row_that_was_there_twice_for_a_moment_is_found() -> None:
     assert [f.harm for f in check_history([once, replaced])] == ["wrong"]
 
 
+def test_a_later_generation_may_answer_errors_and_change_nothing_else() -> None:
+    rows = right_rows(CORPUS)
+    first = ObjectWrite(key="a.parquet", body=pack([rows[0] | error("busy"), *rows[1:8]]))
+    second = ObjectWrite(key="a.parquet", body=pack(rows[:8]))
+    assert check_history([first, second]) == []
+    assert [finding.harm for finding in check_history([second, first])] == ["wrong"]
+
+
 @pytest.mark.parametrize(
     ("attempts", "found"),
     [

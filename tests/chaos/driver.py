@@ -33,21 +33,18 @@ def fake(settings: FleetSettings, options: Mapping[str, Any]) -> FleetSettings:
 def main(argv: list[str]) -> int:
     """Runs the command; its exit code."""
     given = json.loads(argv[0])
-    build_fleet_settings, run = run_module.fleet_settings, run_module.run
-    if getattr(labelling_cli, "run", None) is not run:
-        raise SystemExit("the command no longer calls cluster.runs.run.run as labelling_cli.run")
+    build_fleet_settings, build_config = run_module.fleet_settings, labelling_cli.build_config
 
     def fleet_settings(*args: Any, **more: Any) -> FleetSettings:
         return fake(build_fleet_settings(*args, **more), given["engine"])
 
-    def run_small(config: RunConfig, **more: Any) -> run_module.Outcome:
-        small = replace(
-            config, unit_rows=given["unit_rows"], slots=SLOTS, control_share=0.1, max_attempts=2
+    def config(*args: Any, **more: Any) -> RunConfig:
+        built = build_config(*args, **more)
+        return replace(
+            built, unit_rows=given["unit_rows"], slots=SLOTS, control_share=0.1, max_attempts=2
         )
-        return run(small, **more)
 
-    run_module.fleet_settings = fleet_settings
-    vars(labelling_cli)["run"] = run_small
+    run_module.fleet_settings, labelling_cli.build_config = fleet_settings, config
     job = caption_corpus.JOB if given["task"] == "caption" else answer_vqa.JOB
     prompt = [] if given["task"] == "caption" else ["--prompt", "{question}"]
     return labelling_cli.main(

@@ -36,20 +36,13 @@ _REMOVAL_SECONDS: Final = 60.0
 
 
 class Janitor:
-    """A plain class; `get_janitor` makes an actor of it. Every call may be sent again."""
+    """What the actor does, without its rounds. Every call may be sent again."""
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._leases = Leases(patience_seconds=patience_seconds)
-        self._patrol: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Begins to look for fleets that nobody holds."""
-        if self._patrol is None:
-            self._patrol = asyncio.create_task(self._run())
 
     async def hold(self, fleet: str, holder: str) -> bool:
         """See `Leases.hold`."""
-        await self.start()
         return self._leases.hold(fleet, holder, time.monotonic())
 
     async def claim_deployment(self, holder: str) -> bool:
@@ -69,14 +62,6 @@ class Janitor:
         """See `Leases.holders`."""
         return self._leases.holders(fleet)
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(_PATROL_SECONDS)
-            try:
-                await self.patrol()
-            except Exception as error:  # whatever it is, the next round comes
-                logger.warning("patrol_failed", exc_info=error)
-
     async def patrol(self) -> None:
         """Removes the fleets that jobs deployed and that nobody has held for the patience."""
         names = await application_names()
@@ -95,10 +80,26 @@ class Janitor:
             self._leases.removed(fleet)
 
 
-def get_janitor() -> ActorHandle[Janitor]:
+class PatrollingJanitor(Janitor):
+    """The actor: makes its rounds from the start on, also where Ray started it again."""
+
+    async def __init__(self) -> None:  # type: ignore[misc]
+        Janitor.__init__(self)
+        self._rounds = asyncio.create_task(self._patrol_for_ever())
+
+    async def _patrol_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_PATROL_SECONDS)
+            try:
+                await self.patrol()
+            except Exception as error:  # whatever it is, the next round comes
+                logger.warning("patrol_failed", exc_info=error)
+
+
+def get_janitor() -> ActorHandle[PatrollingJanitor]:
     """The cluster's janitor, created if there is none. It outlives its creator."""
-    remote: Any = ray.remote(Janitor)
-    handle: ActorHandle[Janitor] = remote.options(
+    remote: Any = ray.remote(PatrollingJanitor)
+    handle: ActorHandle[PatrollingJanitor] = remote.options(
         name=JANITOR_NAME,
         namespace=JANITOR_NAMESPACE,
         lifetime="detached",

@@ -14,6 +14,7 @@ from textwrap import dedent
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
 import cluster
@@ -24,7 +25,7 @@ from cluster.serving.application import FleetSettings, application, endpoint, fi
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet, open_fleet
-from cluster.serving.janitor import Janitor
+from cluster.serving.janitor import PATIENCE_SECONDS, Janitor
 from cluster.serving.ray_session import serve_details
 from cluster.serving.serve_state import is_job_application, live_replicas
 from sppruner.models.loading import resolve_model
@@ -131,6 +132,34 @@ def test_the_replicas_of_a_deployment_are_counted_without_blocking_the_loop(flee
     assert asyncio.run(live_replicas(fleet.app, fleet.deployment)) == 1
     assert asyncio.run(live_replicas(fleet.app, "other")) == 0
     assert asyncio.run(live_replicas("other", fleet.deployment)) == 0
+
+
+@pytest.mark.slow
+def test_the_fleet_of_a_killed_job_is_removed(fleet: Fleet, tmp_path: Path) -> None:
+    """By the janitor's rounds, some time after the job was last heard of."""
+    before = applications()
+    script = tmp_path / "job.py"
+    script.write_text(
+        dedent(
+            """
+            import time
+            from tests.cluster.serving.test_fleet import open_fleet, settings
+            with open_fleet(settings("killed")):
+                print("up", flush=True)
+                time.sleep(600)
+            """
+        )
+    )
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"up\n"
+        job.kill()
+    assert applications() > before
+    deadline = time.monotonic() + 2 * PATIENCE_SECONDS
+    while applications() != before:
+        assert time.monotonic() < deadline
+        time.sleep(1)
 
 
 @pytest.mark.slow

@@ -65,7 +65,9 @@ class Janitor:
     async def patrol(self) -> None:
         """Removes the fleets that jobs deployed and that nobody has held for the patience."""
         names = await application_names()
-        ours = [name for name in names or () if is_job_application(name)]
+        if names is None:
+            return
+        ours = [name for name in names if is_job_application(name)]
         overdue = self._leases.overdue(ours, time.monotonic())
         await asyncio.gather(*(self._remove(fleet, "nobody was heard of") for fleet in overdue))
 

@@ -29,6 +29,7 @@ from cluster.protocol import BatchReplicas, LabelRequest, call_rows, row_error_r
 from cluster.runs.admission import Admission
 from cluster.runs.control_sample import ControlSample
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
+from cluster.runs.replica_wait import ReplicaWait
 from cluster.schema import (
     COST_FIELD,
     PLANNED_FIELD,
@@ -155,6 +156,8 @@ class Labeller:
             live = live or partial(live_replicas, settings.app, settings.deployment)
         self._live = live
         self._resizing: asyncio.Task[None] | None = None
+        report = partial(report_event, settings.run_id)
+        self._replica_wait = ReplicaWait(report, share=1 / actors_for(settings.replicas))
         self._admission = Admission(
             rows=settings.rows_running,
             tokens=settings.tokens,
@@ -166,26 +169,36 @@ class Labeller:
             replicas,
             admission=self._admission,
             max_attempts=settings.config.max_attempts,
-            report=partial(report_event, settings.run_id),
+            report=report,
         )
 
     async def __call__(self, block: pa.Table) -> pa.Table:
-        """Labels the packed units of a block. Raises what `label_unit` raises."""
+        """Labels the packed units of a block. Raises what `label_unit` raises, and FleetUnavailable
+        once no replica was up for long."""
         if self._resizing is None:
             self._resizing = asyncio.create_task(self._keep_resizing())
-        tables = await asyncio.gather(*(self.label_unit(table) for table in unpack_units(block)))
+        labelling = asyncio.gather(*(self.label_unit(table) for table in unpack_units(block)))
+        try:
+            await asyncio.wait((labelling, self._resizing), return_when=asyncio.FIRST_COMPLETED)
+            if not labelling.done():
+                self._resizing.result()  # it ends with what ends the run
+            tables = await labelling
+        finally:
+            if labelling.cancel():
+                await asyncio.gather(labelling, return_exceptions=True)
         return pa.concat_tables([PACKED_SCHEMA.empty_table(), *map(pack_unit, tables)])
 
     async def resize_to_live(self) -> None:
         """Admits from now on as much as the replicas that live can hold; where their number is
-        unknown, as much as before."""
+        unknown, as much as before. Raises FleetUnavailable once none was up for long."""
         if self._live is None:
             return
+        count = None
         try:
             count = await self._live()
         except Exception as error:  # of Ray or Serve: their controller may be restarting
             logger.warning("live_replicas_unknown", error=type(error).__name__)
-            return
+        self._replica_wait.observe(count, asyncio.get_running_loop().time())
         if count is not None:
             await self._admission.resize(count)
 

@@ -6,6 +6,7 @@ ended.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from sppruner.selectors import selector_for
 
 logger = structlog.get_logger(__name__)
 
+_RAY_DATA_STATE = "ray.data._internal.execution.streaming_executor_state"
 EXIT_DONE, EXIT_ERROR_ROWS, EXIT_INCOMPLETE = 0, 3, 5
 
 # The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
@@ -159,7 +161,7 @@ def _label(
     began: float,
 ) -> Attempt:
     """Labels and commits `todo`."""
-    _silence_ray_data()
+    _set_up_ray_data()
     rows = sum(unit.row_count for unit in todo)
     console.print(
         f"run {manifest.run_id}: {rows} rows in {len(todo)} units to do, "
@@ -264,8 +266,12 @@ def _warn_if_starved(console: Console, actors: int) -> None:
         )
 
 
-def _silence_ray_data() -> None:
-    """Ray Data's own bars and logs count blocks and operators; ours count rows."""
+def _set_up_ray_data() -> None:
+    """Ray Data's own bars and logs count blocks and operators; ours count rows. What a stage raises
+    arrives here as it is: wrapped, it would lose the error that says what to do. It is told once,
+    by the command, and not logged with Ray's stack before."""
     context = DataContext.get_current()
+    context.raise_original_map_exception = True
+    logging.getLogger(_RAY_DATA_STATE).setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -23,9 +23,10 @@ from cluster.config import Kind, RunConfig
 from cluster.controller import get_controller, report_commit
 from cluster.corpus.image_values import image_array
 from cluster.corpus.packed import pack_unit, unpack_units
-from cluster.errors import ErrorShareExceeded
+from cluster.errors import ErrorShareExceeded, FleetUnavailable
 from cluster.protocol import LabelRequest, Priority
 from cluster.runs.labeller import Labeller, LabellerSettings, actors_for, label_units
+from cluster.runs.replica_wait import PATIENCE_SECONDS
 from cluster.schema import input_schema, output_schema
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
@@ -34,6 +35,7 @@ from cluster.serving.replica import VLMReplica
 from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
+from tests.cluster.runs.virtual_time import run_in_virtual_time
 
 ENGINE = "tests.cluster.fake_engine:FakeEngine"
 SOURCE = pa.schema([pa.field("source_text", pa.string())])
@@ -294,6 +296,32 @@ def test_an_actor_admits_as_much_as_the_live_replicas_hold() -> None:
     assert asyncio.run(asyncio.wait_for(body(one), 30)) == 4 + 8
     assert asyncio.run(asyncio.wait_for(body(unknown), 30)) == 4 * (4 + 8)
     assert asyncio.run(asyncio.wait_for(body(failing), 30)) == 4 * (4 + 8)
+
+
+class NeverAnsweringReplica(RecordingReplica):
+    """A call to a deployment without replicas waits in Serve's router."""
+
+    async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+
+def test_a_run_waits_for_replicas_to_come_back_but_not_for_ever() -> None:
+    async def none() -> int | None:
+        return 0
+
+    async def body(live: Callable[[], Awaitable[int | None]]) -> float:
+        loop = asyncio.get_running_loop()
+        labeller = Labeller(labeller_settings(config()), NeverAnsweringReplica(slots=4), live)
+        with pytest.raises(FleetUnavailable, match="same command again"):
+            await labeller(pack_unit(unit("u", 3)))
+        ended = loop.time()
+        with pytest.raises(FleetUnavailable):
+            await labeller(pack_unit(unit("v", 3)))
+        assert loop.time() == ended
+        return ended
+
+    assert run_in_virtual_time(body(none)) == pytest.approx(PATIENCE_SECONDS, abs=20)
 
 
 def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> None:

@@ -18,7 +18,7 @@ WRITERS = ["one", "two", "three"]
 def test_each_key_has_one_winner_whose_bytes_everybody_reads(
     s3_server: LocalS3, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy_module, "FAULTS", dict(FAULTS) | {"short_body": 0, "late": 0})
+    monkeypatch.setattr(proxy_module, "FAULTS", dict(FAULTS) | {"late": 0})
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.begin(seed=2, rate=0.2)

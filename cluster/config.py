@@ -70,6 +70,8 @@ class RunConfig:
     """What every caption row is asked; for VQA rows, the template around {question}."""
     spec: PruneSpec
     """Method and budget of pruning."""
+    engine: str | None = None
+    """Factory of another engine, "module:callable"; see `EngineSettings.engine`."""
     dtype: str = "auto"
     """Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     generation: SamplingParams = field(default_factory=SamplingParams)
@@ -177,6 +179,8 @@ class RunConfig:
             settings["generation"]["stop"] = list(self.generation.stop)
         if self.auto:
             settings["auto"] = True
+        if self.engine is not None:
+            settings["engine"] = self.engine
         if self.dtype != "auto":
             settings["dtype"] = self.dtype
         for name in ("image_column", "key_column", "question_column"):

@@ -3,11 +3,13 @@
     python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
     python jobs/benchmark.py --suite pipeline --shape llava --threads 1 --json pipeline.json
     python jobs/benchmark.py --suite scale
+    python jobs/benchmark.py --suite machinery --rows 1000000
     python jobs/benchmark.py --suite online
     python jobs/benchmark.py --suite selection --dtype bfloat16
 
 `engine`: engines side by side, dense and pruned. `pipeline`: the batch job against the bare engine
-on the same images. `scale`: cost of a row as the corpus grows. `online`: the HTTP endpoint under
+on the same images. `scale`: cost of a row as the corpus grows. `machinery`: the
+same without a model, up to a million rows, with memory over time. `online`: the HTTP endpoint under
 load, idle and beside a batch job. `selection`: cost of token selection beside the prefill it
 shortens, at the widths of 7B models. Each file in `jobs/suites/` defines its columns; published
 results are in `jobs/suites/RESULTS.md`. Ratios are medians over the rounds with their smallest and
@@ -21,6 +23,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -33,6 +36,7 @@ from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
 from jobs.arguments import check_folders
 from jobs.suites.engine import METHODS, run_engine_suite
+from jobs.suites.machinery import ROWS, run_machinery_suite
 from jobs.suites.online import run_online_suite
 from jobs.suites.pipeline import run_pipeline_suite
 from jobs.suites.scale import run_scale_suite
@@ -46,6 +50,7 @@ SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
     "pipeline": ("model", "shape", "dtype", "threads"),
     "scale": ("model",),
+    "machinery": ("model", "rows"),
     "online": ("model",),
     "selection": ("dtype",),
 }
@@ -137,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{_name_suites('threads')}: model threads on a CPU; with fewer threads than cores "
         "Ray has the rest (all)",
     )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help=f"{_name_suites('rows')}: rows of the largest job ({ROWS})",
+    )
     parser.add_argument("--json", type=Path, help="write the result as JSON to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     return parser
@@ -161,6 +172,8 @@ def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--methods: --quick times the headline only, leave out one of them")
     if arguments.threads is not None and arguments.threads < 1:
         raise UsageError(f"--threads {arguments.threads}: give at least 1")
+    if arguments.rows is not None and arguments.rows < 160:
+        raise UsageError(f"--rows {arguments.rows}: give at least 160")
     return arguments
 
 
@@ -175,6 +188,9 @@ def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
     if arguments.suite == "selection":
         return run_selection_suite(dtype=getattr(torch, arguments.dtype or "float32"), **options)
     model = arguments.model or EMBEDDED
+    if arguments.suite == "machinery":  # on files: the local S3 server would be what is measured
+        with TemporaryDirectory() as folder:
+            return run_machinery_suite(model, rows=arguments.rows, root=folder, **options)
     with LocalS3("benchmark") as server:
         options |= {"root": server.uri, "environment": server.environment}
         if arguments.suite == "scale":

@@ -135,6 +135,8 @@ def fleet_settings(
     engine = EngineSettings(
         model=config.model, revision=revision, slots=config.slots, dtype=config.dtype
     )
+    if config.engine is not None:
+        engine = replace(engine, engine=config.engine)
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
 
 

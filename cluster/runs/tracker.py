@@ -9,6 +9,7 @@ from types import TracebackType
 
 import ray
 import structlog
+from ray.exceptions import RayTaskError
 
 from cluster.accounting.ledger import RunLedger
 from cluster.config import RunConfig
@@ -25,7 +26,8 @@ _POLL_TIMEOUT_SECONDS = 5.0
 def run_error(error: BaseException | None) -> RunError | None:
     """The RunError inside what Ray wrapped around it; None if there is none."""
     while error is not None:
-        if isinstance(error, RunError):
+        # Ray raises an error that is of its own class and of the cause's, and prints its stack.
+        if isinstance(error, RunError) and not isinstance(error, RayTaskError):
             return error
         error = getattr(error, "cause", None) or error.__cause__
     return None

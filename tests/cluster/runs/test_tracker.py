@@ -106,9 +106,13 @@ def test_what_happened_in_the_attempt_is_known_once_it_ended(
 
 def test_the_root_run_error_is_found_in_rays_exception_chain() -> None:
     wrapped = RuntimeError("outer")
-    wrapped.__cause__ = ray.exceptions.RayTaskError("f", "trace", StoreError("gone"))
-    found = run_error(wrapped)
-    assert isinstance(found, StoreError)
+    raised = ray.exceptions.RayTaskError("f", "trace", StoreError("gone"))
+    for error in (raised, raised.as_instanceof_cause()):
+        wrapped.__cause__ = error
+        for outer in (wrapped, error):
+            found = run_error(outer)
+            assert isinstance(found, StoreError)
+            assert str(found) == "gone", "the message is for people, without Ray's stack"
     assert run_error(ValueError("x")) is None
 
 

@@ -16,7 +16,12 @@ from cluster.config import Kind, RunConfig
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.unit import Unit
 from cluster.store import ObjectInfo
+from sppruner.errors import SpecError
+from sppruner.spec import PruneSpec
 
+LAYOUT = 2
+"""How units of new runs are called: 2 is `<run id>-<unit id>.parquet`. Outputs of layout 1, with
+`<unit id>.parquet`, are resumed as they are."""
 _SHOWN = 5
 
 
@@ -89,6 +94,8 @@ class Manifest:
     """The units of work, in corpus order."""
     created: str
     """When the run was first planned, ISO 8601 in UTC."""
+    layout: int = LAYOUT
+    """The naming of its units' objects, see `LAYOUT`."""
 
     @property
     def run_id(self) -> str:
@@ -119,15 +126,25 @@ class Manifest:
             "settings": self.identity.settings,
             "source": self.source,
             "corpus": [[info.key, info.size, info.etag] for info in self.identity.corpus],
-            "layout": self.mapping.to_dict(),
+            # Layout 1 had the columns under this name: a version that knows that one alone cannot
+            # read the manifest, instead of writing every unit a second time.
+            "layout": self.layout,
+            "columns": self.mapping.to_dict(),
             "units": [_without_object(unit.to_dict()) for unit in self.units],
         }
         return json.dumps(record, ensure_ascii=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError on anything else."""
+        """The inverse of `to_json`, for every layout. Raises ValueError, KeyError, TypeError,
+        AttributeError or ArrowException on anything else."""
         record = json.loads(data)
+        layout, columns = record["layout"], record.get("columns")
+        if columns is None:
+            layout, columns = 1, layout
+        if layout not in (1, LAYOUT):
+            raise ValueError(f"layout {layout}")
+        _check_settings(record["settings"])
         corpus = tuple(
             ObjectInfo(key=key, size=size, etag=etag) for key, size, etag in record["corpus"]
         )
@@ -135,10 +152,22 @@ class Manifest:
         return cls(
             identity=Identity(settings=record["settings"], corpus=corpus),
             source=record["source"],
-            mapping=ColumnMapping.from_dict(record["layout"]),
+            mapping=ColumnMapping.from_dict(columns),
             units=tuple(Unit.from_dict(_with_object(unit, objects)) for unit in record["units"]),
-            created=record["created"],
+            created=str(record["created"]),
+            layout=layout,
         )
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises KeyError or TypeError unless there is what readers of every manifest rely on."""
+    for name in ("kind", "model", "model_revision", "prompt"):
+        if not isinstance(settings[name], str):
+            raise TypeError(f"settings.{name}")
+    try:
+        PruneSpec.from_dict(settings["spec"])
+    except SpecError as error:
+        raise TypeError(f"settings.spec: {error}") from error
 
 
 def _without_object(unit: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The output prefix of a run; the only place that knows its layout.
 
-    <unit id>.parquet        one committed unit: rows, and its ledger in the footer
-    _run/manifest.json       what the run is, created once
-    _run/break-even.json     whether pruning pays, where the run decides by measurement
-    _run/summary.json        the last attempt's summary
-    _run/probe               empty: shows that the store keeps the first of two writers
+    <run id>-<unit id>.parquet   one committed unit: rows, and its ledger in the footer
+    _run/manifest.json           what the run is, created once
+    _run/break-even.json         whether pruning pays, where the run decides by measurement
+    _run/summary.json            the last attempt's summary
+    _run/probe                   empty: shows that the store keeps the first of two writers
 
 Readers of Parquet data sets skip `_run/`, so `pyarrow.parquet.read_table(prefix)` sees rows alone.
+A unit of another run is never counted as one of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import pyarrow as pa
@@ -23,8 +25,9 @@ import pyarrow.parquet as pq
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
-from cluster.errors import StoreError, UsageError
+from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.output.manifest import Manifest
+from cluster.output.unit_file import UnitFooter, read_footer, write_unit_file
 from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_store
 
 _SUFFIX: Final = ".parquet"
@@ -32,10 +35,42 @@ _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
 _SUMMARY: Final = "_run/summary.json"
 _PROBE: Final = "_run/probe"
-_LEDGER: Final = b"sppruner.ledger"
 _THREADS: Final = 16
+# A unit is replaced while it is read at most as often as somebody asks its failed rows again.
+_READS: Final = 8
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitNames:
+    """How the objects of a run's units are called."""
+
+    run_id: str
+    """The run."""
+    layout: int = 2
+    """See `Manifest.layout`."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> UnitNames:
+        """The names that a run's manifest prescribes."""
+        return cls(run_id=manifest.run_id, layout=manifest.layout)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the unit id."""
+        return "" if self.layout == 1 else f"{self.run_id}-"
+
+    def key(self, unit_id: str) -> str:
+        """The key of a unit."""
+        return f"{self.prefix}{unit_id}{_SUFFIX}"
+
+    def unit_id(self, key: str) -> str | None:
+        """The unit that is called `key`; None for what no unit of the run is called. Objects in
+        folders are none of ours."""
+        if "/" in key or not (key.startswith(self.prefix) and key.endswith(_SUFFIX)):
+            return None
+        return key.removeprefix(self.prefix).removesuffix(_SUFFIX)
 
 
 class RunOutput:
@@ -44,8 +79,10 @@ class RunOutput:
     Every method raises StoreError once the store's retries are spent.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, names: UnitNames | None = None) -> None:
+        """names: of the run's units; None: as the manifest says, once that is read."""
         self._store = store
+        self._known_names = names
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str]) -> RunOutput:
@@ -66,12 +103,14 @@ class RunOutput:
         if store.head(_MANIFEST) is None:
             return None
         try:
-            return Manifest.from_json(store.get(_MANIFEST))
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = Manifest.from_json(store.get(_MANIFEST))
+        except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise StoreError(
                 f"{self._store.uri_of(_MANIFEST)}: not a manifest this version can read "
                 f"({error!r}); restore it, or choose another --output"
             ) from error
+        self._known_names = UnitNames.of(manifest)
+        return manifest
 
     def require_manifest(self) -> Manifest:
         """What the run is. Raises UsageError for a prefix that holds no run."""
@@ -82,7 +121,10 @@ class RunOutput:
 
     def create_manifest(self, manifest: Manifest) -> bool:
         """Writes the manifest unless there is one; False where another driver was first."""
-        return self._store.put_if_absent(_MANIFEST, manifest.to_json(), writer=uuid.uuid4().hex)
+        created = self._store.put_if_absent(_MANIFEST, manifest.to_json(), writer=uuid.uuid4().hex)
+        if created:
+            self._known_names = UnitNames.of(manifest)
+        return created
 
     def check_first_writer_wins(self) -> None:
         """Raises UsageError for a store on which two drivers would overwrite each other's units."""
@@ -102,20 +144,35 @@ class RunOutput:
     # Units
 
     def committed_units(self) -> set[str]:
-        """Ids of the committed units."""
-        return set(self._listed())
+        """Ids of the committed units; none of a prefix that holds no run. Raises StoreError where
+        another run's unit has the name of one of ours."""
+        if self._known_names is None and self.manifest() is None:
+            return set()
+        listed = self._listed()
+        if self._names.layout == 1:
+            # Names of that layout are the same in every run over the corpus: footers tell whose
+            # they are.
+            self._each(listed, self._footer)
+        return set(listed)
+
+    def foreign_objects(self, planned: Collection[str]) -> list[str]:
+        """Addresses of objects that readers of the prefix would read beside the run's units.
+        planned: ids of the run's units."""
+        return [
+            self._store.uri_of(info.key)
+            for info in self._store.list()
+            if not any(part.startswith(("_", ".")) for part in info.key.split("/"))
+            and self._names.unit_id(info.key) not in planned
+        ]
 
     def commit_unit(
         self, unit_id: str, table: pa.Table, ledger: UnitLedger, *, writer: str
     ) -> bool:
         """Writes a unit, rows and ledger in one object, unless it is committed already; True if
         the committed object is now this one. writer: unique to this call."""
-        buffer = pa.BufferOutputStream()
-        with pq.ParquetWriter(buffer, table.schema, compression="zstd") as parquet:
-            parquet.write_table(table, row_group_size=max(1, table.num_rows))
-            parquet.add_key_value_metadata({_LEDGER.decode(): ledger.to_json()})
-        data = buffer.getvalue().to_pybytes()
-        return self._store.put_if_absent(_unit_key(unit_id), data, writer=writer)
+        footer = UnitFooter(ledger=ledger, run_id=self._names.run_id)
+        data = write_unit_file(table, footer)
+        return self._store.put_if_absent(self._names.key(unit_id), data, writer=writer)
 
     def read_unit(self, unit_id: str, columns: Collection[str] | None = None) -> pa.Table:
         """A committed unit's rows. columns: to read; None for all. Raises StoreError where it is
@@ -148,20 +205,30 @@ class RunOutput:
         return self._each([unit_id], read)[0]
 
     def ledgers(self, unit_ids: Iterable[str]) -> list[UnitLedger]:
-        """The ledgers of committed units, in the order given, from their footers alone. Raises
-        StoreError where a unit is not committed or carries no ledger."""
-        return self._each(unit_ids, self._ledger)
+        """The ledgers of committed units, in the order given. See `footers`."""
+        return [footer.ledger for footer in self.footers(unit_ids)]
 
-    def _ledger(self, info: ObjectInfo) -> UnitLedger:
-        metadata = pq.read_metadata(RangedFile(self._store, info)).metadata or {}
-        if _LEDGER not in metadata:
-            uri = self._store.uri_of(info.key)
-            raise StoreError(f"{uri}: no ledger in its footer; it is not a unit of a run")
+    def footers(self, unit_ids: Iterable[str]) -> list[UnitFooter]:
+        """The footers of committed units, in the order given, without their rows. Raises
+        StoreError where a unit is not committed, carries no ledger or is another run's."""
+        return self._each(unit_ids, self._footer)
+
+    def _footer(self, info: ObjectInfo) -> UnitFooter:
+        uri = self._store.uri_of(info.key)
         try:
-            return UnitLedger.from_json(metadata[_LEDGER])
-        except (ValueError, TypeError) as error:
-            uri = self._store.uri_of(info.key)
+            footer = read_footer(RangedFile(self._store, info))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, pa.ArrowException):
+                raise
             raise StoreError(f"{uri}: not a ledger this version can read ({error})") from error
+        if footer is None:
+            raise StoreError(f"{uri}: no ledger in its footer; it is not a unit of a run")
+        if footer.run_id not in (None, self._names.run_id):
+            raise StoreError(
+                f"{uri}: a unit of run {footer.run_id} where one of run {self._names.run_id} "
+                "belongs: end what still writes for that run, remove the object and resume"
+            )
+        return footer
 
     # Decisions and summaries
 
@@ -196,10 +263,18 @@ class RunOutput:
 
     # Access
 
+    @property
+    def _names(self) -> UnitNames:
+        if self._known_names is None:
+            self.require_manifest()
+        assert self._known_names is not None
+        return self._known_names
+
     def _listed(self) -> Mapping[str, ObjectInfo]:
-        """The committed units' objects by unit id. Objects in folders are none of ours."""
-        listed = self._store.list(suffixes=(_SUFFIX,))
-        return {i.key.removesuffix(_SUFFIX): i for i in listed if "/" not in i.key}
+        """The objects that are called like units of the run, by unit id."""
+        listed = self._store.list(self._names.prefix, suffixes=(_SUFFIX,))
+        named = ((self._names.unit_id(info.key), info) for info in listed)
+        return {unit_id: info for unit_id, info in named if unit_id is not None}
 
     def _each(self, unit_ids: Iterable[str], read: Callable[[ObjectInfo], _T]) -> list[_T]:
         """`read` of each unit's object, several at a time, in the order given."""
@@ -208,20 +283,23 @@ class RunOutput:
         listed = self._listed() if len(wanted) > _THREADS else None
 
         def read_one(unit_id: str) -> _T:
-            key = _unit_key(unit_id)
+            key = self._names.key(unit_id)
             info = self._store.head(key) if listed is None else listed.get(unit_id)
-            if info is None:
-                raise StoreError(f"{self._store.uri_of(key)}: this unit is not committed")
-            try:
-                return read(info)
-            except (pa.ArrowException, OSError) as error:  # OSError: a page that is damaged
-                raise StoreError(
-                    f"{self._store.uri_of(key)}: not a Parquet file ({error}); remove it and resume"
-                ) from error
+            for number in range(_READS):
+                if info is None:
+                    raise StoreError(f"{self._store.uri_of(key)}: this unit is not committed")
+                try:
+                    return read(info)
+                except ObjectGone:  # replaced since, by rows that were asked again
+                    if number == _READS - 1:
+                        raise
+                    info = self._store.head(key)
+                except (pa.ArrowException, OSError) as error:  # OSError: a page that is damaged
+                    raise StoreError(
+                        f"{self._store.uri_of(key)}: not a Parquet file ({error}); "
+                        "remove it and resume"
+                    ) from error
+            raise AssertionError("unreachable")
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(read_one, wanted))
-
-
-def _unit_key(unit_id: str) -> str:
-    return f"{unit_id}{_SUFFIX}"

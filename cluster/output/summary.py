@@ -6,22 +6,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import structlog
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
+from cluster.errors import StoreError
 from cluster.output.accuracy import Accuracy, measure, reference_column
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
+from cluster.output.unit_file import UnitFooter
+
+logger = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
 
 # Above this many rows keys are not compared: the set of them would not fit a driver's memory.
 _KEYS_COMPARED = 5_000_000
+_REASON_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +52,20 @@ class Attempt:
     events: Mapping[str, int] = field(default_factory=dict)
     """Deaths, retries and waits by kind (`cluster.events.RunEvent`), as far as they were reported:
     telemetry, unlike the rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What asking failed rows again did, over all units in which they were asked as often."""
+
+    number: int
+    """1 for the first time that a unit's rows were asked again."""
+    units: int
+    """Units that have this generation."""
+    asked: int
+    """Rows that were asked again."""
+    mended: int
+    """Rows among them that succeeded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +103,12 @@ class Summary:
     """The decision of a run that decides by measurement, once made."""
     unread_bytes: int = 0
     """Damaged bytes of the corpus; each damaged range is one of the rows that failed."""
+    generations: tuple[Generation, ...] = ()
+    """Of the rows that were asked again; empty where none were."""
+    foreign: tuple[str, ...] = ()
+    """Addresses of objects that readers of the prefix read beside the run's rows, or fail on."""
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    """Parts of this summary that could not be made, with the reason."""
 
     @property
     def state(self) -> str:
@@ -129,6 +157,9 @@ class Summary:
             "break_even": None if self.break_even is None else self.break_even.to_dict(),
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "attempt": None if self.attempt is None else asdict(self.attempt),
+            "generations": [asdict(generation) for generation in self.generations],
+            "foreign_objects": list(self.foreign),
+            "unavailable": dict(self.unavailable),
         }
 
     def to_json(self) -> str:
@@ -142,14 +173,31 @@ def summarise(
     """The summary of the run in an output prefix.
 
     output: its URI, or the output itself. attempt: how the present invocation went, if any. Raises
-    UsageError for a prefix that holds no run, StoreError where the store gave up.
+    UsageError for a prefix that holds no run, StoreError where manifest or ledgers cannot be read.
+    What else fails is named in `unavailable`: a finished run is not failed by a figure about it.
     """
     if not isinstance(output, RunOutput):
         output = RunOutput.open(output)
     manifest = output.require_manifest()
-    done = sorted(output.committed_units() & {unit.unit_id for unit in manifest.units})
-    ledger = RunLedger.of(output.ledgers(done))
-    columns = _read_columns(output, manifest, done)
+    planned = {unit.unit_id for unit in manifest.units}
+    done = sorted(output.committed_units() & planned)
+    footers = output.footers(done)
+    ledger = RunLedger.of(footer.ledger for footer in footers)
+    unavailable: dict[str, str] = {}
+
+    def optional(part: str, make: Callable[[], _T], otherwise: _T) -> _T:
+        try:
+            return make()
+        except Exception as error:  # of hostile rows, of a store that gave up, of too much memory
+            logger.warning("summary_part_unavailable", part=part, error=repr(error))
+            unavailable[part] = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+            return otherwise
+
+    columns = None
+    if ledger.total.rows > _KEYS_COMPARED:
+        unavailable["keys and accuracy"] = f"more than {_KEYS_COMPARED:,} rows to compare"
+    elif done:
+        columns = optional("keys and accuracy", lambda: _read_columns(output, manifest, done), None)
     return Summary(
         run_id=manifest.run_id,
         created=manifest.created,
@@ -162,19 +210,42 @@ def summarise(
         unread_bytes=manifest.unread_bytes,
         total=ledger.total,
         measured=ledger.measured_ratio(),
-        duplicate_keys=_count_duplicates(columns),
-        accuracy=_accuracy(columns),
+        duplicate_keys=optional("keys", lambda: _count_duplicates(columns), None),
+        accuracy=optional("accuracy", lambda: _accuracy(columns), None),
         attempt=attempt,
-        break_even=output.break_even(),
+        break_even=optional("break-even", output.break_even, None),
+        generations=_generations(footers),
+        foreign=optional("foreign", lambda: tuple(output.foreign_objects(planned)), ()),
+        unavailable=unavailable,
     )
 
 
-def _read_columns(output: RunOutput, manifest: Manifest, done: list[str]) -> pa.Table | None:
+def keep_summary(output: RunOutput, summary: Summary) -> None:
+    """Writes the summary beside the run's rows. A store that refuses is only logged: the rows are
+    committed, and the next invocation writes the summary."""
+    try:
+        output.put_summary(summary.to_json())
+    except StoreError as error:
+        logger.warning("summary_not_written", run_id=summary.run_id, error=str(error))
+
+
+def _generations(footers: Sequence[UnitFooter]) -> tuple[Generation, ...]:
+    found = []
+    for number in range(max((len(footer.retries) for footer in footers), default=0)):
+        retries = [footer.retries[number] for footer in footers if len(footer.retries) > number]
+        found.append(
+            Generation(
+                number=number + 1,
+                units=len(retries),
+                asked=sum(retry.asked for retry in retries),
+                mended=sum(retry.mended for retry in retries),
+            )
+        )
+    return tuple(found)
+
+
+def _read_columns(output: RunOutput, manifest: Manifest, done: list[str]) -> pa.Table:
     """Keys and, for VQA, answers and references of the committed rows."""
-    committed = set(done)
-    rows = sum(unit.row_count for unit in manifest.units if unit.unit_id in committed)
-    if not done or rows > _KEYS_COMPARED:
-        return None
     wanted = ["key"]
     references = reference_column(manifest.mapping.schema)
     if manifest.kind == "vqa" and references is not None:

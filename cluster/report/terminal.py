@@ -13,6 +13,7 @@ from cluster.events import describe_events
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 
+_SHOWN = 5
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -68,6 +69,12 @@ def _facts(summary: Summary, note: str | None) -> Table:
         )
     if total.recomputed:
         facts.add_row("recomputed", f"{total.recomputed} rows took more than one attempt")
+    for generation in summary.generations:
+        facts.add_row(
+            "asked again" if generation.number == 1 else f"{generation.number} times",
+            f"{generation.asked} failed rows of {generation.units} units: {generation.mended} "
+            f"mended, {generation.asked - generation.mended} failed again",
+        )
     if summary.duplicate_keys:
         facts.add_row("keys", f"{summary.duplicate_keys} rows share their key with another row")
     if summary.accuracy is not None and summary.accuracy.scored:
@@ -87,7 +94,20 @@ def _facts(summary: Summary, note: str | None) -> Table:
         happened = describe_events(attempt.events)
         if happened:
             facts.add_row("happened", happened)
+    for part, reason in sorted(summary.unavailable.items()):
+        facts.add_row(part, Text(f"not available: {reason}"))
     facts.add_row("output", summary.output)
+    if summary.foreign:
+        facts.add_row(
+            "FOREIGN",
+            Text(
+                f"{len(summary.foreign)} objects in the output are none of this run, and readers "
+                "of the prefix mix them with its rows or fail on them. End what writes them and "
+                f"remove them: {', '.join(summary.foreign[:_SHOWN])}"
+                + (" …" if len(summary.foreign) > _SHOWN else ""),
+                style="red",
+            ),
+        )
     return facts
 
 

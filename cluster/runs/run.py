@@ -26,7 +26,7 @@ from cluster.errors import UsageError
 from cluster.output.commit import CommitSink
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
-from cluster.output.summary import Attempt, Summary, summarise
+from cluster.output.summary import Attempt, Summary, keep_summary, summarise
 from cluster.runs.calibration import calibrate
 from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, actors_for, label_units
 from cluster.runs.planning import plan_run
@@ -95,10 +95,11 @@ def run(
     )
     done = output.committed_units()
     todo = [unit for unit in manifest.units if unit.unit_id not in done]
+    warn_of_foreign_objects(output, manifest, console)
     if not todo:
         summary = summarise(output)
         if not output.has_summary():  # the driver died between the last commit and here
-            output.put_summary(summary.to_json())
+            keep_summary(output, summary)
         return Outcome(summary=summary, note="finished before: nothing was left to do")
     output.check_first_writer_wins()
 
@@ -114,7 +115,7 @@ def run(
             config = replace(config, spec=decision.spec(config.spec), auto=False)
         attempt = _label(config, manifest, todo, output, fleet, console, began)
     summary = summarise(output, attempt)
-    output.put_summary(summary.to_json())
+    keep_summary(output, summary)
     resumed = len(manifest.units) - len(todo)
     notes = []
     if resumed:
@@ -126,6 +127,20 @@ def run(
             "the same command labels them"
         )
     return Outcome(summary=summary, note="; ".join(notes) or None)
+
+
+def warn_of_foreign_objects(output: RunOutput, manifest: Manifest, console: Console) -> None:
+    """Names what readers of the output would take for rows of the run, or fail on."""
+    foreign = output.foreign_objects({unit.unit_id for unit in manifest.units})
+    if foreign:
+        console.print(
+            f"{len(foreign)} objects in the output are none of this run, and its readers mix them "
+            f"with the rows or fail on them: end what writes them and remove {foreign[0]} and the "
+            "others",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def fleet_settings(

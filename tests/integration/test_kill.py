@@ -51,7 +51,12 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 def units_committed(s3: str) -> dict[str, ObjectInfo]:
     store = open_store(f"{s3}/labels")
     ids = RunOutput(store).committed_units()
-    return {i.key: i for i in store.list(suffixes=(".parquet",)) if i.key.split(".")[0] in ids}
+    return {id: i for i in store.list(suffixes=(".parquet",)) if (id := unit_of(i.key)) in ids}
+
+
+def unit_of(key: str) -> str:
+    """`<run id>-<unit id>.parquet` → the unit's id."""
+    return key.removesuffix(".parquet").rpartition("-")[2]
 
 
 @pytest.mark.timeout(600)
@@ -70,12 +75,11 @@ def test_the_same_command_resumes_after_a_killed_driver(s3: str, s3_server: Loca
     assert again.returncode == 0, printed[-3000:]
     assert f"{len(before)} units done before" in printed
     after = units_committed(s3)
-    done = {key.removesuffix(".parquet") for key in before}
-    todo = {key.removesuffix(".parquet") for key in after} - done
+    todo = after.keys() - before.keys()
     for event in ("unit_read", "unit_labelled"):
         units = set(re.findall(rf"event={event}.* unit_id=(\w+)", printed))
         assert units == todo, f"{event}: committed units were processed again"
-    assert {key: after[key] for key in before} == before, "a committed unit was written again"
+    assert {id: after[id] for id in before} == before, "a committed unit was written again"
     rows = committed(f"{s3}/labels")
     check_every_row_once(rows, ROWS)
     check_pruned(rows, tokens=144, kept=32)

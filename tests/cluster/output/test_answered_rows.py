@@ -11,6 +11,7 @@ import pytest
 
 from cluster.errors import UsageError
 from cluster.output.answered_rows import answered_rows
+from cluster.output.run_output import UnitNames
 from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import SPEC, mask
@@ -39,7 +40,8 @@ def commit(planned: Planned, number: int, errors: list[str | None]) -> None:
             "kept_tokens": [mask(2, 8)] * unit.row_count,
         }
     )
-    put_parquet(open_store(planned.output.uri), f"{unit.unit_id}.parquet", table)
+    key = UnitNames.of(planned.manifest).key(unit.unit_id)
+    put_parquet(open_store(planned.output.uri), key, table)
 
 
 def keys(planned: Planned, limit: int) -> list[str]:
@@ -73,7 +75,7 @@ def test_without_answered_rows_the_error_depends_on_whether_the_run_is_complete(
 def test_rows_of_a_version_without_kept_tokens_are_refused(planned: Planned) -> None:
     """An overlay of such rows could not show which tokens the model saw."""
     commit(planned, 0, [None, None])
-    key = f"{planned.units[0].unit_id}.parquet"
+    key = UnitNames.of(planned.manifest).key(planned.units[0].unit_id)
     store = open_store(planned.output.uri)
     committed = pq.read_table(io.BytesIO(store.get(key)))
     put_parquet(store, key, committed.drop_columns(["kept_tokens"]))

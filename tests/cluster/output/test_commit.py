@@ -24,7 +24,7 @@ from cluster.corpus.unit import Format, Unit
 from cluster.errors import CommitRefused, RowError
 from cluster.images import decode_image
 from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
-from cluster.output.run_output import RunOutput
+from cluster.output.run_output import RunOutput, UnitNames
 from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
@@ -33,6 +33,7 @@ from tests.cluster.fake_engine import picture
 from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
 
 COMPLETE = table(row(2), row(0), row(1))
+NAMES = UnitNames(run_id="run")
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def store(s3: str) -> Store:
 
 
 def commit(committed: pa.Table, store: Store, writer: str = "w", **options: Any) -> bool:
-    output = RunOutput(store)
+    output = RunOutput(store, NAMES)
     return commit_unit(committed, expected=EXPECTED, output=output, writer=writer, **options).won
 
 
 def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: Store) -> None:
     assert commit(COMPLETE, store)
-    assert [info.key for info in store.list()] == ["unit.parquet"]
-    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert [info.key for info in store.list()] == ["run-unit.parquet"]
+    read = pq.read_table(io.BytesIO(store.get("run-unit.parquet")))
     assert read["unit_row"].to_pylist() == [0, 1, 2]
     assert read["note"].to_pylist() == ["n0", "n1", "n2"]
     assert not any(is_internal(name) for name in read.column_names)
@@ -57,9 +58,9 @@ def test_a_unit_becomes_one_object_in_row_order_without_internal_columns(store: 
 
 def test_the_ledger_is_in_the_parquet_footer(store: Store) -> None:
     commit(COMPLETE, store)
-    (ledger,) = RunOutput(store).ledgers(["unit"])
+    (ledger,) = RunOutput(store, NAMES).ledgers(["unit"])
     assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
-    footer = pq.read_metadata(io.BytesIO(store.get("unit.parquet"))).metadata
+    footer = pq.read_metadata(io.BytesIO(store.get("run-unit.parquet"))).metadata
     assert UnitLedger.from_json(footer[b"sppruner.ledger"]) == ledger
 
 
@@ -67,7 +68,7 @@ def test_the_second_writer_loses_without_an_error_and_changes_nothing(store: Sto
     assert commit(COMPLETE, store, "first")
     slower = table(row(0, seconds=9.0), row(1), row(2))
     assert not commit(slower, store, "second")
-    (ledger,) = RunOutput(store).ledgers(["unit"])
+    (ledger,) = RunOutput(store, NAMES).ledgers(["unit"])
     assert ledger.seconds == pytest.approx(1.5)
 
 
@@ -80,7 +81,8 @@ def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: S
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(attempt, range(6))) == 1
-    assert set(map(str, reported)) == {str(("run", "unit", RunOutput(store).ledgers(["unit"])[0]))}
+    (ledger,) = RunOutput(store, NAMES).ledgers(["unit"])
+    assert set(map(str, reported)) == {str(("run", "unit", ledger))}
     assert len(reported) == 6
 
 
@@ -96,8 +98,8 @@ def test_a_refused_unit_writes_no_object(store: Store, refused: pa.Table) -> Non
 def test_the_mask_of_kept_tokens_is_committed_bit_for_bit(store: Store) -> None:
     error = {"text": None, "kept_tokens": None, "error_code": "image_missing"}
     assert commit(table(row(0, **error), row(1), row(2)), store)
-    assert RunOutput(store).ledgers(["unit"])[0].failed == {"image_missing": 1}
-    read = pq.read_table(io.BytesIO(store.get("unit.parquet")))
+    assert RunOutput(store, NAMES).ledgers(["unit"])[0].failed == {"image_missing": 1}
+    read = pq.read_table(io.BytesIO(store.get("run-unit.parquet")))
     assert read["kept_tokens"].to_pylist() == [None, mask(25, 100), mask(25, 100)]
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
+from cluster.corpus.columns import ColumnMapping
 from cluster.errors import StoreError, UsageError
-from cluster.output.run_output import RunOutput
-from cluster.store import Store, open_store
-from tests.cluster.corpora import image, plan, put_parquet
+from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.summary import summarise
+from cluster.output.unit_file import UnitFooter, write_unit_file
+from cluster.report.terminal import render
+from cluster.store import ObjectInfo, Store, open_store
+from tests.cluster.corpora import Planned, image, plan, put_parquet
 
 
 @pytest.fixture
@@ -25,7 +36,7 @@ def store(s3: str) -> Store:
 
 @pytest.fixture
 def output(store: Store) -> RunOutput:
-    return RunOutput(store)
+    return RunOutput(store, UnitNames(run_id="run"))
 
 
 ROWS = pa.table({"key": ["a", "b"], "text": ["x", None]})
@@ -34,13 +45,13 @@ ROWS = pa.table({"key": ["a", "b"], "text": ["x", None]})
 def test_the_keys_of_an_output_are_fixed(tmp_path: Path) -> None:
     """Runs of earlier versions are resumed and read by these keys."""
     put_parquet(open_store(f"{tmp_path}/in"), "a.parquet", pa.table({"image": [image()["bytes"]]}))
-    _, output = plan(f"{tmp_path}/in", f"{tmp_path}/out")
+    manifest, output = plan(f"{tmp_path}/in", f"{tmp_path}/out")
     output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
     output.keep_break_even(BreakEven(measured=None))
     output.put_summary("{}")
     keys = {info.key for info in open_store(f"{tmp_path}/out").list()}
     assert keys == {
-        "u1.parquet",
+        f"{manifest.run_id}-u1.parquet",
         "_run/manifest.json",
         "_run/break-even.json",
         "_run/summary.json",
@@ -86,8 +97,8 @@ def test_ledgers_are_returned_in_the_requested_order(output: RunOutput, units: i
 
 
 def test_objects_that_are_not_units_are_refused_by_name(output: RunOutput, store: Store) -> None:
-    put_parquet(store, "u1.parquet", pa.table({"x": [1]}))
-    store.put("u2.parquet", b"not parquet")
+    put_parquet(store, "run-u1.parquet", pa.table({"x": [1]}))
+    store.put("run-u2.parquet", b"not parquet")
     with pytest.raises(StoreError, match=r"u1\.parquet: no ledger"):
         output.ledgers(["u1"])
     with pytest.raises(StoreError, match=r"u2\.parquet: not a Parquet file"):
@@ -99,9 +110,9 @@ def test_objects_that_are_not_units_are_refused_by_name(output: RunOutput, store
 def test_damage_anywhere_in_an_output_names_the_object(output: RunOutput, store: Store) -> None:
     table = pa.table({"key": [f"row {number}" for number in range(4000)], "text": ["x"] * 4000})
     assert output.commit_unit("u1", table, UnitLedger(rows=4000), writer="w")
-    data = bytearray(store.get("u1.parquet"))
+    data = bytearray(store.get("run-u1.parquet"))
     data[200:1200] = bytes(1000)
-    store.put("u1.parquet", bytes(data))
+    store.put("run-u1.parquet", bytes(data))
     with pytest.raises(StoreError, match=r"u1\.parquet.*remove it and resume"):
         output.read_unit("u1")
     store.put("_run/break-even.json", b'{"cho')
@@ -114,18 +125,22 @@ def test_a_ledger_of_another_version_is_named(output: RunOutput, store: Store) -
     with pq.ParquetWriter(sink, ROWS.schema) as writer:
         writer.write_table(ROWS)
         writer.add_key_value_metadata({"sppruner.ledger": '{"rows": 2, "of_tomorrow": 1}'})
-    store.put("u9.parquet", sink.getvalue().to_pybytes())
+    store.put("run-u9.parquet", sink.getvalue().to_pybytes())
     with pytest.raises(StoreError, match=r"u9\.parquet: not a ledger this version can read"):
         output.ledgers(["u9"])
 
 
 def test_a_prefix_without_a_run_has_no_manifest_and_requiring_one_is_a_usage_error(
-    output: RunOutput,
+    store: Store,
 ) -> None:
+    output = RunOutput(store)
     assert output.manifest() is None
+    assert output.committed_units() == set()
     assert output.first_parquet_object() is None
     with pytest.raises(UsageError, match=r"holds no run \(no _run/manifest\.json\)"):
         output.require_manifest()
+    with pytest.raises(UsageError, match=r"holds no run"):
+        output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
 
 
 def test_the_first_break_even_decision_is_kept(output: RunOutput) -> None:
@@ -143,3 +158,135 @@ def test_a_summary_is_replaced(output: RunOutput, store: Store) -> None:
     output.put_summary('{"rows": 1}')
     assert output.has_summary()
     assert store.get("_run/summary.json") == b'{"rows": 1}'
+
+
+# Ownership: the rows of a run are its own, whatever else writes to the prefix.
+
+
+def run_of(tmp_path: Path, output: str, prompt: str) -> Planned:
+    """A run of two units; another prompt makes another run with units of the same ids."""
+    corpus = open_store(f"{tmp_path}/in")
+    if not corpus.list():
+        put_parquet(corpus, "a.parquet", pa.table({"image": pa.array([b"0", b"1"], pa.binary())}))
+    return plan(corpus.uri, output, prompt=prompt, unit_rows=1)
+
+
+def late_writer(tmp_path: Path, output: str, layout: int) -> tuple[Planned, RunOutput]:
+    """A new run in the prefix of an older one, and the output as that one's last task holds it."""
+    old = run_of(tmp_path, output, "old")
+    names = replace(UnitNames.of(old.manifest), layout=layout)
+    (Path(output) / "_run" / "manifest.json").unlink()
+    new = run_of(tmp_path, output, "new")
+    assert {u.unit_id for u in new.units} == {u.unit_id for u in old.units}
+    return new, RunOutput(open_store(output), names)
+
+
+def test_a_late_writer_of_an_older_run_adds_nothing_to_a_new_one(tmp_path: Path) -> None:
+    new, old_output = late_writer(tmp_path, str(tmp_path / "out"), layout=2)
+    first, second = (unit.unit_id for unit in new.units)
+    assert old_output.commit_unit(first, ROWS, UnitLedger(rows=2), writer="late")
+    assert new.output.committed_units() == set()
+    assert new.output.commit_unit(first, ROWS, UnitLedger(rows=7), writer="ours")
+    assert new.output.committed_units() == {first}
+    (footer,) = new.output.footers([first])
+    assert (footer.ledger.rows, footer.run_id) == (7, new.manifest.run_id)
+    (foreign,) = new.output.foreign_objects([first, second])
+    assert f"{first}.parquet" in foreign
+    assert new.manifest.run_id not in foreign
+
+
+@pytest.mark.parametrize("says", ["footer", "rows"])
+def test_in_an_output_of_an_earlier_version_a_unit_of_another_run_is_named(
+    tmp_path: Path, says: str
+) -> None:
+    """Names were the same in every run then. A unit of that version names its run in its rows."""
+    new, _ = late_writer(tmp_path, str(tmp_path / "out"), layout=1)
+    first, second = (unit.unit_id for unit in new.units)
+    store = open_store(new.output.uri)
+    output = RunOutput(store, UnitNames(run_id=new.manifest.run_id, layout=1))
+    output.commit_unit(second, ROWS, UnitLedger(rows=2), writer="ours")
+    assert output.committed_units() == {second}
+    rows = ROWS.append_column("run_id", [["older"] * 2])
+    footer = UnitFooter(ledger=UnitLedger(rows=2), run_id="older" if says == "footer" else None)
+    store.put(f"{first}.parquet", write_unit_file(rows, footer))
+    message = rf"{first}\.parquet: a unit of run older where .* remove the object and resume"
+    with pytest.raises(StoreError, match=message):
+        output.committed_units()
+    with pytest.raises(StoreError, match=message):
+        output.ledgers([first])
+
+
+def test_what_readers_of_the_prefix_would_read_beside_the_rows_is_listed(
+    output: RunOutput, store: Store
+) -> None:
+    output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
+    output.commit_unit("u2", ROWS, UnitLedger(rows=2), writer="w")
+    hidden = ["_run/summary.json", "_SUCCESS", ".hidden", "folder/_x/a.parquet"]
+    seen = ["u1.parquet", "other-u1.parquet", "folder/run-u1.parquet", "notes.txt"]
+    for key in hidden + seen:
+        store.put(key, b"x")
+    expected = {store.uri_of(key) for key in [*seen, "run-u2.parquet"]}
+    assert set(output.foreign_objects({"u1"})) == expected
+
+
+# The manifest: whatever is in its place is read, or named.
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_damaged_manifest_is_named_or_harmless(data: st.DataObject) -> None:
+    """Any part of it missing or of another type: a StoreError, or a report."""
+    with TemporaryDirectory() as folder:
+        planned = run_of(Path(folder), f"{folder}/out", "describe")
+        store = open_store(planned.output.uri)
+        record = json.loads(store.get("_run/manifest.json"))
+        place: Any = record
+        while isinstance(place, dict | list) and place:
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(list(keys)))
+            if not isinstance(place[key], dict | list) or data.draw(st.booleans()):
+                break
+            place = place[key]
+        if not place:
+            return
+        odd: list[Any] = [None, 3, "x", [], {}, {"a": 1}, [1], True]
+        if isinstance(place, dict) and data.draw(st.booleans()):
+            del place[key]
+        else:
+            place[key] = data.draw(st.sampled_from(odd))
+        store.put("_run/manifest.json", json.dumps(record).encode())
+        with suppress(StoreError):
+            render(summarise(RunOutput(store)))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b'{"a": 1}', b"\xff\xfe", b"null"])
+def test_what_is_no_manifest_is_named(store: Store, content: bytes) -> None:
+    store.put("_run/manifest.json", content)
+    with pytest.raises(StoreError, match=r"_run/manifest\.json: not a manifest .* restore it"):
+        RunOutput(store).require_manifest()
+
+
+def test_a_version_that_knows_layout_one_alone_cannot_read_the_manifest(tmp_path: Path) -> None:
+    """It would see no committed unit, and write each a second time."""
+    planned = run_of(tmp_path, f"{tmp_path}/out", "describe")
+    record = json.loads(planned.manifest.to_json())
+    with pytest.raises(TypeError):
+        ColumnMapping.from_dict(record["layout"])
+
+
+def test_a_unit_that_is_replaced_while_it_is_read_is_read_again(
+    output: RunOutput, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
+    newer = write_unit_file(ROWS, UnitFooter(ledger=UnitLedger(rows=9), run_id="run"))
+    head, calls = store.head, []
+
+    def head_and_replace(key: str) -> ObjectInfo | None:
+        info = head(key)
+        calls.append(key)
+        if len(calls) == 1:
+            store.put(key, newer)
+        return info
+
+    monkeypatch.setattr(store, "head", head_and_replace)
+    assert output.ledgers(["u1"]) == [UnitLedger(rows=9)]

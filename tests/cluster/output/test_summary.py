@@ -11,10 +11,13 @@ import pytest
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
-from cluster.errors import UsageError
+from cluster.errors import StoreError, UsageError
 from cluster.output import summary as summary_module
 from cluster.output.accuracy import Accuracy
-from cluster.output.summary import Attempt, summarise
+from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.summary import Attempt, Generation, keep_summary, summarise
+from cluster.output.unit_file import Retry, UnitFooter, write_unit_file
+from cluster.report.terminal import render
 from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import SPEC
@@ -60,7 +63,64 @@ def test_units_of_another_run_in_the_prefix_are_not_summed(tmp_path: Path) -> No
     planned = plan_two_units(tmp_path)
     commit(planned, 0, UnitLedger(rows=2), key=["a", "b"])
     planned.output.commit_unit("stray", pa.table({"key": ["x"]}), UnitLedger(rows=1), writer="w")
-    assert summarise(planned.output).total.rows == 2
+    summary = summarise(planned.output)
+    assert summary.total.rows == 2
+    (stray,) = summary.foreign
+    assert stray.endswith("-stray.parquet")
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("keys and accuracy", (RunOutput, "read_units")),
+        ("keys", (summary_module, "_count_duplicates")),
+        ("accuracy", (summary_module, "_accuracy")),
+        ("break-even", (RunOutput, "break_even")),
+        ("foreign", (RunOutput, "foreign_objects")),
+    ],
+)
+@pytest.mark.parametrize("error", [StoreError("away"), MemoryError(), TypeError("odd")])
+def test_a_part_that_cannot_be_made_is_named_and_costs_no_other(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    broken: tuple[Any, str],
+    error: Exception,
+) -> None:
+    """All rows are paid for by then: no figure about them may fail the run."""
+    planned = plan_two_units(tmp_path)
+    commit(planned, 0, UnitLedger(rows=2), key=["a", "a"])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*broken, fail)
+    summary = summarise(planned.output)
+    assert list(summary.unavailable) == [part]
+    assert summary.unavailable[part].startswith(type(error).__name__)
+    assert summary.total.rows == 2
+    assert json.loads(summary.to_json())["unavailable"] == summary.unavailable
+    render(summary)
+
+
+def test_a_summary_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+    planned = plan_two_units(tmp_path)
+    (tmp_path / "out" / "_run" / "summary.json").mkdir()
+    keep_summary(planned.output, summarise(planned.output))
+    assert planned.output.has_summary(), "the folder in its place"
+
+
+def test_what_asking_again_did_is_summed_by_generation(tmp_path: Path) -> None:
+    planned = plan_two_units(tmp_path)
+    names, store = UnitNames.of(planned.manifest), open_store(planned.output.uri)
+    twice = (Retry(writer="a", asked=2, mended=1), Retry(writer="b", asked=1, mended=0))
+    for unit, retries in zip(planned.units, (twice, twice[1:]), strict=True):
+        footer = UnitFooter(ledger=UnitLedger(rows=2), run_id=names.run_id, retries=retries)
+        store.put(names.key(unit.unit_id), write_unit_file(pa.table({"key": ["a", "b"]}), footer))
+    assert summarise(planned.output).generations == (
+        Generation(number=1, units=2, asked=3, mended=1),
+        Generation(number=2, units=1, asked=1, mended=0),
+    )
 
 
 def test_keys_of_a_run_with_too_many_rows_are_not_compared(
@@ -70,7 +130,9 @@ def test_keys_of_a_run_with_too_many_rows_are_not_compared(
     planned = plan_two_units(tmp_path)
     commit(planned, 0, UnitLedger(rows=2), key=["a", "a"])
     monkeypatch.setattr(summary_module, "_KEYS_COMPARED", 1)
-    assert summarise(planned.output).duplicate_keys is None
+    summary = summarise(planned.output)
+    assert summary.duplicate_keys is None
+    assert summary.unavailable == {"keys and accuracy": "more than 1 rows to compare"}
 
 
 def test_a_vqa_run_with_references_has_an_accuracy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.output.accuracy import Accuracy
-from cluster.output.summary import Attempt, Summary
+from cluster.output.summary import Attempt, Generation, Summary
 from cluster.report.terminal import format_quantity, format_saving, render
 
 TOTAL = UnitLedger(
@@ -95,6 +95,20 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
 def test_unread_bytes_are_shown_where_there_are_any() -> None:
     assert "unread" not in render_text(summary())
     assert "1,536 bytes of damaged archives" in render_text(summary(unread_bytes=1536))
+
+
+def test_the_report_shows_what_was_mended_what_is_missing_and_what_is_not_ours() -> None:
+    again = Generation(number=1, units=3, asked=9, mended=7)
+    foreign = tuple(f"s3://b/{n}.parquet" for n in range(7))
+    missing = {"accuracy": "TypeError: [odd]"}
+    report = render_text(summary(generations=(again,), foreign=foreign, unavailable=missing))
+    for text in (
+        "9 failed rows of 3 units: 7 mended, 2 failed again",
+        "not available: TypeError: [odd]",
+        "7 objects in the output are none of this run",
+        "s3://b/0.parquet",
+    ):
+        assert text in " ".join(report.split()), text
 
 
 def test_a_negative_saving_is_printed_as_a_loss() -> None:

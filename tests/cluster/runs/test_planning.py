@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from cluster.corpus.listing import list_corpus
 from cluster.errors import SettingsChanged, StoreError, UsageError
 from cluster.output.manifest import Manifest
+from cluster.output.run_output import UnitNames
 from cluster.store import Store, open_store
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.corpora import IMAGE, image, plan, put_parquet, tar_bytes
@@ -201,8 +202,9 @@ def test_objects_in_folders_are_not_committed_units(source: Store, place: str) -
     store = open_store(planned.output.uri)
     assert planned.output.committed_units() == set()
     first = planned.units[0].unit_id
-    store.put(f"{first}.parquet", b"x")
+    store.put(UnitNames.of(planned.manifest).key(first), b"x")
     store.put("_run/progress.parquet", b"x")
+    store.put(f"folder/{UnitNames.of(planned.manifest).key('other')}", b"x")
     assert planned.output.committed_units() == {first}
 
 

@@ -1,0 +1,100 @@
+"""The object of one committed unit: its rows, and in its footer who wrote it and what it cost.
+
+sppruner.ledger          the unit's ledger
+sppruner.run             the run it belongs to; versions before wrote it into the rows alone
+sppruner.generation      how often failed rows were asked again, and what that mended
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.accounting.ledger import UnitLedger
+from cluster.store import RangedFile
+
+_LEDGER: Final = "sppruner.ledger"
+_RUN: Final = "sppruner.run"
+_GENERATION: Final = "sppruner.generation"
+_RUN_COLUMN: Final = "run_id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """One time that failed rows of a unit were asked again."""
+
+    writer: str
+    """Of the attempt that asked; it replaces the unit once, however often it is repeated."""
+    asked: int
+    """Rows that were asked again."""
+    mended: int
+    """Rows among them that succeeded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitFooter:
+    """What a committed unit says about itself."""
+
+    ledger: UnitLedger
+    """What its rows cost."""
+    run_id: str | None
+    """The run that it belongs to; None where it does not say."""
+    retries: tuple[Retry, ...] = ()
+    """Every time its failed rows were asked again; as many generations has the object."""
+
+    def to_metadata(self) -> dict[str, str]:
+        """The pairs in the object's footer."""
+        pairs = {_LEDGER: self.ledger.to_json()}
+        if self.run_id is not None:
+            pairs[_RUN] = self.run_id
+        if self.retries:
+            retries = [asdict(retry) for retry in self.retries]
+            record = {"generation": len(retries), "retries": retries}
+            pairs[_GENERATION] = json.dumps(record, separators=(",", ":"))
+        return pairs
+
+
+def write_unit_file(table: pa.Table, footer: UnitFooter) -> bytes:
+    """The object of a unit."""
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as parquet:
+        parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        parquet.add_key_value_metadata(footer.to_metadata())
+    return bytes(buffer.getvalue().to_pybytes())
+
+
+def read_footer(file: RangedFile) -> UnitFooter | None:
+    """The footer of an object; None for a Parquet file that is no unit of any run. Raises
+    ArrowException for other files, ValueError or TypeError for a unit of a later version."""
+    found = pq.read_metadata(file)
+    pairs: Mapping[bytes, bytes] = found.metadata or {}
+    if _LEDGER.encode() not in pairs:
+        return None
+    run_id = pairs[_RUN.encode()].decode() if _RUN.encode() in pairs else _run_of_rows(found)
+    retries = json.loads(pairs.get(_GENERATION.encode(), b'{"retries": []}'))["retries"]
+    return UnitFooter(
+        ledger=UnitLedger.from_json(pairs[_LEDGER.encode()]),
+        run_id=run_id,
+        retries=_retries(retries),
+    )
+
+
+def _retries(records: Sequence[Mapping[str, Any]]) -> tuple[Retry, ...]:
+    return tuple(Retry(**record) for record in records)
+
+
+def _run_of_rows(found: pq.FileMetaData) -> str | None:
+    """The run in the rows of a unit, from the statistics of that column; None where there are
+    none. Rows of two runs in one unit are refused at the commit."""
+    for group in range(found.num_row_groups):
+        for number in range(found.num_columns):
+            column = found.row_group(group).column(number)
+            statistics = column.statistics if column.path_in_schema == _RUN_COLUMN else None
+            if statistics is not None and statistics.has_min_max:
+                return str(statistics.min)
+    return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from cluster.errors import UsageError
 from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
+from sppruner.errors import SpecError
 from sppruner.spec import PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
@@ -148,6 +150,29 @@ class RunConfig:
             raise UsageError(
                 f"input and output are both {self.input}: give the output its own prefix"
             )
+
+    @classmethod
+    def of_identity(
+        cls, settings: Mapping[str, Any], *, output: str, **execution: Any
+    ) -> RunConfig:
+        """The inverse of `identity`, for the run in an output; planning finds out whether the
+        identity is the same. execution: settings that may change between resumes. Raises UsageError
+        for settings that no run of this version can have."""
+        names = {part.name for part in fields(cls)}
+        values = {name: value for name, value in settings.items() if name in names}
+        try:
+            generation = dict(settings["generation"])
+            generation["stop"] = tuple(generation.get("stop", ()))
+            values |= {
+                "spec": PruneSpec.from_dict(settings["spec"]),
+                "generation": SamplingParams(**generation),
+                "media": MediaLimits(**settings["media"]),
+            }
+            return cls(**values, output=output, **execution)
+        except (KeyError, TypeError, ValueError, SpecError) as error:
+            raise UsageError(
+                f"{output}: its settings are of another version of this command ({error!r})"
+            ) from error
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is written. Planning adds model revision, image backend

@@ -114,6 +114,14 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
         default=MAX_ERROR_SHARE,
         help="stop once a larger share of the rows failed; 1 never stops (%(default)s)",
     )
+    parser.add_argument(
+        "--retry-errors",
+        metavar="CODES",
+        nargs="?",
+        const="",
+        help="label failed rows of a run again, nothing else; with codes, comma-separated, only "
+        "those (default: all that may succeed over an unchanged corpus)",
+    )
     return parser
 
 
@@ -169,10 +177,13 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:
     if (arguments.input is None) != (arguments.output is None):
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
+    if arguments.retry_errors is not None and arguments.output is None:
+        raise UsageError("--retry-errors goes with --output: give the run to mend")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit {arguments.limit}: give at least 1")
     # Imported here, where Ctrl-C is handled: Ray, torch and transformers take many seconds.
     from cluster.demo.local_s3 import LocalS3
+    from cluster.output.failed_rows import ErrorChoice
     from cluster.report.terminal import print_report
     from cluster.runs.run import run
     from jobs.demo_results import copy_results
@@ -191,7 +202,9 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
             stderr.print(f"drawing {rows} scenes to {arguments.input}", highlight=False)
             make_corpus(kind=job.kind, rows=rows, seed=0, format="parquet", output=arguments.input)
         config = build_config(job, arguments, demo=demo)
-        outcome = run(config, console=stderr, environment=environment)
+        choice = arguments.retry_errors
+        retry = None if choice is None else ErrorChoice.parse(choice)
+        outcome = run(config, console=stderr, environment=environment, retry=retry)
         print_report(outcome.summary, note=outcome.note)
         if demo:
             message = copy_results(job.kind, outcome.summary, Path("out"))

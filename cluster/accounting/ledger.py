@@ -82,6 +82,15 @@ class UnitLedger:
     def __add__(self, other: UnitLedger) -> UnitLedger:
         return _sum([self, other])
 
+    def __sub__(self, other: UnitLedger) -> UnitLedger:
+        """The account without rows that `other` is the account of."""
+        return UnitLedger(
+            **{
+                part.name: _difference(getattr(self, part.name), getattr(other, part.name))
+                for part in fields(UnitLedger)
+            }
+        )
+
     def to_json(self) -> str:
         """For the footer of a unit."""
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -182,3 +191,13 @@ def _total(values: Sequence[Any]) -> Any:
         return tuple(chain.from_iterable(values))
     names = sorted({name for mapping in values for name in mapping})
     return {name: sum(mapping.get(name, 0) for mapping in values) for name in names}
+
+
+def _difference(whole: Any, part: Any) -> Any:
+    """The inverse of `_total`, without names whose sum is zero then."""
+    if isinstance(whole, int):
+        return whole - part
+    if isinstance(whole, tuple):
+        return tuple((Counter(whole) - Counter(part)).elements())
+    left = {name: value - part.get(name, 0) for name, value in whole.items()}
+    return {name: value for name, value in left.items() if value or name not in part}

@@ -73,6 +73,18 @@ class UnitNames:
         return key.removeprefix(self.prefix).removesuffix(_SUFFIX)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedUnit:
+    """One version of a committed unit."""
+
+    info: ObjectInfo
+    """The object, as it was when it was read."""
+    table: pa.Table
+    """Its rows, in unit order."""
+    footer: UnitFooter
+    """What it says about itself."""
+
+
 class RunOutput:
     """The output of one run, on any store. Picklable; threads may share it.
 
@@ -173,6 +185,25 @@ class RunOutput:
         footer = UnitFooter(ledger=ledger, run_id=self._names.run_id)
         data = write_unit_file(table, footer)
         return self._store.put_if_absent(self._names.key(unit_id), data, writer=writer)
+
+    def open_unit(self, unit_id: str) -> CommittedUnit:
+        """A committed unit, rows and footer of one version. Raises StoreError where it is not
+        committed, not readable or another run's."""
+
+        def read(info: ObjectInfo) -> CommittedUnit:
+            footer = self._footer(info)
+            with pq.ParquetFile(RangedFile(self._store, info)) as file:
+                return CommittedUnit(info=info, table=file.read(), footer=footer)
+
+        return self._each([unit_id], read)[0]
+
+    def replace_unit(
+        self, unit: CommittedUnit, table: pa.Table, footer: UnitFooter, *, writer: str
+    ) -> bool:
+        """Replaces this version of a unit by another one; False where it is another version by
+        now. writer: unique to this call."""
+        data, info = write_unit_file(table, footer), unit.info
+        return self._store.put_if_match(info.key, data, etag=info.etag, writer=writer)
 
     def read_unit(self, unit_id: str, columns: Collection[str] | None = None) -> pa.Table:
         """A committed unit's rows. columns: to read; None for all. Raises StoreError where it is

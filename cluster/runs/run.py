@@ -24,7 +24,9 @@ from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
 from cluster.output.commit import CommitSink
+from cluster.output.failed_rows import ErrorChoice, FailedRows, find_failed_rows, select_rows
 from cluster.output.manifest import Manifest
+from cluster.output.replacement import RetrySink
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Summary, keep_summary, summarise
 from cluster.runs.calibration import calibrate
@@ -79,28 +81,39 @@ def run(
     *,
     console: Console | None = None,
     environment: Mapping[str, str] | None = None,
+    retry: ErrorChoice | None = None,
 ) -> Outcome:
-    """Carries out or resumes the run that `config` describes.
+    """Carries out or resumes the run that `config` describes, or asks its failed rows again.
 
     console: where progress goes; None for stderr. environment: variables for Ray's workers, where
-    they do not inherit this process's. Raises UsageError before any compute is spent, other
-    RunErrors later; committed units stay.
+    they do not inherit this process's. retry: failed rows to label again, in place of what is not
+    committed yet. Raises UsageError before any compute is spent, other RunErrors later; committed
+    units stay.
     """
     began = time.monotonic()
     console = console or open_console(stderr=True)
-    model = _pin_model(config)
     output = RunOutput.open(config.output)
+    revision = None
+    if retry is not None:  # rows of one run are of one model, whatever its name leads to by now
+        revision = output.require_manifest().identity.settings["model_revision"]
+    model = _pin_model(config, revision)
     manifest = plan_run(
         config, output, model_revision=model.revision, image_backend=model.image_backend
     )
-    done = output.committed_units()
-    todo = [unit for unit in manifest.units if unit.unit_id not in done]
+    failed: FailedRows = {}
+    if retry is None:
+        done = output.committed_units()
+        todo = [unit for unit in manifest.units if unit.unit_id not in done]
+    else:
+        failed = find_failed_rows(output, manifest, retry)
+        todo = [unit for unit in manifest.units if unit.unit_id in failed]
     warn_of_foreign_objects(output, manifest, console)
     if not todo:
         summary = summarise(output)
         if not output.has_summary():  # the driver died between the last commit and here
             keep_summary(output, summary)
-        return Outcome(summary=summary, note="finished before: nothing was left to do")
+        nothing = "finished before: nothing was left to do"
+        return Outcome(summary=summary, note=nothing if retry is None else "no row to ask again")
     output.check_first_writer_wins()
 
     with open_fleet(fleet_settings(config, model.revision, environment or {})) as fleet:
@@ -113,9 +126,17 @@ def run(
             replicas = ServeReplicas(fleet.handle)
             decision = calibrate(config, manifest, todo, output, replicas, slots=fleet.slots)
             config = replace(config, spec=decision.spec(config.spec), auto=False)
-        attempt = _label(config, manifest, todo, output, fleet, console, began)
+        attempt = _label(config, manifest, todo, output, fleet, console, began, failed)
     summary = summarise(output, attempt)
     keep_summary(output, summary)
+    return Outcome(summary=summary, note=_note(manifest, todo, failed, summary))
+
+
+def _note(
+    manifest: Manifest, todo: Sequence[Unit], failed: FailedRows, summary: Summary
+) -> str | None:
+    if failed:
+        return f"{_count(failed)} failed rows of {len(failed)} units were asked again"
     resumed = len(manifest.units) - len(todo)
     notes = []
     if resumed:
@@ -126,7 +147,11 @@ def run(
             f"{missing} units are missing, {manifest.source} did not give them: once it answers, "
             "the same command labels them"
         )
-    return Outcome(summary=summary, note="; ".join(notes) or None)
+    return "; ".join(notes) or None
+
+
+def _count(failed: FailedRows) -> int:
+    return sum(map(len, failed.values()))
 
 
 def warn_of_foreign_objects(output: RunOutput, manifest: Manifest, console: Console) -> None:
@@ -155,12 +180,12 @@ def fleet_settings(
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
 
 
-def _pin_model(config: RunConfig) -> _PinnedModel:
-    """The model's exact content. Raises UsageError for it, and for whatever can be known of the
-    spec without loading weights."""
+def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:
+    """The model's exact content: of a known revision, or the present one. Raises UsageError for it,
+    and for whatever can be known of the spec without loading weights."""
     try:
         selector_for(config.spec)  # a misspelt method must not cost the download of a model
-        identity = resolve_model(config.model)
+        identity = resolve_model(config.model, revision)
         check_spec(config.spec, capabilities(load_config(identity)))
         backend = image_backend(load_processor(identity))
     except SpprunerError as error:
@@ -176,10 +201,14 @@ def _label(
     fleet: Fleet,
     console: Console,
     began: float,
+    failed: FailedRows,
 ) -> Attempt:
-    """Labels and commits `todo`."""
+    """Labels and commits `todo`, or only its failed rows."""
     _set_up_ray_data()
-    rows = sum(unit.row_count for unit in todo)
+    rows = _count(failed) or sum(unit.row_count for unit in todo)
+    if failed:
+        # A few rows of each unit say nothing about whole batches.
+        config = replace(config, control_share=0.0)
     console.print(
         f"run {manifest.run_id}: {rows} rows in {len(todo)} units to do, "
         f"{len(manifest.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",
@@ -203,11 +232,19 @@ def _label(
             else fleet.kv_token_capacity * fleet.target_replicas // fleet.replicas
         ),
         unit_rows=rows // len(todo),
-        unit_bytes=sum(unit.size_bytes for unit in todo) // len(todo),
+        unit_bytes=sum(
+            unit.size_bytes * len(failed.get(unit.unit_id, range(unit.row_count))) // unit.row_count
+            for unit in todo
+        )
+        // len(todo),
     )
     _warn_if_starved(console, actors)
-    sink = CommitSink(manifest, output, on_commit=report_commit)
-    with RunTracker(config, manifest, output) as tracker:
+    sink: CommitSink | RetrySink = (
+        RetrySink(manifest, output, on_commit=report_commit)
+        if failed
+        else CommitSink(manifest, output, on_commit=report_commit)
+    )
+    with RunTracker(config, manifest, output, again=failed) as tracker:
         before = _stats(fleet)
         started = time.monotonic()
         with ProgressDisplay(tracker.progress, console):
@@ -220,6 +257,13 @@ def _label(
                     replicas=fleet.target_replicas,
                     on_event=partial(report_event, manifest.run_id),
                 )
+                if failed:
+                    units = units.map_batches(
+                        partial(select_rows, failed=failed),
+                        batch_size=None,
+                        batch_format="pyarrow",
+                        num_cpus=READER_CPUS,  # the reader's: Ray Data runs both in one task
+                    )
                 try:
                     label_units(units, settings, actors=actors).write_datasink(
                         sink, ray_remote_args={"num_cpus": _SINK_CPUS}
@@ -231,6 +275,9 @@ def _label(
                     if cause is None:
                         raise
                     raise cause from error
+                if failed:
+                    left = []  # what its store did not give is failed as before: ask once more
+                    break
                 # Readers leave out units whose store gave up: they have another turn for as long
                 # as that brings rows.
                 done, asked = output.committed_units(), len(left)

@@ -4,7 +4,7 @@ the controller restarts, and reports how the attempt ended.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 
 import ray
@@ -37,8 +37,17 @@ class RunTracker:
     """Keeps the controller's view of one attempt: registers the run on entry, reports its end on
     exit. `progress` may be called from any thread."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, output: RunOutput) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        manifest: Manifest,
+        output: RunOutput,
+        *,
+        again: Collection[str] = (),
+    ) -> None:
+        """again: committed units that this attempt labels again; they count as not done."""
         self._config = config
+        self._again = frozenset(again)
         self._manifest = manifest
         self._output = output
         self._controller = get_controller()
@@ -108,7 +117,7 @@ class RunTracker:
         return None if reason is None else ErrorShareExceeded(reason)
 
     def _register(self) -> None:
-        planned = {unit.unit_id for unit in self._manifest.units}
+        planned = {unit.unit_id for unit in self._manifest.units} - self._again
         done = sorted(self._output.committed_units() & planned)
         ledger = RunLedger.of(self._output.ledgers(done))
         call = self._controller.register.remote(

@@ -37,6 +37,7 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--limit": None,
         "--dtype": "auto",
         "--replicas": 1,
+        "--retry-errors": None,
         "--max-error-share": 0.2,
     }
 

@@ -1,0 +1,69 @@
+"""Labels failed rows of a run again, under the settings that its output keeps.
+
+    python jobs/retry_errors.py s3://bucket/captions
+    python jobs/retry_errors.py s3://bucket/captions --codes read_failed,inference_failed
+
+Answers are never replaced, and readers of the output see each row once at any moment. Exit codes
+are those of the labelling commands: 0 if no failed row remains, 3 if some do, 5 if the run is not
+complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cluster.config import RunConfig
+from cluster.console import open_console
+from cluster.errors import RunError
+from cluster.logs import configure_logs
+from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
+
+_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", help="the --output of a job")
+    parser.add_argument(
+        "--codes",
+        default="",
+        help="error codes, comma-separated (all that may succeed over an unchanged corpus)",
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    raise_on_sigterm()
+    try:
+        configure_logs()
+        return _retry(arguments.output, arguments.codes, arguments.replicas)
+    except RunError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        print("stopped: what is mended stays; the same command goes on", file=sys.stderr)
+        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
+
+
+def _retry(place: str, codes: str, replicas: int) -> int:
+    # Imported here, where Ctrl-C is handled: Ray, torch and transformers take many seconds.
+    from cluster.output.failed_rows import ErrorChoice
+    from cluster.output.run_output import RunOutput
+    from cluster.report.terminal import print_report
+    from cluster.runs.run import run
+
+    settings = RunOutput.open(place).require_manifest().identity.settings
+    config = RunConfig.of_identity(settings, output=place, replicas=replicas)
+    outcome = run(config, console=open_console(stderr=True), retry=ErrorChoice.parse(codes))
+    print_report(outcome.summary, note=outcome.note)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

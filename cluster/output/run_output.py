@@ -5,8 +5,10 @@
     _run/break-even.json         whether pruning pays, where the run decides by measurement
     _run/summary.json            the last attempt's summary
     _run/probe                   empty: shows that the store keeps the first of two writers
+    .huggingface.yaml            which objects are rows, for Hugging Face's load_dataset(prefix)
 
-Readers of Parquet data sets skip `_run/`, so `pyarrow.parquet.read_table(prefix)` sees rows alone.
+Readers of Parquet data sets skip `_run/` and hidden names, so `pyarrow.parquet.read_table(prefix)`
+sees rows alone.
 A unit of another run is never counted as one of ours.
 """
 
@@ -22,6 +24,7 @@ from typing import Final, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
@@ -35,6 +38,7 @@ _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
 _SUMMARY: Final = "_run/summary.json"
 _PROBE: Final = "_run/probe"
+_DATA_FILES: Final = ".huggingface.yaml"
 _THREADS: Final = 16
 # A unit is replaced while it is read at most as often as somebody asks its failed rows again.
 _READS: Final = 8
@@ -146,6 +150,14 @@ class RunOutput:
                 "both succeed; --output needs a store with conditional writes, such as AWS S3, "
                 "MinIO, or a directory (AWS_ENDPOINT_URL says which server is asked)"
             )
+
+    def describe_data_files(self) -> None:
+        """Says which objects are rows, for readers that would take every file for one: `datasets`
+        reads `_run/*.json` otherwise. It knows no other hidden name than this one."""
+        if self._store.head(_DATA_FILES) is None:
+            path = f"{self._names.prefix}*{_SUFFIX}"
+            text = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": path}]})
+            self._store.put(_DATA_FILES, text.encode())
 
     def first_parquet_object(self) -> str | None:
         """The address of a Parquet object in this prefix, whoever wrote it; None where there is

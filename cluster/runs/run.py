@@ -108,6 +108,7 @@ def run(
         failed = find_failed_rows(output, manifest, retry)
         todo = [unit for unit in manifest.units if unit.unit_id in failed]
     warn_of_foreign_objects(output, manifest, console)
+    output.describe_data_files()
     if not todo:
         summary = summarise(output)
         if not output.has_summary():  # the driver died between the last commit and here

@@ -208,8 +208,8 @@ def _label(
     _set_up_ray_data()
     rows = _count(failed) or sum(unit.row_count for unit in todo)
     if failed:
-        # A few rows of each unit say nothing about whole batches.
-        config = replace(config, control_share=0.0)
+        # A few rows of each unit say nothing about whole batches, and it is known that they fail.
+        config = replace(config, control_share=0.0, max_error_share=1.0)
     console.print(
         f"run {manifest.run_id}: {rows} rows in {len(todo)} units to do, "
         f"{len(manifest.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",

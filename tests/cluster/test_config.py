@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from cluster.config import MediaLimits, RunConfig
@@ -31,10 +33,16 @@ SETTINGS: dict[str, list[Any]] = {
     "control_share": [0.0, 1.0],
     "auto": [False, True],
     "dtype": ["auto", "bfloat16"],
+    "image_column": [None, "picture"],
+    "key_column": [None, "id"],
+    "question_column": [None, "ask"],
+    "format": [None, "webdataset"],
+    "dotted_keys": [False, True],
     "media": [MediaLimits(max_bytes=5, formats=("png",)), MediaLimits(max_pixels=9)],
 }
 
 
+@limits(max_examples=40)
 @given(
     settings=st.fixed_dictionaries(
         {}, optional={n: st.sampled_from(v) for n, v in SETTINGS.items()}
@@ -47,6 +55,13 @@ def test_the_settings_that_are_a_run_s_identity_give_that_run(settings: dict[str
     rebuilt = RunConfig.of_identity(kept | looked_up, output="out", replicas=3)
     assert rebuilt.identity() == given_config.identity()
     assert rebuilt.replicas == 3
+
+
+def test_every_setting_of_the_identity_is_tried() -> None:
+    """A new one must be among SETTINGS, or rebuilding it is not tested."""
+    execution = {"replicas", "slots", "max_error_share", "error_share_after", "max_attempts"}
+    places = {"input", "output", "model"}
+    assert {part.name for part in fields(RunConfig)} == SETTINGS.keys() | execution | places
 
 
 @pytest.mark.parametrize(

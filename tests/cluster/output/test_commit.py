@@ -21,10 +21,11 @@ from cluster.config import Kind, MediaLimits
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Format, Unit
-from cluster.errors import CommitRefused, RowError
+from cluster.errors import CommitRefused, RowError, StoreError
 from cluster.images import decode_image
 from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
 from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.unit_file import UnitFooter, write_unit_file
 from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
@@ -70,6 +71,14 @@ def test_the_second_writer_loses_without_an_error_and_changes_nothing(store: Sto
     assert not commit(slower, store, "second")
     (ledger,) = RunOutput(store, NAMES).ledgers(["unit"])
     assert ledger.seconds == pytest.approx(1.5)
+
+
+def test_a_race_lost_to_another_run_s_object_is_an_error(store: Store) -> None:
+    """Its rows are not ours: the unit would count as done without them."""
+    footer = UnitFooter(ledger=UnitLedger(rows=3), run_id="older")
+    store.put("run-unit.parquet", write_unit_file(COMPLETE, footer))
+    with pytest.raises(StoreError, match=r"run-unit\.parquet: a unit of run older"):
+        commit(COMPLETE, store)
 
 
 def test_of_racing_writers_one_wins_and_all_report_the_committed_ledger(store: Store) -> None:

@@ -36,10 +36,18 @@ class MediaLimits:
     """Width times height."""
     formats: tuple[ImageFormat, ...] = IMAGE_FORMATS
     """What is read; an image of another format is undecodable."""
+    max_decode_seconds: float = 10.0
+    """CPU seconds that decoding may take; a photograph of 12 megapixels takes about 0.1."""
+
+    @property
+    def decode_memory(self) -> int:
+        """Bytes of memory for the process that decodes: its own, the compressed image in a few
+        copies, and pixels as the decoder, the conversion to RGB and the answer hold them."""
+        return 512 * 2**20 + 4 * self.max_bytes + 32 * self.max_pixels
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", tuple(self.formats))
-        if self.max_bytes < 1 or self.max_pixels < 1:
+        if self.max_bytes < 1 or self.max_pixels < 1 or not self.max_decode_seconds > 0:
             raise UsageError("media limits must be positive")
         unknown = [name for name in self.formats if name not in IMAGE_FORMATS]
         if unknown or not self.formats:
@@ -53,6 +61,8 @@ class MediaLimits:
         settings: dict[str, Any] = {"max_bytes": self.max_bytes, "max_pixels": self.max_pixels}
         if set(self.formats) != set(IMAGE_FORMATS):
             settings["formats"] = sorted(self.formats)
+        if self.max_decode_seconds != 10.0:
+            settings["max_decode_seconds"] = self.max_decode_seconds
         return settings
 
 

@@ -1,6 +1,7 @@
 """From untrusted bytes to pixels, for batch and online requests.
 
-`decode_image` decodes in the calling process; `Decoders` does it in processes that can be killed.
+`decode_image` decodes in the calling process; `cluster.images.decoders.Decoders` does it in
+processes that can be killed.
 """
 
 from cluster.images.decode import decode_image

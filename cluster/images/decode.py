@@ -22,6 +22,8 @@ from cluster.images.formats import PILLOW_NAMES, allowed_format
 from cluster.images.metadata import strip_metadata
 from sppruner.models import JpegScale
 
+OUT_OF_MEMORY = "decoding takes more memory than its process may use (MediaLimits.decode_memory)"
+"""The message for an image that does."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,12 +48,7 @@ def decode_image(
     ImageMissing, ImageTooLarge or ImageUndecodable, the same for the same bytes whatever the scale;
     a truncated image is undecodable. Not for several threads at once: it silences warnings.
     """
-    if data is None:
-        raise ImageMissing("the row has no image")
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,}")
-    if not data:
-        raise ImageUndecodable("the image is empty (0 bytes)")
+    data = check_bytes(data, limits)
     name = allowed_format(data, limits)
     try:
         return _decode(name, data, limits, jpeg_scale)
@@ -64,6 +61,18 @@ def decode_image(
             return _decode(name, pixels, limits, jpeg_scale, exif)
         except ImageUndecodable:
             raise error from None
+
+
+def check_bytes(data: bytes | None, limits: MediaLimits) -> bytes:
+    """The bytes of an image that may be decoded. Raises ImageMissing, ImageTooLarge or
+    ImageUndecodable."""
+    if data is None:
+        raise ImageMissing("the row has no image")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,}")
+    if not data:
+        raise ImageUndecodable("the image is empty (0 bytes)")
+    return data
 
 
 def _decode(
@@ -116,7 +125,7 @@ def _open_image(name: ImageFormat, data: bytes) -> Iterator[Image.Image]:
     except ImageTooLarge:
         raise
     except MemoryError as error:
-        raise ImageUndecodable("decoding takes more memory than an image may use") from error
+        raise ImageUndecodable(OUT_OF_MEMORY) from error
     except Exception as error:
         # On hostile bytes Pillow's parsers raise anything: OSError, SyntaxError, struct.error,
         # KeyError, OverflowError. One image is one row, so no error may pass.

@@ -1,8 +1,8 @@
 """One model behind Ray Serve: the same actor answers batch jobs and online requests.
 
 The engine has a thread of its own and serves online requests before batch rows. Images are decoded
-in thread pools, one for each priority, so that online images never wait behind a batch. Bad rows
-become error results. A watchdog kills the process once the engine hangs.
+in processes that can be killed, some for each priority, so that online images never wait behind a
+batch. Bad rows become error results. A watchdog kills the process once the engine hangs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +18,9 @@ from typing import Final
 
 import structlog
 import torch
-from PIL import Image
 
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
-from cluster.images import decode_image
+from cluster.images.decoders import Decoders
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.deadline import Deadline
 from cluster.serving.engine_settings import EngineSettings
@@ -30,7 +28,6 @@ from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result
-from sppruner.models import JpegScale
 
 logger = structlog.get_logger(__name__)
 
@@ -83,22 +80,27 @@ class VLMReplica:
         watchdog kills this process when its engine hangs. Raises what the engine's factory
         raises."""
         settings = settings.sized(gpu=settings.device != "cpu" and torch.cuda.is_available())
-        self._thread = EngineThread(
-            partial(_build_engine, settings, threads),
-            _handle_fault,
-            watchdog=Watchdog() if watched else None,
-            deadline=Deadline(
-                first=settings.first_step_seconds,
-                least=settings.step_seconds,
-                learning=_FIRST_STEPS,
-            ),
-        )
+        self._decoders = {
+            Priority.ONLINE: Decoders(1, name="decode-online"),
+            Priority.BATCH: Decoders(_BATCH_DECODERS, name="decode"),
+        }
+        self._decoders[Priority.BATCH].start()  # while the model is loaded
+        try:
+            self._thread = EngineThread(
+                partial(_build_engine, settings, threads),
+                _handle_fault,
+                watchdog=Watchdog() if watched else None,
+                deadline=Deadline(
+                    first=settings.first_step_seconds,
+                    least=settings.step_seconds,
+                    learning=_FIRST_STEPS,
+                ),
+            )
+        except BaseException:
+            self._close_decoders()
+            raise
         self._engine = self._thread.engine
         self._occupancy = Occupancy()
-        self._decoders = {
-            Priority.ONLINE: ThreadPoolExecutor(1, thread_name_prefix="decode-online"),
-            Priority.BATCH: ThreadPoolExecutor(_BATCH_DECODERS, thread_name_prefix="decode"),
-        }
         self._batch_rows_in_flight = 0
         self._started = time.monotonic()
         self._rows = 0
@@ -148,9 +150,7 @@ class VLMReplica:
                 yield piece
 
     async def _stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
-        loop, pool = asyncio.get_running_loop(), self._decoders[Priority.ONLINE]
-        jpeg_scale = self._engine.jpeg_scale
-        item = await loop.run_in_executor(pool, _decode, request, Priority.ONLINE, jpeg_scale)
+        item = await self._decode(request, Priority.ONLINE)
         if isinstance(item, Result):
             yield item
             return
@@ -186,17 +186,38 @@ class VLMReplica:
             raise EngineBroken("the engine's thread has ended")
 
     def close(self) -> None:
-        """Ends the engine's thread. Serve ends the whole process instead."""
+        """Ends the engine's thread and the decoding processes. Serve ends the replica's process
+        instead, and the decoding processes end with it."""
+        self._close_decoders()
         self._thread.close()
 
+    def _close_decoders(self) -> None:
+        for decoders in self._decoders.values():
+            decoders.close()
+
     async def _label(self, requests: Sequence[LabelRequest], priority: Priority) -> list[Result]:
-        loop = asyncio.get_running_loop()
-        pool, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale
-        decoding = (
-            loop.run_in_executor(pool, _decode, one, priority, jpeg_scale) for one in requests
-        )
-        decoded = await asyncio.gather(*decoding)
+        decoded = await asyncio.gather(*(self._decode(one, priority) for one in requests))
         return await asyncio.gather(*(self._answer(item) for item in decoded))
+
+    async def _decode(self, request: LabelRequest, priority: Priority) -> Request | Result:
+        decoders, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale
+        try:
+            images = await decoders.decode(request.images, request.media, jpeg_scale)
+        except RowError as error:
+            return row_error_result(request.id, error)
+        except Exception as error:  # the row boundary: no property of the row
+            failed = InferenceFailed(f"{type(error).__name__}: {error}")
+            return row_error_result(request.id, failed)
+        return Request(
+            id=request.id,
+            prompt=request.prompt,
+            images=images,
+            system=request.system,
+            spec=request.spec,
+            generation=request.generation,
+            control=request.control,
+            priority=priority,
+        )
 
     async def _answer(self, item: Request | Result) -> Result:
         if isinstance(item, Result):
@@ -228,28 +249,6 @@ def _end_process() -> None:
     # Now, not at the next health check: clients see a dead replica and send its rows to another,
     # and Serve starts a new one with a fresh device context.
     os._exit(1)
-
-
-def _decode(request: LabelRequest, priority: Priority, jpeg_scale: JpegScale) -> Request | Result:
-    try:
-        images: tuple[Image.Image, ...] = tuple(
-            decode_image(data, request.media, jpeg_scale) for data in request.images
-        )
-    except RowError as error:
-        return row_error_result(request.id, error)
-    except Exception as error:  # the row boundary: out of memory is no property of the row
-        failed = InferenceFailed(f"{type(error).__name__}: {error}")
-        return row_error_result(request.id, failed)
-    return Request(
-        id=request.id,
-        prompt=request.prompt,
-        images=images,
-        system=request.system,
-        spec=request.spec,
-        generation=request.generation,
-        control=request.control,
-        priority=priority,
-    )
 
 
 def _build_engine(settings: EngineSettings, threads: int | None) -> Engine:

@@ -35,3 +35,11 @@ def encoded_as(name: ImageFormat, **options: object) -> bytes:
 def png_chunk(name: bytes, body: bytes) -> bytes:
     checksum = struct.pack(">I", zlib.crc32(name + body))
     return struct.pack(">I", len(body)) + name + body + checksum
+
+
+def slow_jpeg(scans: int = 200, side: int = 1000) -> bytes:
+    """A progressive JPEG whose last scan is there many times over: a few bytes, and each scan is
+    another pass over all pixels."""
+    data = encoded(Image.new("RGB", (side, side), "gray"), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * scans + data[end:]

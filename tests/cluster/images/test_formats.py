@@ -87,7 +87,7 @@ def test_a_jpeg_beside_a_second_one_is_a_jpeg() -> None:
     assert decode_image(data, LIMITS).size == (40, 20)
 
 
-def test_the_formats_are_part_of_a_runs_identity_only_when_set() -> None:
+def test_formats_and_deadline_are_part_of_a_runs_identity_only_when_set() -> None:
     def identity(media: MediaLimits) -> dict[str, Any]:
         config = RunConfig(
             kind="caption", input="in", output="out", model="m", prompt="p", spec=DENSE, media=media
@@ -99,6 +99,9 @@ def test_the_formats_are_part_of_a_runs_identity_only_when_set() -> None:
     few = MediaLimits(formats=("png", "jpeg"))
     assert identity(few) == old | {"formats": ["jpeg", "png"]}
     assert set(MediaLimits(**identity(few)).formats) == {"jpeg", "png"}
+    patient = MediaLimits(max_decode_seconds=60)
+    assert identity(patient) == old | {"max_decode_seconds": 60}
+    assert MediaLimits(**identity(patient)) == patient
 
 
 def test_an_unknown_format_in_the_settings_is_refused() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,17 @@ def count_control_rows(run: RunConfig, name: str, rows: int) -> int:
     return sum(label(run, unit(name, rows))[0]["is_control"].to_pylist())
 
 
+def count_by_unit(run: RunConfig, *units: pa.Table) -> list[int]:
+    """Control rows of each unit, all labelled by one replica."""
+    labelled = label(run, *units)[0].select(["unit_id", "is_control"]).to_pylist()
+    counts = Counter(row["unit_id"] for row in labelled if row["is_control"])
+    return [counts[name] for name in dict.fromkeys(row["unit_id"] for row in labelled)]
+
+
 def test_the_control_share_holds_over_units_smaller_than_a_control_call() -> None:
-    counts = [count_control_rows(config(control_share=0.1), f"unit {n}", 8) for n in range(60)]
+    units = [unit(f"unit {n}", 8) for n in range(60)]
+    counts = count_by_unit(config(control_share=0.1), *units)
+    assert len(counts) == 60
     assert set(counts) == {0, 4}, "a control call is whole or absent"
     assert 20 <= sum(counts) <= 80  # 10 % of 480 rows, drawn by hash
 

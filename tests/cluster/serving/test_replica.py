@@ -25,6 +25,7 @@ from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Request, Result, SamplingParams
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, image_hash, picture
+from tests.cluster.images.pictures import slow_jpeg
 
 T = TypeVar("T")
 
@@ -65,6 +66,13 @@ def run(
     return asyncio.run(asyncio.wait_for(body(), within))
 
 
+async def start_decoding(replica: VLMReplica) -> None:
+    """For scenarios that tell by the clock which row comes first."""
+    for decoders in replica._decoders.values():
+        for _ in range(2):
+            await decoders.decode([picture(0)], MediaLimits(), None)
+
+
 def batches(journal: Path) -> list[list[str]]:
     return [line.split() for line in journal.read_text().splitlines()]
 
@@ -90,6 +98,7 @@ def test_one_batch_mixes_specs_and_each_row_keeps_its_own_budget(journal: Path) 
 
 def test_online_rows_run_before_batch_rows_that_were_queued_earlier(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
+        await start_decoding(replica)
         queued = asyncio.create_task(
             replica.label([call(n) for n in range(12)], priority=Priority.BATCH)
         )
@@ -167,6 +176,27 @@ def test_a_bad_image_is_an_error_result_and_affects_no_other_row(
     assert results[2].text == expected_text(picture(2))
 
 
+def test_an_image_of_endless_scans_costs_its_own_row_and_no_online_request_waits_for_it(
+    journal: Path,
+) -> None:
+    limits = MediaLimits(max_decode_seconds=1.0)
+    slow = call(1, images=(slow_jpeg(20_000),), media=limits)
+
+    async def scenario(replica: VLMReplica) -> None:
+        calls = [call(0), slow, slow, call(2)]
+        batch = asyncio.ensure_future(replica.label(calls, priority=Priority.BATCH))
+        (online,) = await replica.label([call(3)], priority=Priority.ONLINE)
+        assert online.text == expected_text(picture(3))
+        assert not batch.done()
+        first, cut, also_cut, last = await batch
+        assert (first.text, last.text) == (expected_text(picture(0)), expected_text(picture(2)))
+        for result in (cut, also_cut):
+            assert (result.error_code, result.error_stage) == ("image_undecodable", "decode")
+            assert "took more than 1 s of CPU time" in str(result.error_message)
+
+    run(settings(journal), scenario, within=100)
+
+
 def test_batch_and_online_jpegs_are_decoded_at_the_engines_jpeg_scale(
     journal: Path,
 ) -> None:
@@ -215,6 +245,7 @@ def test_a_row_that_makes_the_engine_raise_is_isolated_by_bisection(journal: Pat
 
 def test_a_cancelled_call_leaves_the_queue_and_frees_its_capacity(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
+        await start_decoding(replica)
         running = asyncio.create_task(replica.label([call(0)], priority=Priority.BATCH))
         while not journal.exists():
             await asyncio.sleep(0.01)

@@ -99,6 +99,13 @@ class Store(ABC):
         object `key` twice. A server that does not know the condition accepts both writes."""
         return not all(self.put_if_absent(key, b"", writer=uuid.uuid4().hex) for _ in range(2))
 
+    def honours_put_if_match(self, key: str) -> bool:
+        """Whether the store keeps the promise of `put_if_match`, found out by replacing an empty
+        object `key` of a version that never was. For whoever replaces objects; creating them needs
+        `honours_put_if_absent` alone."""
+        self.put_if_absent(key, b"", writer=uuid.uuid4().hex)
+        return not self.put_if_match(key, b"", etag="0" * 32, writer=uuid.uuid4().hex)
+
     def uri_of(self, key: str) -> str:
         """The object's address, for messages and logs."""
         return f"{self.uri}/{key}"

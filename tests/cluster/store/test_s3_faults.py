@@ -189,6 +189,10 @@ def test_a_server_that_keeps_the_second_writer_is_found_out(server: FaultyS3) ->
     assert len(server.requests) <= 5
     server.ignored = {"If-None-Match"}
     assert not store().honours_put_if_absent("_run/probe")
+    server.ignored = {"If-Match"}
+    assert store().honours_put_if_absent("_run/probe")
+    assert not store().honours_put_if_match("_run/probe")
+    server.ignored = {"If-None-Match"}
     with pytest.raises(UsageError, match="ignores If-None-Match"):
         RunOutput(store()).check_first_writer_wins()
 

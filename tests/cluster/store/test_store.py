@@ -68,6 +68,7 @@ def test_a_listing_has_more_than_one_page(s3: str) -> None:
 def test_the_store_keeps_the_first_of_two_writers(store: Store) -> None:
     assert store.honours_put_if_absent("_run/probe")
     assert store.honours_put_if_absent("_run/probe")
+    assert store.honours_put_if_match("_run/probe")
 
 
 def test_ranges_are_half_open_and_end_with_the_object(store: Store) -> None:

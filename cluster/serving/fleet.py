@@ -142,7 +142,7 @@ def _deploy_alone(settings: FleetSettings, lease: FleetLease | None) -> bool:
         finally:
             if lease is not None:
                 lease.deployed()
-    except (RayError, GetTimeoutError) as error:
+    except (RayError, RayServeException, GetTimeoutError) as error:
         raise FleetUnavailable(f"{settings.engine.model} could not be deployed: {error}") from error
     return True
 

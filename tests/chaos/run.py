@@ -26,7 +26,7 @@ STUCK_SECONDS: Final = 120.0
 """A run is stuck that commits nothing for so long after its last fault."""
 _RUN_SECONDS: Final = 420.0
 _MOST_ATTEMPTS: Final = 10
-_TARGET_SECONDS: Final = 15.0
+_TARGET_SECONDS: Final = 40.0
 _TICK_SECONDS: Final = 0.1
 _RESTART_SECONDS: Final = 1.0
 _SETTLE_SECONDS: Final = 0.5

@@ -4,6 +4,7 @@
     _run/manifest.json           what the run is, created once
     _run/break-even.json         whether pruning pays, where the run decides by measurement
     _run/summary.json            the last attempt's summary
+    _run/index/<name>.json       the index of one tar of a large corpus, for planners
     _run/probe                   empty: shows that the store keeps the first of two writers
     .huggingface.yaml            which objects are rows, for Hugging Face's load_dataset(prefix)
 
@@ -36,6 +37,7 @@ from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_s
 _SUFFIX: Final = ".parquet"
 _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
+_INDEX: Final = "_run/index/"
 _SUMMARY: Final = "_run/summary.json"
 _PROBE: Final = "_run/probe"
 _DATA_FILES: Final = ".huggingface.yaml"
@@ -295,6 +297,17 @@ class RunOutput:
         kept = self.break_even()
         assert kept is not None
         return kept
+
+    def file_index(self, name: str) -> bytes | None:
+        """What `keep_file_index` kept under this name; None where that is nothing."""
+        try:
+            return self._store.get(f"{_INDEX}{name}.json")
+        except ObjectGone:
+            return None
+
+    def keep_file_index(self, name: str, data: bytes) -> None:
+        """Keeps the index of one file for other planners of this run; the first one stays."""
+        self._store.put_if_absent(f"{_INDEX}{name}.json", data, writer=uuid.uuid4().hex)
 
     def has_summary(self) -> bool:
         """Whether an attempt has ended with a summary."""

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 
 import structlog
 
 from cluster.config import RunConfig
 from cluster.corpus.columns import ColumnChoice, ColumnMapping
 from cluster.corpus.listing import list_corpus
-from cluster.corpus.parquet import index_parquet, map_parquet_columns
-from cluster.corpus.tar_index import index_tar
-from cluster.corpus.unit import FileIndex, Unit, group_units, take_rows
+from cluster.corpus.parquet import map_parquet_columns
+from cluster.corpus.unit import Unit, group_units, take_rows
 from cluster.corpus.webdataset import map_tar_columns
 from cluster.errors import SettingsChanged, UsageError
 from cluster.output.manifest import Identity, Manifest
 from cluster.output.run_output import RunOutput
+from cluster.runs.indexing import index_files
 from cluster.store import ObjectInfo, Store
 
 logger = structlog.get_logger(__name__)
-
-_THREADS = 8
 
 
 def plan_run(
@@ -47,7 +43,7 @@ def plan_run(
             f"{stray} is there already, but no run's manifest; "
             "choose an empty --output, or readers would mix its rows with ours"
         )
-    mapping, units = _index(config, source, corpus)
+    mapping, units = _index(config, source, corpus, output)
     if not units:
         raise UsageError(f"{config.input}: {len(corpus)} files without a single row; check --input")
     manifest = Manifest(
@@ -77,24 +73,14 @@ def _resume(config: RunConfig, manifest: Manifest, identity: Identity) -> Manife
 
 
 def _index(
-    config: RunConfig, source: Store, corpus: Sequence[ObjectInfo]
+    config: RunConfig, source: Store, corpus: Sequence[ObjectInfo], output: RunOutput
 ) -> tuple[ColumnMapping, list[Unit]]:
-    """Indexes files in order, several at a time, and no more of them than the limit needs."""
-    is_parquet = corpus[0].key.endswith(".parquet")
-    index_file = index_parquet if is_parquet else partial(index_tar, dotted_keys=config.dotted_keys)
-    index = partial(index_file, source, unit_rows=config.unit_rows, unit_bytes=config.unit_bytes)
-    files: list[FileIndex] = []
-    step = len(corpus) if config.limit is None else _THREADS
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(corpus), step):
-            files += pool.map(index, corpus[first : first + step])
-            if config.limit is not None and sum(file.rows for file in files) >= config.limit:
-                break
-    _warn_of_damage(source, files)
+    """The columns of the corpus and its units."""
+    files = index_files(config, source, corpus, output)
     choice = ColumnChoice(
         image=config.image_column, key=config.key_column, question=config.question_column
     )
-    if is_parquet:
+    if corpus[0].key.endswith(".parquet"):
         mapping = map_parquet_columns(
             source, files, kind=config.kind, prompt=config.prompt, choice=choice
         )
@@ -116,20 +102,3 @@ def _index(
         units = take_rows(units, config.limit)
     bounds = {"unit_rows": config.unit_rows, "unit_bytes": config.unit_bytes}
     return mapping, list(group_units(units, **bounds))
-
-
-def _warn_of_damage(source: Store, files: Sequence[FileIndex]) -> None:
-    for file in files:
-        uri = source.uri_of(file.info.key)
-        damaged = sum(len(unit.damaged) for unit in file.units)
-        if damaged:
-            logger.warning(
-                "archive_damaged",
-                uri=uri,
-                unread_bytes=file.unread_bytes,
-                size=file.info.size,
-                rows=file.rows - damaged,
-                error_rows=damaged,
-            )
-        for warning in file.warnings:
-            logger.warning("archive_suspect", uri=uri, reason=warning)

@@ -216,6 +216,12 @@ def _label(
         highlight=False,
         soft_wrap=True,
     )
+    if manifest.unread_bytes:
+        console.print(
+            f"{manifest.unread_bytes:,} bytes of the input are damaged and not read: each range is "
+            "an error row, archive_truncated; archive_damaged in the log names the files",
+            style="yellow",
+        )
     actors = actors_for(fleet.target_replicas)
     settings = LabellerSettings(
         run_id=manifest.run_id,

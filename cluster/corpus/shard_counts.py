@@ -1,0 +1,58 @@
+"""How many samples other tools say each tar holds, from the files that they put beside the tars.
+
+img2dataset writes `NNNNN_stats.json` with `successes` for `NNNNN.tar`; an index of webdataset's
+wids lists `{url, nsamples}` under `shardlist`. They know no byte ranges, so they cannot replace
+the index of a tar; what they say is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.store import ObjectInfo, Store
+
+_STATS = "_stats.json"
+# Of other JSON files: a corpus with more has one for each sample, and none of them is an index.
+_MAX_FILES = 8
+_MAX_BYTES = 64 * 2**20
+
+
+def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int]:
+    """Samples by key of the tar, for those that a file beside them counts. Raises StoreError where
+    the store gave up."""
+    listed = store.list(suffixes=(".json",))
+    keys = {info.key for info in tars}
+    counts: dict[str, int] = {}
+    others = []
+    for info in listed:
+        tar = f"{info.key.removesuffix(_STATS)}.tar"
+        if info.key.endswith(_STATS):
+            record = _read(store, info) if tar in keys else None
+            _add(counts, tar, record.get("successes") if isinstance(record, dict) else None)
+        elif info.size <= _MAX_BYTES:
+            others.append(info)
+    for info in others if len(others) <= _MAX_FILES else []:
+        record = _read(store, info)
+        shards = record.get("shardlist") if isinstance(record, dict) else None
+        folder = info.key.rpartition("/")[0]
+        for shard in shards if isinstance(shards, list) else []:
+            if isinstance(shard, dict) and isinstance(shard.get("url"), str):
+                tar = f"{folder}/{shard['url'].rpartition('/')[2]}".removeprefix("/")
+                if tar in keys:
+                    _add(counts, tar, shard.get("nsamples"))
+    return counts
+
+
+def _read(store: Store, info: ObjectInfo) -> Any:
+    """None for a file that is not JSON: it is none of ours."""
+    try:
+        return json.loads(store.get(info.key))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _add(counts: dict[str, int], tar: str, number: object) -> None:
+    if isinstance(number, int) and not isinstance(number, bool):
+        counts[tar] = number

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -23,6 +23,7 @@ from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
 from cluster.images.decoders import Decoders
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.deadline import Deadline
+from cluster.serving.decoded_pictures import DecodedPictures
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
@@ -101,6 +102,7 @@ class VLMReplica:
             raise
         self._engine = self._thread.engine
         self._occupancy = Occupancy()
+        self._pictures = DecodedPictures(rows=self._engine.slots, calls=_BATCH_DECODERS)
         self._batch_rows_in_flight = 0
         self._started = time.monotonic()
         self._rows = 0
@@ -196,8 +198,28 @@ class VLMReplica:
             decoders.close()
 
     async def _label(self, requests: Sequence[LabelRequest], priority: Priority) -> list[Result]:
-        decoded = await asyncio.gather(*(self._decode(one, priority) for one in requests))
-        return await asyncio.gather(*(self._answer(item) for item in decoded))
+        if priority is Priority.ONLINE:  # Bounded by Serve, and never waits for batch rows.
+            decoded = await self._decode_call(requests, priority)
+            return await asyncio.gather(*(self._answer(item) for item in decoded))
+        with ExitStack() as stack:
+            async with self._pictures.turn():
+                decoded = await self._decode_call(requests, priority)
+                releases = [self._pictures.hold(item) for item in decoded]
+                for release in releases:
+                    stack.callback(release)  # also of a row whose answer was never begun
+            held = zip(decoded, releases, strict=True)
+            return await asyncio.gather(*(self._answer_held(item, free) for item, free in held))
+
+    async def _answer_held(self, item: Request | Result, release: Callable[[], None]) -> Result:
+        try:
+            return await self._answer(item)
+        finally:
+            release()
+
+    async def _decode_call(
+        self, requests: Sequence[LabelRequest], priority: Priority
+    ) -> list[Request | Result]:
+        return await asyncio.gather(*(self._decode(one, priority) for one in requests))
 
     async def _decode(self, request: LabelRequest, priority: Priority) -> Request | Result:
         decoders, jpeg_scale = self._decoders[priority], self._engine.jpeg_scale

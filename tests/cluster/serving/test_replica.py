@@ -197,6 +197,29 @@ def test_an_image_of_endless_scans_costs_its_own_row_and_no_online_request_waits
     run(settings(journal), scenario, within=100)
 
 
+def test_a_replica_decodes_no_further_ahead_than_its_slots_and_the_bound(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.serving.decoded_pictures.MOST_BYTES", 1)
+    most = 0
+
+    async def scenario(replica: VLMReplica) -> None:
+        nonlocal most
+        await start_decoding(replica)
+        calls = [[call(n), call(n + 1)] for n in range(0, 16, 2)]
+        labelled = [asyncio.ensure_future(replica.label(c, priority=Priority.BATCH)) for c in calls]
+        while not all(one.done() for one in labelled):
+            most = max(most, replica._pictures.rows)
+            await asyncio.sleep(0.001)
+        texts = [result.text for one in labelled for result in one.result()]
+        assert texts == [expected_text(picture(n)) for n in range(16)]
+        assert (replica._pictures.rows, replica._pictures.bytes) == (0, 0)
+
+    run(settings(journal, seconds=0.05), scenario)
+
+    assert 4 <= most <= 6  # four slots, and the calls of two rows that were being decoded
+
+
 def test_batch_and_online_jpegs_are_decoded_at_the_engines_jpeg_scale(
     journal: Path,
 ) -> None:

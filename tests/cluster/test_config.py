@@ -36,6 +36,7 @@ SETTINGS: dict[str, list[Any]] = {
     "image_column": [None, "picture"],
     "key_column": [None, "id"],
     "question_column": [None, "ask"],
+    "engine": [None, "module:engine"],
     "format": [None, "webdataset"],
     "dotted_keys": [False, True],
     "media": [MediaLimits(max_bytes=5, formats=("png",)), MediaLimits(max_pixels=9)],

@@ -36,6 +36,10 @@ _ERRORS: Final = {error.code: error for error in (ImageMissing, ImageTooLarge, I
 _ATTEMPTS: Final = 2
 
 
+class DecodingUnavailable(Exception):
+    """No process could decode, which says nothing about the image."""
+
+
 class Decoders:
     """Processes that decode images; each is started when it is first needed."""
 
@@ -58,7 +62,8 @@ class Decoders:
         self, images: Sequence[bytes | None], limits: MediaLimits, jpeg_scale: JpegScale | None
     ) -> tuple[Image.Image, ...]:
         """The images of one row, as `decode_image` gives them. Raises what it raises, and
-        ImageUndecodable for an image that takes too long or ends the process."""
+        ImageUndecodable for an image that takes too long or ends the process twice, and
+        DecodingUnavailable where no process could be had."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._threads, self._decode_row, images, limits, jpeg_scale
@@ -107,7 +112,7 @@ class _Process:
         """Starts the process, unless it runs; the socket to it. Raises _Ended once it is closed."""
         with self._lock:
             if self._closed:
-                raise _Ended("the replica is closing", deadline=True)
+                raise DecodingUnavailable("the replica is closing")
             if self._running is not None and self._running[0].poll() is None:
                 return self._running[1]
             self._stop()
@@ -142,7 +147,7 @@ class _Process:
         raise ImageUndecodable(how)
 
     def kill(self) -> None:
-        """Ends the process, for good. A thread that waits for it gets ImageUndecodable."""
+        """Ends the process, for good. A thread that waits for it gets DecodingUnavailable."""
         with self._lock:
             self._closed = True
             if self._running is not None:
@@ -192,7 +197,12 @@ class _Process:
                 "(MediaLimits.max_decode_seconds)",
                 deadline=True,
             )
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code >= 0:
+            # A crash ends a process by a signal: this one could not start, or has a fault of ours.
+            raise DecodingUnavailable(
+                f"the decoding process ended with exit code {code}"
+            ) from error
+        how = signal.Signals(-code).name
         return _Ended(f"the process that decoded it ended each time, the last time by {how}")
 
     def _stop(self) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from cluster.config import MediaLimits
 from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable, RowError
 from cluster.images import decode_image
-from cluster.images.decoders import Decoders
+from cluster.images.decoders import Decoders, DecodingUnavailable
 from tests.cluster.images.pictures import encoded, encoded_as, picture, slow_jpeg
 
 T = TypeVar("T")
@@ -193,8 +193,21 @@ def test_closing_ends_a_process_that_is_busy() -> None:
             await asyncio.sleep(0.01)
         started = time.monotonic()
         decoders.close()
-        assert "image_undecodable" in await decoding
+        with pytest.raises(DecodingUnavailable, match="closing"):
+            await decoding
         assert time.monotonic() - started < 5
+
+    run(scenario)
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def scenario(decoders: Decoders) -> None:
+        with pytest.raises(DecodingUnavailable, match="exit code 1"):
+            await outcome(decoders, encoded_as("png"))
 
     run(scenario)
 

@@ -300,10 +300,9 @@ class RunOutput:
 
     def file_index(self, name: str) -> bytes | None:
         """What `keep_file_index` kept under this name; None where that is nothing."""
-        try:
-            return self._store.get(f"{_INDEX}{name}.json")
-        except ObjectGone:
-            return None
+        key = f"{_INDEX}{name}.json"
+        # Asked first: a local store waits for a file that is missing where one is expected.
+        return None if self._store.head(key) is None else self._store.get(key)
 
     def keep_file_index(self, name: str, data: bytes) -> None:
         """Keeps the index of one file for other planners of this run; the first one stays."""

@@ -370,12 +370,12 @@ def test_a_call_alone_waits_for_the_step_of_a_cancelled_call(journal: Path) -> N
 def test_running_out_of_memory_is_an_error_of_the_row_that_may_be_asked_again(
     journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_out(data: bytes | None, *rest: object) -> Image.Image:
+    def run_out(data: bytes, limits: MediaLimits) -> bytes:
         if data == b"large":
             raise MemoryError("no memory for a bitmap")
-        return decode_image(data, MediaLimits())
+        return data
 
-    monkeypatch.setattr("cluster.serving.replica.decode_image", run_out)
+    monkeypatch.setattr("cluster.images.decoders.check_bytes", run_out)
     calls = [call(0), call(1, images=(b"large",)), call(2)]
     results = run(settings(journal), lambda r: r.label(calls, priority=Priority.BATCH))
     assert [result.error_code for result in results] == [None, "inference_failed", None]

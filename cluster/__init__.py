@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.config import RunConfig
+    from cluster.corpus.packed import unpack_rows
     from cluster.corpus.source import read_units
     from cluster.output.run_output import RunOutput
     from cluster.output.summary import summarise
@@ -45,6 +46,7 @@ _HOMES = {
     "read_units": "cluster.corpus.source",
     "run": "cluster.runs.run",
     "summarise": "cluster.output.summary",
+    "unpack_rows": "cluster.corpus.packed",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "read_units",
     "run",
     "summarise",
+    "unpack_rows",
 ]
 
 

@@ -35,7 +35,7 @@ PUBLIC = {
     """,
     "cluster": """
         EngineSettings FleetSettings LabellerSettings RunConfig RunOutput endpoint label_units
-        open_fleet read_units run summarise
+        open_fleet read_units run summarise unpack_rows
     """,
     "cluster.store": """
         FIRST_CONTACT_S LocalStore ObjectInfo Patience RangedFile S3Store Store open_store

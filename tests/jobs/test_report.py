@@ -91,7 +91,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def label() -> list[pa.Table]:
         labeller = Labeller(settings, VLMReplica(EngineSettings(model=EMBEDDED)))
         source = open_store(plan.source)
-        return [await labeller(read_unit(source, unit, plan.mapping)) for unit in plan.units]
+        tables = [read_unit(source, unit, plan.mapping) for unit in plan.units]
+        return [await labeller.label_unit(table) for table in tables]
 
     for table in asyncio.run(label()):
         commit_unit(table, expected=ExpectedUnits.of(plan), output=labels, writer="w")

@@ -20,6 +20,7 @@ from cluster.corpus.source import read_unit
 from cluster.images import decode_image
 from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
+from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.runs.labeller import Labeller, LabellerSettings
 from cluster.runs.planning import plan_run
@@ -115,13 +116,20 @@ def mark_dense(labels: Path) -> None:
 
 
 def change(labels: Path, **settings: Any) -> None:
-    """Rewrites parts of the manifest."""
+    """Rewrites parts of the manifest; the units become those of the run that it then describes."""
     manifest = json.loads((labels / "_run/manifest.json").read_text())
     for name, value in settings.items():
         part = manifest if name in manifest else manifest["settings"]
         assert name in part or name == "dtype", "which a run has if it was set"
         part[name] = value
-    (labels / "_run/manifest.json").write_text(json.dumps(manifest))
+    text = json.dumps(manifest)
+    (labels / "_run/manifest.json").write_text(text)
+    run_id = Manifest.from_json(text.encode()).run_id
+    for path in labels.glob("*.parquet"):
+        ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
+        table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
+        path.unlink()
+        pq.write_table(table, labels / f"{run_id}-{path.name.partition('-')[2]}")
 
 
 def rewrite(labels: Path, key: str, mask: bytes | None) -> None:

@@ -10,7 +10,9 @@ from cluster.corpus.packed import PACKED_SCHEMA, pack_unit, unpack_rows, unpack_
 
 
 def unit(rows: int) -> pa.Table:
-    return pa.table({"n": range(rows), "image": image_array([b"shared"] * rows)})
+    return pa.table(
+        {"n": pa.array(range(rows), pa.int64()), "image": image_array([b"shared"] * rows)}
+    )
 
 
 def test_units_come_out_as_they_went_in() -> None:

@@ -128,6 +128,8 @@ def change(labels: Path, **settings: Any) -> None:
     for path in labels.glob("*.parquet"):
         ledger = pq.read_metadata(path).metadata[b"sppruner.ledger"]
         table = pq.read_table(path).replace_schema_metadata({b"sppruner.ledger": ledger})
+        column = table.column_names.index("run_id")
+        table = table.set_column(column, "run_id", pa.array([run_id] * len(table)))
         path.unlink()
         pq.write_table(table, labels / f"{run_id}-{path.name.partition('-')[2]}")
 

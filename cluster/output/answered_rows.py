@@ -18,6 +18,8 @@ from cluster.output.run_output import RunOutput
 from cluster.store import Store, open_store
 from sppruner.spec import PruneSpec
 
+# Somebody waits at a terminal, and a corpus that was moved will not come back.
+_PATIENCE_S: Final = 5.0
 _COLUMNS: Final = ["key", "unit_row", "error_code", "prune_spec", "kept_tokens"]
 
 
@@ -45,7 +47,8 @@ def answered_rows(output: str, limit: int) -> list[AnsweredRow]:
     """
     run = RunOutput.open(output)
     manifest = run.require_manifest()
-    source, done = open_store(manifest.source), run.committed_units()
+    source = open_store(manifest.source).with_patience(_PATIENCE_S)
+    done = run.committed_units()
     found: list[AnsweredRow] = []
     for unit in manifest.units:
         if unit.unit_id in done and len(found) < limit:

@@ -230,6 +230,8 @@ def test_missing_images_models_and_masks_are_named(
 ) -> None:
     source = json.loads((copy / "_run/manifest.json").read_text())["source"]
     change(copy, source=str(tmp_path / "moved"))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/other").touch()
     assert draw(copy, tmp_path / "seen") == 2
     assert f"row 'a/b': its image cannot be read again from {tmp_path / 'moved'}" in read_errors(
         capsys

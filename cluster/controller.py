@@ -237,6 +237,19 @@ async def stop_reason(run_id: str) -> str | None:
     return reason
 
 
+def stop_reason_now(run_id: str) -> str | None:
+    """`stop_reason` for callers without an event loop."""
+    controller = _find_controller()
+    if controller is None:
+        return None
+    try:
+        reason: str | None = ray.get(controller.stop_reason.remote(run_id), timeout=_ANSWER_SECONDS)
+    except RayError as error:
+        logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
+        return None
+    return reason
+
+
 async def list_runs() -> list[RunProgress]:
     """The registered runs; empty where the controller is unreachable."""
     controller = _find_controller()

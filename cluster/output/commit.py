@@ -18,7 +18,7 @@ from ray.data.datasource import Datasink, WriteResult
 
 from cluster.accounting.ledger import UnitLedger, unit_ledger
 from cluster.corpus.packed import unpack_units
-from cluster.errors import CommitRefused
+from cluster.errors import CommitRefused, ErrorShareExceeded
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -29,6 +29,8 @@ logger = structlog.get_logger(__name__)
 OnCommit: TypeAlias = Callable[[str, str, UnitLedger], None]
 """Called after each commit with run id, unit id and the committed ledger, whoever wrote it; more
 than once for one unit if a write is retried. It must not raise."""
+StopReason: TypeAlias = Callable[[str], str | None]
+"""Why the run of this id should stop, or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +78,16 @@ class CommitSink(Datasink[list[CommitOutcome]]):
     """Commits units. Ray may rerun any write at any time."""
 
     def __init__(
-        self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit | None = None
+        self,
+        manifest: Manifest,
+        output: RunOutput,
+        *,
+        on_commit: OnCommit | None = None,
+        stop_reason: StopReason | None = None,
     ) -> None:
+        """stop_reason: asked before a unit with error rows is committed: rows that fail at once
+        pass the labeller long before the first of them are counted."""
+        self._stop_reason = stop_reason
         self._expected = ExpectedUnits.of(manifest)
         self._output = output
         self._on_commit = on_commit
@@ -87,7 +97,8 @@ class CommitSink(Datasink[list[CommitOutcome]]):
         return "Commit"
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[CommitOutcome]:
-        """Commits the packed units that `blocks` hold. Raises what `commit_unit` raises."""
+        """Commits the packed units that `blocks` hold. Raises what `commit_unit` raises, and
+        ErrorShareExceeded where the run should stop."""
         return [
             self._commit(table)
             for block in blocks
@@ -106,6 +117,10 @@ class CommitSink(Datasink[list[CommitOutcome]]):
         )
 
     def _commit(self, table: pa.Table) -> CommitOutcome:
+        if self._stop_reason is not None and table["error_code"].null_count < len(table):
+            reason = self._stop_reason(self._expected.run_id)
+            if reason is not None:
+                raise ErrorShareExceeded(reason)
         return commit_unit(
             table,
             expected=self._expected,

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.console import open_console
-from cluster.controller import report_commit, report_event
+from cluster.controller import report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import UsageError
@@ -249,7 +249,7 @@ def _label(
     sink: CommitSink | RetrySink = (
         RetrySink(manifest, output, on_commit=report_commit)
         if failed
-        else CommitSink(manifest, output, on_commit=report_commit)
+        else CommitSink(manifest, output, on_commit=report_commit, stop_reason=stop_reason_now)
     )
     with RunTracker(config, manifest, output, again=failed) as tracker:
         before = _stats(fleet)

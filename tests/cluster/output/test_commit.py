@@ -21,7 +21,7 @@ from cluster.config import Kind, MediaLimits
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Format, Unit
-from cluster.errors import CommitRefused, RowError, StoreError
+from cluster.errors import CommitRefused, ErrorShareExceeded, RowError, StoreError
 from cluster.images import decode_image
 from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
 from cluster.output.run_output import RunOutput, UnitNames
@@ -180,6 +180,24 @@ def test_a_unit_that_lacks_rows_is_refused(local_run: Planned) -> None:
     with pytest.raises(CommitRefused, match="has 3 rows"):
         CommitSink(*local_run).write(blocks, None)
     assert local_run.output.committed_units() == {local_run.units[0].unit_id}
+
+
+def test_units_with_error_rows_are_committed_until_the_run_should_stop(local_run: Planned) -> None:
+    first, second, third = label_units(local_run)
+    column = second.column_names.index("error_code")
+    failed = second.set_column(column, "error_code", pa.array(["read_failed"] + [None] * 3))
+    asked: list[str] = []
+
+    def ask(run_id: str) -> str | None:
+        asked.append(run_id)
+        return "too many" if len(asked) > 1 else None
+
+    sink = CommitSink(*local_run, stop_reason=ask)
+    blocks = [pack_unit(table) for table in (first, failed, third)]
+    assert len(sink.write(blocks, None)) == 3
+    with pytest.raises(ErrorShareExceeded, match="too many"):
+        sink.write(blocks, None)
+    assert asked == [local_run.manifest.run_id] * 2, "units without error rows need no question"
 
 
 def test_the_end_of_a_write_logs_commits_and_lost_races(local_run: Planned) -> None:

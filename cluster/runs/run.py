@@ -14,7 +14,7 @@ from functools import partial
 
 import ray
 import structlog
-from ray.data import DataContext
+from ray.data import DataContext, Dataset
 from rich.console import Console
 
 from cluster.config import RunConfig
@@ -271,17 +271,8 @@ def _label(
                         batch_format="pyarrow",
                         num_cpus=READER_CPUS,  # the reader's: Ray Data runs both in one task
                     )
-                try:
-                    label_units(units, settings, actors=actors).write_datasink(
-                        sink, ray_remote_args={"num_cpus": _SINK_CPUS}
-                    )
-                except Exception as error:
-                    # Ray wraps what its workers raise, and loses the cause where it pickles it
-                    # twice.
-                    cause = run_error(error) or tracker.stop_error()
-                    if cause is None:
-                        raise
-                    raise cause from error
+                labelled = label_units(units, settings, actors=actors)
+                _write(labelled, sink, tracker)
                 if failed:
                     left = []  # what its store did not give is failed as before: ask once more
                     break
@@ -303,6 +294,18 @@ def _label(
         replica_busy_share=_busy_share(before, after),
         events=tracker.events,
     )
+
+
+def _write(labelled: Dataset, sink: CommitSink | RetrySink, tracker: RunTracker) -> None:
+    """Carries out the pipeline. Raises the RunError that ended it, where there is one."""
+    try:
+        labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
+    except Exception as error:
+        # Ray wraps what its workers raise, and loses the cause where it pickles it twice.
+        cause = run_error(error) or tracker.stop_error()
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _stats(fleet: Fleet) -> FleetStats | None:

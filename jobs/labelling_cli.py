@@ -205,8 +205,14 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
         choice = arguments.retry_errors
         retry = None if choice is None else ErrorChoice.parse(choice)
         outcome = run(config, console=stderr, environment=environment, retry=retry)
-        print_report(outcome.summary, note=outcome.note)
-        if demo:
-            message = copy_results(job.kind, outcome.summary, Path("out"))
-            print(message)
+        try:
+            print_report(outcome.summary, note=outcome.note)
+            if demo:
+                print(copy_results(job.kind, outcome.summary, Path("out")))
+        except Exception as error:  # the rows are committed: what shows them fails no run
+            print(
+                f"the run has ended, but its report cannot be shown ({type(error).__name__}: "
+                f"{error}): python jobs/report.py {config.output}",
+                file=sys.stderr,
+            )
         return outcome.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,3 +132,19 @@ def test_a_report_of_a_prefix_without_a_run_is_refused(
 def test_evaluate_lists_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--methods", "nope", "--model", "unused"]) == 2
     assert "sppruner" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_shown_fails_no_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A closed pipe, a summary of odd figures: the rows are committed all the same."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such figure")
+
+    outcome = SimpleNamespace(summary=None, note=None, exit_code=3)
+    monkeypatch.setattr("cluster.runs.run.run", lambda *_, **__: outcome)
+    monkeypatch.setattr("cluster.report.terminal.print_report", fail)
+    assert caption_corpus.main(["--input", "in", "--output", "labels"]) == 3
+    message = "cannot be shown (ValueError: no such figure): python jobs/report.py labels"
+    assert message in capsys.readouterr().err

@@ -50,7 +50,7 @@ SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
     "pipeline": ("model", "shape", "dtype", "threads"),
     "scale": ("model",),
-    "machinery": ("model", "rows"),
+    "machinery": ("model", "rows", "image_bytes"),
     "online": ("model",),
     "selection": ("dtype",),
 }
@@ -148,6 +148,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"{_name_suites('rows')}: rows of the largest job ({ROWS})",
     )
+    parser.add_argument(
+        "--image-bytes",
+        type=int,
+        metavar="N",
+        help=f"{_name_suites('image_bytes')}: size of an image (tiny ones)",
+    )
     parser.add_argument("--json", type=Path, help="write the result as JSON to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     return parser
@@ -163,7 +169,7 @@ def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     for option in sorted({option for options in SUITES.values() for option in options}):
         if getattr(arguments, option) is not None and option not in SUITES[arguments.suite]:
             raise UsageError(
-                f"--{option} is for {_name_suites(option)}: "
+                f"--{option.replace('_', '-')} is for {_name_suites(option)}: "
                 f"leave it out of --suite {arguments.suite}"
             )
     if arguments.model is not None and arguments.shape is not None:
@@ -190,7 +196,8 @@ def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
     model = arguments.model or EMBEDDED
     if arguments.suite == "machinery":  # on files: the local S3 server would be what is measured
         with TemporaryDirectory() as folder:
-            return run_machinery_suite(model, rows=arguments.rows, root=folder, **options)
+            options |= {"rows": arguments.rows, "image_bytes": arguments.image_bytes}
+            return run_machinery_suite(model, root=folder, **options)
     with LocalS3("benchmark") as server:
         options |= {"root": server.uri, "environment": server.environment}
         if arguments.suite == "scale":

@@ -1,7 +1,7 @@
 """Suite `machinery`: a batch job of a million rows whose engine costs nothing.
 
-What is left is reading, dispatch, decoding of tiny images, checks and commits, on one machine. Jobs
-of a 16th of the rows to all of them follow each other on one replica. Columns of a case:
+What is left is reading, dispatch, decoding, checks and commits, on one machine. Jobs of a 16th of
+the rows to all of them follow each other on one replica. Columns of a case:
 
 - seconds, planning_seconds: of labelling, its actors' start included; of planning before that.
 - objects_written: units of the output, and what is beside them.
@@ -22,11 +22,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -44,6 +46,7 @@ from sppruner.models.loading import resolve_model
 ROWS: Final = 1_000_000
 _PARTS: Final = (16, 8, 4, 2, 1)
 _FILE_ROWS: Final = 10_000
+_FILE_BYTES: Final = 2**28
 _ENGINE: Final = "jobs.suites.null_engine:NullEngine"
 _PROC: Final = Path("/proc")
 _ROLES: Final = {"labeller": "Labeller", "replica": "ServeReplica", "readers": "ReadUnits"}
@@ -76,12 +79,14 @@ def run_machinery_suite(
     model: str,
     *,
     rows: int | None = None,
+    image_bytes: int | None = None,
     quick: bool,
     root: str,
     console: Console,
 ) -> dict[str, Any]:
-    """rows: of the largest job. root: folder of corpora and labels. model: its processor and
-    config are read, its weights are not. Raises RunErrors as `run` does."""
+    """rows: of the largest job. image_bytes: size of an image; None for tiny ones. root: folder of
+    corpora and labels. model: its processor and config are read, its weights are not. Raises
+    RunErrors as `run` does."""
     rows = rows or (16_000 if quick else ROWS)
     machine = describe_machine()
     cases: list[MachineryCase] = []
@@ -91,7 +96,7 @@ def run_machinery_suite(
         for part in _PARTS:
             count = rows // part
             corpus, output = f"{root}/machinery-{part}", f"{root}/machinery-labels-{part}"
-            write_tiny_rows(corpus, count)
+            write_rows(corpus, count, image_bytes)
             config = build_caption_config(corpus, output, model, engine=_ENGINE)
             started = time.perf_counter()
             manifest = plan_run(
@@ -114,22 +119,23 @@ def run_machinery_suite(
             console.print(f"{count} rows: {case['rows_per_second']:.0f} rows/s", highlight=False)
     return {
         "suite": "machinery",
-        "machine": machine | {"rows": rows},
+        "machine": machine | {"rows": rows, "image_bytes": image_bytes or "tiny"},
         "cases": [asdict(case) for case in cases],
         "ratios": {"exponent": fit_exponent([(case.rows, case.seconds) for case in cases])},
     }
 
 
-def write_tiny_rows(uri: str, rows: int) -> None:
-    """Parquet files of 4 x 4 images, no two neighbours alike."""
+def write_rows(uri: str, rows: int, image_bytes: int | None) -> None:
+    """Parquet files of images, no two neighbours alike: 4 x 4 PNGs, or bitmaps of noise of about
+    `image_bytes`."""
     store = open_store(uri)
-    for first in range(0, rows, _FILE_ROWS):
-        numbers = range(first, min(rows, first + _FILE_ROWS))
-        table = pa.table(
-            {"key": [f"{n:09}" for n in numbers], "image": [_tiny_image(n) for n in numbers]}
-        )
+    make = _tiny_image if image_bytes is None else partial(_noise, math.isqrt(image_bytes // 3))
+    file_rows = min(_FILE_ROWS, max(1, _FILE_BYTES // (image_bytes or 1)))
+    for first in range(0, rows, file_rows):
+        numbers = range(first, min(rows, first + file_rows))
+        table = pa.table({"key": [f"{n:09}" for n in numbers], "image": [*map(make, numbers)]})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, row_group_size=1_000)
+        pq.write_table(table, buffer, row_group_size=1_000, use_dictionary=False)
         store.put(f"{first:09}.parquet", buffer.getvalue())
 
 
@@ -209,6 +215,13 @@ def _make_case(
         **{f"{role}_mib": over(role) for role in ("driver", *_ROLES)},
         **{f"{role}_growth_mib": growth(role) for role in ("driver", "labeller")},
     }
+
+
+def _noise(side: int, number: int) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(number).bytes(3 * side * side)
+    Image.frombytes("RGB", (side, side), noise).save(buffer, "BMP")
+    return buffer.getvalue()
 
 
 def _tiny_image(number: int) -> bytes:

@@ -14,7 +14,7 @@ import ray
 from cluster.corpus import source
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.packed import pack_unit, unpack_units
-from cluster.corpus.source import read_unit, read_units
+from cluster.corpus.source import OnEvent, read_unit, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import StoreError
 from cluster.store import Store, open_store
@@ -44,7 +44,12 @@ def test_ray_data_neither_divides_nor_joins_units(s3: str, rows: int) -> None:
 
 
 def read_slowly(
-    folder: str, company: int, store: Store, units: Sequence[Unit], mapping: ColumnMapping
+    folder: str,
+    company: int,
+    store: Store,
+    units: Sequence[Unit],
+    mapping: ColumnMapping,
+    on_event: OnEvent,
 ) -> Iterator[pa.Table]:
     """Reads a unit in 0.3 s, the first ones only once `company` of them are being read, however
     slowly their processes start; records the time from start to end in a file."""

@@ -140,9 +140,7 @@ def replace_rows(
 class RetrySink(Datasink[int]):
     """Replaces failed rows, unit by unit. Ray may rerun any write at any time."""
 
-    def __init__(
-        self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit | None = None
-    ) -> None:
+    def __init__(self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit) -> None:
         self._expected = ExpectedUnits.of(manifest)
         self._output = output
         self._on_commit = on_commit
@@ -166,9 +164,8 @@ class RetrySink(Datasink[int]):
         footer = replace_rows(
             labelled, expected=self._expected, output=self._output, attempt=self._attempt
         )
-        if self._on_commit is not None:
-            unit_id = labelled["unit_id"][0].as_py()
-            self._on_commit(self._expected.run_id, unit_id, footer.ledger)
+        unit_id = labelled["unit_id"][0].as_py()
+        self._on_commit(self._expected.run_id, unit_id, footer.ledger)
 
 
 def _rows(table: pa.Table, numbers: list[int]) -> pa.Table:

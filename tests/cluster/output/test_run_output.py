@@ -20,7 +20,7 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.corpus.columns import ColumnMapping
-from cluster.errors import StoreError, UsageError
+from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.output.run_output import RunOutput, UnitNames
 from cluster.output.summary import summarise
 from cluster.output.unit_file import UnitFooter, write_unit_file
@@ -266,6 +266,27 @@ def test_what_is_no_manifest_is_named(store: Store, content: bytes) -> None:
         RunOutput(store).require_manifest()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 7),
+        ("model", None),
+        ("spec", {"method": "sppruner", "budget": {"ratio": 7}}),
+        ("spec", 3),
+    ],
+)
+def test_a_manifest_with_settings_of_another_type_is_named(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    planned = run_of(tmp_path, f"{tmp_path}/out", "describe")
+    store = open_store(planned.output.uri)
+    record = json.loads(store.get("_run/manifest.json"))
+    record["settings"][name] = value
+    store.put("_run/manifest.json", json.dumps(record).encode())
+    with pytest.raises(StoreError, match="not a manifest"):
+        RunOutput(store).require_manifest()
+
+
 def test_a_version_that_knows_layout_one_alone_cannot_read_the_manifest(tmp_path: Path) -> None:
     """It would see no committed unit, and write each a second time."""
     planned = run_of(tmp_path, f"{tmp_path}/out", "describe")
@@ -290,3 +311,16 @@ def test_a_unit_that_is_replaced_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(store, "head", head_and_replace)
     assert output.ledgers(["u1"]) == [UnitLedger(rows=9)]
+
+
+def test_a_unit_that_is_replaced_at_every_read_is_named(
+    output: RunOutput, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
+
+    def gone(*_: object, **__: object) -> bytes:
+        raise ObjectGone("replaced")
+
+    monkeypatch.setattr(store, "get_range", gone)
+    with pytest.raises(StoreError, match=r"u1\.parquet: replaced 8 times"):
+        output.ledgers(["u1"])

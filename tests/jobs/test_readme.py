@@ -16,6 +16,7 @@ from jobs import (
     labelling_cli,
     make_corpus,
     report,
+    retry_errors,
     train_tiny,
     tune,
 )
@@ -24,6 +25,7 @@ README = Path(labelling_cli.__file__).with_name("README.md").read_text()
 PARSERS = {
     "caption_corpus": labelling_cli.build_parser(caption_corpus.JOB),
     "answer_vqa": labelling_cli.build_parser(answer_vqa.JOB),
+    "retry_errors": retry_errors.build_parser(),
     "report": report.build_parser(),
     "make_corpus": make_corpus.build_parser(),
     "evaluate": evaluate.build_parser(),

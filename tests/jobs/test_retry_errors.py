@@ -73,6 +73,7 @@ def commit_unreadable(corpus: str, labels: str) -> int:
     return manifest.units[-1].row_count
 
 
+@pytest.mark.slow
 def test_rows_of_a_node_without_the_mount_are_mended(
     serving: str, s3: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

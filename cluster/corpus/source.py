@@ -244,6 +244,8 @@ def _read_tables(
     ObjectGone and MemoryError are raised. Raises StoreError where the store gave up.
     """
     footers = Footers(store)
+    for unit in units:
+        logger.debug("unit_read", unit_id=unit.unit_id, file=unit.file, rows=unit.row_count)
     if len(units) > 1:
         yield from _read_pieces(store, footers, units, mapping, last_word)
         return

@@ -340,24 +340,24 @@ class RunOutput:
         def read_one(unit_id: str) -> _T:
             key = self._names.key(unit_id)
             info = self._store.head(key) if listed is None else listed.get(unit_id)
-            for reads_left in reversed(range(_READS)):
-                if info is None:
-                    raise StoreError(f"{self._store.uri_of(key)}: this unit is not committed")
+            reads_left = _READS
+            while info is not None:
                 try:
                     return read(info)
-                except ObjectGone:  # replaced since, by rows that were asked again
+                except ObjectGone as error:  # replaced since, by rows that were asked again
+                    reads_left -= 1
                     if not reads_left:
-                        break
+                        raise StoreError(
+                            f"{self._store.uri_of(key)}: replaced {_READS} times while it was read;"
+                            " end all but one of the commands that ask its rows again"
+                        ) from error
                     info = self._store.head(key)
                 except (pa.ArrowException, OSError) as error:  # OSError: a page that is damaged
                     raise StoreError(
                         f"{self._store.uri_of(key)}: not a Parquet file ({error}); "
                         "remove it and resume"
                     ) from error
-            raise StoreError(
-                f"{self._store.uri_of(key)}: replaced {_READS} times while it was read; end all "
-                "but one of the commands that ask its rows again"
-            )
+            raise StoreError(f"{self._store.uri_of(key)}: this unit is not committed")
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(read_one, wanted))

@@ -29,9 +29,6 @@ logger = structlog.get_logger(__name__)
 
 # Read-ahead while a row group larger than the unit is streamed.
 _STREAM_BYTES = 8 * 2**20
-_BATCH_ROWS = 256
-
-
 # Fewest bytes of one request: small row groups that lie side by side share requests.
 _WINDOW_BYTES = 2**18
 
@@ -52,6 +49,11 @@ class Footers:
             self._open = {info.key: (source, pq.ParquetFile(source).metadata)}  # one at a time
         source, metadata = self._open[info.key]
         return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
+
+    def forget(self, info: ObjectInfo) -> None:
+        """Opens the file anew when it is asked for again: after an error, threads of pyarrow's may
+        still read from it."""
+        self._open.pop(info.key, None)
 
 
 def read_parquet_units(
@@ -79,11 +81,14 @@ class _RowGroup:
         assert units[0].row_group is not None
         self._group = units[0].row_group
         self._whole = len(units) == 1
+        # Units of large images have few rows: a batch must not hold more of them than a unit does.
+        self._batch_rows = max(unit.row_count for unit in units)
         parts = (mapping.image, mapping.key, mapping.question)
         self._wanted = {source for source, _ in mapping.columns} | {part for part in parts if part}
         self._image = mapping.image
         self._position = 0
         self._batches: Iterator[pa.RecordBatch] | None = None
+        self._rest: pa.RecordBatch | None = None  # of a batch that reaches into the next unit
         self._reason = ""
 
     def read(self, first: int, count: int) -> tuple[pa.Table | None, str]:
@@ -93,7 +98,7 @@ class _RowGroup:
             return None, self._reason
         try:
             if self._batches is None:
-                self._batches = self._open(_BATCH_ROWS, first + count)
+                self._batches = self._open(self._batch_rows, first + count)
             return self._take(first, count)
         except (StoreError, MemoryError):
             raise
@@ -101,7 +106,8 @@ class _RowGroup:
             self._reason = f"{type(error).__name__}: {error}"[:300]
         try:
             # Up to the damaged page row by row: a batch would lose what comes before it.
-            self._position, self._batches = 0, self._open(1, None)
+            self._footers.forget(self._info)
+            self._position, self._rest, self._batches = 0, None, self._open(1, None)
             table, _ = self._take(first, count, keep_what_comes=True)
         except (StoreError, MemoryError):
             raise
@@ -129,20 +135,20 @@ class _RowGroup:
         skip, missing = first - self._position, count
         try:
             while missing:
-                batch = next(self._batches, None)
+                batch = self._rest or next(self._batches, None)
+                self._rest = None
                 if batch is None:
                     break
-                self._position += batch.num_rows
                 if skip >= batch.num_rows:
                     skip -= batch.num_rows
+                    self._position += batch.num_rows
                     continue
                 part = batch.slice(skip, missing)
                 taken.append(part)
-                left = batch.slice(skip + part.num_rows)
+                self._position += skip + part.num_rows
+                if skip + part.num_rows < batch.num_rows:
+                    self._rest = batch.slice(skip + part.num_rows)
                 skip, missing = 0, missing - part.num_rows
-                if left.num_rows:
-                    self._position -= left.num_rows
-                    self._batches = chain([left], self._batches)
         except (StoreError, MemoryError):
             raise
         except Exception:

@@ -9,7 +9,7 @@ gone; a unit whose store gave up is left for a later pass.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -23,6 +23,7 @@ import structlog
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.corpus.columns import ColumnMapping
@@ -171,7 +172,7 @@ def _read_blocks(
             for table in _ask_elsewhere(store, units[read:], mapping):
                 yield pack_unit(table)
                 read += 1
-    except StoreError as error:
+    except (StoreError, RayError) as error:  # RayError: the process that was asked elsewhere died
         left = [unit.unit_id for unit in units[read:]]
         logger.warning("units_deferred", unit_ids=left, error=str(error))
         on_event(RunEvent.UNIT_DEFERRED, len(left))
@@ -179,7 +180,7 @@ def _read_blocks(
 
 
 def _attempt(store: Store, units: Sequence[Unit], mapping: ColumnMapping) -> Iterator[pa.Table]:
-    """Raises ObjectGone and MemoryError as `_read_tables` does. Ray repeats a task whose process
+    """Raises what `_read_tables` raises without the last word. Ray repeats a task whose process
     died for as long as it takes: from the third time on the units are read in processes of their
     own, since it may be they that end it."""
     if task_attempt() < _ISOLATED_FROM:
@@ -194,9 +195,14 @@ def _read_isolated(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table
     logger.warning("unit_isolated", unit_id=unit.unit_id, file=unit.file)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(read_unit, store, unit, mapping).result()
+            return pool.submit(_read_one, store, unit, mapping).result()
         except BrokenProcessPool:
             return build_error_table(unit, mapping, "reading it ends the process that does")
+
+
+def _read_one(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
+    (table,) = _read_tables(store, [unit], mapping, last_word=False)
+    return table
 
 
 def _ask_elsewhere(
@@ -250,12 +256,12 @@ def _read_tables(
         yield from _read_pieces(store, footers, units, mapping, last_word)
         return
     for unit in units:
-        tables: Iterable[pa.Table] = [
+        tables = [
             table
             for piece in unit.pieces
             for table in _read_pieces(store, footers, [piece], mapping, last_word)
         ]
-        yield join_tables(unit, list(tables)) if unit.parts else next(iter(tables))
+        yield join_tables(unit, tables) if unit.parts else tables[0]
 
 
 def _read_pieces(

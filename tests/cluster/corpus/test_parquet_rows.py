@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.corpus.packed import unpack_units
+from cluster.corpus.parquet_rows import Footers, _RowGroup
 from cluster.corpus.source import UnitSource, _read_blocks, read_unit
 from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit, join_units
@@ -107,6 +108,42 @@ def test_a_row_group_of_many_units_is_read_once(
     assert [len(table) for table in read] == [2] * 40
     assert [i for table in read for i in images_of(table)] == [value["bytes"] for value in noise]
     assert counting.fetched < 1.5 * planned.units[0].file_size + 2**18 * tasks
+
+
+def test_a_unit_of_large_images_is_read_without_its_neighbours(
+    corpus: Store, tmp_path: Path
+) -> None:
+    """A batch of as many rows as units usually have would hold gigabytes of 5 MB images."""
+    noise = [image(os.urandom(400_000)) for _ in range(100)]
+    buffer = io.BytesIO()  # of pages of an image: a page is always read as a whole
+    table = pa.table({"image": pa.array(noise, IMAGE)})
+    pq.write_table(table, buffer, write_batch_size=1, data_page_size=1, use_dictionary=False)
+    corpus.put("a.parquet", buffer.getvalue())
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_bytes=900_000)
+    assert {unit.row_count for unit in planned.units} == {2}
+    before, peak = pa.total_allocated_bytes(), 0
+    for block in _read_blocks(corpus, planned.units, planned.manifest.mapping):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        assert len(block) == 1
+    assert peak < 15_000_000, "of 40 MB in the row group, 8 of them read ahead"
+
+
+def test_units_that_do_not_end_where_batches_end(corpus: Store, tmp_path: Path) -> None:
+    """Thousands of them in one row group, a few left out, as at a resume."""
+    rows = 30_000
+    put_parquet(
+        corpus, "a.parquet", pa.table({"image": pa.array([b"x"] * rows), "key": range(rows)}),
+        group_rows=rows,
+    )  # fmt: skip
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_rows=7)
+    footers, mapping = Footers(corpus), planned.manifest.mapping
+    group = _RowGroup(footers, [*planned.units[:2], planned.units[-1]], mapping)
+    group._batch_rows = 5  # of no unit's size
+    for first in range(0, rows - 7, 14):
+        table, reason = group.read(first, 7)
+        assert reason == ""
+        assert table is not None
+        assert table["key"].to_pylist() == list(range(first, first + 7))
 
 
 def test_a_task_reads_the_units_that_are_left_of_a_row_group(corpus: Store, tmp_path: Path) -> None:

@@ -17,18 +17,6 @@ from cluster.errors import ReadError
 ImageValue: TypeAlias = bytes | ReadError | None
 """One row's encoded image, why it has none that can be used, or None where it has none."""
 
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heif", b"mif1", b"msf1")
-
-
-def is_image(data: bytes) -> bool:
-    """Whether the bytes begin as an image file of a common format does."""
-    if data[:4] == b"RIFF":
-        return data[8:12] == b"WEBP"
-    if data[4:8] == b"ftyp":
-        return data[8:12] in _BRANDS
-    return data.startswith(_MAGIC)
-
 
 def image_values(array: pa.Array) -> list[ImageValue]:
     """The image of each row. Of a struct, its `bytes`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from cluster.corpus.tar_header import Member
 from cluster.corpus.tar_samples import Sample
+from cluster.images import image_format
 
 IMAGE_SUFFIXES = tuple(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif heic heif img image".split()
@@ -23,8 +24,6 @@ TEXT_EXTENSIONS = frozenset(
 # Could run code when read: no reader of ours may ever open them.
 _NEVER_READ = frozenset("pkl pickle pyd pt pth dill joblib".split())
 _MAGIC_BYTES = 32
-_MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heif", b"mif1", b"msf1")
 
 
 def is_text(extension: str) -> bool:
@@ -73,17 +72,9 @@ def find_image(sample: Sample, read: Callable[[Member, int], bytes]) -> Member |
             for extension, member in sample.members.items()
             if not is_text(extension)
             and _suffix(extension) not in _NEVER_READ
-            and _begins_as_image(read(member, _MAGIC_BYTES))
+            and image_format(read(member, _MAGIC_BYTES))
         ]
     return sample.members[named[0]] if len(named) == 1 else None
-
-
-def _begins_as_image(data: bytes) -> bool:
-    return (
-        data.startswith(_MAGICS)
-        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-        or (data[4:8] == b"ftyp" and data[8:12] in _BRANDS)
-    )
 
 
 def _suffix(extension: str) -> str:

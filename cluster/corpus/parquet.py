@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_columns
-from cluster.corpus.image_values import image_values, is_image
+from cluster.corpus.image_values import image_values
 from cluster.corpus.partitions import partition_schema
 from cluster.corpus.types import unify_schemas
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import UsageError
+from cluster.images import image_format
 from cluster.store import ObjectInfo, RangedFile, Store
 
 # Values that are looked at to find out whether a column holds images.
@@ -106,4 +107,4 @@ def _begins_with_images(store: Store, info: ObjectInfo, name: str) -> bool:
     if batch is None:
         return False
     images = [value for value in image_values(batch.column(0)) if isinstance(value, bytes)]
-    return bool(images) and all(is_image(image) for image in images)
+    return bool(images) and all(map(image_format, images))

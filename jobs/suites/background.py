@@ -30,14 +30,13 @@ class BatchJob:
     cluster and the replicas of `fleet`. On entry every replica holds rows of the job; on exit the
     job is interrupted and the replicas are empty.
 
-    units: units of the corpus. Raises RunError if the job does not start or stop in time.
+    Raises RunError if the job does not start or stop in time.
     """
 
-    def __init__(self, fleet: Fleet, corpus: str, output: str, *, units: int) -> None:
+    def __init__(self, fleet: Fleet, corpus: str, output: str) -> None:
         self._fleet = fleet
         self._corpus = corpus
         self._output = output
-        self._units = units
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._open = ExitStack()
@@ -75,15 +74,18 @@ class BatchJob:
     def check(self) -> None:
         """Raises UsageError if the job has labelled every unit, RunError if it has failed."""
         assert self._process is not None
-        if len(RunOutput.open(self._output).committed_units()) == self._units:
+        status = self._process.poll()
+        if status == 0 or self._all_committed():
             raise UsageError(
                 "the batch job finished before the requests beside it: give a slower --model"
             )
-        if self._process.poll() is not None:
-            raise RunError(
-                f"the batch job ended with status {self._process.returncode}: "
-                f"{self._read_log_tail()}"
-            )
+        if status is not None:
+            raise RunError(f"the batch job ended with status {status}: {self._read_log_tail()}")
+
+    def _all_committed(self) -> bool:
+        output = RunOutput.open(self._output)
+        manifest = output.manifest()
+        return manifest is not None and len(output.committed_units()) == len(manifest.units)
 
     def _rows_held(self) -> list[int]:
         """Unanswered batch rows of every replica."""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from jobs.suites.load import LoadResult
 
 _UNDER_BATCH: Final = (1, 4)
-_UNIT_ROWS: Final = 256  # the unit size of jobs
+_FILE_ROWS: Final = 256
 _MOST_TOKENS: Final = 64
 
 
@@ -168,9 +168,8 @@ def time_scenarios(
                 job = None
                 if under_batch:
                     corpus, output = f"{root}/corpus-{number}", f"{root}/labels-{number}"
-                    write_corpus(corpus, draw_captioned(size.batch_rows, number + 1), _UNIT_ROWS)
-                    units = -(-size.batch_rows // _UNIT_ROWS)
-                    job = stack.enter_context(BatchJob(fleet, corpus, output, units=units))
+                    write_corpus(corpus, draw_captioned(size.batch_rows, number + 1), _FILE_ROWS)
+                    job = stack.enter_context(BatchJob(fleet, corpus, output))
                 for scenario in alternate(
                     [s for s in timings if s.under_batch == under_batch], number
                 ):

@@ -293,7 +293,7 @@ def test_a_job_that_finishes_before_the_requests_is_an_error(serving: str, s3: s
     served = EngineSettings(model="tiny-llava", revision=resolve_model("tiny-llava").revision)
     with (
         open_fleet(FleetSettings(engine=served)) as fleet,
-        BatchJob(fleet, f"{s3}/corpus", f"{s3}/labels", units=3) as job,
+        BatchJob(fleet, f"{s3}/corpus", f"{s3}/labels") as job,
     ):
         job.check()
         with pytest.raises(UsageError, match="give a slower --model"):
@@ -313,6 +313,6 @@ def test_a_job_that_fails_is_reported_with_its_output(serving: str, s3: str) -> 
     with (
         open_fleet(FleetSettings(engine=served)) as fleet,
         pytest.raises(RunError, match=r"(?s)ended with status 2.*check --input"),
-        BatchJob(fleet, f"{s3}/nothing", f"{s3}/labels", units=1),
+        BatchJob(fleet, f"{s3}/nothing", f"{s3}/labels"),
     ):
         pass

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,8 @@ DEFAULT_PORT = 8000
 # small machine a reader, a labeller, a sink and a replica must still fit beside each other.
 _LOCAL_CPUS = 4
 _PROBE_SECONDS = 1.0
+# A head that restarts listens again within this.
+_LISTEN_SECONDS = 30.0
 
 
 def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> bool:
@@ -61,6 +64,7 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
     named = os.environ.get("RAY_ADDRESS")
     address = named or _current_cluster()
     if address not in (None, "local"):
+        _wait_until_it_listens(address)
         try:
             # Ray reads the note of `ray start` itself as "auto", and only then uses the token that
             # `ray start` made.
@@ -82,6 +86,27 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
     stack.callback(_leave_ray)
     logger.info("ray_started", cpus=ray.cluster_resources().get("CPU"))
     return True
+
+
+def _wait_until_it_listens(address: str) -> None:
+    """Raises FleetUnavailable where nothing listens at host:port. Ray itself asks for a quarter of
+    an hour, and does not say what for. Addresses of another form are Ray's to understand."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return
+    deadline = time.monotonic() + _LISTEN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline:
+                raise FleetUnavailable(
+                    f"no Ray at {address}: {error}. Set RAY_ADDRESS to the address that `ray "
+                    "start` printed, or to local"
+                ) from error
+            time.sleep(_PROBE_SECONDS)
+        else:
+            return
 
 
 def _leave_ray() -> None:

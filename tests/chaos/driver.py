@@ -22,11 +22,21 @@ from jobs import answer_vqa, caption_corpus, labelling_cli
 from tests.chaos.engine import RETAIN, SLOTS
 
 ENGINE: Final = "tests.chaos.engine:ChaosEngine"
+FIRST_STEP_SECONDS: Final = 45.0
+STEP_SECONDS: Final = 20.0
+"""Silence after which a replica counts as hung: well below that after which a run does."""
 
 
 def fake(settings: FleetSettings, options: Mapping[str, Any]) -> FleetSettings:
     """These replicas, with the fake engine."""
-    engine = replace(settings.engine, engine=ENGINE, options=options, slots=SLOTS)
+    engine = replace(
+        settings.engine,
+        engine=ENGINE,
+        options=options,
+        slots=SLOTS,
+        first_step_seconds=FIRST_STEP_SECONDS,
+        step_seconds=STEP_SECONDS,
+    )
     return replace(settings, engine=engine)
 
 

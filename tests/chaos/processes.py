@@ -15,7 +15,7 @@ TITLES: Final = {
     "reader": r"ray::.*Units",
     "writer": r"ray::(Write|.*Commit)",
     "controller": r"ray::RunController",
-    "janitor": r"ray::Janitor",
+    "janitor": r"ray::(Patrolling)?Janitor",
     "serve_controller": r"ray::ServeController",
 }
 """What the processes of each role call themselves."""

@@ -6,10 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from cluster.errors import FleetUnavailable
+from cluster.serving import ray_session
 from cluster.serving.ray_session import _current_cluster
 
 
@@ -37,6 +40,34 @@ def test_the_address_of_a_stopped_cluster_is_ignored_without_waiting(address_fil
     assert _current_cluster() is None
     address_file.write_text("nonsense")
     assert _current_cluster() is None
+
+
+def test_a_named_cluster_that_does_not_listen_is_an_error_and_not_a_long_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_session, "_LISTEN_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(FleetUnavailable, match=rf"no Ray at 127.0.0.1:{port}.*RAY_ADDRESS"):
+        ray_session._connect(ExitStack(), None)
+
+
+def test_a_head_that_listens_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    servers: list[socket.socket] = []
+    monkeypatch.setattr(
+        "time.sleep", lambda _: servers.append(socket.create_server(("127.0.0.1", port)))
+    )
+    ray_session._wait_until_it_listens(f"127.0.0.1:{port}")
+    assert len(servers) == 1
+    servers[0].close()
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    ray_session._wait_until_it_listens(address)
 
 
 TWO_CLUSTERS = """

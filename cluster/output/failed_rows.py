@@ -41,6 +41,11 @@ class ErrorChoice:
         return code in self.codes if self.codes else stage not in _FINAL_STAGES
 
 
+def count_rows(failed: FailedRows) -> int:
+    """Rows of all units."""
+    return sum(map(len, failed.values()))
+
+
 def find_failed_rows(output: RunOutput, manifest: Manifest, choice: ErrorChoice) -> FailedRows:
     """The committed rows that `choice` takes, by unit, units in corpus order.
 

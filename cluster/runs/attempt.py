@@ -1,0 +1,194 @@
+"""One attempt at a run: its open units are read, labelled and committed, in as many passes as bring
+rows, and how that went is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+import ray
+from ray.data import DataContext, Dataset
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.controller import report_commit, report_event, stop_reason_now
+from cluster.corpus.source import READER_CPUS, read_units
+from cluster.corpus.unit import Unit
+from cluster.output.commit import CommitSink
+from cluster.output.failed_rows import FailedRows, count_rows, select_rows
+from cluster.output.manifest import Manifest
+from cluster.output.replacement import RetrySink
+from cluster.output.run_output import RunOutput
+from cluster.output.summary import Attempt
+from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, actors_for, label_units
+from cluster.runs.progress import ProgressDisplay
+from cluster.runs.replica_figures import busy_share, fleet_stats, with_deaths
+from cluster.runs.tracker import RunTracker, run_error
+from cluster.serving.fleet import Fleet
+
+_RAY_DATA_STATE: Final = "ray.data._internal.execution.streaming_executor_state"
+# The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
+_SINK_CPUS: Final = 0.1
+
+
+def attempt_units(
+    config: RunConfig,
+    manifest: Manifest,
+    todo: Sequence[Unit],
+    output: RunOutput,
+    fleet: Fleet,
+    *,
+    console: Console,
+    began: float,
+    failed: FailedRows,
+) -> Attempt:
+    """Labels and commits `todo`, or only the `failed` rows of these units. Units that their store
+    did not give in any pass stay open.
+
+    began: when the command did, by the monotonic clock. Raises the RunError that ended it.
+    """
+    _set_up_ray_data()
+    if failed:
+        # A few rows of each unit say nothing about whole batches, and it is known that they fail.
+        config = replace(config, control_share=0.0, max_error_share=1.0)
+    rows = count_rows(failed) or sum(unit.row_count for unit in todo)
+    _announce(manifest, todo, rows, fleet, console)
+    settings = _labeller_settings(config, manifest, todo, rows, fleet, failed)
+    actors = actors_for(fleet.target_replicas)
+    _warn_if_starved(console, actors)
+    sink: CommitSink | RetrySink = (
+        RetrySink(manifest, output, on_commit=report_commit)
+        if failed
+        else CommitSink(manifest, output, on_commit=report_commit, stop_reason=stop_reason_now)
+    )
+    with RunTracker(config, manifest, output, again=failed) as tracker:
+        before = fleet_stats(fleet)
+        started = time.monotonic()
+        with ProgressDisplay(tracker.progress, console):
+            left = todo
+            while left:
+                units = read_units(
+                    manifest.source,
+                    manifest.mapping,
+                    left,
+                    replicas=fleet.target_replicas,
+                    on_event=partial(report_event, manifest.run_id),
+                )
+                if failed:
+                    units = units.map_batches(
+                        partial(select_rows, failed=failed),
+                        batch_size=None,
+                        batch_format="pyarrow",
+                        num_cpus=READER_CPUS,  # the reader's: Ray Data runs both in one task
+                    )
+                _write(label_units(units, settings, actors=actors), sink, tracker)
+                if failed:
+                    left = []  # what its store did not give is failed as before: ask once more
+                    break
+                # Readers leave out units whose store gave up: they have another turn for as long
+                # as that brings rows.
+                done, asked = output.committed_units(), len(left)
+                left = [unit for unit in left if unit.unit_id not in done]
+                if len(left) == asked:
+                    break
+        wall = time.monotonic() - started
+    rows -= sum(unit.row_count for unit in left)
+    after = fleet_stats(fleet)
+    return Attempt(
+        rows=rows,
+        wall_seconds=wall,
+        start_seconds=started - began,
+        rows_per_second=rows / wall,
+        replicas=fleet.replicas if after is None else len(after.replicas),
+        replica_busy_share=busy_share(before, after),
+        events=with_deaths(tracker.events, before, after),
+    )
+
+
+def _announce(
+    manifest: Manifest, todo: Sequence[Unit], rows: int, fleet: Fleet, console: Console
+) -> None:
+    console.print(
+        f"run {manifest.run_id}: {rows} rows in {len(todo)} units to do, "
+        f"{len(manifest.units) - len(todo)} units done before; HTTP at {fleet.http_url}/v1",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if manifest.unread_bytes:
+        console.print(
+            f"{manifest.unread_bytes:,} bytes of the input are damaged and not read: each range is "
+            "an error row, archive_truncated; archive_damaged in the log names the files",
+            style="yellow",
+        )
+
+
+def _labeller_settings(
+    config: RunConfig,
+    manifest: Manifest,
+    todo: Sequence[Unit],
+    rows: int,
+    fleet: Fleet,
+    failed: FailedRows,
+) -> LabellerSettings:
+    """rows: of `todo`, or its failed ones alone."""
+    size = sum(
+        unit.size_bytes * len(failed.get(unit.unit_id, range(unit.row_count))) // unit.row_count
+        for unit in todo
+    )
+    tokens = fleet.kv_token_capacity
+    return LabellerSettings(
+        run_id=manifest.run_id,
+        first_unit=manifest.units[0].unit_id,
+        config=config,
+        model_revision=manifest.identity.settings["model_revision"],
+        app=fleet.app,
+        deployment=fleet.deployment,
+        slots=fleet.slots,
+        # Those that are still to come are counted: actors follow how many there are.
+        replicas=fleet.target_replicas,
+        kv_token_capacity=(
+            None if tokens is None else tokens * fleet.target_replicas // fleet.replicas
+        ),
+        unit_rows=rows // len(todo),
+        unit_bytes=size // len(todo),
+    )
+
+
+def _write(labelled: Dataset, sink: CommitSink | RetrySink, tracker: RunTracker) -> None:
+    """Carries out the pipeline. Raises the RunError that ended it, where there is one."""
+    try:
+        labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
+    except Exception as error:
+        # Ray wraps what its workers raise, and loses the cause where it pickles it twice.
+        cause = run_error(error) or tracker.stop_error()
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _warn_if_starved(console: Console, actors: int) -> None:
+    """Ray waits silently where reading, labelling and writing do not fit beside what runs."""
+    free = ray.available_resources().get("CPU", 0.0)
+    needed = READER_CPUS + actors * LABELLER_CPUS + _SINK_CPUS
+    if free < needed:
+        console.print(
+            f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "
+            "its replicas: it waits until other work ends or a node joins",
+            style="yellow",
+        )
+
+
+def _set_up_ray_data() -> None:
+    """Ray Data's own bars and logs count blocks and operators; ours count rows. What a stage raises
+    arrives here as it is: wrapped, it would lose the error that says what to do. It is told once,
+    by the command, and not logged with Ray's stack before."""
+    context = DataContext.get_current()
+    context.raise_original_map_exception = True
+    logging.getLogger(_RAY_DATA_STATE).setLevel(logging.CRITICAL)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -11,8 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -35,6 +35,7 @@ DEFAULT_PORT = 8000
 # small machine a reader, a labeller, a sink and a replica must still fit beside each other.
 _LOCAL_CPUS = 4
 _PROBE_SECONDS = 1.0
+_RAY_CONNECTS = "RAY_gcs_server_port_wait_time_s"  # of about 40 s each, where nobody answers
 # A head that restarts listens again within this.
 _LISTEN_SECONDS = 30.0
 
@@ -68,7 +69,10 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
         try:
             # Ray reads the note of `ray start` itself as "auto", and only then uses the token that
             # `ray start` made.
-            ray.init(address=named or "auto", logging_level=logging.WARNING, runtime_env=runtime)
+            with _asked_once():
+                ray.init(
+                    address=named or "auto", logging_level=logging.WARNING, runtime_env=runtime
+                )
         except ConnectionError as error:
             raise FleetUnavailable(
                 f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local; a "
@@ -107,6 +111,20 @@ def _wait_until_it_listens(address: str) -> None:
             time.sleep(_PROBE_SECONDS)
         else:
             return
+
+
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    """Lets Ray ask a head that listens no more for 40 s, and not twenty times as long: one that
+    died since it was probed, perhaps while this process was stopped."""
+    if _RAY_CONNECTS in os.environ:
+        yield
+        return
+    os.environ[_RAY_CONNECTS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_RAY_CONNECTS]
 
 
 def _leave_ray() -> None:

@@ -65,6 +65,26 @@ def test_a_head_that_listens_again_is_waited_for(monkeypatch: pytest.MonkeyPatch
     servers[0].close()
 
 
+@pytest.mark.slow
+def test_a_head_that_died_since_it_was_probed_is_an_error_within_a_minute() -> None:
+    """As a driver meets it that was stopped in between; Ray's own patience is 14 minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    join = (
+        "from contextlib import ExitStack\n"
+        "from cluster.serving import ray_session\n"
+        "ray_session._wait_until_it_listens = lambda address: None\n"
+        "ray_session._connect(ExitStack(), None)\n"
+    )
+    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    done = subprocess.run(
+        [sys.executable, "-c", join], env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"FleetUnavailable: no Ray at 127.0.0.1:{port}" in done.stderr
+
+
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])
 def test_other_addresses_are_left_to_ray(address: str) -> None:
     ray_session._wait_until_it_listens(address)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from cluster.accounting.error_share import ErrorShare
 from cluster.accounting.ledger import UnitLedger
-from cluster.events import RunEvent
+from cluster.events import IN_SECONDS, RunEvent
 
 logger = structlog.get_logger(__name__)
 
@@ -82,8 +82,10 @@ class _Run:
     units_done: set[str]
     ledger: UnitLedger
     rows_before: int
+    started: float
     events: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=time.monotonic)
+    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waited_until: dict[str, float] = field(default_factory=dict)
     finished: float | None = None
 
 
@@ -115,6 +117,7 @@ class RunController:
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
+            started=time.monotonic(),
         )
 
     def unit_committed(self, run_id: str, unit_id: str, ledger: UnitLedger) -> bool:
@@ -130,10 +133,17 @@ class RunController:
         return True
 
     def event(self, run_id: str, kind: str, count: int = 1) -> None:
-        """Adds to the run's count of an event; an unknown run's are dropped."""
+        """Adds to the run's count of an event; an unknown run's are dropped. Of kinds in seconds it
+        is the time until now: what several tell of the same time counts once."""
         run = self._runs.get(run_id)
-        if run is not None:
+        if run is None:
+            return
+        if kind not in IN_SECONDS:
             run.events[kind] += count
+            return
+        now = time.monotonic()
+        run.waited[kind] += min(float(count), now - run.waited_until.get(kind, run.started))
+        run.waited_until[kind] = now
 
     def finish(self, run_id: str, state: RunState) -> RunProgress | None:
         """Ends the view of the run, and returns it; "completed" with failed rows is
@@ -177,7 +187,7 @@ class RunController:
             flops=sum(run.ledger.flops.values()),
             flops_dense=sum(run.ledger.flops_dense.values()),
             meta=run.meta,
-            events=dict(run.events),
+            events={**run.events, **{kind: round(s) for kind, s in run.waited.items()}},
         )
 
     def runs(self) -> list[RunProgress]:

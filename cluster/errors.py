@@ -7,6 +7,7 @@ ClusterError                     code                 retryable  stops
 │   ├── ImageMissing             image_missing        no
 │   ├── ImageTooLarge            image_too_large      no
 │   ├── ImageUndecodable         image_undecodable    no
+│   ├── ImageTooSlow             image_too_slow       no
 │   ├── PromptInvalid            prompt_invalid       no
 │   ├── PruningNoEffect          pruning_no_effect    no
 │   ├── InferenceFailed          inference_failed     no
@@ -83,6 +84,13 @@ class ImageUndecodable(RowError):
     """Not an image of an allowed format, or a damaged one."""
 
     code = "image_undecodable"
+    stage = "decode"
+
+
+class ImageTooSlow(RowError):
+    """Decoding it takes more CPU time than the limits allow."""
+
+    code = "image_too_slow"
     stage = "decode"
 
 

@@ -5,8 +5,9 @@ Events are telemetry. They end in the attempt's part of the summary and decide n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import Final, TypeAlias
 
 
 class RunEvent(StrEnum):
@@ -17,11 +18,22 @@ class RunEvent(StrEnum):
     CALL_TIMED_OUT = "call_timed_out"
     ROW_QUARANTINED = "row_quarantined"
     INFER_RETRIED = "infer_retried"
-    DECODER_ENDED = "decoder_ended"
     UNIT_DEFERRED = "unit_deferred"
     UNIT_REREAD = "unit_reread"
+    UNIT_MOVED = "unit_moved"
     STORE_WAITED = "store_waited"
     REPLICAS_WAITED = "replicas_waited"
+
+
+IN_SECONDS: Final = frozenset({RunEvent.STORE_WAITED, RunEvent.REPLICAS_WAITED})
+"""Kinds that are counted in seconds. Many processes wait for one thing: a second counts once."""
+
+OnEvent: TypeAlias = Callable[[RunEvent, int], None]
+"""Told of an event and how often it happened. It must be picklable and must not raise."""
+
+
+def ignore_event(kind: RunEvent, count: int) -> None:
+    """An `OnEvent` outside a run."""
 
 
 _PHRASES: Mapping[str, tuple[str, str]] = {
@@ -30,12 +42,12 @@ _PHRASES: Mapping[str, tuple[str, str]] = {
     RunEvent.CALL_TIMED_OUT: ("{n} call timed out", "{n} calls timed out"),
     RunEvent.ROW_QUARANTINED: ("{n} row quarantined", "{n} rows quarantined"),
     RunEvent.INFER_RETRIED: ("{n} failed row asked again", "{n} failed rows asked again"),
-    RunEvent.DECODER_ENDED: (
-        "{n} decoder ended at its limits",
-        "{n} decoders ended at their limits",
-    ),
     RunEvent.UNIT_DEFERRED: ("{n} unit put off", "{n} units put off"),
     RunEvent.UNIT_REREAD: ("{n} unit read again elsewhere", "{n} units read again elsewhere"),
+    RunEvent.UNIT_MOVED: (
+        "{n} unit moved to another node, its own lacks the mount",
+        "{n} units moved to another node, their own lacks the mount",
+    ),
     # Counted in seconds.
     RunEvent.STORE_WAITED: ("store away for {n} s", "store away for {n} s"),
     RunEvent.REPLICAS_WAITED: ("no replica for {n} s", "no replica for {n} s"),

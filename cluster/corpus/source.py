@@ -9,12 +9,11 @@ gone; a unit whose store gave up is left for a later pass.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import groupby
-from typing import TypeAlias
 
 import pyarrow as pa
 import ray
@@ -24,7 +23,6 @@ from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.packed import PACKED_SCHEMA, SMALLEST_BLOCK, pack_unit
@@ -33,8 +31,10 @@ from cluster.corpus.table import build_error_table, join_tables
 from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError, StoreError
-from cluster.events import RunEvent
+from cluster.events import OnEvent, RunEvent, ignore_event
+from cluster.other_node import another_node
 from cluster.store import Store, open_store
+from cluster.store.patience import hear_outages
 
 logger = structlog.get_logger(__name__)
 
@@ -49,13 +49,6 @@ _READERS_PER_REPLICA = 2
 _AFTER_GIVING_UP_S = 20.0
 _gave_up: set[str] = set()
 _ISOLATED_FROM = 2  # attempts are counted from 0
-
-OnEvent: TypeAlias = Callable[[RunEvent, int], None]
-"""Told of an event and how often it happened. It must be picklable and must not raise."""
-
-
-def ignore_event(kind: RunEvent, count: int) -> None:
-    """An `OnEvent` for readers outside a run."""
 
 
 class UnitSource(Datasource):
@@ -157,9 +150,23 @@ def _read_blocks(
     store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent = ignore_event
 ) -> Iterator[pa.Table]:
     """The units, packed, in a Ray task; those that the store does not give are left out."""
+    with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
+        yield from _read_or_leave(store, units, mapping, on_event)
+
+
+def _read_or_leave(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent
+) -> Iterator[pa.Table]:
     read = 0
     store = store.with_patience(_AFTER_GIVING_UP_S) if store.uri in _gave_up else store
     try:
+        if not store.is_here() and another_node() is not None:
+            logger.warning("store_not_on_this_node", uri=store.uri)
+            on_event(RunEvent.UNIT_MOVED, len(units))
+            for table in _ask_elsewhere(store, units, mapping):
+                yield pack_unit(table)
+                read += 1
+            return
         try:
             for table in _attempt(store, units, mapping):
                 yield pack_unit(table)
@@ -209,11 +216,8 @@ def _ask_elsewhere(
     store: Store, units: Sequence[Unit], mapping: ColumnMapping
 ) -> Iterator[pa.Table]:
     """The same units read on another node of the cluster, or here again where it has no other."""
-    here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    node = NodeAffinitySchedulingStrategy(others[0] if others else here, soft=True)
     read = ray.remote(_last_word).options(
-        num_cpus=0, num_returns="streaming", scheduling_strategy=node
+        num_cpus=0, num_returns="streaming", scheduling_strategy=another_node() or "DEFAULT"
     )
     for block in read.remote(store, tuple(units), mapping):
         answer = ray.get(block)

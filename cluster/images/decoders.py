@@ -25,7 +25,7 @@ import structlog
 from PIL import Image
 
 from cluster.config import MediaLimits
-from cluster.errors import ImageMissing, ImageTooLarge, ImageUndecodable
+from cluster.errors import ImageMissing, ImageTooLarge, ImageTooSlow, ImageUndecodable
 from cluster.images.decode import check_bytes
 from cluster.images.messages import receive, receive_json, send
 from sppruner.models import JpegScale
@@ -62,7 +62,7 @@ class Decoders:
         self, images: Sequence[bytes | None], limits: MediaLimits, jpeg_scale: JpegScale | None
     ) -> tuple[Image.Image, ...]:
         """The images of one row, as `decode_image` gives them. Raises what it raises, and
-        ImageUndecodable for an image that takes too long or ends the process twice, and
+        ImageTooSlow, ImageUndecodable for an image that ends the process twice, and
         DecodingUnavailable where no process could be had."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
@@ -143,7 +143,7 @@ class _Process:
                 how = str(ended)
                 logger.warning("decoding_process_ended", how=how, attempt=attempt)
                 if ended.deadline:
-                    break
+                    raise ImageTooSlow(how) from ended
         raise ImageUndecodable(how)
 
     def kill(self) -> None:

@@ -13,15 +13,16 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 import structlog
-from ray.data.block import Block, BlockAccessor
+from ray.data.block import Block
 from ray.data.datasource import Datasink, WriteResult
 
 from cluster.accounting.ledger import UnitLedger, unit_ledger
-from cluster.corpus.packed import unpack_units
 from cluster.errors import CommitRefused, ErrorShareExceeded
+from cluster.events import OnEvent, ignore_event
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
+from cluster.output.unit_writes import write_units
 from cluster.schema import is_internal, output_schema
 
 logger = structlog.get_logger(__name__)
@@ -83,6 +84,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
         output: RunOutput,
         *,
         on_commit: OnCommit | None = None,
+        on_event: OnEvent = ignore_event,
         stop_reason: StopReason | None = None,
     ) -> None:
         """stop_reason: asked before a unit with error rows is committed: rows that fail at once
@@ -91,6 +93,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
         self._expected = ExpectedUnits.of(manifest)
         self._output = output
         self._on_commit = on_commit
+        self._on_event = on_event
 
     def get_name(self) -> str:
         """The operator's name in Ray Data."""
@@ -99,11 +102,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[CommitOutcome]:
         """Commits the packed units that `blocks` hold. Raises what `commit_unit` raises, and
         ErrorShareExceeded where the run should stop."""
-        return [
-            self._commit(table)
-            for block in blocks
-            for table in unpack_units(BlockAccessor.for_block(block).to_arrow())
-        ]
+        return write_units(blocks, self._commit, self._output, self._on_event)
 
     def on_write_complete(self, write_result: WriteResult[list[CommitOutcome]]) -> None:
         """Logs how many commits were made and how many another writer had made before."""

@@ -16,17 +16,18 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 import structlog
-from ray.data.block import Block, BlockAccessor
+from ray.data.block import Block
 from ray.data.datasource import Datasink
 
 from cluster.accounting.ledger import UnitLedger, unit_ledger
-from cluster.corpus.packed import unpack_units
 from cluster.errors import StoreError
+from cluster.events import OnEvent, ignore_event
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.output.commit import OnCommit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_file import Retry, UnitFooter
+from cluster.output.unit_writes import write_units
 from cluster.schema import COST_FIELD, PLANNED_FIELD
 
 logger = structlog.get_logger(__name__)
@@ -140,10 +141,18 @@ def replace_rows(
 class RetrySink(Datasink[int]):
     """Replaces failed rows, unit by unit. Ray may rerun any write at any time."""
 
-    def __init__(self, manifest: Manifest, output: RunOutput, *, on_commit: OnCommit) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        output: RunOutput,
+        *,
+        on_commit: OnCommit,
+        on_event: OnEvent = ignore_event,
+    ) -> None:
         self._expected = ExpectedUnits.of(manifest)
         self._output = output
         self._on_commit = on_commit
+        self._on_event = on_event
         self._attempt = uuid.uuid4().hex
 
     def get_name(self) -> str:
@@ -153,12 +162,7 @@ class RetrySink(Datasink[int]):
     def write(self, blocks: Iterable[Block], ctx: Any) -> int:
         """Replaces the rows of the packed units that `blocks` hold; returns how many units these
         are. Raises what `replace_rows` raises."""
-        units = 0
-        for block in blocks:
-            for labelled in unpack_units(BlockAccessor.for_block(block).to_arrow()):
-                self._replace(labelled)
-                units += 1
-        return units
+        return len(write_units(blocks, self._replace, self._output, self._on_event))
 
     def _replace(self, labelled: pa.Table) -> None:
         footer = replace_rows(

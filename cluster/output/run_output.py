@@ -115,6 +115,10 @@ class RunOutput:
 
     # The manifest
 
+    def is_here(self) -> bool:
+        """Whether this machine sees the output's store at all; see `Store.is_here`."""
+        return self._store.is_here()
+
     def manifest(self) -> Manifest | None:
         """What the run is; None for a prefix that holds no run. Raises StoreError if unreadable."""
         store = self._store.with_patience(FIRST_CONTACT_S)  # every command asks this first

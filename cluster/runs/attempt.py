@@ -19,6 +19,7 @@ from cluster.config import RunConfig
 from cluster.controller import report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
+from cluster.events import RunEvent
 from cluster.output.commit import CommitSink
 from cluster.output.failed_rows import FailedRows, count_rows, select_rows
 from cluster.output.manifest import Manifest
@@ -30,6 +31,7 @@ from cluster.runs.progress import ProgressDisplay
 from cluster.runs.replica_figures import busy_share, fleet_stats, with_deaths
 from cluster.runs.tracker import RunTracker, run_error
 from cluster.serving.fleet import Fleet
+from cluster.store.patience import hear_outages
 
 _RAY_DATA_STATE: Final = "ray.data._internal.execution.streaming_executor_state"
 # The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
@@ -61,12 +63,22 @@ def attempt_units(
     settings = _labeller_settings(config, manifest, todo, rows, fleet, failed)
     actors = actors_for(fleet.target_replicas)
     _warn_if_starved(console, actors)
+    report = partial(report_event, manifest.run_id)
     sink: CommitSink | RetrySink = (
-        RetrySink(manifest, output, on_commit=report_commit)
+        RetrySink(manifest, output, on_commit=report_commit, on_event=report)
         if failed
-        else CommitSink(manifest, output, on_commit=report_commit, stop_reason=stop_reason_now)
+        else CommitSink(
+            manifest,
+            output,
+            on_commit=report_commit,
+            on_event=report,
+            stop_reason=stop_reason_now,
+        )
     )
-    with RunTracker(config, manifest, output, again=failed) as tracker:
+    with (
+        RunTracker(config, manifest, output, again=failed) as tracker,
+        hear_outages(lambda seconds: report(RunEvent.STORE_WAITED, round(seconds))),
+    ):
         before = fleet_stats(fleet)
         started = time.monotonic()
         with ProgressDisplay(tracker.progress, console):
@@ -77,7 +89,7 @@ def attempt_units(
                     manifest.mapping,
                     left,
                     replicas=fleet.target_replicas,
-                    on_event=partial(report_event, manifest.run_id),
+                    on_event=report,
                 )
                 if failed:
                     units = units.map_batches(

@@ -157,7 +157,7 @@ class Labeller:
         self._live = live
         self._resizing: asyncio.Task[None] | None = None
         report = partial(report_event, settings.run_id)
-        self._replica_wait = ReplicaWait(report, share=1 / settings.actors)
+        self._replica_wait = ReplicaWait(report)
         self._admission = Admission(
             rows=settings.rows_running,
             tokens=settings.tokens,

@@ -19,13 +19,10 @@ class ReplicaWait:
         self,
         report: Callable[[RunEvent, int], None],
         *,
-        share: float = 1.0,
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
-        """report: hears of waits, in whole seconds, while they last. share: of each second, where
-        several actors that wait for the same replicas report."""
+        """report: hears of waits, in whole seconds, while they last."""
         self._report = report
-        self._share = share
         self._patience = patience_seconds
         self._since: float | None = None
         self._reported = 0
@@ -41,7 +38,7 @@ class ReplicaWait:
             self._since = now if live == 0 else None
             return
         waited = now - self._since
-        reportable = int(waited * self._share)
+        reportable = int(waited)
         if reportable > self._reported:
             self._report(RunEvent.REPLICAS_WAITED, reportable - self._reported)
             self._reported = reportable

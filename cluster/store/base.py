@@ -51,6 +51,11 @@ class Store(ABC):
         other._patience = replace(self._patience, seconds=seconds)
         return other
 
+    def is_here(self) -> bool:
+        """Whether this machine sees the store at all, without waiting: False where a directory that
+        was there before, on the machine that pickled this object, is not mounted."""
+        return True
+
     @abstractmethod
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
         """Every object whose key starts with `prefix` and ends with one of `suffixes`, sorted by

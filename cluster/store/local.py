@@ -217,6 +217,12 @@ class LocalStore(Store):
 
     # Mounts
 
+    def is_here(self) -> bool:
+        try:
+            return self._inode is None or self._look_at_root()
+        except OSError:  # its server is away
+            return False
+
     def _look_at_root(self) -> bool:
         """Whether the root holds anything. The first time that it does, it is remembered."""
         try:

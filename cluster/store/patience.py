@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -87,6 +88,20 @@ class Patience:
                 outage.leave(self.clock.now())
 
 
+@contextmanager
+def hear_outages(tell: Callable[[float], None]) -> Iterator[None]:
+    """Within it `tell` hears of each outage in this process that ends, or that was waited for in
+    vain, and how many seconds it lasted. Blips are not told."""
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
+
+
+_listeners: list[Callable[[float], None]] = []
+
+
 class _Outage:
     """One address that does not answer: from the first failure until no call waits any more."""
 
@@ -125,6 +140,10 @@ class _Outage:
             if self._waiting:
                 return
             del self._current[self._address]
-        if self._noticed and self.answered:
-            seconds = round(now - self._since, 1)
-            logger.warning("store_answers_again", uri=self._address, seconds=seconds)
+        if not self._noticed:
+            return
+        seconds = now - self._since
+        if self.answered:
+            logger.warning("store_answers_again", uri=self._address, seconds=round(seconds, 1))
+        for tell in list(_listeners):
+            tell(seconds)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import ray
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.controller import (
@@ -16,6 +21,7 @@ from cluster.controller import (
     report_event,
 )
 from cluster.events import RunEvent
+from tests.cluster.store.clock import FakeClock
 
 UNIT = UnitLedger(
     rows=10,
@@ -87,12 +93,20 @@ def test_a_restarted_controller_is_rebuilt_by_registering_again() -> None:
     assert progress(restarted).rows_done == 10
 
 
-def test_events_are_counted_by_kind_and_start_anew_with_an_attempt() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr("cluster.controller.time.monotonic", clock.now)
+    return clock
+
+
+def test_events_are_counted_by_kind_and_start_anew_with_an_attempt(clock: FakeClock) -> None:
     controller = RunController()
     controller.event("run", "replica_died")
     register(controller)
     controller.event("run", "replica_died")
     controller.event("run", "replica_died")
+    clock.time = 50.0
     controller.event("run", "store_waited", 40)
     ended = controller.finish("run", "completed")
     assert ended is not None
@@ -100,6 +114,40 @@ def test_events_are_counted_by_kind_and_start_anew_with_an_attempt() -> None:
 
     register(controller)
     assert progress(controller).events == {}
+
+
+@given(
+    told=st.lists(st.tuples(st.floats(0, 50), st.integers(0, 100)), max_size=20),
+)
+def test_seconds_that_many_waited_at_the_same_time_are_counted_once(
+    told: list[tuple[float, int]],
+) -> None:
+    """Whoever waited tells it when it is over, or now and then: the sum is of the union."""
+    clock, controller = FakeClock(), RunController()
+    with patch("cluster.controller.time.monotonic", clock.now):
+        register(controller)
+        waited = np.zeros(1_000 * 10, bool)  # tenths of a second
+        for pause, seconds in told:
+            clock.time += round(pause, 1)
+            controller.event("run", "store_waited", seconds)
+            end = round(clock.time * 10)
+            waited[max(0, end - 10 * seconds) : end] = True
+        counted = progress(controller).events.get("store_waited", 0)
+    # An interval that begins before another's end counts from there: never more than the union.
+    assert counted <= waited.sum() / 10 + 0.5
+    if len(told) == 1:
+        assert counted == pytest.approx(waited.sum() / 10, abs=0.5)
+
+
+def test_actors_that_tell_of_the_same_wait_count_once(clock: FakeClock) -> None:
+    controller = RunController()
+    register(controller)
+    for second in range(10, 101, 10):
+        clock.time = float(second)
+        controller.event("run", "replicas_waited", 10)
+        clock.time += 1.0
+        controller.event("run", "replicas_waited", 10)
+    assert progress(controller).events == {"replicas_waited": 101}
 
 
 def test_a_run_stops_for_the_error_rows_of_this_attempt_alone() -> None:

@@ -298,6 +298,9 @@ class _Away:
         self.patience: list[float | None] = []
         self._seconds: float | None = None
 
+    def is_here(self) -> bool:
+        return True
+
     def with_patience(self, seconds: float) -> _Away:
         self._seconds = seconds
         return self

@@ -14,9 +14,10 @@ import ray
 from cluster.corpus import source
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.packed import pack_unit, unpack_units
-from cluster.corpus.source import OnEvent, read_unit, read_units
+from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import StoreError
+from cluster.events import OnEvent, RunEvent
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from tests.cluster.corpora import image, plan, put_parquet, read_all
@@ -99,3 +100,27 @@ def test_whatever_a_parser_raises_ends_a_unit_and_not_the_run(
     assert read["_in_error_code"].to_pylist() == ["read_failed"] * 3
     with pytest.raises(StoreError):
         fail(StoreError("away"))
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_units_of_a_mount_that_this_node_lacks_are_read_on_another_without_waiting(
+    s3: str, others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_corpus(kind="caption", rows=30, output=f"{s3}/in")
+    manifest = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30).manifest
+    asked: list[Sequence[Unit]] = []
+    events: list[tuple[RunEvent, int]] = []
+    store = open_store(manifest.source)
+
+    def elsewhere(_: Store, units: Sequence[Unit], mapping: ColumnMapping) -> list[pa.Table]:
+        asked.append(units)
+        return [read_unit(open_store(manifest.source), unit, mapping) for unit in units]
+
+    monkeypatch.setattr(store, "is_here", lambda: False)
+    monkeypatch.setattr(source, "another_node", lambda: object() if others else None)
+    monkeypatch.setattr(source, "_ask_elsewhere", elsewhere)
+    told = lambda kind, count: events.append((kind, count))  # noqa: E731
+    blocks = list(source._read_blocks(store, manifest.units, manifest.mapping, told))
+    assert [len(table) for block in blocks for table in unpack_units(block)] == [30]
+    assert len(asked) == others, "without another node it waits for its own mount"
+    assert events == ([(RunEvent.UNIT_MOVED, 1)] if others else [])

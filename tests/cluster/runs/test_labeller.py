@@ -375,9 +375,9 @@ def label_on(fleet: Fleet, run: RunConfig, run_id: str, *units: pa.Table) -> lis
 
 
 def kill_once_busy(fleet: Fleet) -> None:
-    """Kills the fleet's replica once it has labelled 20 more rows."""
+    """Kills the fleet's replica once it has labelled a few more rows."""
     started = fleet.stats().rows
-    while fleet.stats().rows < started + 20:
+    while fleet.stats().rows < started + 4:
         time.sleep(0.1)
     os.kill(fleet.stats().replicas[0].pid, signal.SIGKILL)
 
@@ -394,7 +394,9 @@ def test_ray_data_does_not_fuse_the_reader_into_the_labeller(fleet: Fleet, tmp_p
 
 def test_killing_a_replica_neither_loses_nor_duplicates_a_row(fleet: Fleet) -> None:
     pid = fleet.stats().replicas[0].pid
-    units = [unit(f"u{n}", 40) for n in range(6)]
+    # Its first calls take two seconds each: the kill finds some of them waiting or in a step.
+    slow = unit("u0", 40, prompts=lambda row: "slow" if row < 20 else None)
+    units = [slow, *(unit(f"u{n}", 40) for n in range(1, 6))]
 
     killer = threading.Thread(target=kill_once_busy, args=(fleet,))
     killer.start()

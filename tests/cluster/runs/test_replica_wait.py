@@ -45,19 +45,6 @@ def test_the_wait_ends_the_run_exactly_when_no_replica_was_up_for_the_patience(
     assert reported == waited
 
 
-def test_actors_that_wait_for_the_same_replicas_report_each_second_once() -> None:
-    reported = [0, 0]
-    for actor in range(2):
-
-        def report(kind: RunEvent, seconds: int, actor: int = actor) -> None:
-            reported[actor] += seconds
-
-        wait = ReplicaWait(report, share=0.5)
-        for second in range(0, 101, 10):
-            wait.observe(0, float(second))
-    assert sum(reported) == 100
-
-
 def test_unknown_counts_begin_no_wait() -> None:
     wait = ReplicaWait(lambda kind, seconds: None, patience_seconds=10.0)
     for second in range(100):

@@ -331,6 +331,24 @@ def test_a_mount_that_comes_back_costs_time_alone(
     assert sorted(path.name for path in root.iterdir() if path.name != "z") == ["folder", "y"]
 
 
+def test_a_store_says_whether_it_is_on_this_machine(
+    away: tuple[LocalStore, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, root = away
+    assert not store.is_here()
+    here = root.parent / "here"
+    assert LocalStore(here).is_here(), "a new output is nowhere yet"
+    mounted(here)
+    known = pickle.loads(pickle.dumps(LocalStore(here)))
+    assert known.is_here()
+
+    def stale(path: object) -> None:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr("os.scandir", stale)
+    assert not known.is_here()
+
+
 def test_an_object_that_was_removed_is_gone(tmp_path: Path) -> None:
     mounted(tmp_path)
     store = pickle.loads(pickle.dumps(patient(tmp_path)))

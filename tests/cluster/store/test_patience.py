@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from cluster.store import Patience, open_store
+from cluster.store.patience import hear_outages
 from tests.cluster.store.clock import FakeClock
 
 
@@ -108,6 +110,23 @@ def test_an_outage_is_logged_once_however_many_wait_and_again_when_it_is_over() 
     assert logs[0]["reason"] == "trouble"
     assert logs[0]["patience_s"] == 600
     assert logs[1]["seconds"] >= 100
+
+
+@pytest.mark.parametrize(("lasts", "told"), [(120.0, True), (1_000.0, True), (2.0, False)])
+def test_an_outage_is_told_with_its_seconds_whether_it_ended_or_not(
+    lasts: float, told: bool
+) -> None:
+    clock, heard = FakeClock(), list[float]()
+    call = server_with_outage(clock, 0, lasts, 0.1)
+    with hear_outages(heard.append), suppress(Trouble):
+        Patience(seconds=600, clock=clock).retry("s3://b", call, passing)
+    expected = [pytest.approx(min(lasts, 600), abs=21)] if told else []
+    assert heard == expected
+    with suppress(Trouble):
+        Patience(seconds=600, clock=clock).retry(
+            "s3://b", server_with_outage(clock, 0, 1e9, 1), passing
+        )
+    assert heard == expected, "nobody listens any more"
 
 
 def test_a_blip_is_not_logged() -> None:

@@ -157,6 +157,16 @@ class RunOutput:
                 "MinIO, or a directory (AWS_ENDPOINT_URL says which server is asked)"
             )
 
+    def check_replaced_by_version(self) -> None:
+        """Raises UsageError for a store on which two commands that ask failed rows again would
+        overwrite each other's answers."""
+        if not self._store.honours_put_if_match(_PROBE):
+            raise UsageError(
+                f"{self.uri}: this server ignores If-Match, so that what replaces a unit's failed "
+                "rows could undo another writer's; copy the output to a store with conditional "
+                "writes, such as AWS S3, MinIO, or a directory, and ask again there"
+            )
+
     def describe_data_files(self) -> None:
         """Says which objects are rows, for readers that would take every file for one: `datasets`
         reads `_run/*.json` otherwise. It knows no other hidden name than this one."""

@@ -98,7 +98,10 @@ def run(
             keep_summary(output, summary)
         nothing = "finished before: nothing was left to do"
         return Outcome(summary=summary, note=nothing if retry is None else "no row to ask again")
-    output.check_first_writer_wins()
+    if failed:
+        output.check_replaced_by_version()
+    else:
+        output.check_first_writer_wins()
 
     with open_fleet(fleet_settings(config, model.revision, environment or {})) as fleet:
         if fleet.image_backend != model.image_backend:

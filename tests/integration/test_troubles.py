@@ -186,6 +186,22 @@ def test_a_store_that_is_away_for_two_minutes_costs_time(
     assert not any(row["error_code"] for row in rows)
 
 
+def test_a_driver_whose_cluster_is_gone_ends_and_the_same_command_completes(
+    ground: Ground, place: S3Place, start: Callable[..., Job]
+) -> None:
+    """Unlike a submitted job it does not die with the head, and nothing can be reached any more."""
+    put_rows(place, [picture(number) for number in range(ROWS)])
+    job = start(place)
+    job.wait_for(commits=2)
+    ground.remove_cluster()
+    assert ground.forks.wait(job.pid, 180.0) not in (None, 0, 3), job.log()
+    ground.start_cluster()
+    assert start(place).finish(0, seconds=240.0)["state"] == "completed"
+    rows = committed(place.output)
+    check_every_row_once(rows, ROWS)
+    assert not any(row["error_code"] for row in rows)
+
+
 @pytest.fixture
 def node_without_mount(ground: Ground, tmp_path: Path) -> Iterator[Path]:
     """A second node, which sees an empty folder where the first sees corpus and output."""

@@ -195,6 +195,9 @@ def test_a_server_that_keeps_the_second_writer_is_found_out(server: FaultyS3) ->
     server.ignored = {"If-None-Match"}
     with pytest.raises(UsageError, match="ignores If-None-Match"):
         RunOutput(store()).check_first_writer_wins()
+    server.ignored = {"If-Match"}
+    with pytest.raises(UsageError, match="ignores If-Match"):
+        RunOutput(store()).check_replaced_by_version()
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,13 @@ from cluster.events import IN_SECONDS, RunEvent
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller-3"
+CONTROLLER_NAME = "run-controller-4"
 """The actor's name. Its number is raised with every change of what is sent to it: the actor
 outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
 """The actor's Ray namespace."""
 _ANSWER_SECONDS = 10.0
+_ENDED_RUNS = 100  # that are still shown
 
 RunState: TypeAlias = Literal["running", "completed", "completed_with_errors", "failed", "stopped"]
 
@@ -84,6 +85,7 @@ class _Run:
     rows_before: int
     started: float
     events: Counter[str] = field(default_factory=Counter)
+    told: set[tuple[str, str]] = field(default_factory=set)
     waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     waited_until: dict[str, float] = field(default_factory=dict)
     finished: float | None = None
@@ -107,13 +109,22 @@ class RunController:
         max_error_share: float,
         error_share_after: int,
     ) -> None:
-        """Starts or restarts the view of a run, from what the store says is committed."""
+        """Starts or restarts the view of a run, from what the store says is committed. A guard
+        that lets every error pass replaces none: failed rows may be asked again while the run's own
+        job goes on."""
+        errors = ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total)
+        before = self._runs.get(run_id)
+        if before is not None and before.state == "running" and max_error_share >= 1:
+            errors = before.errors
+        ended = [name for name, run in self._runs.items() if run.finished is not None]
+        for name in ended[: max(0, len(ended) - _ENDED_RUNS)]:
+            del self._runs[name]
         self._runs[run_id] = _Run(
             state="running",
             meta=dict(meta),
             units_total=units_total,
             rows_total=rows_total,
-            errors=ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total),
+            errors=errors,
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
@@ -132,12 +143,15 @@ class RunController:
             run.errors.add(ledger)
         return True
 
-    def event(self, run_id: str, kind: str, count: int = 1) -> None:
-        """Adds to the run's count of an event; an unknown run's are dropped. Of kinds in seconds it
-        is the time until now: what several tell of the same time counts once."""
+    def event(self, run_id: str, kind: str, count: int = 1, subject: str | None = None) -> None:
+        """Adds to the run's count of an event; an unknown run's are dropped. subject: whom it
+        happened to, who counts once, however many tell of it. Of kinds in seconds it is the time
+        until now: what several tell of the same time counts once."""
         run = self._runs.get(run_id)
-        if run is None:
+        if run is None or (subject is not None and (kind, subject) in run.told):
             return
+        if subject is not None:
+            run.told.add((kind, subject))
         if kind not in IN_SECONDS:
             run.events[kind] += count
             return
@@ -215,12 +229,12 @@ def report_commit(run_id: str, unit_id: str, ledger: UnitLedger) -> None:
     _tell("unit_committed", run_id, unit_id, ledger)
 
 
-def report_event(run_id: str, kind: RunEvent, count: int = 1) -> None:
+def report_event(run_id: str, kind: RunEvent, count: int = 1, subject: str | None = None) -> None:
     """Adds `count` to the run's count of an event, from any process. Neither waits nor raises.
 
-    A kind that is counted in seconds takes whole seconds.
+    A kind that is counted in seconds takes whole seconds. subject: see `RunController.event`.
     """
-    _tell("event", run_id, str(kind), count)
+    _tell("event", run_id, str(kind), count, subject)
 
 
 def _tell(method: str, *arguments: Any) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -205,14 +205,21 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
         choice = arguments.retry_errors
         retry = None if choice is None else ErrorChoice.parse(choice)
         outcome = run(config, console=stderr, environment=environment, retry=retry)
-        try:
+        with report_shown(config.output):
             print_report(outcome.summary, note=outcome.note)
             if demo:
                 print(copy_results(job.kind, outcome.summary, Path("out")))
-        except Exception as error:  # the rows are committed: what shows them fails no run
-            print(
-                f"the run has ended, but its report cannot be shown ({type(error).__name__}: "
-                f"{error}): python jobs/report.py {config.output}",
-                file=sys.stderr,
-            )
         return outcome.exit_code
+
+
+@contextmanager
+def report_shown(output: str) -> Iterator[None]:
+    """Within it a report is shown. The rows are committed: what fails here fails no run."""
+    try:
+        yield
+    except Exception as error:
+        print(
+            f"the run has ended, but its report cannot be shown ({type(error).__name__}: "
+            f"{error}): python jobs/report.py {output}",
+            file=sys.stderr,
+        )

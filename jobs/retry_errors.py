@@ -19,6 +19,7 @@ from cluster.console import open_console
 from cluster.errors import RunError
 from cluster.logs import configure_logs
 from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
+from jobs.labelling_cli import report_shown
 
 _INTERRUPTED = 130
 
@@ -61,7 +62,8 @@ def _retry(place: str, codes: str, replicas: int) -> int:
     settings = RunOutput.open(place).require_manifest().identity.settings
     config = RunConfig.of_identity(settings, output=place, replicas=replicas)
     outcome = run(config, console=open_console(stderr=True), retry=ErrorChoice.parse(codes))
-    print_report(outcome.summary, note=outcome.note)
+    with report_shown(place):
+        print_report(outcome.summary, note=outcome.note)
     return outcome.exit_code
 
 

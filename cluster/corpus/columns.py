@@ -108,8 +108,6 @@ def map_table_columns(
     """
     choice = choice or ColumnChoice()
     names = schema.names
-    if len(set(names)) != len(names):
-        raise UsageError(f"{uri}: duplicate column names among {names}; rename one")
     image = _find_image_column(schema, uri, choice.image, looks_like_images)
     key = _find_key_column(schema, uri, choice.key, kind)
     question = _find_question_column(schema, uri, choice.question) if kind == "vqa" else None

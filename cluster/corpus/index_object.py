@@ -34,7 +34,7 @@ def encode_index(index: FileIndex) -> bytes:
         "extensions": index.schema.names,
         "warnings": index.warnings,
     }
-    return json.dumps(record, ensure_ascii=False).encode()
+    return json.dumps(record).encode()
 
 
 def decode_index(data: bytes, info: ObjectInfo) -> FileIndex | None:

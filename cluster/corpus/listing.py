@@ -18,6 +18,8 @@ from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store, open_store
 logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
+_FIGURES = "_stats.json"
+_OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, _FIGURES)
 
 
 def list_corpus(
@@ -32,7 +34,7 @@ def list_corpus(
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
     first = source.with_patience(FIRST_CONTACT_S)
-    listed = [info for info in first.list() if not _is_hidden(info.key)]
+    listed = [info for info in first.list(suffixes=_OF_CORPORA) if not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
         if not folder.endswith("/"):
@@ -58,8 +60,9 @@ def list_corpus(
             "give one of them as --input, or say which: --format parquet or --format webdataset"
         )
     if not parquet and not tars:
-        suffixes = sorted({PurePosixPath(info.key).suffix or "no suffix" for info in listed})
-        found = f"{len(listed)} objects ({', '.join(suffixes[:8])})" if listed else "nothing"
+        others = [info for info in first.list() if not _is_hidden(info.key)]
+        suffixes = sorted({PurePosixPath(info.key).suffix or "no suffix" for info in others})
+        found = f"{len(others)} objects ({', '.join(suffixes[:8])})" if others else "nothing"
         wanted = {None: "*.parquet and no *.tar", "parquet": "*.parquet", "webdataset": "*.tar"}
         raise UsageError(f"{uri} holds no {wanted[format]}, but {found}; check --input")
     return source, parquet or tars
@@ -74,7 +77,7 @@ def _drop_img2dataset_tables(
         return parquet
     names = {info.key for info in listed}
     kept = [
-        info for info in parquet if not names & {f"{_stem(info)}.tar", f"{_stem(info)}_stats.json"}
+        info for info in parquet if not names & {f"{_stem(info)}.tar", f"{_stem(info)}{_FIGURES}"}
     ]
     if len(kept) < len(parquet):
         logger.warning(

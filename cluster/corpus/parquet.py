@@ -7,23 +7,27 @@ columns differ are one corpus where no value is lost by that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_columns
 from cluster.corpus.image_values import image_values
+from cluster.corpus.parquet_file import open_parquet
 from cluster.corpus.partitions import partition_schema
 from cluster.corpus.types import unify_schemas
 from cluster.corpus.unit import FileIndex, Unit, make_unit
-from cluster.errors import UsageError
+from cluster.errors import StoreError, UsageError
 from cluster.images import image_format
 from cluster.store import ObjectInfo, RangedFile, Store
 
 # Values that are looked at to find out whether a column holds images.
 _PROBED_ROWS = 8
+_PROBED_BYTES = 2**20
+# Each 256 rows become a unit, which the planner holds: a footer may claim anything.
+_MOST_GROUP_ROWS = 2**27
 
 
 def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int) -> FileIndex:
@@ -31,15 +35,26 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     about `unit_bytes` bytes. Raises UsageError if it is not a Parquet file."""
     uri = store.uri_of(info.key)
     try:
-        file = pq.ParquetFile(RangedFile(store, info))
-    except (pa.ArrowException, OSError) as error:  # OSError: a footer that is not Thrift
+        file = open_parquet(RangedFile(store, info))
+        schema = file.schema_arrow
+    except StoreError:
+        raise
+    except Exception as error:  # on a hostile footer pyarrow raises anything: of names, of Thrift
         reason = " ".join(str(error).split())
         raise UsageError(f"{uri}: not a Parquet file ({reason}); remove or repair it") from error
+    twice = sorted(name for name, times in Counter(schema.names).items() if times > 1)
+    if twice:
+        raise UsageError(f"{uri}: several columns are called {', '.join(twice)}; rename them")
     units: list[Unit] = []
     group_start = 0
     for group in range(file.metadata.num_row_groups):
         metadata = file.metadata.row_group(group)
         rows = metadata.num_rows
+        if not 0 <= rows <= _MOST_GROUP_ROWS:
+            raise UsageError(
+                f"{uri}: row group {group} says it has {rows:,} rows, more than can be read "
+                f"({_MOST_GROUP_ROWS:,}); remove, repair or rewrite it"
+            )
         row_bytes = max(1.0, metadata.total_byte_size / max(1, rows))
         step = max(1, min(unit_rows, int(unit_bytes / row_bytes)))
         for first in range(0, rows, step):
@@ -53,7 +68,7 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
             }
             units.append(make_unit("parquet", info, **position))
         group_start += rows
-    return FileIndex(info=info, units=tuple(units), schema=file.schema_arrow)
+    return FileIndex(info=info, units=tuple(units), schema=schema)
 
 
 def map_parquet_columns(
@@ -99,7 +114,7 @@ def map_parquet_columns(
 def _begins_with_images(store: Store, info: ObjectInfo, name: str) -> bool:
     """Whether the first values of the column that are not null begin as images do."""
     try:
-        with pq.ParquetFile(RangedFile(store, info)) as file:
+        with open_parquet(RangedFile(store, info), buffer_size=_PROBED_BYTES) as file:
             batches = file.iter_batches(_PROBED_ROWS, columns=[name])
             batch = next(iter(batches), None)
     except (pa.ArrowException, OSError):

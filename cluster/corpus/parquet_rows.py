@@ -17,6 +17,7 @@ import structlog
 
 from cluster.corpus.columns import ColumnMapping
 from cluster.corpus.image_values import image_values
+from cluster.corpus.parquet_file import open_parquet
 from cluster.corpus.partitions import partition_array
 from cluster.corpus.table import SourceRow, build_error_table, build_unit_table
 from cluster.corpus.text import clean_array
@@ -46,9 +47,9 @@ class Footers:
         raise."""
         if info.key not in self._open:
             source = RangedFile(self._store, info, window=_WINDOW_BYTES)
-            self._open = {info.key: (source, pq.ParquetFile(source).metadata)}  # one at a time
+            self._open = {info.key: (source, open_parquet(source).metadata)}  # one at a time
         source, metadata = self._open[info.key]
-        return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, **options)
+        return open_parquet(source, metadata=metadata, page_checksum_verification=True, **options)
 
     def forget(self, info: ObjectInfo) -> None:
         """Opens the file anew when it is asked for again: after an error, threads of pyarrow's may
@@ -108,11 +109,14 @@ class _RowGroup:
             # Up to the damaged page row by row: a batch would lose what comes before it.
             self._footers.forget(self._info)
             self._position, self._rest, self._batches = 0, None, self._open(1, None)
-            table, _ = self._take(first, count, keep_what_comes=True)
+            table, missing = self._take(first, count, keep_what_comes=True)
         except (StoreError, MemoryError):
             raise
         except Exception:  # not even a first row: the reason is that of the first attempt
             return None, self._reason
+        if not missing:
+            # It was the batch and no row of it, such as one of more than 2 GB: so it goes on.
+            self._reason = ""
         return table, self._reason
 
     def _open(self, batch_rows: int, until: int | None) -> Iterator[pa.RecordBatch]:

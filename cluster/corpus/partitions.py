@@ -11,13 +11,15 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from cluster.corpus.text import escape_invalid
+
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def partition_values(key: str) -> dict[str, str | None]:
     """Value by column name of an object's folders; None is null. Escapes (`%20`) are undone."""
     values: dict[str, str | None] = {}
-    for folder in key.split("/")[:-1]:
+    for folder in escape_invalid(key).split("/")[:-1]:
         name, equals, value = folder.partition("=")
         if equals and name:
             values[unquote(name)] = None if value == _NULL else unquote(value)

@@ -11,7 +11,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import structlog
+
+from cluster.errors import StoreError
 from cluster.store import ObjectInfo, Store
+
+logger = structlog.get_logger(__name__)
 
 _STATS = "_stats.json"
 # Of other JSON files: a corpus with more has one for each sample, and none of them is an index.
@@ -20,8 +25,8 @@ _MAX_BYTES = 64 * 2**20
 
 
 def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int]:
-    """Samples by key of the tar, for those that a file beside them counts. Raises StoreError where
-    the store gave up."""
+    """Samples by key of the tar, for those that a file beside them counts. A file that cannot be
+    read counts none: they are there for a warning. Raises StoreError where the store gave up."""
     listed = store.list(suffixes=(".json",))
     keys = {info.key for info in tars}
     counts: dict[str, int] = {}
@@ -46,10 +51,13 @@ def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int
 
 
 def _read(store: Store, info: ObjectInfo) -> Any:
-    """None for a file that is not JSON: it is none of ours."""
+    """None for a file that is not JSON, which is none of ours, or that cannot be read."""
     try:
         return json.loads(store.get(info.key))
     except (ValueError, RecursionError):
+        return None
+    except StoreError as error:
+        logger.warning("shard_count_unreadable", error=str(error))
         return None
 
 

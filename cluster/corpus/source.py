@@ -32,7 +32,7 @@ from cluster.corpus.unit import Unit
 from cluster.corpus.webdataset import read_tar_unit
 from cluster.errors import ObjectGone, ReadError, StoreError
 from cluster.events import OnEvent, RunEvent, ignore_event
-from cluster.other_node import another_node
+from cluster.other_node import other_nodes
 from cluster.store import Store, open_store
 from cluster.store.patience import hear_outages
 
@@ -49,6 +49,8 @@ _READERS_PER_REPLICA = 2
 _AFTER_GIVING_UP_S = 20.0
 _gave_up: set[str] = set()
 _ISOLATED_FROM = 2  # attempts are counted from 0
+# Of units that another node reads for this one; more would fill its memory.
+_BLOCKS_AHEAD = 2
 
 
 class UnitSource(Datasource):
@@ -151,7 +153,58 @@ def _read_blocks(
 ) -> Iterator[pa.Table]:
     """The units, packed, in a Ray task; those that the store does not give are left out."""
     with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
-        yield from _read_or_leave(store, units, mapping, on_event)
+        moved = None if store.is_here() else _read_where_it_is(store, units, mapping, on_event)
+        yield from moved or _read_or_leave(store, units, mapping, on_event)
+
+
+def _read_where_it_is(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent
+) -> Iterator[pa.Table] | None:
+    """What `_read_or_leave` gives on a node that sees the store; None where none does."""
+    read = ray.remote(_read_if_here)
+    for node in other_nodes():
+        blocks = iter(
+            read.options(
+                num_cpus=0,
+                num_returns="streaming",
+                scheduling_strategy=node,
+                _generator_backpressure_num_objects=_BLOCKS_AHEAD,
+            ).remote(store, tuple(units), mapping, on_event)
+        )
+        try:
+            sees_it = ray.get(next(blocks))
+        except RayError as error:
+            logger.warning("node_cannot_help", error=type(error).__name__)
+            continue
+        if sees_it:
+            logger.warning("units_moved", uri=store.uri, units=len(units))
+            on_event(RunEvent.UNIT_MOVED, len(units))
+            return _forward(blocks, units, on_event)
+    return None
+
+
+def _forward(
+    blocks: Iterator[ray.ObjectRef[pa.Table]], units: Sequence[Unit], on_event: OnEvent
+) -> Iterator[pa.Table]:
+    read = 0
+    try:
+        for block in blocks:
+            yield ray.get(block)
+            read += 1
+    except RayError as error:  # the node died, or the process there
+        logger.warning("units_deferred", units=len(units) - read, error=type(error).__name__)
+        on_event(RunEvent.UNIT_DEFERRED, len(units) - read)
+
+
+def _read_if_here(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent
+) -> Iterator[pa.Table | bool]:
+    """Whether this node sees the store, and then what `_read_or_leave` gives."""
+    sees_it = store.is_here()
+    yield sees_it
+    if sees_it:
+        with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
+            yield from _read_or_leave(store, units, mapping, on_event)
 
 
 def _read_or_leave(
@@ -160,13 +213,6 @@ def _read_or_leave(
     read = 0
     store = store.with_patience(_AFTER_GIVING_UP_S) if store.uri in _gave_up else store
     try:
-        if not store.is_here() and another_node() is not None:
-            logger.warning("store_not_on_this_node", uri=store.uri)
-            on_event(RunEvent.UNIT_MOVED, len(units))
-            for table in _ask_elsewhere(store, units, mapping):
-                yield pack_unit(table)
-                read += 1
-            return
         try:
             for table in _attempt(store, units, mapping):
                 yield pack_unit(table)
@@ -217,7 +263,10 @@ def _ask_elsewhere(
 ) -> Iterator[pa.Table]:
     """The same units read on another node of the cluster, or here again where it has no other."""
     read = ray.remote(_last_word).options(
-        num_cpus=0, num_returns="streaming", scheduling_strategy=another_node() or "DEFAULT"
+        num_cpus=0,
+        num_returns="streaming",
+        scheduling_strategy=next(iter(other_nodes()), "DEFAULT"),
+        _generator_backpressure_num_objects=_BLOCKS_AHEAD,
     )
     for block in read.remote(store, tuple(units), mapping):
         answer = ray.get(block)

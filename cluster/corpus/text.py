@@ -14,6 +14,12 @@ def replace_invalid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def escape_invalid(text: str) -> str:
+    """The text with an escape in place of each lone surrogate, as names of files have that are not
+    UTF-8: names that differ stay different."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def is_valid(text: str) -> bool:
     """Whether the text has no lone surrogate."""
     return replace_invalid(text) == text

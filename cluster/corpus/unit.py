@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
+from cluster.corpus.text import escape_invalid
 from cluster.store import ObjectInfo
 
 Format: TypeAlias = Literal["parquet", "webdataset"]
@@ -80,7 +81,7 @@ class Unit:
             if row < piece.row_count:
                 break
             row -= piece.row_count
-        return f"{piece.file}#{piece.row_start + row}"
+        return f"{escape_invalid(piece.file)}#{piece.row_start + row}"
 
     def take(self, rows: int) -> Unit:
         """The unit of the first `rows` rows, with its own id; this unit if it has no more rows."""

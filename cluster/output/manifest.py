@@ -132,7 +132,8 @@ class Manifest:
             "columns": self.mapping.to_dict(),
             "units": [_without_object(unit.to_dict()) for unit in self.units],
         }
-        return json.dumps(record, ensure_ascii=False).encode()
+        # A file name on a disk need not be UTF-8: escapes hold it as it is.
+        return json.dumps(record).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

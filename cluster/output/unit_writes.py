@@ -9,10 +9,12 @@ import pyarrow as pa
 import ray
 import structlog
 from ray.data.block import Block, BlockAccessor
+from ray.exceptions import RayError
 
 from cluster.corpus.packed import unpack_units
+from cluster.errors import RunError
 from cluster.events import OnEvent, RunEvent
-from cluster.other_node import another_node
+from cluster.other_node import other_nodes
 from cluster.output.run_output import RunOutput
 from cluster.store.patience import hear_outages
 
@@ -34,14 +36,35 @@ def write_units(
         for block in blocks
         for table in unpack_units(BlockAccessor.for_block(block).to_arrow())
     ]
-    elsewhere = None if output.is_here() else another_node()
-    if elsewhere is None:
+    if not output.is_here():
+        remote = ray.remote(_write_if_here)
+        for node in other_nodes():
+            placed = remote.options(num_cpus=0, scheduling_strategy=node)
+            try:
+                answer = ray.get(placed.remote(tables, write, output, on_event))
+            except RayError as error:  # a write is repeatable: of two of one unit the first counts
+                logger.warning("node_cannot_help", error=type(error).__name__)
+                continue
+            if isinstance(answer, RunError):
+                raise answer
+            if answer is not None:
+                logger.warning("units_moved", uri=output.uri, units=len(tables))
+                on_event(RunEvent.UNIT_MOVED, len(tables))
+                return answer
+    return _write_here(tables, write, on_event)
+
+
+def _write_if_here(
+    tables: list[pa.Table], write: Callable[[pa.Table], _T], output: RunOutput, on_event: OnEvent
+) -> list[_T] | RunError | None:
+    """As `_write_here`; None on a node that does not see the output either. Errors are values,
+    since Ray wraps what a task raises."""
+    if not output.is_here():
+        return None
+    try:
         return _write_here(tables, write, on_event)
-    logger.warning("store_not_on_this_node", uri=output.uri)
-    on_event(RunEvent.UNIT_MOVED, len(tables))
-    remote = ray.remote(_write_here).options(num_cpus=0, scheduling_strategy=elsewhere)
-    written: list[_T] = ray.get(remote.remote(tables, write, on_event))
-    return written
+    except RunError as error:
+        return error
 
 
 def _write_here(

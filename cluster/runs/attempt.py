@@ -33,9 +33,13 @@ from cluster.runs.tracker import RunTracker, run_error
 from cluster.serving.fleet import Fleet
 from cluster.store.patience import hear_outages
 
-_RAY_DATA_STATE: Final = "ray.data._internal.execution.streaming_executor_state"
+_RAY_DATA_ERRORS: Final = (
+    "ray.data._internal.execution.streaming_executor_state",
+    "ray.data.exceptions",
+)
 # The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
 _SINK_CPUS: Final = 0.1
+_LABELLER_STARTS: Final = 20
 
 
 def attempt_units(
@@ -190,7 +194,8 @@ def _warn_if_starved(console: Console, actors: int) -> None:
     if free < needed:
         console.print(
             f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "
-            "its replicas: it waits until other work ends or a node joins",
+            "its replicas: it waits until other work ends or a node joins; fewer --replicas leave "
+            "it more",
             style="yellow",
         )
 
@@ -201,6 +206,12 @@ def _set_up_ray_data() -> None:
     by the command, and not logged with Ray's stack before."""
     context = DataContext.get_current()
     context.raise_original_map_exception = True
-    logging.getLogger(_RAY_DATA_STATE).setLevel(logging.CRITICAL)
+    for name in _RAY_DATA_ERRORS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Ray Data ends what moved no whole unit for half an hour; a healthy unit may take longer, and
+    # whatever hangs has a deadline of its own here.
+    context.execution_no_progress_timeout_s = -1
+    # A labeller that dies while it starts is replaced; it may be the fleet that is not there yet.
+    context.max_consecutive_actor_init_deaths = _LABELLER_STARTS
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -36,7 +36,8 @@ _MAX_PAUSE_SECONDS: Final = 10.0
 _FIRST_SECONDS: Final = 3600.0
 _LEAST_SECONDS: Final = 600.0
 
-EventReport: TypeAlias = Callable[[RunEvent, int], None]
+EventReport: TypeAlias = Callable[[RunEvent, int, str | None], None]
+"""Hears what happened, how often, and to whom, where that is to be counted once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class Dispatcher:
         pause_seconds: float = 0.5,
         deadline: Deadline | None = None,
         budget: DeathBudget | None = None,
-        report: EventReport = lambda kind, count: None,
+        report: EventReport = lambda kind, count, subject: None,
     ) -> None:
         """max_attempts: faults before a call is taken apart. pause_seconds: before the first
         retry; pauses double up to ten seconds, with jitter. deadline: for one call; by default an
@@ -86,7 +87,7 @@ class Dispatcher:
         failed = [n for n, row in enumerate(rows) if row.result.error_code == InferenceFailed.code]
         if failed:
             # What fails one row of a step fails all of them, and may pass: out of memory does.
-            self._report(RunEvent.INFER_RETRIED, len(failed))
+            self._report(RunEvent.INFER_RETRIED, len(failed), None)
             again = (self._ask_again(requests[n], rows[n]) for n in failed)
             for n, row in zip(failed, await asyncio.gather(*again), strict=True):
                 rows[n] = row
@@ -110,7 +111,7 @@ class Dispatcher:
         self, requests: Sequence[LabelRequest], attempts: int
     ) -> list[AttemptedRow]:
         """Finds the rows that are at fault, by running them alone on a replica."""
-        self._report(RunEvent.ROW_QUARANTINED, len(requests))
+        self._report(RunEvent.ROW_QUARANTINED, len(requests), None)
         if len(requests) > 1 and self._max_attempts > 1:
             results, attempts = await self._attempt_alone(requests, attempts)
             if not isinstance(results, CallFault):
@@ -197,7 +198,9 @@ class Dispatcher:
             sent, deadline = now(), self._deadline.seconds
             outcome = await send(self._replicas, requests, alone=alone, deadline=deadline)
             if not isinstance(outcome, CallFault):
-                self._deadline.observe(now() - sent)
+                if any(result.error_code is None for result in outcome):
+                    # Rows that the model never saw say nothing about how long it takes.
+                    self._deadline.observe(now() - sent)
                 self._answered_at = now()
                 self._note_answers(requests, outcome)
                 return outcome
@@ -227,12 +230,12 @@ class Dispatcher:
             alone=fault.alone,
             error=fault.reason,
         )
-        self._report(RunEvent.CALL_RESENT, 1)
+        self._report(RunEvent.CALL_RESENT, 1, None)
         if fault.kind is FaultKind.HUNG:
-            self._report(RunEvent.CALL_TIMED_OUT, 1)
+            self._report(RunEvent.CALL_TIMED_OUT, 1, None)
         if fault.replica is not None and fault.replica not in self._dead:
             self._dead.add(fault.replica)
-            self._report(RunEvent.REPLICA_DIED, 1)
+            self._report(RunEvent.REPLICA_DIED, 1, fault.replica)
 
     async def _pause(self, first_seconds: float, times: int) -> None:
         longest = min(_MAX_PAUSE_SECONDS, first_seconds * 2 ** min(times - 1, 10))

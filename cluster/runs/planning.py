@@ -23,14 +23,20 @@ logger = structlog.get_logger(__name__)
 
 
 def plan_run(
-    config: RunConfig, output: RunOutput, *, model_revision: str, image_backend: str
+    config: RunConfig,
+    output: RunOutput,
+    *,
+    model_revision: str,
+    image_backend: str,
+    place: str | None = None,
 ) -> Manifest:
     """The manifest of the run that `config` describes: a new one, or the one in its output.
 
+    place: where the corpus lies by now, if `config.input` is not the way to it from here.
     Raises UsageError where the corpus cannot be read as one, SettingsChanged where the output
     belongs to another run, StoreError where a store does not answer.
     """
-    source, corpus = list_corpus(config.input, config.output, config.format)
+    source, corpus = list_corpus(place or config.input, config.output, config.format)
     identity = Identity.of(
         config, corpus, model_revision=model_revision, image_backend=image_backend
     )
@@ -58,6 +64,15 @@ def plan_run(
         return _resume(config, output.require_manifest(), identity)
     logger.info("run_planned", run_id=manifest.run_id, units=len(manifest.units))
     return manifest
+
+
+def corpus_uri(manifest: Manifest) -> str:
+    """The corpus of a planned run from anywhere: a relative --input is one from the folder in which
+    the run was begun."""
+    objects = manifest.identity.corpus
+    given = str(manifest.identity.settings["input"])
+    alone = len(objects) == 1 and given.rpartition("/")[2] == objects[0].key
+    return f"{manifest.source}/{objects[0].key}" if alone else manifest.source
 
 
 def _resume(config: RunConfig, manifest: Manifest, identity: Identity) -> Manifest:

@@ -22,7 +22,7 @@ from cluster.output.run_output import RunOutput
 from cluster.output.summary import Summary, keep_summary, summarise
 from cluster.runs.attempt import attempt_units
 from cluster.runs.calibration import calibrate
-from cluster.runs.planning import plan_run
+from cluster.runs.planning import corpus_uri, plan_run
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
@@ -76,12 +76,17 @@ def run(
     began = time.monotonic()
     console = console or open_console(stderr=True)
     output = RunOutput.open(config.output)
-    revision = None
+    revision = place = None
     if retry is not None:  # rows of one run are of one model, whatever its name leads to by now
-        revision = output.require_manifest().identity.settings["model_revision"]
+        planned = output.require_manifest()
+        revision, place = planned.identity.settings["model_revision"], corpus_uri(planned)
     model = _pin_model(config, revision)
     manifest = plan_run(
-        config, output, model_revision=model.revision, image_backend=model.image_backend
+        config,
+        output,
+        model_revision=model.revision,
+        image_backend=model.image_backend,
+        place=place,
     )
     failed: FailedRows = {}
     if retry is None:
@@ -171,8 +176,16 @@ def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:
     try:
         selector_for(config.spec)  # a misspelt method must not cost the download of a model
         identity = resolve_model(config.model, revision)
-        check_spec(config.spec, capabilities(load_config(identity)))
+        model_config = load_config(identity)
+        check_spec(config.spec, capabilities(model_config))
         backend = image_backend(load_processor(identity))
     except SpprunerError as error:
         raise UsageError(str(error)) from error
+    tokens = config.generation.max_new_tokens
+    context = model_config.get_text_config().max_position_embeddings
+    if tokens >= context:
+        raise UsageError(
+            f"--max-new-tokens {tokens}: prompt and answer have {context} tokens in this model; "
+            "give fewer"
+        )
     return _PinnedModel(revision=identity.revision, image_backend=backend)

@@ -13,7 +13,11 @@ from ray.exceptions import (
     RayActorError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import Busy
@@ -29,8 +33,8 @@ REPLICA_GONE: Final = (
     ReplicaUnavailableError,
 )
 """What a call raises whose replica died."""
-REPLICA_FULL: Final = (Busy, BackPressureError)
-"""What a call raises that was refused for now."""
+REPLICA_FULL: Final = (Busy, BackPressureError, DeploymentUnavailableError)
+"""What a call raises that was refused for now, as while a fleet is deployed again."""
 
 
 class ServeReplicas:

@@ -38,7 +38,8 @@ class EngineThread:
     thread) and steps it while there are requests.
 
     on_fault: called in the thread with what the engine raised, after which it answers nothing.
-    watchdog: hears a beat before each step, and while there is none to do; None for no watch.
+    watchdog: hears a beat before each step and at each heartbeat in one, and while there is none
+    to do; None for no watch.
     deadline: for one step. Raises what `build` raises.
     """
 
@@ -117,6 +118,7 @@ class EngineThread:
         except Exception as error:
             built.set_exception(error)
             return
+        engine.heartbeat = self._beat
         built.set_result(engine)
         try:
             while self._run_commands(engine):

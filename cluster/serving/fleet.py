@@ -96,7 +96,7 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
 
     Raises FleetUnavailable with the reason where not one came up in time."""
     with ExitStack() as stack:
-        own_ray = join_ray(stack, settings.environment)
+        own_ray = join_ray(stack, settings.environment, replicas=settings.replicas)
         # A Ray of our own takes the application down with it, and nobody else uses either.
         lease = (
             None
@@ -116,15 +116,19 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
 def _find_or_deploy(settings: FleetSettings, lease: FleetLease | None) -> tuple[str, bool]:
     """The name of the application, and whether this process deployed it."""
     deadline = time.monotonic() + settings.start_timeout_seconds
+    reason = "other jobs kept deploying"
     while True:
-        found = _find(settings)
-        if found is not None:
-            return found, False
-        if _deploy_alone(settings, lease):
-            return settings.app, True
+        try:
+            found = _find(settings)
+            if found is not None:
+                return found, False
+            if _deploy_alone(settings, lease):
+                return settings.app, True
+        except GetTimeoutError:
+            reason = "Serve's controller did not answer"
         if time.monotonic() > deadline:
             raise FleetUnavailable(
-                f"other jobs kept deploying for {settings.start_timeout_seconds:.0f} s: try again"
+                f"{reason} for {settings.start_timeout_seconds:.0f} s: try again"
             )
         time.sleep(_POLL_SECONDS)
 
@@ -185,7 +189,10 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
     """The application once one of its replicas runs; else why none does."""
     started = reported = time.monotonic()
     while True:
-        details = serve_details()
+        try:
+            details = serve_details()
+        except GetTimeoutError:
+            details = None
         app = details.applications.get(name) if details else None
         if app is not None and _answers(app, settings.name):
             return app

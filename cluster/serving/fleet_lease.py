@@ -66,7 +66,7 @@ class FleetLease:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_REMOVAL_SECONDS)
         try:
             self._ask("release", self._fleet, self._holder, seconds=_REMOVAL_SECONDS)
         except Exception as unreachable:  # of Ray in any state, behind the last commit of a run

@@ -18,6 +18,7 @@ from pathlib import Path
 import ray
 import structlog
 from ray import serve
+from ray.exceptions import ActorDiedError
 
 # No public way to ask for the HTTP address, nor to drop a client without shutting Serve down.
 from ray.serve.context import _get_global_client, _set_global_client
@@ -31,27 +32,31 @@ logger = structlog.get_logger(__name__)
 
 DEFAULT_PORT = 8000
 
-# Logical CPUs of a local Ray: its processes mostly wait for the one that runs the model, and on a
-# small machine a reader, a labeller, a sink and a replica must still fit beside each other.
-_LOCAL_CPUS = 4
+# Logical CPUs of a local Ray beside one for each replica: readers, labellers and sinks mostly wait
+# for what runs the model, and on a small machine must still fit beside it.
+_CPUS_BESIDE = 3
 _PROBE_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0
 _RAY_CONNECTS = "RAY_gcs_server_port_wait_time_s"  # of about 40 s each, where nobody answers
 # A head that restarts listens again within this.
 _LISTEN_SECONDS = 30.0
 
 
-def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> bool:
+def join_ray(
+    stack: ExitStack, environment: Mapping[str, str] | None = None, *, replicas: int = 1
+) -> bool:
     """Connects to Ray: this process's connection, else RAY_ADDRESS, else the cluster that `ray
     start` started on this machine, else a new local one. Returns whether it started one.
 
     environment: variables for this job's workers. Everyone with access to the cluster sees them,
-    so secrets belong on the nodes. SIGTERM raises Terminated from now on, unless this process has
-    a handler of its own. Raises FleetUnavailable where RAY_ADDRESS does not answer.
+    so secrets belong on the nodes. replicas: that a new one has room for. SIGTERM raises Terminated
+    from now on, unless this process has a handler of its own. Raises FleetUnavailable where
+    RAY_ADDRESS does not answer.
     """
     if ray.is_initialized():
         return False
     handler = signal.getsignal(signal.SIGTERM)
-    own = _connect(stack, environment)
+    own = _connect(stack, environment, replicas)
     # Ray sets a handler of its own, under which a driver counts as failed.
     if handler is signal.SIG_DFL:
         raise_on_sigterm()
@@ -60,7 +65,7 @@ def join_ray(stack: ExitStack, environment: Mapping[str, str] | None = None) -> 
     return own
 
 
-def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
+def _connect(stack: ExitStack, environment: Mapping[str, str] | None, replicas: int) -> bool:
     runtime = {**WORKER_HOOK, "env_vars": dict(environment or {})}
     named = os.environ.get("RAY_ADDRESS")
     address = named or _current_cluster()
@@ -82,7 +87,7 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None) -> bool:
         return False
     ray.init(
         address="local",
-        num_cpus=max(_LOCAL_CPUS, os.cpu_count() or 1),
+        num_cpus=max(replicas + _CPUS_BESIDE, os.cpu_count() or 1),
         include_dashboard=False,
         logging_level=logging.WARNING,
         runtime_env=runtime,
@@ -172,9 +177,17 @@ def join_serve(*, host: str, port: int | None) -> bool:
 
 
 def serve_details() -> ServeInstanceDetails | None:
-    """The state of Serve and its applications; None where Serve does not run."""
+    """The state of Serve and its applications; None where Serve does not run. Raises
+    GetTimeoutError where it runs and does not answer."""
     client = _get_global_client(raise_if_no_controller_running=False)
-    return None if client is None else ServeInstanceDetails(**client.get_serve_details())
+    if client is None:
+        return None
+    question = client._controller.get_serve_instance_details.remote()
+    try:
+        return ServeInstanceDetails(**ray.get(question, timeout=_ANSWER_SECONDS))
+    except ActorDiedError:  # Serve was shut down, and the client kept
+        _set_global_client(None)
+        return None
 
 
 def http_root(details: ServeInstanceDetails) -> str:

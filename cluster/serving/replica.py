@@ -20,7 +20,7 @@ import structlog
 import torch
 
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
-from cluster.images.decoders import Decoders
+from cluster.images.decoders import Decoders, DecodingUnavailable
 from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
 from cluster.serving.deadline import Deadline
 from cluster.serving.decoded_pictures import DecodedPictures
@@ -102,6 +102,7 @@ class VLMReplica:
             raise
         self._engine = self._thread.engine
         self._occupancy = Occupancy()
+        self._closing = False
         self._pictures = DecodedPictures(rows=self._engine.slots, calls=_BATCH_DECODERS)
         self._batch_rows_in_flight = 0
         self._started = time.monotonic()
@@ -190,6 +191,7 @@ class VLMReplica:
     def close(self) -> None:
         """Ends the engine's thread and the decoding processes. Serve ends the replica's process
         instead, and the decoding processes end with it."""
+        self._closing = True
         self._close_decoders()
         self._thread.close()
 
@@ -227,6 +229,11 @@ class VLMReplica:
             images = await decoders.decode(request.images, request.media, jpeg_scale)
         except RowError as error:
             return row_error_result(request.id, error)
+        except (DecodingUnavailable, OSError) as error:
+            # It answers faster than any other replica, so it would get most of the rows.
+            if not self._closing:
+                _handle_fault(EngineBroken(f"no image can be decoded here: {error}"))
+            return row_error_result(request.id, InferenceFailed(str(error)))
         except Exception as error:  # the row boundary: no property of the row
             failed = InferenceFailed(f"{type(error).__name__}: {error}")
             return row_error_result(request.id, failed)

@@ -33,9 +33,9 @@ def is_job_application(name: str) -> bool:
 
 
 async def live_replicas(app: str, deployment: str) -> int | None:
-    """Replicas of a deployment that are up, 0 where it is not deployed; None where Serve does not
-    answer, so that nothing is known."""
-    applications = await _applications()
+    """Replicas of a deployment that are up, 0 where it is not deployed or Serve does not run; None
+    where Serve does not answer, so that nothing is known."""
+    applications = await _applications() if _runs() else {}
     if applications is None:
         return None
     found = applications.get(app, {}).get("deployments", {}).get(deployment)
@@ -82,6 +82,17 @@ async def _applications() -> Mapping[str, Any] | None:
         return None
     applications: Mapping[str, Any] = details["applications"]
     return applications
+
+
+def _runs() -> bool:
+    """Whether Serve has a controller, as far as Ray knows; True where it does not say."""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:  # there is no such actor
+        return False
+    except RayError:
+        return True
+    return True
 
 
 def _controller() -> Any:

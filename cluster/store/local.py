@@ -10,19 +10,32 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
-from cluster.store.local_errors import NoHardLinks, NotMounted, passing_reason, store_error
+from cluster.store.local_errors import (
+    LinkToNothing,
+    NoHardLinks,
+    NotMounted,
+    passing_reason,
+    store_error,
+)
 from cluster.store.patience import Patience
 
 _T = TypeVar("_T")
+
+# Of what a root holds; that all of them are removed while a run goes on is not expected.
+_REMEMBERED_NAMES: Final = 16
+_SEEN_WITHIN_S: Final = 20.0
+_OF_EVERY_DISK: Final = "lost+found"
 
 _File: TypeAlias = tuple[int, int, int]
 """What tells a file from every other that had or will have its name: inode, size and time."""
@@ -34,14 +47,14 @@ class LocalStore(Store):
     that a killed process left.
 
     The etag is size and modification time, so a file is not read to list it. A store that has seen
-    its root with something in it, here or in the process that pickled it, expects to find the same
-    directory again.
+    its root with something in it, here or in the process that pickled it, expects to find some of
+    the same names there again: numbers of inodes differ between nodes of one network drive.
     """
 
     def __init__(self, root: Path, *, patience: Patience | None = None) -> None:
         super().__init__(str(root), patience)
         self._root = root
-        self._inode: int | None = None
+        self._names: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         with suppress(OSError):
@@ -58,23 +71,37 @@ class LocalStore(Store):
         return self._call(prefix, attempt)
 
     def _listed(self, prefix: str, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
-        # The walk starts at the deepest directory of the prefix, so that its cost is that of the
-        # objects listed.
-        top = self._root / prefix.rpartition("/")[0]
-        for folder, names in self._walk(top):
+        links: list[str] = []
+        files = set[tuple[int, int]]()
+        for folder, names in self._walk(prefix):
             for name in names:
                 key = (folder / name).relative_to(self._root).as_posix()
                 if name.startswith(".") or not key.startswith(prefix):
                     continue
                 if suffixes and not key.endswith(suffixes):
                     continue
+                if (folder / name).is_symlink():
+                    links.append(key)
+                    continue
                 stat = self._stat(key)
                 if stat is not None:
+                    files.add((stat.st_dev, stat.st_ino))
                     yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
+        for key in links:
+            try:
+                stat = (self._root / key).stat()
+            except OSError as error:  # what it leads to may be on a drive that is not mounted
+                raise LinkToNothing(f"{self.uri_of(key)} is a link: {error.strerror}") from error
+            if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in files:
+                files.add((stat.st_dev, stat.st_ino))
+                yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
 
-    def _walk(self, top: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-        """Each folder below `top` once, with the names of its files. Links are followed after the
-        folders that stand there themselves, which so keep their keys; loops of links end."""
+    def _walk(self, prefix: str) -> Iterator[tuple[Path, Sequence[str]]]:
+        """Each folder once that holds keys of the prefix, with the names of its files. Links are
+        followed after the folders that stand there themselves, which so keep their keys; loops of
+        links end."""
+        # From the deepest directory of the prefix on, so that the cost is that of what is listed.
+        top = self._root / prefix.rpartition("/")[0]
         starts, seen = [top], set[tuple[int, int]]()
         for start in starts:  # which grows
             for folder, folders, names in os.walk(start, onerror=_raise_unlistable):
@@ -83,7 +110,11 @@ class LocalStore(Store):
                 except FileNotFoundError:  # removed since its parent was read
                     folders.clear()
                     continue
-                visible = [name for name in sorted(folders) if not name.startswith(".")]
+                visible = [
+                    name
+                    for name in sorted(folders)
+                    if not name.startswith(".") and self._may_hold(Path(folder, name), prefix)
+                ]
                 links = {name for name in visible if Path(folder, name).is_symlink()}
                 folders[:] = [name for name in visible if name not in links]
                 if (stat.st_dev, stat.st_ino) in seen:
@@ -92,6 +123,11 @@ class LocalStore(Store):
                 seen.add((stat.st_dev, stat.st_ino))
                 starts += [Path(folder, name) for name in sorted(links)]
                 yield Path(folder), names
+
+    def _may_hold(self, folder: Path, prefix: str) -> bool:
+        """Whether keys below the folder may start with the prefix."""
+        keys = f"{folder.relative_to(self._root).as_posix()}/"
+        return keys.startswith(prefix) or prefix.startswith(keys)
 
     def head(self, key: str) -> ObjectInfo | None:
         def attempt() -> ObjectInfo | None:
@@ -165,7 +201,7 @@ class LocalStore(Store):
                 self._check_mounted(before_use=True)
                 return False
             with self._lock(path.parent):
-                before = self._stat(key)
+                before = self._stat_open(key)
                 if not _is_one_of(written, path):
                     if before is None or _etag(before) != etag:
                         return False
@@ -215,26 +251,42 @@ class LocalStore(Store):
             return None
         return stat if S_ISREG(stat.st_mode) else None
 
+    def _stat_open(self, key: str) -> os.stat_result | None:
+        """The file's, of an open file: NFS answers for a name from a cache of seconds, and asks the
+        server where a file is opened."""
+        if self._stat(key) is None:
+            return None
+        try:
+            with (self._root / key).open("rb") as file:
+                return os.fstat(file.fileno())
+        except FileNotFoundError:
+            return None
+
     # Mounts
 
     def is_here(self) -> bool:
-        try:
-            return self._inode is None or self._look_at_root()
-        except OSError:  # its server is away
-            return False
+        if not self._names:
+            return True
+        # In a thread: a network drive whose server is gone holds whoever asks for as long.
+        found: list[bool] = []
+        asking = threading.Thread(target=lambda: found.append(self._look_at_root()), daemon=True)
+        asking.start()
+        asking.join(_SEEN_WITHIN_S)
+        return found == [True]
 
     def _look_at_root(self) -> bool:
-        """Whether the root holds anything. The first time that it does, it is remembered."""
+        """Whether the root holds anything, and of what it held before at least something. The
+        first names are remembered."""
+        if self._names:
+            return any(os.path.lexists(self._root / name) for name in self._names)
         try:
             with os.scandir(self._root) as entries:
-                if all(entry.name.startswith(".") for entry in entries):
-                    return False
-            inode = os.stat(self._root).st_ino
+                names = (entry.name for entry in entries)
+                visible = (n for n in names if not n.startswith(".") and n != _OF_EVERY_DISK)
+                self._names = tuple(islice(visible, _REMEMBERED_NAMES))
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if self._inode is None:
-            self._inode = inode
-        return inode == self._inode
+        return bool(self._names)
 
     def _check_mounted(self, *, before_use: bool) -> None:
         """Raises NotMounted where the root is missing, empty, or not the directory it was: on a
@@ -242,7 +294,7 @@ class LocalStore(Store):
 
         before_use: a root that never held anything is accepted, because a new output has none.
         """
-        if not self._look_at_root() and (self._inode is not None or not before_use):
+        if not self._look_at_root() and (self._names or not before_use):
             raise NotMounted("missing, empty or another directory here")
 
     def _call(self, key: str, attempt: Callable[[], _T]) -> _T:
@@ -286,7 +338,7 @@ def _raise_unlistable(error: OSError) -> None:
     """Raises for a folder that cannot be read; `os.walk` would leave it out. Absent ones, and the
     folder that every ext4 volume keeps for itself, hold no objects."""
     absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-    if not absent and Path(error.filename).name != "lost+found":
+    if not absent and Path(error.filename).name != _OF_EVERY_DISK:
         raise error
 
 

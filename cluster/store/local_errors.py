@@ -45,9 +45,13 @@ class NotMounted(OSError):
     """The directory of a store is not what it was; on this node it may not be mounted."""
 
 
+class LinkToNothing(OSError):
+    """A link whose end is not there; the drive that it leads to may not be mounted."""
+
+
 def passing_reason(error: Exception) -> str | None:
     """The name of an error that may pass; None for one that waiting does not mend."""
-    if isinstance(error, NotMounted):
+    if isinstance(error, NotMounted | LinkToNothing):
         return type(error).__name__
     if isinstance(error, OSError) and error.errno in _PASSING:
         return errno.errorcode[error.errno]
@@ -62,6 +66,8 @@ def store_error(error: OSError, path: Path, patience: float) -> StoreError:
     where = path if failed.name.startswith(".") else failed
     if isinstance(error, NotMounted):
         return StoreError(f"{path}: {error}; is it mounted on this machine?{waited}")
+    if isinstance(error, LinkToNothing):
+        return StoreError(f"{error}; mount what it leads to, or remove it{waited}")
     if error.errno in _FULL:
         return StoreError(
             f"{path}: {error.strerror} on the disk at {_mount_of(path)}; free space there{waited}"

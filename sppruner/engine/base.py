@@ -31,6 +31,9 @@ class ModelEngine(ABC):
     answered at the same time.
     """
 
+    heartbeat: Callable[[], None]
+    """See `Engine`."""
+
     _updates: list[Update]
     """What the next `poll` returns."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from sppruner.engine.base import ModelEngine, run_control_pairs
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
-from sppruner.engine.interface import Request, Result, Update, error_result
+from sppruner.engine.interface import Request, Result, Update, error_result, unheard
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.preparation import PreparedRequest, RequestPreparer
 from sppruner.engine.running_batch import RunningBatch, RunningRequest
@@ -26,6 +26,8 @@ from sppruner.errors import EngineError, SpecError
 # shares one forward, and running requests wait while it takes place.
 _GROUP_SHARE: Final = 0.25
 _KV_SHARE: Final = 0.6
+# Then no other request is begun until the controls have run.
+_CONTROLS_WAIT_SECONDS: Final = 30.0
 
 
 class ContinuousEngine(ModelEngine):
@@ -87,6 +89,8 @@ class ContinuousEngine(ModelEngine):
         self._tickets = count()
         self._updates: list[Update] = []
         self.busy_seconds = 0.0
+        self.heartbeat: Callable[[], None] = unheard
+        self._controls_since: float | None = None
 
     @property
     def in_flight(self) -> int:
@@ -160,7 +164,7 @@ class ContinuousEngine(ModelEngine):
                 self._finish(ticket, error_result(request, error))
 
     def _next_group(self) -> list[PreparedRequest]:
-        first = self._scheduler.first()
+        first = self._overdue_control() or self._scheduler.first()
         if first is None:
             return []
         free = self._running.free_slots
@@ -169,13 +173,25 @@ class ContinuousEngine(ModelEngine):
             # Controls are timed together: none starts while others are being prepared.
             idle = not self._running.requests
             ready = idle and not any(request.control for request in preparing)
-            return self._scheduler.take(free, self._running.fits) if ready else []
+            return self._scheduler.take(free, self._running.fits, lead=first) if ready else []
         # A group is worth waiting for among requests of its priority, never for any other.
         waiting = sum(prepared.priority == first.priority for prepared in self._scheduler)
         coming = waiting + sum(request.priority == first.priority for request in preparing)
         if min(free, waiting) < min(coming, _GROUP_SHARE * self._running.cache.slots):
             return []
         return self._scheduler.take(free, self._running.fits)
+
+    def _overdue_control(self) -> PreparedRequest | None:
+        """A control that has waited for long: under urgent requests that never cease the engine is
+        never idle by itself, and every request behind the control would wait with it."""
+        control = next((prepared for prepared in self._scheduler if prepared.exclusive), None)
+        now = time.monotonic()
+        if control is None:
+            self._controls_since = None
+        elif self._controls_since is None:
+            self._controls_since = now
+        waited = 0.0 if self._controls_since is None else now - self._controls_since
+        return control if waited > _CONTROLS_WAIT_SECONDS else None
 
     def _prefill(self, group: Sequence[PreparedRequest]) -> None:
         for finished in run_isolating_failures(
@@ -205,14 +221,17 @@ class ContinuousEngine(ModelEngine):
         results = run_control_pairs(group, dense, self._answer_exclusively, key=group[0].request.id)
         for prepared, result in zip(group, results, strict=True):
             self._finish(prepared.ticket, result)
+        self._controls_since = None
 
     def _answer_exclusively(self, group: list[PreparedRequest]) -> list[Result]:
         """Answers a group while nothing else runs."""
         mark = len(self._updates)
         started = time.perf_counter()
         for part in self._scheduler.split(group):
+            self.heartbeat()
             self._prefill(part)
         while self._running.requests:
+            self.heartbeat()
             self._decode()
         seconds = (time.perf_counter() - started) / len(group)
         updates = self._updates[mark:]

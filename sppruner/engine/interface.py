@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -186,6 +187,9 @@ class Engine(Protocol):
     kv_token_capacity: int | None
     """Most tokens of prompts and answers in the KV cache at the same time; None for no bound."""
 
+    heartbeat: Callable[[], None]
+    """Called between the parts of a long step. Whoever steps the engine may replace it."""
+
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
@@ -220,6 +224,10 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends the engine's threads, if it has any."""
         ...
+
+
+def unheard() -> None:
+    """The heartbeat of an engine that nobody watches."""
 
 
 def error_result(request: Request, error: Exception) -> Result:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count, islice
 
-from sppruner.engine.interface import Request, Result, SamplingParams, Update, error_result
+from sppruner.engine.interface import (
+    Request,
+    Result,
+    SamplingParams,
+    Update,
+    error_result,
+    unheard,
+)
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.errors import EngineError
 
@@ -26,6 +33,7 @@ class QueuedEngine(ABC):
         self.slots = slots
         self.kv_token_capacity: int | None = None
         self.busy_seconds = 0.0
+        self.heartbeat: Callable[[], None] = unheard
         self._queues: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []

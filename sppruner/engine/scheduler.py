@@ -85,16 +85,19 @@ class Scheduler(Generic[_S]):
     def first(self) -> _S | None:
         return next(iter(self), None)
 
-    def take(self, slots: int, fits: Callable[[list[_S]], bool] = bool) -> list[_S]:
-        """Removes and returns the first request and those that can be prefilled with it, at most
-        `slots`; none if the first does not fit.
+    def take(
+        self, slots: int, fits: Callable[[list[_S]], bool] = bool, *, lead: _S | None = None
+    ) -> list[_S]:
+        """Removes and returns the first request, or `lead`, and those that can be prefilled with
+        it, at most `slots`; none if that first one does not fit.
 
         fits: whether a group may run beside the requests that are running. A request of another
         kind keeps its place: the first of them leads the next group. A request that does not fit
         blocks those after it, or it would starve.
         """
         group: list[_S] = []
-        for request in list(self):
+        first = [] if lead is None else [lead]
+        for request in [*first, *(request for request in self if request is not lead)]:
             if len(group) == slots:
                 break
             if group and request.kind != group[0].kind:

@@ -73,9 +73,11 @@ class BatchEngine(QueuedEngine, ModelEngine):
         prompts = [request.prompt for request in batch]
         generate_kwargs = self._generate_kwargs(generation)
         stops = None
+        criteria = StoppingCriteriaList([_Heartbeat(self)])
         if generation.stop:
             stops = _StopStrings(self._processor.tokenizer, generation.stop, rows=len(batch))
-            generate_kwargs["stopping_criteria"] = StoppingCriteriaList([stops])
+            criteria.append(stops)
+        generate_kwargs["stopping_criteria"] = criteria
         if batch[0].control:
             # Both sides of a control encode alike: what a tower skips is not a saving of pruning.
             prepared = self._pruner.prepare(inputs, specs, prompts)
@@ -109,6 +111,17 @@ class BatchEngine(QueuedEngine, ModelEngine):
             "top_p": generation.top_p,
             "top_k": 0,
         }
+
+
+class _Heartbeat(StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing; the engine's heart beats with every token."""
+
+    def __init__(self, engine: BatchEngine) -> None:
+        self._engine = engine
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._engine.heartbeat()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]

@@ -76,11 +76,11 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], *, format: int = tarfile.PAX
 
 
 class CountingStore:
-    """A store that counts the bytes it returns."""
+    """A store that counts the bytes it returns, and knows the most of one call."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.fetched = 0
+        self.fetched = self.largest = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -88,4 +88,5 @@ class CountingStore:
     def get_range(self, key: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
         data = self._store.get_range(key, start, stop, etag=etag)
         self.fetched += len(data)
+        self.largest = max(self.largest, len(data))
         return data

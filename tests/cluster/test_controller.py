@@ -222,3 +222,38 @@ def test_telling_a_controller_that_is_not_there_does_not_fail(
         report_event("nobody", RunEvent.REPLICA_DIED)
     with pytest.raises(ValueError, match=CONTROLLER_NAME):
         ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
+
+
+def test_asking_failed_rows_again_leaves_the_guard_of_a_running_job_on() -> None:
+    controller = RunController()
+    register(controller, rows_total=10_000)
+    controller.unit_committed("run", "bad", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason("run") is not None
+    register(controller, rows_total=600, max_error_share=1.0)
+    assert controller.stop_reason("run") is not None
+    controller.finish("run", "completed")
+    register(controller, rows_total=600, max_error_share=1.0)
+    assert controller.stop_reason("run") is None
+
+
+def test_a_death_that_several_actors_tell_of_counts_once() -> None:
+    controller = RunController()
+    register(controller)
+    for replica in ("a", "b", "a"):
+        controller.event("run", "replica_died", 1, replica)
+    controller.event("run", "call_resent", 1)
+    controller.event("run", "call_resent", 1)
+    assert progress(controller).events == {"replica_died": 2, "call_resent": 2}
+
+
+def test_the_controller_keeps_running_runs_and_the_latest_that_ended() -> None:
+    controller = RunController()
+    for number in range(300):
+        controller.register(
+            f"r{number}", meta={}, units_total=1, rows_total=1, units_done=[],
+            ledger_so_far=UnitLedger(), max_error_share=0.2, error_share_after=10,
+        )  # fmt: skip
+        if number:
+            controller.finish(f"r{number}", "completed")
+    kept = [run.run_id for run in controller.runs()]
+    assert kept == ["r0", *(f"r{n}" for n in range(199, 300))]

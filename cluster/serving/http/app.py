@@ -16,7 +16,6 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -33,7 +32,7 @@ from sppruner.spec import DENSE, PruneSpec
 
 logger = structlog.get_logger(__name__)
 
-_UNAVAILABLE = (DeploymentUnavailableError, *REPLICA_FULL, *REPLICA_GONE)
+_UNAVAILABLE = (*REPLICA_FULL, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
 _RETRY_AFTER_SECONDS = "1"
 # Concurrent requests in calibration at most: an endpoint must start in time.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from cluster.corpus.source import read_unit
 from cluster.corpus.unit import Unit
 from cluster.errors import StoreError, UsageError
+from cluster.output.run_output import RunOutput
 from cluster.schema import input_schema, output_schema
 from cluster.store import Store, open_store
 from tests.cluster.corpora import IMAGE, CountingStore, image, plan, put_parquet, read_all
@@ -278,3 +282,58 @@ def test_folders_of_partitions_are_read_and_hidden_ones_are_not(corpus: Store, o
         put_parquet(corpus, f"{folder}/a.parquet", table(1))
     listed = {unit.file for unit in plan(corpus.uri, output, unit_rows=1).units}
     assert listed == {"lang=en/a.parquet", "_split=train/a.parquet"}
+
+
+def test_a_column_that_is_there_twice_is_named_with_its_file(corpus: Store, output: str) -> None:
+    twice = pa.Table.from_arrays(
+        [pa.array([image()], IMAGE), pa.array(["x"]), pa.array(["y"])], ["image", "note", "note"]
+    )
+    put_parquet(corpus, "a.parquet", twice)
+    with pytest.raises(UsageError, match=r"a\.parquet: several columns are called note; rename"):
+        plan(corpus.uri, output)
+
+
+def test_a_column_name_that_is_not_utf8_is_a_usage_error_that_names_the_file(
+    corpus: Store, output: str
+) -> None:
+    put_parquet(corpus, "a.parquet", table(2, remark=["x", "y"]))
+    corpus.put("a.parquet", corpus.get("a.parquet").replace(b"remark", b"rem\xe1rk"))
+    with pytest.raises(UsageError, match=r"a\.parquet: not a Parquet file"):
+        plan(corpus.uri, output)
+
+
+def test_a_row_group_of_absurdly_many_rows_is_refused(
+    corpus: Store, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.corpus.parquet._MOST_GROUP_ROWS", 10)
+    put_parquet(corpus, "a.parquet", table(11))
+    with pytest.raises(UsageError, match=r"a\.parquet: row group 0 says it has 11 rows"):
+        plan(corpus.uri, output)
+
+
+def test_the_timestamps_of_spark_keep_their_year(corpus: Store, output: str) -> None:
+    """INT96 holds any year; nanoseconds of 64 bits only 1677 to 2262, and wrap around silently."""
+    moments = [datetime(9999, 12, 31, 23, 59, 59, 123456), datetime(1500, 1, 1), None]
+    rows = table(3, seen=pa.array(moments, pa.timestamp("us")))
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, use_deprecated_int96_timestamps=True)
+    corpus.put("a.parquet", buffer.getvalue())
+    assert read_all(plan(corpus.uri, output))["seen"].to_pylist() == moments
+
+
+def test_a_file_name_that_is_not_utf8_is_a_name_like_any_other(
+    corpus: Store, output: str, tmp_path: Path
+) -> None:
+    put_parquet(corpus, "a.parquet", table(2))
+    folder = os.fsencode(tmp_path / "in") + b"/part=\xe8"
+    os.mkdir(folder)
+    os.rename(tmp_path / "in" / "a.parquet", folder + b"/caf\xe9.parquet")
+    planned = plan(corpus.uri, output)
+    again = RunOutput.open(output).require_manifest()
+    assert again == planned.manifest
+    read = read_all(planned)
+    assert read["_in_image"].to_pylist() == [b"i0", b"i1"]
+    assert read["_in_key"].to_pylist() == [
+        f"part=\\udce8/caf\\udce9.parquet#{row}" for row in (0, 1)
+    ]
+    assert read["part"].to_pylist() == ["\\udce8"] * 2

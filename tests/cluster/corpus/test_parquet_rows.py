@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.corpus.packed import unpack_units
+from cluster.corpus.parquet import index_parquet, map_parquet_columns
 from cluster.corpus.parquet_rows import Footers, _RowGroup
 from cluster.corpus.source import UnitSource, _read_blocks, read_unit
 from cluster.corpus.table import input_rows
@@ -122,10 +123,46 @@ def test_a_unit_of_large_images_is_read_without_its_neighbours(
     planned = plan(corpus.uri, str(tmp_path / "out"), unit_bytes=900_000)
     assert {unit.row_count for unit in planned.units} == {2}
     before, peak = pa.total_allocated_bytes(), 0
-    for block in _read_blocks(corpus, planned.units, planned.manifest.mapping):
+    counting = CountingStore(corpus)
+    for block in _read_blocks(counting, planned.units, planned.manifest.mapping):  # type: ignore[arg-type]
         peak = max(peak, pa.total_allocated_bytes() - before)
         assert len(block) == 1
     assert peak < 15_000_000, "of 40 MB in the row group, 8 of them read ahead"
+    # What a store returns lies outside Arrow's memory.
+    assert counting.largest <= 9_000_000
+
+
+def test_planning_looks_at_the_first_images_alone(corpus: Store, tmp_path: Path) -> None:
+    noise = [b"\xff\xd8\xff" + os.urandom(400_000) for _ in range(50)]
+    buffer = io.BytesIO()
+    table = pa.table({"content": noise})
+    pq.write_table(table, buffer, write_batch_size=1, data_page_size=1, use_dictionary=False)
+    corpus.put("a.parquet", buffer.getvalue())
+    counting = CountingStore(corpus)
+    index = index_parquet(counting, corpus.list()[0], unit_rows=10, unit_bytes=2**30)  # type: ignore[arg-type]
+    mapping = map_parquet_columns(counting, [index], kind="caption", prompt="p")  # type: ignore[arg-type]
+    assert mapping.image == "content"
+    assert counting.fetched < 6_000_000, "of 20 MB"
+
+
+def test_a_batch_that_cannot_be_made_costs_no_row_and_not_the_units_behind_it(
+    corpus: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow gives no batch of more than 2 GB of nested values, and every row of it by itself."""
+    put_parquet(corpus, "a.parquet", pa.table({"image": [image(b"%d" % n) for n in range(12)]}))
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_rows=3)
+    open_rows = _RowGroup._open
+
+    def too_large(group: _RowGroup, rows: int, until: int | None) -> Iterator[pa.RecordBatch]:
+        for number, batch in enumerate(open_rows(group, rows, until)):
+            if rows > 1 and number == 1:
+                raise pa.ArrowNotImplementedError("nested data of chunked arrays")
+            yield batch
+
+    monkeypatch.setattr(_RowGroup, "_open", too_large)
+    blocks = _read_blocks(corpus, planned.units, planned.manifest.mapping)
+    read = [table for block in blocks for table in unpack_units(block)]
+    assert [i for table in read for i in images_of(table)] == [b"%d" % n for n in range(12)]
 
 
 def test_units_that_do_not_end_where_batches_end(corpus: Store, tmp_path: Path) -> None:

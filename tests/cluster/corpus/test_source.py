@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -102,25 +105,56 @@ def test_whatever_a_parser_raises_ends_a_unit_and_not_the_run(
         fail(StoreError("away"))
 
 
-@pytest.mark.parametrize("others", [True, False])
-def test_units_of_a_mount_that_this_node_lacks_are_read_on_another_without_waiting(
-    s3: str, others: bool, monkeypatch: pytest.MonkeyPatch
+@dataclass
+class Elsewhere:
+    """The store, absent in the process that made this object."""
+
+    uri: str
+    at: int
+
+    def is_here(self) -> bool:
+        return os.getpid() != self.at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(open_store(self.uri), name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Elsewhere, (self.uri, self.at)
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_units_of_a_mount_that_this_node_lacks_are_read_where_it_is_without_waiting(
+    s3: str, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_corpus(kind="caption", rows=70, output=f"{s3}/in")
+    manifest = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30).manifest
+    events: list[tuple[RunEvent, int]] = []
+
+    def told(kind: RunEvent, count: int) -> None:
+        events.append((kind, count))
+
+    monkeypatch.setattr(source, "other_nodes", lambda: ["DEFAULT"] * others)
+    store = cast(Store, Elsewhere(manifest.source, os.getpid()))
+    blocks = list(source._read_blocks(store, manifest.units, manifest.mapping, told))
+    # Without another node it waits for its own mount, and this store answers at once.
+    assert [len(table) for block in blocks for table in unpack_units(block)] == [30, 30, 10]
+    assert events == ([(RunEvent.UNIT_MOVED, 3)] if others else [])
+
+
+def sees_nothing(*_: object) -> Iterator[bool]:
+    yield False
+
+
+def test_nodes_without_the_mount_either_are_passed_over(
+    s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_corpus(kind="caption", rows=30, output=f"{s3}/in")
     manifest = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30).manifest
-    asked: list[Sequence[Unit]] = []
-    events: list[tuple[RunEvent, int]] = []
-    store = open_store(manifest.source)
-
-    def elsewhere(_: Store, units: Sequence[Unit], mapping: ColumnMapping) -> list[pa.Table]:
-        asked.append(units)
-        return [read_unit(open_store(manifest.source), unit, mapping) for unit in units]
-
-    monkeypatch.setattr(store, "is_here", lambda: False)
-    monkeypatch.setattr(source, "another_node", lambda: object() if others else None)
-    monkeypatch.setattr(source, "_ask_elsewhere", elsewhere)
-    told = lambda kind, count: events.append((kind, count))  # noqa: E731
-    blocks = list(source._read_blocks(store, manifest.units, manifest.mapping, told))
-    assert [len(table) for block in blocks for table in unpack_units(block)] == [30]
-    assert len(asked) == others, "without another node it waits for its own mount"
-    assert events == ([(RunEvent.UNIT_MOVED, 1)] if others else [])
+    monkeypatch.setattr(source, "other_nodes", lambda: ["DEFAULT"] * 3)
+    monkeypatch.setattr(source, "_read_if_here", sees_nothing)
+    store = cast(Store, Elsewhere(manifest.source, os.getpid()))
+    events: list[RunEvent] = []
+    told = lambda kind, _: events.append(kind)  # noqa: E731
+    (block,) = source._read_blocks(store, manifest.units, manifest.mapping, told)
+    assert [len(table) for table in unpack_units(block)] == [30]
+    assert events == []

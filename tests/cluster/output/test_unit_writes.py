@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pytest
 
 from cluster.corpus.packed import pack_unit
-from cluster.events import RunEvent
-from cluster.other_node import another_node
+from cluster.errors import CommitRefused
+from cluster.events import RunEvent, ignore_event
+from cluster.other_node import other_nodes
 from cluster.output import unit_writes
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_writes import write_units
@@ -23,36 +26,51 @@ def count_rows(journal: Path, unit: pa.Table) -> int:
     return len(unit)
 
 
+class Output:
+    """Seen from everywhere, or not from the processes of these ids."""
+
+    uri = "/mnt/labels"
+
+    def __init__(self, *blind: int) -> None:
+        self.blind = blind
+
+    def is_here(self) -> bool:
+        return os.getpid() not in self.blind
+
+
+BLOCKS = [pack_unit(table(row(0), row(1))), pack_unit(table(row(0), row(1), row(2)))]
+
+
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("here", [True, False])
-@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("others", [0, 2])
 def test_each_unit_is_written_once_here_or_where_the_output_is_seen(
-    here: bool, others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: bool, others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = RunOutput.open(tmp_path)
-    monkeypatch.setattr(output, "is_here", lambda: here)
-    placed: list[str] = []
-
-    def placement() -> str | None:
-        placed.append("asked")
-        return "DEFAULT" if others else None
-
-    monkeypatch.setattr(unit_writes, "another_node", placement)
+    monkeypatch.setattr(unit_writes, "other_nodes", lambda: ["DEFAULT"] * others)
+    output = cast(RunOutput, Output() if here else Output(os.getpid()))
     events: list[tuple[RunEvent, int]] = []
     journal = tmp_path / "journal"
-    write = partial(count_rows, journal)
-    blocks = [pack_unit(table(row(0), row(1))), pack_unit(table(row(0), row(1), row(2)))]
 
     def told(kind: RunEvent, count: int) -> None:
         events.append((kind, count))
 
-    assert write_units(blocks, write, output, told) == [2, 3]
+    assert write_units(BLOCKS, partial(count_rows, journal), output, told) == [2, 3]
     assert journal.read_text().split() == ["2", "3"]
-    moved = not here and others
-    assert bool(placed) == (not here)
-    assert events == ([(RunEvent.UNIT_MOVED, 2)] if moved else [])
+    assert events == ([(RunEvent.UNIT_MOVED, 2)] if others and not here else [])
+
+
+def refuse(unit: pa.Table) -> None:
+    raise CommitRefused("rows are missing")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_error_on_another_node_is_the_same_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_writes, "other_nodes", lambda: ["DEFAULT"])
+    with pytest.raises(CommitRefused, match="rows are missing"):
+        write_units(BLOCKS, refuse, cast(RunOutput, Output(os.getpid())), ignore_event)
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_cluster_of_one_node_has_no_other() -> None:
-    assert another_node() is None
+    assert not other_nodes()

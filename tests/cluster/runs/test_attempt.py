@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import ray
+from ray.data import DataContext
 from rich.console import Console
 
-from cluster.runs.attempt import _warn_if_starved
+from cluster.runs.attempt import _set_up_ray_data, _warn_if_starved
 
 
 @pytest.mark.parametrize(("free", "warned"), [(0.75, True), (0.0, True), (0.85, False), (4, False)])
@@ -18,3 +19,16 @@ def test_a_run_that_has_to_wait_for_cpus_warns(
     with console.capture() as captured:
         _warn_if_starved(console, actors=1)
     assert ("waits until other work ends" in captured.get()) == warned
+
+
+def test_ray_data_sets_no_limit_to_the_time_that_a_unit_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own, half an hour without a whole unit, would end a healthy run on a slow machine, at the
+    same place at every resume."""
+    context = DataContext()
+    assert context.execution_no_progress_timeout_s > 0, "it has one no more: remove this"
+    monkeypatch.setattr(DataContext, "get_current", lambda: context)
+    _set_up_ray_data()
+    assert context.execution_no_progress_timeout_s == -1
+    assert context.max_consecutive_actor_init_deaths > 0

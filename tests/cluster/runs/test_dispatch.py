@@ -43,7 +43,7 @@ def dispatch(
 ) -> tuple[list[list[AttemptedRow]], float]:
     """Every chunk's rows, and the hours that it took."""
 
-    def report(kind: RunEvent, count: int) -> None:
+    def report(kind: RunEvent, count: int, subject: str | None) -> None:
         if events is not None:
             events[kind] += count
 

@@ -12,10 +12,11 @@ from structlog.testing import capture_logs
 from cluster.corpus.listing import list_corpus
 from cluster.errors import SettingsChanged, StoreError, UsageError
 from cluster.output.manifest import Manifest
-from cluster.output.run_output import UnitNames
+from cluster.output.run_output import RunOutput, UnitNames
+from cluster.runs.planning import corpus_uri, plan_run
 from cluster.store import Store, open_store
 from sppruner.spec import Budget, PruneSpec
-from tests.cluster.corpora import IMAGE, image, plan, put_parquet, tar_bytes
+from tests.cluster.corpora import IMAGE, config, image, plan, put_parquet, tar_bytes
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -223,3 +224,24 @@ def test_a_manifest_round_trips_through_json(source: Store, place: str) -> None:
     plan(source.uri, f"{place}/out", limit=7)
     data = open_store(f"{place}/out").get("_run/manifest.json")
     assert Manifest.from_json(data).to_json() == data
+
+
+@pytest.mark.parametrize("given", ["in", "in/a.parquet"])
+def test_a_relative_input_is_found_again_from_another_folder(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    rows = pa.table({"image": [image(b"x")] * 2})
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", rows)
+    put_parquet(open_store(tmp_path / "in"), "b.parquet", rows)
+    monkeypatch.chdir(tmp_path)
+    manifest = plan(given, str(tmp_path / "out")).manifest
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = plan_run(
+        config(given, str(tmp_path / "out")),
+        RunOutput.open(tmp_path / "out"),
+        model_revision="r1",
+        image_backend="pil",
+        place=corpus_uri(manifest),
+    )
+    assert again == manifest

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from cluster.errors import FleetUnavailable
 from cluster.serving import ray_session
@@ -50,7 +52,7 @@ def test_a_named_cluster_that_does_not_listen_is_an_error_and_not_a_long_wait(
         port = server.getsockname()[1]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(FleetUnavailable, match=rf"no Ray at 127.0.0.1:{port}.*RAY_ADDRESS"):
-        ray_session._connect(ExitStack(), None)
+        ray_session._connect(ExitStack(), None, 1)
 
 
 def test_a_head_that_listens_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +76,7 @@ def test_a_head_that_died_since_it_was_probed_is_an_error_within_a_minute() -> N
         "from contextlib import ExitStack\n"
         "from cluster.serving import ray_session\n"
         "ray_session._wait_until_it_listens = lambda address: None\n"
-        "ray_session._connect(ExitStack(), None)\n"
+        "ray_session._connect(ExitStack(), None, 1)\n"
     )
     environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     done = subprocess.run(
@@ -83,6 +85,61 @@ def test_a_head_that_died_since_it_was_probed_is_an_error_within_a_minute() -> N
     )  # fmt: skip
     assert done.returncode == 1
     assert f"FleetUnavailable: no Ray at 127.0.0.1:{port}" in done.stderr
+
+
+def test_a_local_ray_has_room_for_the_pipeline_beside_its_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("ray.init", lambda **options: started.append(options["num_cpus"]))
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    for replicas in (1, 8):
+        assert ray_session._connect(ExitStack(), None, replicas)
+    assert started == [4, 11]
+
+
+class SilentController:
+    """Serve's controller, whose answer does not come, or which is gone."""
+
+    class get_serve_instance_details:
+        @staticmethod
+        def remote() -> str:
+            return "question"
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SimpleNamespace(_controller=SilentController)
+    monkeypatch.setattr(ray_session, "_get_global_client", lambda **_: client)
+
+
+def test_a_controller_that_does_not_answer_holds_nobody(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that keeps the lease asks, and would lose the lease while it waits."""
+
+    def get(question: str, *, timeout: float) -> None:
+        assert 0 < timeout <= 10
+        raise GetTimeoutError
+
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(GetTimeoutError):
+        ray_session.serve_details()
+
+
+def test_the_client_of_a_serve_that_was_shut_down_is_dropped(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(question: str, *, timeout: float) -> None:
+        raise ActorDiedError
+
+    clients: list[object] = []
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(ray_session, "_set_global_client", clients.append)
+    assert ray_session.serve_details() is None
+    assert clients == [None]
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])

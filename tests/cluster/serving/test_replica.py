@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import threading
 import time
@@ -491,3 +492,21 @@ def test_invalid_engine_settings_are_refused() -> None:
         EngineSettings(model="m", dtype="bf16")
     with pytest.raises(UsageError, match="module:callable"):
         EngineSettings(model="m", engine="no.colon")
+
+
+def test_a_replica_that_can_decode_nothing_ends_instead_of_failing_rows(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer at once, and so be given most of the rows."""
+    ended = threading.Event()
+    monkeypatch.setattr("cluster.serving.replica._end_process", ended.set)
+
+    async def scenario(replica: VLMReplica) -> None:
+        async def no_more_processes(*_: object) -> None:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(replica._decoders[Priority.BATCH], "decode", no_more_processes)
+        await replica.label([call(0)], priority=Priority.BATCH)
+        assert ended.is_set()
+
+    run(settings(journal), scenario)

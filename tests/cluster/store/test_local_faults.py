@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -342,11 +345,62 @@ def test_a_store_says_whether_it_is_on_this_machine(
     known = pickle.loads(pickle.dumps(LocalStore(here)))
     assert known.is_here()
 
-    def stale(path: object) -> None:
-        raise OSError(errno.ESTALE, "stale file handle")
+    monkeypatch.setattr("cluster.store.local._SEEN_WITHIN_S", 0.2)
+    woken = threading.Event()
+    monkeypatch.setattr("os.path.lexists", lambda path: woken.wait(30))
+    assert not known.is_here(), "its server is gone, and whoever asks it sleeps"
+    woken.set()
 
-    monkeypatch.setattr("os.scandir", stale)
-    assert not known.is_here()
+
+def test_a_drive_whose_nodes_number_inodes_differently_is_one_drive(tmp_path: Path) -> None:
+    """As those of gcsfuse and mountpoint-s3 do, and copies of a corpus on each node."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    mounted(here)
+    data = pickle.dumps(LocalStore(here))
+    shutil.copytree(here, there)
+    shutil.rmtree(here)
+    there.rename(here)
+    store: LocalStore = pickle.loads(data)
+    assert store.is_here()
+    assert store.with_patience(0).get("y") == b"4567"
+
+
+def test_a_file_that_links_lead_to_is_listed_once_and_by_its_own_name(tmp_path: Path) -> None:
+    mounted(tmp_path / "root")
+    (tmp_path / "outside").write_bytes(b"89")
+    for name, end in {"a": "y", "b": "folder/x", "c": "../outside", "d": "../outside"}.items():
+        (tmp_path / "root" / name).symlink_to(end)
+    assert [info.key for info in LocalStore(tmp_path / "root").list()] == ["c", "folder/x", "y"]
+
+
+@pytest.mark.parametrize("end", ["nowhere", "x.parquet"])
+def test_a_link_that_leads_nowhere_is_named_where_its_object_is_wanted(
+    tmp_path: Path, end: str
+) -> None:
+    """Its rows would be missing without a word where the other drive is not mounted."""
+    mounted(tmp_path)
+    (tmp_path / "x.parquet").symlink_to(end)
+    store = LocalStore(tmp_path).with_patience(0)
+    assert [info.key for info in store.list(suffixes=("y",))] == ["y"]
+    with pytest.raises(StoreError, match=r"x\.parquet is a link: .*; mount what it leads to"):
+        store.list(suffixes=(".parquet",))
+
+
+def test_a_prefix_is_listed_without_looking_beside_it(tmp_path: Path) -> None:
+    mounted(tmp_path)
+    for name in ("yes", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"")
+    looked: list[str] = []
+    scandir = os.scandir
+
+    def scan(path: str | Path) -> Any:
+        looked.append(Path(path).name)
+        return scandir(path)
+
+    with patch("os.scandir", scan):
+        assert [info.key for info in LocalStore(tmp_path).list("y")] == ["y", "yes/file"]
+    assert set(looked) == {tmp_path.name, "yes"}
 
 
 def test_an_object_that_was_removed_is_gone(tmp_path: Path) -> None:

@@ -346,3 +346,18 @@ def test_the_engine_names_its_model_by_content(engine: ModelEngine, loaded: Load
     assert Path(engine.model_id).is_dir()
     assert engine.model_revision == loaded.identity.revision
     assert engine.image_backend == "pil"
+
+
+def test_the_heart_beats_within_a_step_that_answers_controls(engine: ModelEngine) -> None:
+    """Whoever watches allows no more silence than the steps of other requests take."""
+    beats = 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+
+    engine.heartbeat = beat
+    controls = [request(name, spec=SPP, control=True) for name in ("cat", "red")]
+    results = engine.run(controls)
+    assert not any(result.error_code for result in results)
+    assert beats >= 2 * NEW.max_new_tokens - 2, "both answers, token by token"

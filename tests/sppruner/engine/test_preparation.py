@@ -99,3 +99,21 @@ def test_controls_get_the_answers_of_plain_requests(engine: ContinuousEngine) ->
     assert [control.control_text for control in controls] == [result.text for result in plain]
     pruned = [facts(result) for result in engine.run(requests())]
     assert [replace(facts(c), control_text=None) for c in controls] == pruned
+
+
+def test_controls_have_their_turn_under_urgent_requests_that_never_cease(
+    engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppruner.engine.continuous._CONTROLS_WAIT_SECONDS", 0.0)
+    first = requests()[2]
+    control = engine.submit(replace(first, control=True, priority=1))
+    behind = engine.submit(replace(first, id="behind", priority=1))
+    answered: list[int] = []
+    for number in range(300):
+        if number % 2 == 0:  # each takes four steps: one at least is running at any time
+            engine.submit(replace(first, id=f"urgent-{number}", priority=0))
+        engine.step()
+        answered += [update.ticket for update in engine.poll() if update.result is not None]
+        if control in answered and behind in answered:
+            return
+    raise AssertionError(f"{len(answered)} urgent requests were answered and no other")

@@ -100,3 +100,11 @@ def test_a_request_that_does_not_fit_blocks_those_after_it() -> None:
 def test_limits_below_1_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(SpecError, match="give at least 1"):
         PrefillLimits(**bad)
+
+
+def test_a_group_can_be_led_by_a_request_that_is_not_the_first() -> None:
+    urgent = [Waiting(number=n, priority=0) for n in range(3)]
+    controls = [Waiting(number=n, kind="control", exclusive=True) for n in (7, 8)]
+    scheduler = scheduled(*urgent, *controls)
+    assert scheduler.take(4, lead=controls[0]) == controls
+    assert scheduler.take(4) == urgent

@@ -43,9 +43,27 @@ def run(scenario: Callable[[Decoders], Awaitable[T]], processes: int = 1) -> T:
 
 def children(of: int | None = None) -> list[int]:
     """Process ids of the decoding processes of a process: this one unless told otherwise."""
-    lists = Path(f"/proc/{of or os.getpid()}/task").glob("*/children")
-    ids = [int(number) for found in lists for number in found.read_text().split()]
-    return [number for number in ids if b"cluster.images.worker" in command(number)]
+    # Not the kernel's list of children, which misses some while others end.
+    parent = of or os.getpid()
+    ids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [n for n in ids if b"cluster.images.worker" in command(n) and parent_of(n) == parent]
+
+
+def parent_of(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def wait_for_children(count: int, of: int | None = None) -> set[int]:
+    """A process that was started a moment ago has no command line yet."""
+    deadline = time.monotonic() + 10
+    while len(found := set(children(of))) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(found) == count
+    return found
 
 
 def command(process: int) -> bytes:
@@ -220,8 +238,7 @@ def test_processes_end_when_their_replica_is_killed() -> None:
     replica = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert replica.stdout is not None
     replica.stdout.readline()
-    processes = children(replica.pid)
-    assert len(processes) == 2
+    processes = wait_for_children(2, replica.pid)
     replica.kill()
     replica.wait()
     replica.stdout.close()
@@ -242,7 +259,7 @@ def test_a_decoding_process_loads_no_more_than_it_needs() -> None:
 def test_decoders_that_nobody_closes_leave_no_process() -> None:
     decoders = Decoders(2, name="test")
     decoders.start()
-    assert len(children()) == 2
+    wait_for_children(2)
     del decoders
     gc.collect()
     assert not children()

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from cluster.corpus import source
 from cluster.corpus.columns import ColumnMapping
@@ -20,7 +21,7 @@ from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.corpus.source import read_unit, read_units
 from cluster.corpus.unit import Unit
 from cluster.errors import StoreError
-from cluster.events import OnEvent, RunEvent
+from cluster.events import OnEvent, RunEvent, ignore_event
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from tests.cluster.corpora import image, plan, put_parquet, read_all
@@ -158,3 +159,28 @@ def test_nodes_without_the_mount_either_are_passed_over(
     (block,) = source._read_blocks(store, manifest.units, manifest.mapping, told)
     assert [len(table) for table in unpack_units(block)] == [30]
     assert events == []
+
+
+def test_a_node_says_first_whether_it_sees_the_store(s3: str) -> None:
+    make_corpus(kind="caption", rows=30, output=f"{s3}/in")
+    manifest = plan(f"{s3}/in", f"{s3}/out", spec=SPEC, unit_rows=30).manifest
+    store = open_store(manifest.source)
+    asked = manifest.units, manifest.mapping, ignore_event
+    sees, block = source._read_if_here(store, *asked)
+    assert sees is True
+    assert isinstance(block, pa.Table)
+    blind = cast(Store, Elsewhere(manifest.source, os.getpid()))
+    assert list(source._read_if_here(blind, *asked)) == [False]
+
+
+def test_what_a_node_did_not_give_before_it_died_is_left_for_later() -> None:
+    events: list[tuple[RunEvent, int]] = []
+
+    def given() -> Iterator[Any]:
+        yield ray.put("the first")
+        raise WorkerCrashedError
+
+    units = cast(Sequence[Unit], [object()] * 3)
+    told = lambda kind, count: events.append((kind, count))  # noqa: E731
+    assert list(source._forward(given(), units, told)) == ["the first"]
+    assert events == [(RunEvent.UNIT_DEFERRED, 2)]

@@ -9,6 +9,8 @@ from typing import cast
 
 import pyarrow as pa
 import pytest
+import ray
+from ray.exceptions import WorkerCrashedError
 
 from cluster.corpus.packed import pack_unit
 from cluster.errors import CommitRefused
@@ -16,7 +18,7 @@ from cluster.events import RunEvent, ignore_event
 from cluster.other_node import other_nodes
 from cluster.output import unit_writes
 from cluster.output.run_output import RunOutput
-from cluster.output.unit_writes import write_units
+from cluster.output.unit_writes import _write_if_here, write_units
 from tests.cluster.labelled_tables import row, table
 
 
@@ -71,6 +73,41 @@ def test_an_error_on_another_node_is_the_same_error_here(monkeypatch: pytest.Mon
         write_units(BLOCKS, refuse, cast(RunOutput, Output(os.getpid())), ignore_event)
 
 
+def test_a_node_writes_what_it_sees_and_hands_back_errors_as_values(tmp_path: Path) -> None:
+    tables = [table(row(0), row(1))]
+    seen, unseen = cast(RunOutput, Output()), cast(RunOutput, Output(os.getpid()))
+    write = partial(count_rows, tmp_path / "journal")
+    assert _write_if_here(tables, write, unseen, ignore_event) is None
+    assert not (tmp_path / "journal").exists()
+    assert _write_if_here(tables, write, seen, ignore_event) == [2]
+    assert isinstance(_write_if_here(tables, refuse, seen, ignore_event), CommitRefused)
+
+
+@pytest.mark.parametrize("answer", [None, WorkerCrashedError()])
 @pytest.mark.usefixtures("local_ray")
-def test_a_cluster_of_one_node_has_no_other() -> None:
-    assert not other_nodes()
+def test_nodes_that_cannot_help_are_passed_over(
+    answer: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def get(task: object) -> None:
+        asked.append(task)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(unit_writes, "other_nodes", lambda: ["DEFAULT"] * 2)
+    monkeypatch.setattr("ray.get", get)
+    output = cast(RunOutput, Output(os.getpid()))
+    write = partial(count_rows, tmp_path / "journal")
+    assert write_units(BLOCKS, write, output, ignore_event) == [2, 3]
+    assert len(asked) == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_other_nodes_are_those_that_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not other_nodes(), "this cluster has one node"
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {here: True, "b" * 56: True, "c" * 56: False, "d" * 56: True}
+    listed = [{"NodeID": node, "Alive": alive} for node, alive in nodes.items()]
+    monkeypatch.setattr("ray.nodes", lambda: listed)
+    assert {node.node_id for node in other_nodes()} == {"b" * 56, "d" * 56}

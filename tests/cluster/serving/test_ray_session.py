@@ -100,6 +100,27 @@ def test_a_local_ray_has_room_for_the_pipeline_beside_its_replicas(
     assert started == [4, 11]
 
 
+def test_a_head_that_refuses_is_an_error_that_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str | None] = []
+
+    def init(**_: object) -> None:
+        asked.append(os.environ.get(ray_session._RAY_CONNECTS))
+        raise ConnectionError("no")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.delenv(ray_session._RAY_CONNECTS, raising=False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(FleetUnavailable, match=r"no Ray at auto: no\. Set RAY_ADDRESS"):
+        ray_session._connect(ExitStack(), None, 1)
+    assert ray_session._RAY_CONNECTS not in os.environ
+    monkeypatch.setenv(ray_session._RAY_CONNECTS, "7")
+    with pytest.raises(FleetUnavailable):
+        ray_session._connect(ExitStack(), None, 1)
+    assert asked == ["1", "7"], "what somebody has set stays"
+
+
 class SilentController:
     """Serve's controller, whose answer does not come, or which is gone."""
 

@@ -108,13 +108,14 @@ class RunController:
         ledger_so_far: UnitLedger,
         max_error_share: float,
         error_share_after: int,
+        again: bool = False,
     ) -> None:
-        """Starts or restarts the view of a run, from what the store says is committed. A guard
-        that lets every error pass replaces none: failed rows may be asked again while the run's own
-        job goes on."""
+        """Starts or restarts the view of a run, from what the store says is committed. again: by a
+        command that asks failed rows again, perhaps while the run's own job goes on, whose guard
+        stays."""
         errors = ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total)
         before = self._runs.get(run_id)
-        if before is not None and before.state == "running" and max_error_share >= 1:
+        if again and before is not None and before.state == "running":
             errors = before.errors
         ended = [name for name, run in self._runs.items() if run.finished is not None]
         for name in ended[: max(0, len(ended) - _ENDED_RUNS)]:

@@ -12,14 +12,14 @@ from pathlib import PurePosixPath
 import structlog
 
 from cluster.config import CorpusFormat
+from cluster.corpus.shard_counts import STATS_SUFFIX
 from cluster.errors import UsageError
 from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store, open_store
 
 logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
-_FIGURES = "_stats.json"
-_OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, _FIGURES)
+_OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, STATS_SUFFIX)
 
 
 def list_corpus(
@@ -77,7 +77,9 @@ def _drop_img2dataset_tables(
         return parquet
     names = {info.key for info in listed}
     kept = [
-        info for info in parquet if not names & {f"{_stem(info)}.tar", f"{_stem(info)}{_FIGURES}"}
+        info
+        for info in parquet
+        if not names & {f"{_stem(info)}.tar", f"{_stem(info)}{STATS_SUFFIX}"}
     ]
     if len(kept) < len(parquet):
         logger.warning(

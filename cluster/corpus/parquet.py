@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import pyarrow as pa
-
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_columns
 from cluster.corpus.image_values import image_values
@@ -37,7 +35,7 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     try:
         file = open_parquet(RangedFile(store, info))
         schema = file.schema_arrow
-    except StoreError:
+    except (StoreError, MemoryError):
         raise
     except Exception as error:  # on a hostile footer pyarrow raises anything: of names, of Thrift
         reason = " ".join(str(error).split())
@@ -117,7 +115,9 @@ def _begins_with_images(store: Store, info: ObjectInfo, name: str) -> bool:
         with open_parquet(RangedFile(store, info), buffer_size=_PROBED_BYTES) as file:
             batches = file.iter_batches(_PROBED_ROWS, columns=[name])
             batch = next(iter(batches), None)
-    except (pa.ArrowException, OSError):
+    except (StoreError, MemoryError):
+        raise
+    except Exception:  # parsers raise anything on hostile bytes
         return False
     if batch is None:
         return False

@@ -18,7 +18,8 @@ from cluster.store import ObjectInfo, Store
 
 logger = structlog.get_logger(__name__)
 
-_STATS = "_stats.json"
+STATS_SUFFIX = "_stats.json"
+"""How the names of img2dataset's figures of a shard end."""
 # Of other JSON files: a corpus with more has one for each sample, and none of them is an index.
 _MAX_FILES = 8
 _MAX_BYTES = 64 * 2**20
@@ -32,8 +33,8 @@ def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int
     counts: dict[str, int] = {}
     others = []
     for info in listed:
-        tar = f"{info.key.removesuffix(_STATS)}.tar"
-        if info.key.endswith(_STATS):
+        tar = f"{info.key.removesuffix(STATS_SUFFIX)}.tar"
+        if info.key.endswith(STATS_SUFFIX):
             record = _read(store, info) if tar in keys else None
             _add(counts, tar, record.get("successes") if isinstance(record, dict) else None)
         elif info.size <= _MAX_BYTES:

@@ -152,7 +152,7 @@ def _read_blocks(
     store: Store, units: Sequence[Unit], mapping: ColumnMapping, on_event: OnEvent = ignore_event
 ) -> Iterator[pa.Table]:
     """The units, packed, in a Ray task; those that the store does not give are left out."""
-    with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
+    with hear_outages(on_event):
         moved = None if store.is_here() else _read_where_it_is(store, units, mapping, on_event)
         yield from moved or _read_or_leave(store, units, mapping, on_event)
 
@@ -203,7 +203,7 @@ def _read_if_here(
     sees_it = store.is_here()
     yield sees_it
     if sees_it:
-        with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
+        with hear_outages(on_event):
             yield from _read_or_leave(store, units, mapping, on_event)
 
 

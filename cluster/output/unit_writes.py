@@ -70,5 +70,5 @@ def _write_if_here(
 def _write_here(
     tables: list[pa.Table], write: Callable[[pa.Table], _T], on_event: OnEvent
 ) -> list[_T]:
-    with hear_outages(lambda seconds: on_event(RunEvent.STORE_WAITED, round(seconds))):
+    with hear_outages(on_event):
         return [write(table) for table in tables]

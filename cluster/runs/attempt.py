@@ -19,7 +19,6 @@ from cluster.config import RunConfig
 from cluster.controller import report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
-from cluster.events import RunEvent
 from cluster.output.commit import CommitSink
 from cluster.output.failed_rows import FailedRows, count_rows, select_rows
 from cluster.output.manifest import Manifest
@@ -81,7 +80,7 @@ def attempt_units(
     )
     with (
         RunTracker(config, manifest, output, again=failed) as tracker,
-        hear_outages(lambda seconds: report(RunEvent.STORE_WAITED, round(seconds))),
+        hear_outages(report),
     ):
         before = fleet_stats(fleet)
         started = time.monotonic()

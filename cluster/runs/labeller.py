@@ -210,7 +210,9 @@ class Labeller:
     async def label_unit(self, table: pa.Table) -> pa.Table:
         """Labels one unit: the same rows in the same order come out. Raises ErrorShareExceeded once
         the run's controller says so, and FleetUnstable."""
-        reason = await stop_reason(self._run_id)
+        # One that nothing stops does not ask: the answer would be about another's attempt.
+        stoppable = self._config.max_error_share < 1
+        reason = await stop_reason(self._run_id) if stoppable else None
         if reason is not None:
             raise ErrorShareExceeded(reason)
         rows = [self._unit_row(values) for values in input_rows(table)]

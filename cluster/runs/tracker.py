@@ -104,8 +104,10 @@ class RunTracker:
         return known
 
     def stop_error(self) -> ErrorShareExceeded | None:
-        """Why the controller would have this run stopped; None for no reason, and where it is
-        unreachable."""
+        """Why the controller would have this run stopped; None for no reason, where it is
+        unreachable, and for an attempt that nothing stops."""
+        if self._config.max_error_share >= 1:
+            return None
         try:
             reason: str | None = ray.get(
                 self._controller.stop_reason.remote(self._manifest.run_id),
@@ -134,5 +136,6 @@ class RunTracker:
             ledger_so_far=ledger.total,
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,
+            again=bool(self._again),
         )
         ray.get(call, timeout=_POLL_TIMEOUT_SECONDS * 6)

@@ -35,7 +35,7 @@ def is_job_application(name: str) -> bool:
 async def live_replicas(app: str, deployment: str) -> int | None:
     """Replicas of a deployment that are up, 0 where it is not deployed or Serve does not run; None
     where Serve does not answer, so that nothing is known."""
-    applications = await _applications() if _runs() else {}
+    applications = await _applications()
     if applications is None:
         return None
     found = applications.get(app, {}).get("deployments", {}).get(deployment)
@@ -49,15 +49,16 @@ def count_running(replicas: Any) -> int:
 
 async def application_names() -> list[str] | None:
     """The applications that exist, those that are being removed too; None where Serve does not
-    answer or run."""
+    answer."""
     applications = await _applications()
     return None if applications is None else list(applications)
 
 
 async def remove_application(name: str, *, timeout_seconds: float) -> bool:
     """Removes an application with its replicas. False where it still exists after the timeout."""
-    controller = _controller()
-    if controller is None:
+    try:
+        controller = _controller()
+    except ValueError:
         return True
     await asyncio.wait_for(controller.delete_apps.remote([name]), _ANSWER_SECONDS)
     loop = asyncio.get_running_loop()
@@ -71,35 +72,21 @@ async def remove_application(name: str, *, timeout_seconds: float) -> bool:
 
 
 async def _applications() -> Mapping[str, Any] | None:
-    controller = _controller()
-    if controller is None:
-        return None
+    """By name, none where Serve does not run; None where it does not answer."""
     try:
-        details = await asyncio.wait_for(
-            controller.get_serve_instance_details.remote(), _ANSWER_SECONDS
-        )
+        question = _controller().get_serve_instance_details.remote()
+        details = await asyncio.wait_for(question, _ANSWER_SECONDS)
+    except ValueError:
+        return {}
     except (RayError, TimeoutError):
         return None
     applications: Mapping[str, Any] = details["applications"]
     return applications
 
 
-def _runs() -> bool:
-    """Whether Serve has a controller, as far as Ray knows; True where it does not say."""
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:  # there is no such actor
-        return False
-    except RayError:
-        return True
-    return True
-
-
 def _controller() -> Any:
-    """The handle of Serve's controller; None where Serve does not run."""
-    if not ray.is_initialized():
-        return None
-    try:
-        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except (RayError, ValueError):
-        return None
+    """The handle of Serve's controller. Raises ValueError where Serve does not run, RayError where
+    Ray does not say."""
+    if not ray.is_initialized():  # to ask would start a Ray
+        raise ValueError("Ray is not initialised here")
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)

@@ -52,8 +52,8 @@ class Store(ABC):
         return other
 
     def is_here(self) -> bool:
-        """Whether this machine sees the store at all, without waiting: False where a directory that
-        was there before, on the machine that pickled this object, is not mounted."""
+        """Whether this machine sees the store at all, found out within seconds: False where a
+        directory that was there before, on the machine that pickled this object, is not mounted."""
         return True
 
     @abstractmethod

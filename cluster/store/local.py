@@ -19,6 +19,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Final, TypeAlias, TypeVar
 
+import structlog
+
 from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
 from cluster.store.local_errors import (
@@ -30,9 +32,10 @@ from cluster.store.local_errors import (
 )
 from cluster.store.patience import Patience
 
+logger = structlog.get_logger(__name__)
+
 _T = TypeVar("_T")
 
-# Of what a root holds; that all of them are removed while a run goes on is not expected.
 _REMEMBERED_NAMES: Final = 16
 _SEEN_WITHIN_S: Final = 20.0
 _OF_EVERY_DISK: Final = "lost+found"
@@ -47,14 +50,16 @@ class LocalStore(Store):
     that a killed process left.
 
     The etag is size and modification time, so a file is not read to list it. A store that has seen
-    its root with something in it, here or in the process that pickled it, expects to find some of
-    the same names there again: numbers of inodes differ between nodes of one network drive.
+    its root with something in it, here or in the process that pickled it, expects the same
+    directory again: by some of the same names in it, since nodes of one network drive may number
+    its inodes differently, or, where these were all removed, by its inode.
     """
 
     def __init__(self, root: Path, *, patience: Patience | None = None) -> None:
         super().__init__(str(root), patience)
         self._root = root
         self._names: tuple[str, ...] = ()
+        self._directory: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         with suppress(OSError):
@@ -87,14 +92,18 @@ class LocalStore(Store):
                 if stat is not None:
                     files.add((stat.st_dev, stat.st_ino))
                     yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
-        for key in links:
+        for key in sorted(links):  # the same one of several at each listing
             try:
                 stat = (self._root / key).stat()
             except OSError as error:  # what it leads to may be on a drive that is not mounted
                 raise LinkToNothing(f"{self.uri_of(key)} is a link: {error.strerror}") from error
-            if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in files:
-                files.add((stat.st_dev, stat.st_ino))
-                yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
+            if not S_ISREG(stat.st_mode):
+                continue
+            if (stat.st_dev, stat.st_ino) in files:
+                logger.warning("link_ignored", uri=self.uri_of(key), reason="its file is listed")
+                continue
+            files.add((stat.st_dev, stat.st_ino))
+            yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
 
     def _walk(self, prefix: str) -> Iterator[tuple[Path, Sequence[str]]]:
         """Each folder once that holds keys of the prefix, with the names of its files. Links are
@@ -269,24 +278,33 @@ class LocalStore(Store):
             return True
         # In a thread: a network drive whose server is gone holds whoever asks for as long.
         found: list[bool] = []
-        asking = threading.Thread(target=lambda: found.append(self._look_at_root()), daemon=True)
+
+        def ask() -> None:
+            with suppress(OSError):
+                found.append(self._look_at_root())
+
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(_SEEN_WITHIN_S)
         return found == [True]
 
     def _look_at_root(self) -> bool:
-        """Whether the root holds anything, and of what it held before at least something. The
-        first names are remembered."""
-        if self._names:
-            return any(os.path.lexists(self._root / name) for name in self._names)
+        """Whether the root holds anything, and is what it was before. The first time that it holds
+        something, that is remembered."""
+        if any(os.path.lexists(self._root / name) for name in self._names):
+            return True
         try:
             with os.scandir(self._root) as entries:
-                names = (entry.name for entry in entries)
-                visible = (n for n in names if not n.startswith(".") and n != _OF_EVERY_DISK)
-                self._names = tuple(islice(visible, _REMEMBERED_NAMES))
+                found = (entry.name for entry in entries)
+                visible = (n for n in found if not n.startswith(".") and n != _OF_EVERY_DISK)
+                names = tuple(islice(visible, _REMEMBERED_NAMES))
+            stat = os.stat(self._root)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return bool(self._names)
+        directory = (stat.st_dev, stat.st_ino)
+        if names and not self._names:
+            self._names, self._directory = names, directory
+        return bool(names) and directory == self._directory
 
     def _check_mounted(self, *, before_use: bool) -> None:
         """Raises NotMounted where the root is missing, empty, or not the directory it was: on a

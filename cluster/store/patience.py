@@ -17,6 +17,8 @@ from typing import ClassVar, TypeVar
 
 import structlog
 
+from cluster.events import OnEvent, RunEvent
+
 logger = structlog.get_logger(__name__)
 
 IN_FLIGHT_S = 600.0
@@ -89,17 +91,17 @@ class Patience:
 
 
 @contextmanager
-def hear_outages(tell: Callable[[float], None]) -> Iterator[None]:
-    """Within it `tell` hears of each outage in this process that ends, or that was waited for in
-    vain, and how many seconds it lasted. Blips are not told."""
-    _listeners.append(tell)
+def hear_outages(on_event: OnEvent) -> Iterator[None]:
+    """Within it `on_event` hears of each outage in this process that ends, or that was waited for
+    in vain, and how many seconds it lasted. Blips are not told."""
+    _listeners.append(on_event)
     try:
         yield
     finally:
-        _listeners.remove(tell)
+        _listeners.remove(on_event)
 
 
-_listeners: list[Callable[[float], None]] = []
+_listeners: list[OnEvent] = []
 
 
 class _Outage:
@@ -145,5 +147,5 @@ class _Outage:
         seconds = now - self._since
         if self.answered:
             logger.warning("store_answers_again", uri=self._address, seconds=round(seconds, 1))
-        for tell in list(_listeners):
-            tell(seconds)
+        for on_event in list(_listeners):
+            on_event(RunEvent.STORE_WAITED, round(seconds))

@@ -229,10 +229,20 @@ def test_asking_failed_rows_again_leaves_the_guard_of_a_running_job_on() -> None
     register(controller, rows_total=10_000)
     controller.unit_committed("run", "bad", UnitLedger(rows=600, failed={"x": 600}))
     assert controller.stop_reason("run") is not None
-    register(controller, rows_total=600, max_error_share=1.0)
+    register(controller, rows_total=600, max_error_share=1.0, again=True)
     assert controller.stop_reason("run") is not None
     controller.finish("run", "completed")
-    register(controller, rows_total=600, max_error_share=1.0)
+    register(controller, rows_total=600, max_error_share=1.0, again=True)
+    assert controller.stop_reason("run") is None
+
+
+def test_a_job_that_starts_again_brings_its_own_guard() -> None:
+    """Also where the one before was killed, so that nobody ended its view."""
+    controller = RunController()
+    register(controller, rows_total=10_000)
+    controller.unit_committed("run", "bad", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason("run") is not None
+    register(controller, rows_total=10_000, max_error_share=1.0)
     assert controller.stop_reason("run") is None
 
 

@@ -46,6 +46,8 @@ def test_the_wait_ends_the_run_exactly_when_no_replica_was_up_for_the_patience(
 
 
 def test_unknown_counts_begin_no_wait() -> None:
-    wait = ReplicaWait(lambda kind, seconds: None, patience_seconds=10.0)
+    reported: list[int] = []
+    wait = ReplicaWait(lambda kind, seconds: reported.append(seconds), patience_seconds=10.0)
     for second in range(100):
         wait.observe(None, float(second))
+    assert reported == []

@@ -164,8 +164,11 @@ def test_the_client_of_a_serve_that_was_shut_down_is_dropped(
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])
-def test_other_addresses_are_left_to_ray(address: str) -> None:
+def test_other_addresses_are_left_to_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.create_connection", lambda *where: asked.append(where))
     ray_session._wait_until_it_listens(address)
+    assert asked == []
 
 
 TWO_CLUSTERS = """

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from cluster.errors import ObjectGone, StoreError
 from cluster.store import LocalStore, Patience
@@ -365,12 +366,24 @@ def test_a_drive_whose_nodes_number_inodes_differently_is_one_drive(tmp_path: Pa
     assert store.with_patience(0).get("y") == b"4567"
 
 
+def test_a_folder_whose_files_all_changed_is_the_same_folder(tmp_path: Path) -> None:
+    """As /tmp on a busy machine, for a corpus of one file in it."""
+    mounted(tmp_path / "root")
+    store = pickle.loads(pickle.dumps(LocalStore(tmp_path / "root")))
+    shutil.rmtree(tmp_path / "root" / "folder")
+    (tmp_path / "root" / "y").rename(tmp_path / "root" / "z")
+    assert store.is_here()
+    assert store.with_patience(0).get("z") == b"4567"
+
+
 def test_a_file_that_links_lead_to_is_listed_once_and_by_its_own_name(tmp_path: Path) -> None:
     mounted(tmp_path / "root")
     (tmp_path / "outside").write_bytes(b"89")
     for name, end in {"a": "y", "b": "folder/x", "c": "../outside", "d": "../outside"}.items():
         (tmp_path / "root" / name).symlink_to(end)
-    assert [info.key for info in LocalStore(tmp_path / "root").list()] == ["c", "folder/x", "y"]
+    with capture_logs() as events:
+        assert [info.key for info in LocalStore(tmp_path / "root").list()] == ["c", "folder/x", "y"]
+    assert [event["uri"].rpartition("/")[2] for event in events] == ["a", "b", "d"]
 
 
 @pytest.mark.parametrize("end", ["nowhere", "x.parquet"])

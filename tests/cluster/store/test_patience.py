@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from cluster.events import RunEvent
 from cluster.store import Patience, open_store
 from cluster.store.patience import hear_outages
 from tests.cluster.store.clock import FakeClock
@@ -116,9 +117,14 @@ def test_an_outage_is_logged_once_however_many_wait_and_again_when_it_is_over() 
 def test_an_outage_is_told_with_its_seconds_whether_it_ended_or_not(
     lasts: float, told: bool
 ) -> None:
-    clock, heard = FakeClock(), list[float]()
+    clock, heard = FakeClock(), list[int]()
+
+    def on_event(kind: RunEvent, seconds: int) -> None:
+        assert kind is RunEvent.STORE_WAITED
+        heard.append(seconds)
+
     call = server_with_outage(clock, 0, lasts, 0.1)
-    with hear_outages(heard.append), suppress(Trouble):
+    with hear_outages(on_event), suppress(Trouble):
         Patience(seconds=600, clock=clock).retry("s3://b", call, passing)
     expected = [pytest.approx(min(lasts, 600), abs=21)] if told else []
     assert heard == expected

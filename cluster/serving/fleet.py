@@ -29,7 +29,13 @@ from ray.serve.schema import (
 from cluster.errors import FleetUnavailable
 from cluster.serving.application import FleetSettings, application
 from cluster.serving.fleet_lease import FleetLease
-from cluster.serving.ray_session import http_root, join_ray, join_serve, serve_details
+from cluster.serving.ray_session import (
+    SERVE_SETTINGS,
+    http_root,
+    join_ray,
+    join_serve,
+    serve_details,
+)
 from cluster.serving.replica import ReplicaStats
 
 logger = structlog.get_logger(__name__)
@@ -177,12 +183,15 @@ def _deploy(settings: FleetSettings) -> None:
     assert details is not None
     others = [app for name, app in details.applications.items() if name != settings.app]
     route = f"/{settings.app}" if any(app.route_prefix == "/" for app in others) else "/"
-    target = serve.RunTarget(
-        target=application(settings), name=settings.app, route_prefix=route, logging_config=None
-    )
-    serve.run_many(
-        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-    )
+    with SERVE_SETTINGS:
+        target = serve.RunTarget(
+            target=application(settings), name=settings.app, route_prefix=route, logging_config=None
+        )
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
 
 
 def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:

@@ -32,6 +32,11 @@ logger = structlog.get_logger(__name__)
 
 DEFAULT_PORT = 8000
 
+SERVE_SETTINGS = threading.RLock()
+"""Held while Serve's settings are made or read. Each of them registers a module with cloudpickle
+for a moment, and where two threads do so at once, one fails: the thread that keeps a lease reads
+them while another deploys."""
+
 # Logical CPUs of a local Ray beside one for each replica: readers, labellers and sinks mostly wait
 # for what runs the model, and on a small machine must still fit beside it.
 _CPUS_BESIDE = 3
@@ -184,10 +189,12 @@ def serve_details() -> ServeInstanceDetails | None:
         return None
     question = client._controller.get_serve_instance_details.remote()
     try:
-        return ServeInstanceDetails(**ray.get(question, timeout=_ANSWER_SECONDS))
+        details = ray.get(question, timeout=_ANSWER_SECONDS)
     except ActorDiedError:  # Serve was shut down, and the client kept
         _set_global_client(None)
         return None
+    with SERVE_SETTINGS:
+        return ServeInstanceDetails(**details)
 
 
 def http_root(details: ServeInstanceDetails) -> str:

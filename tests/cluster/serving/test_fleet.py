@@ -24,7 +24,7 @@ from cluster.protocol import LabelRequest, Priority
 from cluster.serving.application import FleetSettings, application, endpoint, fingerprint
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
-from cluster.serving.fleet import Fleet, open_fleet
+from cluster.serving.fleet import Fleet, _deploy, open_fleet
 from cluster.serving.janitor import PATIENCE_SECONDS, Janitor
 from cluster.serving.ray_session import serve_details
 from cluster.serving.serve_state import is_job_application, live_replicas
@@ -60,6 +60,23 @@ def test_a_deployed_fleet_is_reached_by_handle_and_by_http(fleet: Fleet) -> None
     assert (fleet.deployed_here, fleet.replicas, fleet.slots) == (True, 1, 4)
     assert (fleet.model, fleet.model_revision) == ("fake-model", "fake-1")
     assert fleet.stats().rows >= 1
+
+
+def test_a_lease_that_looks_at_serve_does_not_spoil_a_deployment(fleet: Fleet) -> None:
+    """Making and reading Serve's settings changes a registry of cloudpickle's for a moment."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor() as threads:
+            looking = [threads.submit(applications) for _ in range(40)]
+            deploying = [threads.submit(_deploy, settings("raced")) for _ in range(4)]
+            for look in looking:
+                look.result(timeout=120)
+            for deployment in deploying:
+                deployment.result(timeout=120)
+    finally:
+        sys.setswitchinterval(interval)
+        serve.delete(settings("raced").app)
 
 
 def test_a_second_fleet_of_the_same_model_attaches_and_leaves_the_application_running(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import ray
 import structlog
@@ -24,7 +24,7 @@ from cluster.events import IN_SECONDS, RunEvent
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller-4"
+CONTROLLER_NAME = "run-controller-5"
 """The actor's name. Its number is raised with every change of what is sent to it: the actor
 outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
@@ -32,7 +32,18 @@ CONTROLLER_NAMESPACE = "sppruner"
 _ANSWER_SECONDS = 10.0
 _ENDED_RUNS = 100  # that are still shown
 
-RunState: TypeAlias = Literal["running", "completed", "completed_with_errors", "failed", "stopped"]
+RunState: TypeAlias = Literal[
+    "running", "completed", "completed_with_errors", "incomplete", "failed", "stopped"
+]
+
+
+class RunName(NamedTuple):
+    """A run in one output. Equal settings over one corpus are the same run wherever its rows go."""
+
+    run_id: str
+    """See `Identity.run_id`."""
+    output: str
+    """URI of the output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +87,8 @@ class RunProgress:
 @dataclass(slots=True, kw_only=True)
 class _Run:
     state: RunState
+    again: frozenset[str]
+    beside: bool
     meta: Mapping[str, Any]
     units_total: int
     rows_total: int
@@ -95,11 +108,11 @@ class RunController:
     """A plain class; `get_controller` makes an actor of it. Every call may be sent again."""
 
     def __init__(self) -> None:
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[RunName, _Run] = {}
 
     def register(
         self,
-        run_id: str,
+        name: RunName,
         *,
         meta: Mapping[str, Any],
         units_total: int,
@@ -108,20 +121,23 @@ class RunController:
         ledger_so_far: UnitLedger,
         max_error_share: float,
         error_share_after: int,
-        again: bool = False,
+        again: Collection[str] = (),
     ) -> None:
-        """Starts or restarts the view of a run, from what the store says is committed. again: by a
-        command that asks failed rows again, perhaps while the run's own job goes on, whose guard
-        stays."""
+        """Starts or restarts the view of a run, from what the store says is committed. again: units
+        whose failed rows are asked again, perhaps while the run's own job goes on: its guard stays,
+        and what becomes of these units is nothing that the guard counts."""
         errors = ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total)
-        before = self._runs.get(run_id)
+        before = self._runs.get(name)
+        beside = False
         if again and before is not None and before.state == "running":
-            errors = before.errors
-        ended = [name for name, run in self._runs.items() if run.finished is not None]
-        for name in ended[: max(0, len(ended) - _ENDED_RUNS)]:
-            del self._runs[name]
-        self._runs[run_id] = _Run(
+            errors, beside = before.errors, before.beside or not before.again
+        ended = [known for known, run in self._runs.items() if run.finished is not None]
+        for known in ended[: max(0, len(ended) - _ENDED_RUNS)]:
+            del self._runs[known]
+        self._runs[name] = _Run(
             state="running",
+            again=frozenset(again),
+            beside=beside,
             meta=dict(meta),
             units_total=units_total,
             rows_total=rows_total,
@@ -132,23 +148,24 @@ class RunController:
             started=time.monotonic(),
         )
 
-    def unit_committed(self, run_id: str, unit_id: str, ledger: UnitLedger) -> bool:
+    def unit_committed(self, name: RunName, unit_id: str, ledger: UnitLedger) -> bool:
         """Counts a committed unit once, however often it is reported. False: the run is unknown
         (this actor restarted), and its driver should register it again."""
-        run = self._runs.get(run_id)
+        run = self._runs.get(name)
         if run is None:
             return False
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
             run.ledger += ledger
-            run.errors.add(ledger)
+            if unit_id not in run.again:
+                run.errors.add(ledger)
         return True
 
-    def event(self, run_id: str, kind: str, count: int = 1, subject: str | None = None) -> None:
+    def event(self, name: RunName, kind: str, count: int = 1, subject: str | None = None) -> None:
         """Adds to the run's count of an event; an unknown run's are dropped. subject: whom it
         happened to, who counts once, however many tell of it. Of kinds in seconds it is the time
         until now: what several tell of the same time counts once."""
-        run = self._runs.get(run_id)
+        run = self._runs.get(name)
         if run is None or (subject is not None and (kind, subject) in run.told):
             return
         if subject is not None:
@@ -160,34 +177,39 @@ class RunController:
         run.waited[kind] += min(float(count), now - run.waited_until.get(kind, run.started))
         run.waited_until[kind] = now
 
-    def finish(self, run_id: str, state: RunState) -> RunProgress | None:
-        """Ends the view of the run, and returns it; "completed" with failed rows is
-        "completed_with_errors". None for a run that is not registered."""
-        run = self._runs.get(run_id)
+    def finish(self, name: RunName, state: RunState, *, again: bool = False) -> RunProgress | None:
+        """Ends the view of the run, and returns it; "completed" without all its units is
+        "incomplete", and with failed rows "completed_with_errors". None for a run that is not
+        registered. again: a command ended that asked failed rows again; a job that runs beside it
+        goes on."""
+        run = self._runs.get(name)
         if run is None:
             return None
+        if state == "completed" and len(run.units_done) < run.units_total:
+            state = "incomplete"
         if state == "completed" and run.ledger.rows_failed:
             state = "completed_with_errors"
-        run.state, run.finished = state, time.monotonic()
-        return self.progress(run_id)
+        if not (again and run.beside):
+            run.state, run.finished = state, time.monotonic()
+        return self.progress(name)
 
-    def stop_reason(self, run_id: str) -> str | None:
+    def stop_reason(self, name: RunName) -> str | None:
         """Why the run should stop: too many rows of this attempt failed. None: go on."""
-        run = self._runs.get(run_id)
+        run = self._runs.get(name)
         if run is None or run.errors.reason is None:
             return None
-        return f"run {run_id}: {run.errors.reason}"
+        return f"run {name.run_id}: {run.errors.reason}"
 
-    def progress(self, run_id: str) -> RunProgress | None:
+    def progress(self, name: RunName) -> RunProgress | None:
         """None for a run that is not registered."""
-        run = self._runs.get(run_id)
+        run = self._runs.get(name)
         if run is None:
             return None
         elapsed = (run.finished or time.monotonic()) - run.started
         speed = (run.ledger.rows - run.rows_before) / elapsed if elapsed > 0 else 0.0
         left = max(0, run.rows_total - run.ledger.rows)
         return RunProgress(
-            run_id=run_id,
+            run_id=name.run_id,
             state=run.state,
             units_done=len(run.units_done),
             units_total=run.units_total,
@@ -207,7 +229,7 @@ class RunController:
 
     def runs(self) -> list[RunProgress]:
         """Every registered run, in order of registration."""
-        known = (self.progress(run_id) for run_id in self._runs)
+        known = (self.progress(name) for name in self._runs)
         return [progress for progress in known if progress is not None]
 
 
@@ -225,17 +247,17 @@ def get_controller() -> ActorHandle[RunController]:
     return handle
 
 
-def report_commit(run_id: str, unit_id: str, ledger: UnitLedger) -> None:
+def report_commit(name: RunName, unit_id: str, ledger: UnitLedger) -> None:
     """Tells the controller of a commit. Neither waits nor raises: the committed object counts."""
-    _tell("unit_committed", run_id, unit_id, ledger)
+    _tell("unit_committed", name, unit_id, ledger)
 
 
-def report_event(run_id: str, kind: RunEvent, count: int = 1, subject: str | None = None) -> None:
+def report_event(name: RunName, kind: RunEvent, count: int = 1, subject: str | None = None) -> None:
     """Adds `count` to the run's count of an event, from any process. Neither waits nor raises.
 
     A kind that is counted in seconds takes whole seconds. subject: see `RunController.event`.
     """
-    _tell("event", run_id, str(kind), count, subject)
+    _tell("event", name, str(kind), count, subject)
 
 
 def _tell(method: str, *arguments: Any) -> None:
@@ -248,29 +270,29 @@ def _tell(method: str, *arguments: Any) -> None:
         logger.warning("controller_unreachable", call=method, error=type(error).__name__)
 
 
-async def stop_reason(run_id: str) -> str | None:
+async def stop_reason(name: RunName) -> str | None:
     """The controller's answer; None where it is unreachable, since a run needs no controller."""
     controller = _find_controller()
     if controller is None:
         return None
     try:
-        answer = controller.stop_reason.remote(run_id)
+        answer = controller.stop_reason.remote(name)
         reason: str | None = await asyncio.wait_for(answer, _ANSWER_SECONDS)
     except (RayError, TimeoutError) as error:
-        logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
+        logger.warning("controller_unreachable", run_id=name.run_id, error=type(error).__name__)
         return None
     return reason
 
 
-def stop_reason_now(run_id: str) -> str | None:
+def stop_reason_now(name: RunName) -> str | None:
     """`stop_reason` for callers without an event loop."""
     controller = _find_controller()
     if controller is None:
         return None
     try:
-        reason: str | None = ray.get(controller.stop_reason.remote(run_id), timeout=_ANSWER_SECONDS)
+        reason: str | None = ray.get(controller.stop_reason.remote(name), timeout=_ANSWER_SECONDS)
     except RayError as error:
-        logger.warning("controller_unreachable", run_id=run_id, error=type(error).__name__)
+        logger.warning("controller_unreachable", run_id=name.run_id, error=type(error).__name__)
         return None
     return reason
 

@@ -27,11 +27,11 @@ from cluster.schema import is_internal, output_schema
 
 logger = structlog.get_logger(__name__)
 
-OnCommit: TypeAlias = Callable[[str, str, UnitLedger], None]
-"""Called after each commit with run id, unit id and the committed ledger, whoever wrote it; more
-than once for one unit if a write is retried. It must not raise."""
-StopReason: TypeAlias = Callable[[str], str | None]
-"""Why the run of this id should stop, or None."""
+OnCommit: TypeAlias = Callable[[str, UnitLedger], None]
+"""Called after each commit with unit id and the committed ledger, whoever wrote it; more than once
+for one unit if a write is retried. It must not raise."""
+StopReason: TypeAlias = Callable[[], str | None]
+"""Why the run should stop, or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def commit_unit(
     else:
         logger.info("unit_committed", run_id=expected.run_id, unit_id=unit_id, rows=ledger.rows)
     if on_commit is not None:
-        on_commit(expected.run_id, unit_id, ledger)
+        on_commit(unit_id, ledger)
     return CommitOutcome(unit_id=unit_id, rows=ledger.rows, won=won)
 
 
@@ -117,7 +117,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
 
     def _commit(self, table: pa.Table) -> CommitOutcome:
         if self._stop_reason is not None and table["error_code"].null_count < len(table):
-            reason = self._stop_reason(self._expected.run_id)
+            reason = self._stop_reason()
             if reason is not None:
                 raise ErrorShareExceeded(reason)
         return commit_unit(

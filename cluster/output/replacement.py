@@ -153,7 +153,8 @@ class RetrySink(Datasink[int]):
         self._output = output
         self._on_commit = on_commit
         self._on_event = on_event
-        self._attempt = uuid.uuid4().hex
+        self.attempt = uuid.uuid4().hex
+        """What its replacements have as `Retry.writer`."""
 
     def get_name(self) -> str:
         """The operator's name in Ray Data."""
@@ -166,10 +167,10 @@ class RetrySink(Datasink[int]):
 
     def _replace(self, labelled: pa.Table) -> None:
         footer = replace_rows(
-            labelled, expected=self._expected, output=self._output, attempt=self._attempt
+            labelled, expected=self._expected, output=self._output, attempt=self.attempt
         )
         unit_id = labelled["unit_id"][0].as_py()
-        self._on_commit(self._expected.run_id, unit_id, footer.ledger)
+        self._on_commit(unit_id, footer.ledger)
 
 
 def _rows(table: pa.Table, numbers: list[int]) -> pa.Table:

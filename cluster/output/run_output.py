@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ _INDEX: Final = "_run/index/"
 _SUMMARY: Final = "_run/summary.json"
 _PROBE: Final = "_run/probe"
 _DATA_FILES: Final = ".huggingface.yaml"
+_MANIFEST_HEAD: Final = 256  # bytes; a manifest begins with the run's id
 _THREADS: Final = 16
 # A unit is replaced while it is read at most as often as somebody asks its failed rows again.
 _READS: Final = 8
@@ -116,8 +118,29 @@ class RunOutput:
     # The manifest
 
     def is_here(self) -> bool:
-        """Whether this machine sees the output's store at all; see `Store.is_here`."""
-        return self._store.is_here()
+        """Whether this machine sees the run's output, found out within a minute: a folder of the
+        same name may be an older run's, below a mount that is missing."""
+        try:
+            return self._store.is_here() and self._holds_run(FIRST_CONTACT_S)
+        except StoreError:
+            return False
+
+    def check_run(self) -> None:
+        """Raises StoreError where the prefix was emptied or holds another run by now."""
+        if not self._holds_run():
+            raise StoreError(
+                f"{self.uri} is not the output of run {self._names.run_id} any more: its manifest "
+                "was removed or replaced while the run went on; end this run's commands, or give "
+                "them another --output"
+            )
+
+    def _holds_run(self, patience: float | None = None) -> bool:
+        store = self._store if patience is None else self._store.with_patience(patience)
+        try:
+            head = store.get_range(_MANIFEST, 0, _MANIFEST_HEAD)
+        except ObjectGone:
+            return False
+        return json.dumps(self._names.run_id).encode() in head
 
     def manifest(self) -> Manifest | None:
         """What the run is; None for a prefix that holds no run. Raises StoreError if unreadable."""
@@ -169,11 +192,16 @@ class RunOutput:
 
     def describe_data_files(self) -> None:
         """Says which objects are rows, for readers that would take every file for one: `datasets`
-        reads `_run/*.json` otherwise. It knows no other hidden name than this one."""
-        if self._store.head(_DATA_FILES) is None:
-            path = f"{self._names.prefix}*{_SUFFIX}"
-            text = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": path}]})
-            self._store.put(_DATA_FILES, text.encode())
+        reads `_run/*.json` otherwise. It knows no other hidden name than this one. What people
+        wrote there stays; what an earlier run left, whose rows were removed, does not."""
+        wanted = _data_files(self._names.prefix)
+        known = self._store.head(_DATA_FILES) is not None
+        before = self._store.get(_DATA_FILES) if known else b""
+        earlier = re.search(rb"[0-9a-f]{16}-", before)
+        if before not in (wanted, _data_files(earlier[0].decode()) if earlier else b""):
+            return
+        if before != wanted:
+            self._store.put(_DATA_FILES, wanted)
 
     def first_parquet_object(self) -> str | None:
         """The address of a Parquet object in this prefix, whoever wrote it; None where there is
@@ -322,9 +350,9 @@ class RunOutput:
         """Keeps the index of one file for other planners of this run; the first one stays."""
         self._store.put_if_absent(f"{_INDEX}{name}.json", data, writer=uuid.uuid4().hex)
 
-    def has_summary(self) -> bool:
-        """Whether an attempt has ended with a summary."""
-        return self._store.head(_SUMMARY) is not None
+    def summary(self) -> bytes | None:
+        """The summary that the last attempt wrote; None where none did."""
+        return None if self._store.head(_SUMMARY) is None else self._store.get(_SUMMARY)
 
     def put_summary(self, text: str) -> None:
         """Writes or replaces the summary."""
@@ -375,3 +403,8 @@ class RunOutput:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(read_one, wanted))
+
+
+def _data_files(prefix: str) -> bytes:
+    config = {"config_name": "default", "data_files": f"{prefix}*{_SUFFIX}"}
+    return yaml.safe_dump({"configs": [config]}).encode()

@@ -220,6 +220,21 @@ def summarise(
     )
 
 
+def is_current(stored: bytes | None, summary: Summary) -> bool:
+    """Whether a summary that was written before says of the rows what this one says: whoever wrote
+    it may have been killed before it wrote the next one."""
+    try:
+        before = json.loads(stored or b"")
+        return all(before[name] == value for name, value in _of_rows(summary).items())
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _of_rows(summary: Summary) -> dict[str, Any]:
+    now = summary.to_dict()
+    return {name: now[name] for name in ("units_done", "rows", "rows_failed", "generations")}
+
+
 def keep_summary(output: RunOutput, summary: Summary) -> None:
     """Writes the summary beside the run's rows. A store that refuses is only logged: the rows are
     committed, and the next invocation writes the summary."""

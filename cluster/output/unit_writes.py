@@ -30,7 +30,8 @@ def write_units(
     on_event: OnEvent,
 ) -> list[_T]:
     """What `write` returns of each packed unit that `blocks` hold. Where the output is not mounted
-    on this node another one writes, and waits if need be. Raises what `write` raises."""
+    on this node another one writes, and waits if need be. Raises what `write` raises, and
+    StoreError where the output is another run's by now."""
     tables = [
         table
         for block in blocks
@@ -51,7 +52,7 @@ def write_units(
                 logger.warning("units_moved", uri=output.uri, units=len(tables))
                 on_event(RunEvent.UNIT_MOVED, len(tables))
                 return answer
-    return _write_here(tables, write, on_event)
+    return _write_here(tables, write, output, on_event)
 
 
 def _write_if_here(
@@ -62,13 +63,14 @@ def _write_if_here(
     if not output.is_here():
         return None
     try:
-        return _write_here(tables, write, on_event)
+        return _write_here(tables, write, output, on_event)
     except RunError as error:
         return error
 
 
 def _write_here(
-    tables: list[pa.Table], write: Callable[[pa.Table], _T], on_event: OnEvent
+    tables: list[pa.Table], write: Callable[[pa.Table], _T], output: RunOutput, on_event: OnEvent
 ) -> list[_T]:
     with hear_outages(on_event):
+        output.check_run()
         return [write(table) for table in tables]

@@ -16,7 +16,7 @@ from ray.data import DataContext, Dataset
 from rich.console import Console
 
 from cluster.config import RunConfig
-from cluster.controller import report_commit, report_event, stop_reason_now
+from cluster.controller import RunName, report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
 from cluster.output.commit import CommitSink
@@ -63,19 +63,21 @@ def attempt_units(
         config = replace(config, control_share=0.0, max_error_share=1.0)
     rows = count_rows(failed) or sum(unit.row_count for unit in todo)
     _announce(manifest, todo, rows, fleet, console)
-    settings = _labeller_settings(config, manifest, todo, rows, fleet, failed)
+    name = RunName(manifest.run_id, output.uri)
+    settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed)
     actors = actors_for(fleet.target_replicas)
     _warn_if_starved(console, actors)
-    report = partial(report_event, manifest.run_id)
+    report, committed = partial(report_event, name), partial(report_commit, name)
+    stoppable = config.max_error_share < 1
     sink: CommitSink | RetrySink = (
-        RetrySink(manifest, output, on_commit=report_commit, on_event=report)
+        RetrySink(manifest, output, on_commit=committed, on_event=report)
         if failed
         else CommitSink(
             manifest,
             output,
-            on_commit=report_commit,
+            on_commit=committed,
             on_event=report,
-            stop_reason=stop_reason_now,
+            stop_reason=partial(stop_reason_now, name) if stoppable else None,
         )
     )
     with (
@@ -112,6 +114,10 @@ def attempt_units(
                 if len(left) == asked:
                     break
         wall = time.monotonic() - started
+    if isinstance(sink, RetrySink):
+        footers = output.footers(failed)
+        retries = [retry for footer in footers for retry in footer.retries]
+        rows = sum(retry.asked for retry in retries if retry.writer == sink.attempt)
     rows -= sum(unit.row_count for unit in left)
     after = fleet_stats(fleet)
     return Attempt(
@@ -144,6 +150,7 @@ def _announce(
 
 def _labeller_settings(
     config: RunConfig,
+    name: RunName,
     manifest: Manifest,
     todo: Sequence[Unit],
     rows: int,
@@ -157,7 +164,7 @@ def _labeller_settings(
     )
     tokens = fleet.kv_token_capacity
     return LabellerSettings(
-        run_id=manifest.run_id,
+        name=name,
         first_unit=manifest.units[0].unit_id,
         config=config,
         model_revision=manifest.identity.settings["model_revision"],

@@ -20,7 +20,7 @@ from ray import serve
 from ray.data import ActorPoolStrategy, Dataset
 
 from cluster.config import RunConfig
-from cluster.controller import report_event, stop_reason
+from cluster.controller import RunName, report_event, stop_reason
 from cluster.corpus.packed import PACKED_SCHEMA, pack_unit, unpack_units
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.table import input_rows
@@ -64,7 +64,7 @@ _POLL_SECONDS: Final = 10.0
 class LabellerSettings:
     """What a labelling actor needs."""
 
-    run_id: str
+    name: RunName
     """The run, for logs, control sampling and committed rows."""
     first_unit: str
     """Id of the run's first unit, which always has control rows."""
@@ -141,11 +141,11 @@ class Labeller:
     ) -> None:
         """replicas: None for those that the settings name; tests pass doubles. live: how many of
         them live, or None where that is unknown; by default Serve is asked."""
-        self._run_id = settings.run_id
+        self._name = settings.name
         self._config = settings.config
         self._settings = settings
         self._control = ControlSample(
-            settings.run_id,
+            settings.name.run_id,
             # A dense run is its own control.
             share=0.0 if settings.config.spec.is_dense else settings.config.control_share,
             first_unit=settings.first_unit,
@@ -156,7 +156,7 @@ class Labeller:
             live = live or partial(live_replicas, settings.app, settings.deployment)
         self._live = live
         self._resizing: asyncio.Task[None] | None = None
-        report = partial(report_event, settings.run_id)
+        report = partial(report_event, settings.name)
         self._replica_wait = ReplicaWait(report)
         self._admission = Admission(
             rows=settings.rows_running,
@@ -212,7 +212,7 @@ class Labeller:
         the run's controller says so, and FleetUnstable."""
         # One that nothing stops does not ask: the answer would be about another's attempt.
         stoppable = self._config.max_error_share < 1
-        reason = await stop_reason(self._run_id) if stoppable else None
+        reason = await stop_reason(self._name) if stoppable else None
         if reason is not None:
             raise ErrorShareExceeded(reason)
         rows = [self._unit_row(values) for values in input_rows(table)]
@@ -234,7 +234,9 @@ class Labeller:
         outcomes |= {
             row.number: AttemptedRow(result=row.error, attempts=0) for row in rows if row.error
         }
-        logger.debug("unit_labelled", run_id=self._run_id, unit_id=rows[0].unit, rows=len(rows))
+        logger.debug(
+            "unit_labelled", run_id=self._name.run_id, unit_id=rows[0].unit, rows=len(rows)
+        )
         return self._labelled_table(table, rows, [outcomes[row.number] for row in rows])
 
     def _unit_row(self, values: dict[str, Any]) -> _UnitRow:
@@ -302,7 +304,7 @@ class Labeller:
             "is_control": False,
             "model": self._config.model,
             "model_revision": self._settings.model_revision,
-            "run_id": self._run_id,
+            "run_id": self._name.run_id,
             "unit_id": row.unit,
             "unit_row": row.number,
         }

@@ -19,7 +19,7 @@ from cluster.errors import UsageError
 from cluster.output.failed_rows import ErrorChoice, FailedRows, count_rows, find_failed_rows
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
-from cluster.output.summary import Summary, keep_summary, summarise
+from cluster.output.summary import Summary, is_current, keep_summary, summarise
 from cluster.runs.attempt import attempt_units
 from cluster.runs.calibration import calibrate
 from cluster.runs.planning import corpus_uri, plan_run
@@ -99,7 +99,7 @@ def run(
     output.describe_data_files()
     if not todo:
         summary = summarise(output)
-        if not output.has_summary():  # the driver died between the last commit and here
+        if not is_current(output.summary(), summary):  # a driver died behind its last commit
             keep_summary(output, summary)
         nothing = "finished before: nothing was left to do"
         return Outcome(summary=summary, note=nothing if retry is None else "no row to ask again")
@@ -121,6 +121,7 @@ def run(
         attempt = attempt_units(
             config, manifest, todo, output, fleet, console=console, began=began, failed=failed
         )
+    output.check_run()
     summary = summarise(output, attempt)
     keep_summary(output, summary)
     return Outcome(summary=summary, note=_note(manifest, todo, failed, summary))
@@ -130,7 +131,11 @@ def _note(
     manifest: Manifest, todo: Sequence[Unit], failed: FailedRows, summary: Summary
 ) -> str | None:
     if failed:
-        return f"{count_rows(failed)} failed rows of {len(failed)} units were asked again"
+        asked, rows = summary.attempt.rows if summary.attempt else 0, count_rows(failed)
+        note = f"{rows} failed rows of {len(failed)} units were asked again"
+        if asked < rows:
+            note = f"{asked} of {note}; {manifest.source} did not give the others"
+        return note
     resumed = len(manifest.units) - len(todo)
     notes = []
     if resumed:

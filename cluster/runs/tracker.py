@@ -11,9 +11,9 @@ import ray
 import structlog
 from ray.exceptions import RayTaskError
 
-from cluster.accounting.ledger import RunLedger
+from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import RunConfig
-from cluster.controller import RunProgress, RunState, get_controller
+from cluster.controller import RunName, RunProgress, RunState, get_controller
 from cluster.errors import ErrorShareExceeded, RunError
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -48,16 +48,20 @@ class RunTracker:
         """again: committed units that this attempt labels again; they count as not done."""
         self._config = config
         self._again = frozenset(again)
+        self._name = RunName(manifest.run_id, output.uri)
         self._manifest = manifest
         self._output = output
         self._controller = get_controller()
+        self._registered = False
         self._events: Mapping[str, int] = {}
 
     def __enter__(self) -> RunTracker:
+        """Raises StoreError where a committed unit cannot be read, before any compute is spent."""
+        done, ledger = self._committed()
         # A run needs no controller: `progress` registers it once there is one.
         try:
-            self._register()
-        except Exception as error:  # of Ray or the store, in any state: this is telemetry
+            self._register(done, ledger)
+        except Exception as error:  # of Ray, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
         return self
 
@@ -74,7 +78,7 @@ class RunTracker:
             state = "failed"
         try:
             ended: RunProgress | None = ray.get(
-                self._controller.finish.remote(self._manifest.run_id, state),
+                self._controller.finish.remote(self._name, state, again=bool(self._again)),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
         except Exception as unreachable:  # of Ray in any state, behind the last commit
@@ -92,12 +96,13 @@ class RunTracker:
         """The run as of now; None while the controller is unreachable."""
         try:
             known: RunProgress | None = ray.get(
-                self._controller.progress.remote(self._manifest.run_id),
+                self._controller.progress.remote(self._name),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
-            if known is None:
+            # What is known of a run that this attempt could not register is of an earlier one.
+            if known is None or not self._registered:
                 logger.info("controller_restarted", run_id=self._manifest.run_id)
-                self._register()
+                self._register(*self._committed())
         except Exception as error:  # of Ray or the store, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
             return None
@@ -110,7 +115,7 @@ class RunTracker:
             return None
         try:
             reason: str | None = ray.get(
-                self._controller.stop_reason.remote(self._manifest.run_id),
+                self._controller.stop_reason.remote(self._name),
                 timeout=_POLL_TIMEOUT_SECONDS,
             )
         except Exception as error:  # of Ray or the store, in any state: this is telemetry
@@ -118,12 +123,14 @@ class RunTracker:
             return None
         return None if reason is None else ErrorShareExceeded(reason)
 
-    def _register(self) -> None:
+    def _committed(self) -> tuple[list[str], UnitLedger]:
         planned = {unit.unit_id for unit in self._manifest.units} - self._again
         done = sorted(self._output.committed_units() & planned)
-        ledger = RunLedger.of(self._output.ledgers(done))
+        return done, RunLedger.of(self._output.ledgers(done)).total
+
+    def _register(self, done: list[str], ledger: UnitLedger) -> None:
         call = self._controller.register.remote(
-            self._manifest.run_id,
+            self._name,
             meta={
                 "kind": self._manifest.kind,
                 "output": self._output.uri,
@@ -133,9 +140,10 @@ class RunTracker:
             units_total=len(self._manifest.units),
             rows_total=self._manifest.rows,
             units_done=done,
-            ledger_so_far=ledger.total,
+            ledger_so_far=ledger,
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,
-            again=bool(self._again),
+            again=sorted(self._again),
         )
         ray.get(call, timeout=_POLL_TIMEOUT_SECONDS * 6)
+        self._registered = True

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_IMODE, S_ISREG
 from typing import Any, Final, TypeAlias, TypeVar
 
 import structlog
@@ -25,6 +25,7 @@ from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
 from cluster.store.local_errors import (
     LinkToNothing,
+    LockHeld,
     NoHardLinks,
     NotMounted,
     passing_reason,
@@ -209,19 +210,19 @@ class LocalStore(Store):
             if self._stat(key) is None:
                 self._check_mounted(before_use=True)
                 return False
-            with self._lock(path.parent):
+            # Written before the lock is taken, which so is held for moments.
+            with self._temporary(key, data) as temporary, self._lock(path.parent):
                 before = self._stat_open(key)
                 if not _is_one_of(written, path):
                     if before is None or _etag(before) != etag:
                         return False
-                    with self._temporary(key, data) as temporary:
-                        if _etag(temporary.stat()) == etag:
-                            # As long as the old one, within one tick of the file system's clock.
-                            later = before.st_mtime_ns + 2 * 10**9
-                            os.utime(temporary, ns=(later, later))
-                        written.add(_file(temporary.stat()))
-                        temporary.replace(path)
-                _sync_folder(path.parent)
+                    if _etag(temporary.stat()) == etag:
+                        # As long as the old one, within one tick of the file system's clock.
+                        later = before.st_mtime_ns + 2 * 10**9
+                        os.utime(temporary, ns=(later, later))
+                    written.add(_file(temporary.stat()))
+                    temporary.replace(path)
+            _sync_folder(path.parent)
             return True
 
         return self._call(key, attempt)
@@ -229,9 +230,20 @@ class LocalStore(Store):
     @contextmanager
     def _lock(self, folder: Path) -> Iterator[None]:
         """One at a time among the processes of all machines that replace objects in `folder`. The
-        lock ends with its process; the file stays, hidden, because removing it would be a race."""
-        with (folder / ".replace.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock ends with its process; the file stays, hidden, because removing it would be a race.
+        Raises LockHeld while another has it: a process that was stopped may hold it for ever."""
+        path = folder / ".replace.lock"
+        try:
+            file = path.open("a")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: the lock {path}") from error
+        with file:
+            with suppress(OSError):  # another user's, who let others write or did not
+                os.fchmod(file.fileno(), S_IMODE(folder.stat().st_mode) & 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LockHeld(f"another process holds {path}") from error
             yield
 
     @contextmanager

@@ -49,9 +49,13 @@ class LinkToNothing(OSError):
     """A link whose end is not there; the drive that it leads to may not be mounted."""
 
 
+class LockHeld(OSError):
+    """Another process has the lock of a folder."""
+
+
 def passing_reason(error: Exception) -> str | None:
     """The name of an error that may pass; None for one that waiting does not mend."""
-    if isinstance(error, NotMounted | LinkToNothing):
+    if isinstance(error, NotMounted | LinkToNothing | LockHeld):
         return type(error).__name__
     if isinstance(error, OSError) and error.errno in _PASSING:
         return errno.errorcode[error.errno]
@@ -68,6 +72,8 @@ def store_error(error: OSError, path: Path, patience: float) -> StoreError:
         return StoreError(f"{path}: {error}; is it mounted on this machine?{waited}")
     if isinstance(error, LinkToNothing):
         return StoreError(f"{error}; mount what it leads to, or remove it{waited}")
+    if isinstance(error, LockHeld):
+        return StoreError(f"{path}: {error}; end it if it hangs (`lsof` names it){waited}")
     if error.errno in _FULL:
         return StoreError(
             f"{path}: {error.strerror} on the disk at {_mount_of(path)}; free space there{waited}"

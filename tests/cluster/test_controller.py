@@ -15,6 +15,7 @@ from cluster.controller import (
     CONTROLLER_NAME,
     CONTROLLER_NAMESPACE,
     RunController,
+    RunName,
     RunProgress,
     get_controller,
     report_commit,
@@ -34,7 +35,10 @@ UNIT = UnitLedger(
 )
 
 
-def register(controller: RunController, **more: object) -> None:
+RUN = RunName("run", "s3://out")
+
+
+def register(controller: RunController, name: RunName = RUN, **more: object) -> None:
     values: dict[str, object] = {
         "meta": {"output": "s3://out"},
         "units_total": 4,
@@ -44,11 +48,11 @@ def register(controller: RunController, **more: object) -> None:
         "max_error_share": 0.2,
         "error_share_after": 10,
     }
-    controller.register("run", **(values | more))  # type: ignore[arg-type]
+    controller.register(name, **(values | more))  # type: ignore[arg-type]
 
 
 def progress(controller: RunController) -> RunProgress:
-    found = controller.progress("run")
+    found = controller.progress(RUN)
     assert found is not None
     return found
 
@@ -57,7 +61,7 @@ def test_a_unit_counts_once_if_its_commit_is_reported_repeatedly() -> None:
     controller = RunController()
     register(controller)
     for _ in range(3):
-        assert controller.unit_committed("run", "a", UNIT)
+        assert controller.unit_committed(RUN, "a", UNIT)
 
     now = progress(controller)
     assert (now.units_done, now.rows_done) == (1, 10)
@@ -74,20 +78,20 @@ def test_rows_of_earlier_attempts_count_as_done_but_not_towards_the_speed() -> N
     assert (resumed.rows_done, resumed.units_done) == (20, 2)
     assert (resumed.rows_per_second, resumed.eta_seconds) == (0.0, None)
 
-    controller.unit_committed("run", "a", UNIT)
+    controller.unit_committed(RUN, "a", UNIT)
     assert progress(controller).rows_done == 20
 
-    controller.unit_committed("run", "c", UNIT)
+    controller.unit_committed(RUN, "c", UNIT)
     assert progress(controller).rows_per_second > 0
     assert progress(controller).eta_seconds is not None
 
 
 def test_a_restarted_controller_is_rebuilt_by_registering_again() -> None:
     restarted = RunController()
-    assert not restarted.unit_committed("run", "a", UNIT)
-    assert restarted.progress("run") is None
-    assert restarted.stop_reason("run") is None
-    restarted.finish("run", "completed")
+    assert not restarted.unit_committed(RUN, "a", UNIT)
+    assert restarted.progress(RUN) is None
+    assert restarted.stop_reason(RUN) is None
+    restarted.finish(RUN, "completed")
 
     register(restarted, units_done=["a"], ledger_so_far=UNIT)
     assert progress(restarted).rows_done == 10
@@ -102,13 +106,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 def test_events_are_counted_by_kind_and_start_anew_with_an_attempt(clock: FakeClock) -> None:
     controller = RunController()
-    controller.event("run", "replica_died")
+    controller.event(RUN, "replica_died")
     register(controller)
-    controller.event("run", "replica_died")
-    controller.event("run", "replica_died")
+    controller.event(RUN, "replica_died")
+    controller.event(RUN, "replica_died")
     clock.time = 50.0
-    controller.event("run", "store_waited", 40)
-    ended = controller.finish("run", "completed")
+    controller.event(RUN, "store_waited", 40)
+    ended = controller.finish(RUN, "completed")
     assert ended is not None
     assert ended.events == {"replica_died": 2, "store_waited": 40}
 
@@ -129,7 +133,7 @@ def test_seconds_that_many_waited_at_the_same_time_are_counted_once(
         waited = np.zeros(1_000 * 10, bool)  # tenths of a second
         for pause, seconds in told:
             clock.time += round(pause, 1)
-            controller.event("run", "store_waited", seconds)
+            controller.event(RUN, "store_waited", seconds)
             end = round(clock.time * 10)
             waited[max(0, end - 10 * seconds) : end] = True
         counted = progress(controller).events.get("store_waited", 0)
@@ -144,9 +148,9 @@ def test_actors_that_tell_of_the_same_wait_count_once(clock: FakeClock) -> None:
     register(controller)
     for second in range(10, 101, 10):
         clock.time = float(second)
-        controller.event("run", "replicas_waited", 10)
+        controller.event(RUN, "replicas_waited", 10)
         clock.time += 1.0
-        controller.event("run", "replicas_waited", 10)
+        controller.event(RUN, "replicas_waited", 10)
     assert progress(controller).events == {"replicas_waited": 101}
 
 
@@ -154,24 +158,25 @@ def test_a_run_stops_for_the_error_rows_of_this_attempt_alone() -> None:
     bad = UnitLedger(rows=10, failed={"read_failed": 10})
     controller = RunController()
     register(controller, units_done=["a"], ledger_so_far=bad)
-    controller.unit_committed("run", "a", bad)
-    assert controller.stop_reason("run") is None
+    controller.unit_committed(RUN, "a", bad)
+    assert controller.stop_reason(RUN) is None
 
-    controller.unit_committed("run", "b", bad)
-    reason = controller.stop_reason("run")
+    controller.unit_committed(RUN, "b", bad)
+    reason = controller.stop_reason(RUN)
     assert reason is not None
     assert "10 of the 10 rows" in reason
 
     register(controller, units_done=["a", "b"], ledger_so_far=bad + bad)
-    assert controller.stop_reason("run") is None
+    assert controller.stop_reason(RUN) is None
 
 
 def test_a_finished_run_keeps_its_state_and_speed() -> None:
     controller = RunController()
     register(controller)
-    controller.unit_committed("run", "a", UnitLedger(rows=40))
+    for unit in "abcd":
+        controller.unit_committed(RUN, unit, UnitLedger(rows=10))
     assert progress(controller).state == "running"
-    controller.finish("run", "completed")
+    controller.finish(RUN, "completed")
 
     done = progress(controller)
     assert done.state == "completed"
@@ -181,10 +186,18 @@ def test_a_finished_run_keeps_its_state_and_speed() -> None:
 
 def test_completed_with_failed_rows_is_completed_with_errors() -> None:
     controller = RunController()
-    register(controller)
-    controller.unit_committed("run", "a", UNIT)
-    controller.finish("run", "completed")
+    register(controller, units_total=1)
+    controller.unit_committed(RUN, "a", UNIT)
+    controller.finish(RUN, "completed")
     assert progress(controller).state == "completed_with_errors"
+
+
+def test_a_run_that_ends_without_all_its_units_is_incomplete() -> None:
+    controller = RunController()
+    register(controller)
+    controller.unit_committed(RUN, "a", UNIT)
+    controller.finish(RUN, "completed")
+    assert progress(controller).state == "incomplete"
 
 
 def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray: None) -> None:
@@ -193,7 +206,7 @@ def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray:
         assert get_controller() == controller
         ray.get(
             controller.register.remote(
-                "named",
+                RUN,
                 meta={},
                 units_total=1,
                 rows_total=10,
@@ -203,9 +216,9 @@ def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray:
                 error_share_after=1,
             )
         )
-        report_commit("named", "a", UNIT)
-        report_event("named", RunEvent.REPLICA_DIED, 2)
-        known = ray.get(controller.progress.remote("named"))
+        report_commit(RUN, "a", UNIT)
+        report_event(RUN, RunEvent.REPLICA_DIED, 2)
+        known = ray.get(controller.progress.remote(RUN))
         assert known.rows_done == 10
         assert known.events == {"replica_died": 2}
     finally:
@@ -215,11 +228,11 @@ def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray:
 def test_telling_a_controller_that_is_not_there_does_not_fail(
     local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report_commit("nobody", "a", UNIT)
-    report_event("nobody", RunEvent.REPLICA_DIED)
+    report_commit(RUN, "a", UNIT)
+    report_event(RUN, RunEvent.REPLICA_DIED)
     with monkeypatch.context() as broken:
         broken.setattr("cluster.controller.ray.get_actor", lambda *_, **__: 1 / 0)
-        report_event("nobody", RunEvent.REPLICA_DIED)
+        report_event(RUN, RunEvent.REPLICA_DIED)
     with pytest.raises(ValueError, match=CONTROLLER_NAME):
         ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAMESPACE)
 
@@ -227,43 +240,92 @@ def test_telling_a_controller_that_is_not_there_does_not_fail(
 def test_asking_failed_rows_again_leaves_the_guard_of_a_running_job_on() -> None:
     controller = RunController()
     register(controller, rows_total=10_000)
-    controller.unit_committed("run", "bad", UnitLedger(rows=600, failed={"x": 600}))
-    assert controller.stop_reason("run") is not None
-    register(controller, rows_total=600, max_error_share=1.0, again=True)
-    assert controller.stop_reason("run") is not None
-    controller.finish("run", "completed")
-    register(controller, rows_total=600, max_error_share=1.0, again=True)
-    assert controller.stop_reason("run") is None
+    controller.unit_committed(RUN, "bad", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason(RUN) is not None
+    register(controller, rows_total=600, max_error_share=1.0, again=["bad"])
+    assert controller.stop_reason(RUN) is not None
+    controller.finish(RUN, "completed")
+    register(controller, rows_total=600, max_error_share=1.0, again=["bad"])
+    assert controller.stop_reason(RUN) is None
+
+
+def test_rows_that_fail_again_are_nothing_that_the_guard_of_a_running_job_counts() -> None:
+    bad = UnitLedger(rows=600, failed={"x": 600})
+    controller = RunController()
+    register(controller, rows_total=10_000)
+    register(controller, rows_total=10_000, max_error_share=1.0, again=["asked"])
+    controller.unit_committed(RUN, "asked", bad)
+    assert controller.stop_reason(RUN) is None
+    assert progress(controller).rows_done == 600
+
+    controller.unit_committed(RUN, "of the job", bad)
+    assert controller.stop_reason(RUN) is not None
+
+
+def test_commands_that_ask_failed_rows_again_do_not_end_the_job_beside_them() -> None:
+    controller = RunController()
+    register(controller, rows_total=10_000)
+    for _ in range(2):  # the second must not take the first one's view for nobody's
+        register(controller, rows_total=10_000, max_error_share=1.0, again=["asked"])
+        ended = controller.finish(RUN, "completed", again=True)
+        assert ended is not None
+        assert progress(controller).state == "running"
+    controller.unit_committed(RUN, "of the job", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason(RUN) is not None, "the job's guard"
+    controller.finish(RUN, "stopped")
+    assert progress(controller).state == "stopped"
+
+
+def test_a_command_that_asks_failed_rows_again_alone_ends_its_view() -> None:
+    """Also behind one of its kind that was killed."""
+    controller = RunController()
+    for _ in range(2):
+        register(controller, again=["asked"])
+    controller.finish(RUN, "failed", again=True)
+    assert progress(controller).state == "failed"
+
+
+def test_one_run_in_two_outputs_is_two_views() -> None:
+    """Equal settings have equal run ids, wherever the rows go."""
+    bad = UnitLedger(rows=10, failed={"x": 10})
+    controller, other = RunController(), RunName("run", "s3://elsewhere")
+    register(controller)
+    register(controller, other)
+    controller.unit_committed(RUN, "a", bad)
+    assert controller.stop_reason(RUN) is not None
+    assert controller.stop_reason(other) is None
+    assert [run.rows_done for run in controller.runs()] == [10, 0]
 
 
 def test_a_job_that_starts_again_brings_its_own_guard() -> None:
     """Also where the one before was killed, so that nobody ended its view."""
     controller = RunController()
     register(controller, rows_total=10_000)
-    controller.unit_committed("run", "bad", UnitLedger(rows=600, failed={"x": 600}))
-    assert controller.stop_reason("run") is not None
+    controller.unit_committed(RUN, "bad", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason(RUN) is not None
     register(controller, rows_total=10_000, max_error_share=1.0)
-    assert controller.stop_reason("run") is None
+    assert controller.stop_reason(RUN) is None
 
 
 def test_a_death_that_several_actors_tell_of_counts_once() -> None:
     controller = RunController()
     register(controller)
     for replica in ("a", "b", "a"):
-        controller.event("run", "replica_died", 1, replica)
-    controller.event("run", "call_resent", 1)
-    controller.event("run", "call_resent", 1)
+        controller.event(RUN, "replica_died", 1, replica)
+    controller.event(RUN, "call_resent", 1)
+    controller.event(RUN, "call_resent", 1)
     assert progress(controller).events == {"replica_died": 2, "call_resent": 2}
 
 
 def test_the_controller_keeps_running_runs_and_the_latest_that_ended() -> None:
     controller = RunController()
     for number in range(300):
+        name = RunName(f"r{number}", "s3://out")
         controller.register(
-            f"r{number}", meta={}, units_total=1, rows_total=1, units_done=[],
+            name, meta={}, units_total=1, rows_total=1, units_done=[],
             ledger_so_far=UnitLedger(), max_error_share=0.2, error_share_after=10,
         )  # fmt: skip
         if number:
-            controller.finish(f"r{number}", "completed")
+            controller.finish(name, "completed")
     kept = [run.run_id for run in controller.runs()]
     assert kept == ["r0", *(f"r{n}" for n in range(199, 300))]

@@ -133,14 +133,23 @@ def test_the_report_has_the_same_figures_from_the_output_only(
     assert stored["modelled"] == flops
 
 
-def test_the_next_invocation_writes_a_missing_summary(embedded: Fleet, tmp_path: Path) -> None:
+def test_the_next_invocation_writes_a_missing_or_stale_summary(
+    embedded: Fleet, tmp_path: Path
+) -> None:
     local = str(tmp_path)
     make_corpus(kind="caption", rows=4, output=f"{local}/corpus")
     assert caption_corpus.main(arguments(local)) == 0
     summary = tmp_path / "labels" / "_run" / "summary.json"
+    written = summary.read_text()
     summary.unlink()
     assert caption_corpus.main(arguments(local)) == 0
     assert json.loads(summary.read_text())["rows"] == 4
+    summary.write_text(json.dumps(json.loads(written) | {"units_done": 0, "rows": 0}))
+    assert caption_corpus.main(arguments(local)) == 0
+    assert json.loads(summary.read_text())["rows"] == 4
+    summary.write_text(written)
+    assert caption_corpus.main(arguments(local)) == 0
+    assert summary.read_text() == written, "what is true stays, with its attempt's figures"
 
 
 def test_online_and_batch_requests_share_a_replica_and_give_equal_captions(

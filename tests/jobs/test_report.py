@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cluster.controller import RunName
 from cluster.corpus.source import read_unit
 from cluster.images import decode_image
 from cluster.output.checks import ExpectedUnits
@@ -81,7 +82,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = RunOutput.open(run.output)
     plan = plan_run(run, labels, model_revision=revision, image_backend="pil")
     settings = LabellerSettings(
-        run_id=plan.run_id,
+        name=RunName(plan.run_id, labels.uri),
         first_unit=plan.units[0].unit_id,
         config=run,
         model_revision=revision,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.controller import RunName
 from cluster.corpus.table import build_error_table
 from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
@@ -53,7 +54,7 @@ def commit_unreadable(corpus: str, labels: str) -> int:
         image_backend=image_backend(load_processor(model)),
     )
     settings = LabellerSettings(
-        run_id=manifest.run_id,
+        name=RunName(manifest.run_id, labels),
         first_unit=manifest.units[0].unit_id,
         config=config,
         model_revision=model.revision,

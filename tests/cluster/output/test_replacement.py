@@ -312,10 +312,11 @@ class _Planned:
 
 
 def test_a_sink_replaces_the_rows_of_packed_units(tmp_path: Path) -> None:
-    output = put_unit(open_store(tmp_path), [fault(0), answer(1), fault(2)])
-    told: list[int] = []
+    store, told = open_store(tmp_path), list[int]()
+    output = put_unit(store, [fault(0), answer(1), fault(2)])
+    store.put("_run/manifest.json", b'{"run_id": "run"}')
     sink = RetrySink(
-        cast(Manifest, _Planned()), output, on_commit=lambda *event: told.append(event[2].rows)
+        cast(Manifest, _Planned()), output, on_commit=lambda *event: told.append(event[1].rows)
     )
     block = pack_unit(planned([answer(0), answer(2)], 3))
     assert sink.write([block], None) == 1

@@ -25,7 +25,7 @@ from cluster.output.run_output import RunOutput, UnitNames
 from cluster.output.summary import summarise
 from cluster.output.unit_file import UnitFooter, write_unit_file
 from cluster.report.terminal import render
-from cluster.store import ObjectInfo, Store, open_store
+from cluster.store import LocalStore, ObjectInfo, Store, open_store
 from tests.cluster.corpora import Planned, image, plan, put_parquet
 
 
@@ -152,11 +152,29 @@ def test_the_first_break_even_decision_is_kept(output: RunOutput) -> None:
     assert output.break_even() == first
 
 
+def test_a_store_with_conditional_writes_is_taken(output: RunOutput) -> None:
+    output.check_first_writer_wins()
+    output.check_replaced_by_version()
+
+
+def test_an_output_whose_store_does_not_answer_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = run_of(tmp_path, f"{tmp_path}/out", "p")
+    assert planned.output.is_here()
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(LocalStore, "get_range", refuse)
+    assert not planned.output.is_here()
+
+
 def test_a_summary_is_replaced(output: RunOutput, store: Store) -> None:
-    assert not output.has_summary()
+    assert output.summary() is None
     output.put_summary("{}")
     output.put_summary('{"rows": 1}')
-    assert output.has_summary()
+    assert output.summary() == b'{"rows": 1}'
     assert store.get("_run/summary.json") == b'{"rows": 1}'
 
 

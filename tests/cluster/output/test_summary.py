@@ -15,7 +15,7 @@ from cluster.errors import StoreError, UsageError
 from cluster.output import summary as summary_module
 from cluster.output.accuracy import Accuracy
 from cluster.output.run_output import RunOutput, UnitNames
-from cluster.output.summary import Attempt, Generation, keep_summary, summarise
+from cluster.output.summary import Attempt, Generation, is_current, keep_summary, summarise
 from cluster.output.unit_file import Retry, UnitFooter, write_unit_file
 from cluster.report.terminal import render
 from cluster.store import open_store
@@ -108,6 +108,20 @@ def test_a_summary_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
     (tmp_path / "out" / "_run" / "summary.json").mkdir()
     keep_summary(planned.output, summarise(planned.output))
     assert (tmp_path / "out" / "_run" / "summary.json").is_dir(), "it stands in its place"
+
+
+def test_a_summary_is_current_while_it_says_of_the_rows_what_is_so(tmp_path: Path) -> None:
+    """A driver may be killed between its last commit and its summary."""
+    planned = plan_two_units(tmp_path)
+    assert not is_current(planned.output.summary(), summarise(planned.output))
+    for number, failed in enumerate(({"image_missing": 1}, {})):
+        commit(planned, number, UnitLedger(rows=2, failed=failed), key=["a", "b"])
+        stale, now = planned.output.summary(), summarise(planned.output)
+        assert not is_current(stale, now)
+        keep_summary(planned.output, now)
+        assert is_current(planned.output.summary(), summarise(planned.output))
+    for text in (b"", b"[]", b"{", b'{"rows": 4}'):
+        assert not is_current(text, now)
 
 
 def test_what_asking_again_did_is_summed_by_generation(tmp_path: Path) -> None:

@@ -88,3 +88,16 @@ def test_the_description_is_written_once_and_fits_the_layout(tmp_path: Path) -> 
     store.put(".huggingface.yaml", b"of the user")
     output.describe_data_files()
     assert store.get(".huggingface.yaml") == b"of the user"
+
+
+def test_the_description_that_an_older_run_left_is_replaced(tmp_path: Path) -> None:
+    """`rm -r out/*` leaves hidden files."""
+    store = open_store(tmp_path)
+    for run_id in ("0123456789abcdef", "fedcba9876543210", "fedcba9876543210"):
+        RunOutput(store, UnitNames(run_id=run_id)).describe_data_files()
+        (config,) = yaml.safe_load(store.get(".huggingface.yaml"))["configs"]
+        assert config["data_files"] == f"{run_id}-*.parquet"
+    theirs = b"# rows of 0123456789abcdef-*.parquet, and more"
+    store.put(".huggingface.yaml", theirs)
+    RunOutput(store, UnitNames(run_id="0123456789abcdef")).describe_data_files()
+    assert store.get(".huggingface.yaml") == theirs

@@ -13,12 +13,14 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from cluster.corpus.packed import pack_unit
-from cluster.errors import CommitRefused
+from cluster.errors import CommitRefused, StoreError
 from cluster.events import RunEvent, ignore_event
 from cluster.other_node import other_nodes
 from cluster.output import unit_writes
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_writes import _write_if_here, write_units
+from cluster.store import open_store
+from tests.cluster.corpora import plan, put_parquet
 from tests.cluster.labelled_tables import row, table
 
 
@@ -38,6 +40,9 @@ class Output:
 
     def is_here(self) -> bool:
         return os.getpid() not in self.blind
+
+    def check_run(self) -> None:
+        pass
 
 
 BLOCKS = [pack_unit(table(row(0), row(1))), pack_unit(table(row(0), row(1), row(2)))]
@@ -111,3 +116,22 @@ def test_the_other_nodes_are_those_that_live(monkeypatch: pytest.MonkeyPatch) ->
     listed = [{"NodeID": node, "Alive": alive} for node, alive in nodes.items()]
     monkeypatch.setattr("ray.nodes", lambda: listed)
     assert {node.node_id for node in other_nodes()} == {"b" * 56, "d" * 56}
+
+
+def test_nothing_is_written_to_an_output_that_is_another_runs_by_now(tmp_path: Path) -> None:
+    """Somebody emptied the folder and began another run there while this one's driver slept."""
+    put_parquet(open_store(f"{tmp_path}/in"), "a.parquet", pa.table({"image": [b"0"]}))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out")
+    output, run_id = planned.output, planned.manifest.run_id
+    write = partial(count_rows, tmp_path / "journal")
+    assert write_units(BLOCKS, write, output, ignore_event) == [2, 3]
+
+    manifest = tmp_path / "out/_run/manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(run_id.encode(), b"0" * 16))
+    assert not output.is_here(), "below a mount that is missing there may be an older run's folder"
+    with pytest.raises(StoreError, match=f"not the output of run {run_id} any more"):
+        write_units(BLOCKS, write, output, ignore_event)
+    manifest.unlink()
+    with pytest.raises(StoreError, match="removed or replaced"):
+        write_units(BLOCKS, write, output, ignore_event)
+    assert (tmp_path / "journal").read_text().split() == ["2", "3"]

@@ -21,7 +21,7 @@ import ray.data
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
-from cluster.controller import get_controller, report_commit
+from cluster.controller import RunName, get_controller, report_commit
 from cluster.corpus.image_values import image_array
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.errors import ErrorShareExceeded, FleetUnavailable
@@ -50,7 +50,8 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
 
 def labeller_settings(run: RunConfig, run_id: str = "run", **more: object) -> LabellerSettings:
     values = {"first_unit": "first", "app": "", "deployment": "", "slots": 4, **more}
-    return LabellerSettings(run_id=run_id, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
+    name = RunName(run_id, run.output)
+    return LabellerSettings(name=name, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
 
 def unit(
@@ -444,10 +445,10 @@ def test_a_stopped_replica_and_a_row_that_hangs_its_engine_cost_no_row(serving: 
 
 
 def test_the_controllers_stop_reason_stops_the_run_before_the_next_unit(local_ray: None) -> None:
-    controller = get_controller()
+    controller, failing = get_controller(), RunName("failing", config().output)
     ray.get(
         controller.register.remote(
-            "failing",
+            failing,
             meta={},
             units_total=3,
             rows_total=30,
@@ -457,7 +458,9 @@ def test_the_controllers_stop_reason_stops_the_run_before_the_next_unit(local_ra
             error_share_after=5,
         )
     )
-    report_commit("failing", "a", UnitLedger(rows=10, failed={"read_failed": 9}))
+    report_commit(
+        RunName("failing", config().output), "a", UnitLedger(rows=10, failed={"read_failed": 9})
+    )
     with pytest.raises(ErrorShareExceeded, match="9 of the 10 rows"):
         label(config(), unit("u", 2), run_id="failing")
     ray.kill(controller)

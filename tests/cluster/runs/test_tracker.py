@@ -11,7 +11,7 @@ import ray
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
-from cluster.controller import get_controller, report_event
+from cluster.controller import RunName, get_controller, report_event
 from cluster.errors import ErrorShareExceeded, StoreError
 from cluster.events import RunEvent
 from cluster.output.manifest import Manifest
@@ -34,12 +34,16 @@ def planned(tmp_path: Path) -> tuple[RunConfig, Manifest, RunOutput]:
     return config, manifest, run_output
 
 
-def state(manifest: Manifest) -> str:
+def name(planned: tuple[RunConfig, Manifest, RunOutput]) -> RunName:
+    return RunName(planned[1].run_id, planned[2].uri)
+
+
+def state(planned: tuple[RunConfig, Manifest, RunOutput]) -> str:
     """The run's state as the controller has it, also while that restarts."""
     deadline = time.monotonic() + 60
     while True:
         try:
-            known = ray.get(get_controller().progress.remote(manifest.run_id))
+            known = ray.get(get_controller().progress.remote(name(planned)))
         except ray.exceptions.RayActorError:
             assert time.monotonic() < deadline, "no controller"
             time.sleep(0.2)
@@ -73,7 +77,7 @@ def test_a_run_goes_on_where_no_controller_answers(
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (None, "completed"),
+        (None, "incomplete"),
         (KeyboardInterrupt(), "stopped"),
         (ErrorShareExceeded("too many"), "stopped"),
         (StoreError("gone"), "failed"),
@@ -88,18 +92,18 @@ def test_the_controller_records_how_the_run_ended(
 ) -> None:
     if error is None:
         with RunTracker(*planned):
-            assert state(planned[1]) == "running"
+            assert state(planned) == "running"
     else:
         with pytest.raises(type(error)), RunTracker(*planned):
             raise error
-    assert state(planned[1]) == expected
+    assert state(planned) == expected
 
 
 def test_what_happened_in_the_attempt_is_known_once_it_ended(
     local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
 ) -> None:
     with RunTracker(*planned) as tracker:
-        report_event(planned[1].run_id, RunEvent.ROW_QUARANTINED)
+        report_event(name(planned), RunEvent.ROW_QUARANTINED)
         assert tracker.events == {}
     assert tracker.events == {"row_quarantined": 1}
 
@@ -125,5 +129,34 @@ def test_the_reason_to_stop_is_known_without_the_error_that_ended_the_workers(
         assert tracker.stop_error() is None
         ledger = UnitLedger(rows=3, failed={"image_missing": 1})
         unit = manifest.units[0].unit_id
-        ray.get(get_controller().unit_committed.remote(manifest.run_id, unit, ledger))
+        ray.get(get_controller().unit_committed.remote(name(planned), unit, ledger))
         assert "1 of the 3 rows" in str(tracker.stop_error())
+
+
+def test_a_committed_unit_that_cannot_be_read_is_an_error_before_any_compute(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
+) -> None:
+    _, manifest, output = planned
+    unit = f"{manifest.run_id}-{manifest.units[0].unit_id}.parquet"
+    (Path(output.uri) / unit).write_bytes(b"damaged")
+    with pytest.raises(StoreError, match="remove it and resume"), RunTracker(*planned):
+        pass
+
+
+def test_what_an_earlier_attempt_left_in_the_controller_does_not_stop_this_one(
+    local_ray: None,
+    planned: tuple[RunConfig, Manifest, RunOutput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, manifest, output = planned
+    strict = replace(config, max_error_share=0.0, error_share_after=1)
+    failed = UnitLedger(rows=3, failed={"image_missing": 3})
+    with RunTracker(strict, manifest, output) as tracker:
+        ray.get(get_controller().unit_committed.remote(name(planned), "u", failed))
+        assert tracker.stop_error() is not None
+    again = RunTracker(strict, manifest, output)
+    with monkeypatch.context() as broken:
+        broken.setattr(RunTracker, "_register", lambda *_: 1 / 0)  # the controller is slow, say
+        again.__enter__()
+    assert again.progress() is not None
+    assert again.stop_error() is None

@@ -52,6 +52,46 @@ def exit_code(pid: int) -> int:
 
 
 @FORKS
+def test_a_process_that_was_stopped_inside_a_replacement_holds_nobody_for_ever(
+    tmp_path: Path,
+) -> None:
+    store, clock = LocalStore(tmp_path), FakeClock()
+    store.put("unit", b"old")
+    info = store.head("unit")
+    assert info is not None
+    holding, told = os.pipe()
+
+    def hold() -> bool:
+        with store._lock(tmp_path):
+            os.write(told, b".")
+            signal.pause()
+        return True
+
+    holder = fork(hold)
+    os.read(holding, 1)
+    waiting = patient(tmp_path, clock)
+    with pytest.raises(StoreError, match=r"another process holds .*\.replace\.lock; end it"):
+        waiting.put_if_match("unit", b"new", etag=info.etag, writer="w")
+    assert clock.time >= 600
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert waiting.put_if_match("unit", b"new", etag=info.etag, writer="w")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_whoever_may_write_to_a_folder_may_lock_it(tmp_path: Path) -> None:
+    """A team's folder is its group's; the lock is whoever's came first."""
+    tmp_path.chmod(0o775)
+    umask = os.umask(0o077)
+    try:
+        with LocalStore(tmp_path)._lock(tmp_path):
+            pass
+    finally:
+        os.umask(umask)
+    assert (tmp_path / ".replace.lock").stat().st_mode & 0o777 == 0o664
+
+
+@FORKS
 @pytest.mark.parametrize("method", ["put_if_absent", "put_if_match"])
 def test_exactly_one_of_many_racing_processes_wins(tmp_path: Path, method: str) -> None:
     store = LocalStore(tmp_path)

@@ -5,6 +5,8 @@ summary and a contact sheet, in a local folder.
 from __future__ import annotations
 
 import io
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +16,55 @@ from PIL import Image
 
 from cluster.config import Kind
 from cluster.demo.contact_sheet import Tile, write_contact_sheet
+from cluster.errors import UsageError
 from cluster.output.summary import Summary
 from cluster.store import Store, open_store
 
 _TILES = 24
 _PRINTED_ROWS = 8
 _CAPTION_COLUMNS = ["text", "caption"]
+_SUMMARY = "summary.json"
+_SHEET = "sheet.png"
+
+
+def check_folder(kind: Kind, folder: Path) -> None:
+    """Raises UsageError where `folder`/<kind> holds anything but what an earlier embedded run left:
+    a folder of this name may be somebody's output or corpus."""
+    target = folder / kind
+    others = set(target.iterdir() if target.is_dir() else ()) - _earlier(target)
+    if others:
+        raise UsageError(
+            f"{min(others)} is none of an embedded run's results, which are kept in {target}: move "
+            "it, or run the command in another folder"
+        )
+
+
+def _earlier(target: Path) -> set[Path]:
+    """What an embedded run left there: its rows are named after the run of its summary."""
+    found = {target / _SUMMARY, target / _SHEET}
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        run_id = json.loads((target / _SUMMARY).read_bytes())["run_id"]
+        found |= set(target.glob(f"{run_id}-*.parquet"))
+    return found
 
 
 def copy_results(kind: Kind, summary: Summary, folder: Path) -> str:
-    """Copies the output to `folder`/<kind>, draws the contact sheet and returns a message about
-    both."""
+    """Copies the output to `folder`/<kind> in place of an earlier one, draws the contact sheet and
+    returns a message about both."""
     output, corpus = open_store(summary.output), open_store(summary.input)
     target = folder / kind
     target.mkdir(parents=True, exist_ok=True)
-    for stale in target.glob("*.parquet"):
-        stale.unlink()
+    for stale in _earlier(target):
+        stale.unlink(missing_ok=True)
     tables = []
     for info in output.list(suffixes=(".parquet",)):
         data = output.get(info.key)
         (target / info.key).write_bytes(data)
         tables.append(pq.read_table(io.BytesIO(data)))
-    (target / "summary.json").write_text(summary.to_json())
+    (target / _SUMMARY).write_text(summary.to_json())
     labelled = pa.concat_tables(tables)
     tiles = _make_tiles(kind, labelled, _read_images(corpus))
-    sheet = write_contact_sheet(tiles, target / "sheet.png")
+    sheet = write_contact_sheet(tiles, target / _SHEET)
     lines = "".join(f"{tile.title}  {tile.text}\n" for tile in tiles[:_PRINTED_ROWS])
     exact = ""
     if kind == "caption":

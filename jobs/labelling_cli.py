@@ -28,6 +28,7 @@ from sppruner.tiny import EMBEDDED
 
 _INTERRUPTED = 130  # a shell's status for a command that SIGINT ended
 _DEMO_ROWS = 384
+_DEMO_RESULTS = Path("out")
 # Small units: the few rows of a demonstration still take several commits and control batches.
 _DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25, "slots": 16}
 
@@ -186,7 +187,7 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
     from cluster.output.failed_rows import ErrorChoice
     from cluster.report.terminal import print_report
     from cluster.runs.run import run
-    from jobs.demo_results import copy_results
+    from jobs.demo_results import check_folder, copy_results
     from jobs.make_corpus import make_corpus
 
     stderr = open_console(stderr=True)
@@ -194,6 +195,7 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
         demo = arguments.input is None
         environment: Mapping[str, str] = {}
         if demo:
+            check_folder(job.kind, _DEMO_RESULTS)
             server = stack.enter_context(LocalS3("demo"))
             environment = server.environment
             arguments.input = f"{server.uri}/corpus"
@@ -208,7 +210,7 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
         with report_shown(config.output):
             print_report(outcome.summary, note=outcome.note)
             if demo:
-                print(copy_results(job.kind, outcome.summary, Path("out")))
+                print(copy_results(job.kind, outcome.summary, _DEMO_RESULTS))
         return outcome.exit_code
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from tokenizers.decoders import DecodeStream
+
+_NO_CHARACTER: Final = "\ufffd"
 
 
 class Detokenizer:
@@ -28,7 +30,12 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Decodes one more token; returns what `text` grew by, which may be nothing."""
-        self._decoded += self._stream.step(self._tokenizer, token) or ""
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except Exception:  # of no class of its own: the bytes before this token are no UTF-8
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = _NO_CHARACTER + (self._stream.step(self._tokenizer, token) or "")
+        self._decoded += piece or ""
         if not self.text:
             self._decoded = self._decoded.lstrip()
         found = [at for stop in self._stops if (at := self._decoded.find(stop)) >= 0]
@@ -49,7 +56,7 @@ class Detokenizer:
         """Number of characters at the end that may begin a stop string."""
         longest = 0
         for stop in self._stops:
-            for size in range(len(stop) - 1, longest, -1):
+            for size in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
                 if self._decoded.endswith(stop[:size]):
                     longest = size
                     break

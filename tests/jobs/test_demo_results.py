@@ -20,8 +20,9 @@ from tests.cluster.corpora import put_parquet
 
 def ended_run(folder: Path, run_id: str, rows: int) -> Summary:
     """An embedded run that has ended: its corpus, a unit for each row, its summary."""
-    make_corpus(kind="caption", rows=rows, output=str(folder / "in"))
-    corpus = pq.read_table(folder / "in").to_pylist()
+    corpus_folder = folder / f"in-{run_id}"
+    make_corpus(kind="caption", rows=rows, output=str(corpus_folder))
+    corpus = pq.read_table(corpus_folder).to_pylist()
     for number, row in enumerate(corpus):
         labels = {
             "key": row["key"], "text": row["caption"], "caption": row["caption"],
@@ -30,7 +31,7 @@ def ended_run(folder: Path, run_id: str, rows: int) -> Summary:
         unit = f"{run_id}-{number}.parquet"
         put_parquet(open_store(folder / run_id), unit, pa.Table.from_pylist([labels]))
     return Summary(
-        run_id=run_id, created="", settings={}, input=str(folder / "in"),
+        run_id=run_id, created="", settings={}, input=str(corpus_folder),
         output=str(folder / run_id), units=rows, units_done=rows, rows_planned=rows,
         total=UnitLedger(rows=rows), measured=None, duplicate_keys=0, accuracy=None,
     )  # fmt: skip

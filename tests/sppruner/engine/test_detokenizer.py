@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from sppruner.engine.detokenizer import Detokenizer
 from tests.sppruner.families.folders import PARTS, tokenizer_of
@@ -38,3 +40,37 @@ def test_special_tokens_are_not_shown() -> None:
         detokenizer.add(token)
     assert detokenizer.finish() == ""
     assert detokenizer.text == "ab"
+
+
+PIECES = ["<unk>", "a", "▁b", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """As the Llama family's: what is no piece is spelt in bytes."""
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "▁b", "<0x0A>", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>"]), max_size=20
+    ),
+    st.sampled_from([[], ["b"], ["b" * 100_000]]),
+)
+@settings(max_examples=300, deadline=None)
+def test_bytes_that_are_no_text_cost_nothing_but_themselves(
+    pieces: list[str], stops: list[str]
+) -> None:
+    """A model may say any token; the library raises at some orders of bytes."""
+    detokenizer = Detokenizer(byte_tokenizer(), stops)
+    shown = "".join(detokenizer.add(PIECES.index(piece)) for piece in pieces)
+    shown += detokenizer.finish()
+    assert shown == detokenizer.text
+    if not detokenizer.stopped:
+        assert shown.count("a") == pieces.count("a")
+        assert shown.count("b") == pieces.count("▁b")

@@ -43,6 +43,8 @@ logger = structlog.get_logger(__name__)
 _USABLE: Final = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
 _POLL_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 15.0
+# As often the start timeout may a replica take that has its place: weights come through slow links.
+_WHILE_LOADING: Final = 4
 _STATS_TIMEOUT_SECONDS: Final = 30.0
 
 
@@ -209,16 +211,40 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
         if app is not None and app.status is ApplicationStatus.DEPLOY_FAILED:
             raise FleetUnavailable(f"{settings.engine.model} could not be served:\n{reason}")
         now = time.monotonic()
-        if now - started > settings.start_timeout_seconds:
+        nodes = _loading_on(app, settings.name)
+        patience = settings.start_timeout_seconds * (_WHILE_LOADING if nodes else 1)
+        if now - started > patience:
             raise FleetUnavailable(
-                f"{settings.engine.model} was not up after {settings.start_timeout_seconds:.0f} s: "
-                f"{reason or 'no replica could be placed'}. Give the cluster more GPUs or CPUs"
-                f"{_name_others(details, settings.name)}"
+                f"{settings.engine.model} was not up after {patience:.0f} s: "
+                + (
+                    f"still loading on {', '.join(nodes)}. Look at the replica's log there"
+                    if nodes
+                    else f"{reason or 'no replica could be placed'}. Give the cluster more GPUs or "
+                    f"CPUs{_name_others(details, settings.name)}"
+                )
             )
         if now - reported > _REPORT_SECONDS:
             reported = now
-            logger.info("fleet_starting", app=name, seconds=round(now - started), message=reason)
+            logger.info(
+                "fleet_starting",
+                app=name,
+                seconds=round(now - started),
+                message=reason,
+                loading_on=nodes,
+            )
         time.sleep(_POLL_SECONDS)
+
+
+def _loading_on(app: ApplicationDetails | None, deployment: str) -> list[str]:
+    """Addresses of the nodes on which replicas of the model start."""
+    found = None if app is None else app.deployments.get(deployment)
+    return sorted(
+        {
+            replica.node_ip or "an unknown node"
+            for replica in (found.replicas if found else ())
+            if replica.state is ReplicaState.STARTING and replica.node_id
+        }
+    )
 
 
 def _name_others(details: ServeInstanceDetails | None, deployment: str) -> str:

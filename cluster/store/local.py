@@ -23,6 +23,7 @@ import structlog
 
 from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
+from cluster.store.held_calls import watched
 from cluster.store.local_errors import (
     LinkToNothing,
     LockHeld,
@@ -328,8 +329,12 @@ class LocalStore(Store):
             raise NotMounted("missing, empty or another directory here")
 
     def _call(self, key: str, attempt: Callable[[], _T]) -> _T:
+        def seen() -> _T:
+            with watched(self.uri, self._patience.seconds):
+                return attempt()
+
         try:
-            return self._patience.retry(self.uri, attempt, passing_reason)
+            return self._patience.retry(self.uri, seen, passing_reason)
         except OSError as error:
             raise store_error(error, self._root / key, self._patience.seconds) from error
 

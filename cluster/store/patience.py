@@ -74,7 +74,7 @@ class Patience:
                     reason = passing(error)
                     if reason is None or began - first >= self.seconds:
                         raise
-                    outage = outage or _Outage.join(address, first)
+                    outage = outage or Outage.join(address, first)
                     outage.notice(reason, self.clock.now(), self.seconds)
                 else:
                     if outage is not None:
@@ -104,11 +104,11 @@ def hear_outages(on_event: OnEvent) -> Iterator[None]:
 _listeners: list[OnEvent] = []
 
 
-class _Outage:
+class Outage:
     """One address that does not answer: from the first failure until no call waits any more."""
 
     _lock: ClassVar = threading.Lock()
-    _current: ClassVar[dict[str, _Outage]] = {}
+    _current: ClassVar[dict[str, Outage]] = {}
 
     def __init__(self, address: str, since: float) -> None:
         self.answered = False
@@ -118,7 +118,7 @@ class _Outage:
         self._noticed = False
 
     @classmethod
-    def join(cls, address: str, since: float) -> _Outage:
+    def join(cls, address: str, since: float) -> Outage:
         """The outage that is going on there, or a new one; the caller waits for it."""
         with cls._lock:
             outage = cls._current.setdefault(address, cls(address, since))

@@ -137,7 +137,10 @@ class Dispatcher:
                 continue
             error: PoisonRow | InferenceFailed
             if kills >= _DEATHS_ALONE:
-                error = PoisonRow(f"killed {kills} replicas that ran it alone; see their logs")
+                error = PoisonRow(
+                    f"{kills} replicas that ran it alone died or gave no answer in time, the last: "
+                    f"{outcome.reason}; see their logs"
+                )
             else:
                 error = InferenceFailed(f"no replica answered it properly: {outcome.reason}")
             logger.error(error.code, row=request.id, attempts=attempts, error=outcome.reason)

@@ -1,8 +1,8 @@
 """The bytes that the walk over a tar needs, in few requests and without the members' data.
 
-Guarantees: the data of members above 64 KiB is skipped, which leaves about a hundredth of an
-archive of such; smaller members are fetched whole, in large windows, because a request costs more
-than their bytes. All bytes are of one version of the object.
+Guarantees: in an archive of members above 64 KiB, texts beside them not counted, their data is
+skipped, which leaves about a fiftieth of it; smaller members are fetched whole, in large windows,
+because a request costs more than their bytes. All bytes are of one version of the object.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ _LARGEST_WINDOW = 2**22
 _WORTH_SKIPPING = 2**16
 # Fetched at once behind skipped data: headers of small members often follow.
 _SMALLEST_WINDOW, _LARGEST_JUMP = 2**9, 2**15
+# Texts are smaller; they lie between the members whose size decides.
+_SMALLEST_IMAGE = 2**13
+_REMEMBERED = 8
 
 
 class HeaderWindows:
@@ -26,6 +29,8 @@ class HeaderWindows:
         self._window = _FIRST_WINDOW
         self._kept = b""
         self._start = 0
+        self._read_until = 0
+        self._image_size = 0.0  # of the members of late that are no texts, a running mean
         self._landed = 0  # byte behind the last skipped data
         self._needed = 0  # bytes that were needed behind such data, of late
 
@@ -35,18 +40,22 @@ class HeaderWindows:
         stop = min(stop, self._info.size)
         if start >= stop:
             return b""
-        kept_stop = self._start + len(self._kept)
-        if not self._start <= start <= stop <= kept_stop:
-            self._choose_window(start, kept_stop)
+        skipped = start - self._read_until
+        if skipped >= _SMALLEST_IMAGE:
+            weight = _REMEMBERED if self._image_size else 1
+            self._image_size += (skipped - self._image_size) / weight
+        if not self._start <= start <= stop <= self._start + len(self._kept):
+            self._choose_window(start, skipped)
             last = min(self._info.size, max(stop, start + self._window))
             key, etag = self._info.key, self._info.etag
             self._kept = self._store.get_range(key, start, last, etag=etag)
             self._start = start
         self._needed = max(self._needed, stop - self._landed)
+        self._read_until = stop
         return self._kept[start - self._start : stop - self._start]
 
-    def _choose_window(self, start: int, kept_stop: int) -> None:
-        if start - kept_stop >= _WORTH_SKIPPING:
+    def _choose_window(self, start: int, skipped: int) -> None:
+        if skipped >= _SMALLEST_IMAGE and self._image_size >= _WORTH_SKIPPING:
             self._window = max(_SMALLEST_WINDOW, min(self._needed, _LARGEST_JUMP))
             self._landed = start
             self._needed = self._needed * 3 // 4

@@ -15,6 +15,7 @@ _LARGEST_WINDOW = 2**22
 _WORTH_SKIPPING = 2**16
 # Fetched at once behind skipped data: headers of small members often follow.
 _SMALLEST_WINDOW, _LARGEST_JUMP = 2**9, 2**15
+_MORE_TEXTS = 2**11
 # Texts are smaller; they lie between the members whose size decides.
 _SMALLEST_IMAGE = 2**13
 _REMEMBERED = 8
@@ -55,7 +56,10 @@ class HeaderWindows:
         return self._kept[start - self._start : stop - self._start]
 
     def _choose_window(self, start: int, skipped: int) -> None:
-        if skipped >= _SMALLEST_IMAGE and self._image_size >= _WORTH_SKIPPING:
+        large = self._image_size >= _WORTH_SKIPPING
+        if large and 0 < skipped < _SMALLEST_IMAGE:
+            self._window = _MORE_TEXTS
+        elif large and skipped:
             self._window = max(_SMALLEST_WINDOW, min(self._needed, _LARGEST_JUMP))
             self._landed = start
             self._needed = self._needed * 3 // 4

@@ -9,6 +9,7 @@ normalisation, which keeps symbols ("C++", "50 %") apart. A blank answer scores 
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -21,6 +22,12 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(number)
     for number, word in enumerate("one two three four five six seven eight nine ten".split(), 1)
 }
+# Of a printed list: Python's parser needs memory, and time, far beyond a text's own size.
+_PRINTED_CHARACTERS = 2**14
+_QUOTES_AND_BRACES = ("'", '"', "{")
+# A string and the comma behind it; all that follows a quote which nothing closes, so that the
+# search does not begin anew at each quote in there.
+_QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|['"].*)\s*,?""", re.DOTALL)
 _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
@@ -50,15 +57,14 @@ def references_of(value: object) -> list[str]:
     """The reference answers that a corpus gives for one row; empty where it gives none.
 
     value: a string, a number, a mapping with the key "answer" (VQAv2's annotations, with a
-    confidence beside it), a list of these, or a list of strings or mappings as JSON text. None, NaN
-    and blank strings are dropped.
+    confidence beside it), a list of these, or the text of a list of strings or mappings: JSON, or
+    what Python and NumPy print, which a column of lists becomes in CSV. None, NaN and blank strings
+    are dropped.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError, RecursionError):
-            listed = json.loads(value)
-            # A list of numbers is an answer itself, such as the corners of a box.
-            if all(isinstance(item, str | dict) for item in listed):
-                return references_of(listed)
+        listed = _listed(value.strip())
+        if listed is not None:
+            return references_of(listed)
     if isinstance(value, Mapping):
         return references_of(value.get("answer"))
     if isinstance(value, list | tuple):
@@ -70,6 +76,27 @@ def references_of(value: object) -> list[str]:
         value = int(value) if value.is_integer() else value
     text = "" if value is None else str(value)
     return [text] if text.strip() else []
+
+
+def _listed(text: str) -> list[object] | None:
+    """The list that a text writes; None where it is none of strings or mappings. A list of numbers
+    is an answer itself, such as the corners of a box."""
+    for parse in (json.loads, _printed):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            listed = parse(text)
+            if isinstance(listed, list) and all(isinstance(item, str | dict) for item in listed):
+                return listed
+    return None
+
+
+def _printed(text: str) -> object:
+    """What Python or NumPy printed as this text, of a list of strings or mappings. Raises what
+    `ast.literal_eval` raises."""
+    first = text[1:].lstrip()[:1]
+    if first not in _QUOTES_AND_BRACES or len(text) > _PRINTED_CHARACTERS:
+        raise ValueError("a text that lists neither strings nor mappings, or too much")
+    # NumPy prints no commas between strings, and Python would join those.
+    return ast.literal_eval(text if first == "{" else _QUOTED.sub(r"\1,", text))
 
 
 def score(answer: str | None, references: Sequence[str]) -> float:

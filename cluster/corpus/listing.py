@@ -13,6 +13,7 @@ import structlog
 
 from cluster.config import CorpusFormat
 from cluster.corpus.shard_counts import STATS_SUFFIX
+from cluster.corpus.table_logs import LOG_SUFFIXES, check_no_table
 from cluster.errors import UsageError
 from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store, open_store
 
@@ -34,7 +35,8 @@ def list_corpus(
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
     first = source.with_patience(FIRST_CONTACT_S)
-    listed = [info for info in first.list(suffixes=_OF_CORPORA) if not _is_hidden(info.key)]
+    found = first.list(suffixes=(*_OF_CORPORA, *LOG_SUFFIXES))
+    listed = [info for info in found if info.key.endswith(_OF_CORPORA) and not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
         if not folder.endswith("/"):
@@ -49,6 +51,7 @@ def list_corpus(
         tars, compressed = [], []
     else:
         parquet = []
+    check_no_table(source, found, parquet)
     if compressed:
         raise UsageError(
             f"{source.uri_of(compressed[0].key)}: compressed archives cannot be read in parts; "
@@ -62,9 +65,9 @@ def list_corpus(
     if not parquet and not tars:
         others = [info for info in first.list() if not _is_hidden(info.key)]
         suffixes = sorted({PurePosixPath(info.key).suffix or "no suffix" for info in others})
-        found = f"{len(others)} objects ({', '.join(suffixes[:8])})" if others else "nothing"
+        there = f"{len(others)} objects ({', '.join(suffixes[:8])})" if others else "nothing"
         wanted = {None: "*.parquet and no *.tar", "parquet": "*.parquet", "webdataset": "*.tar"}
-        raise UsageError(f"{uri} holds no {wanted[format]}, but {found}; check --input")
+        raise UsageError(f"{uri} holds no {wanted[format]}, but {there}; check --input")
     return source, parquet or tars
 
 

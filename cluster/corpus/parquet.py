@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import pyarrow.parquet as pq
+
 from cluster.config import Kind
 from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_columns
+from cluster.corpus.git_lfs import POINTER_BYTES, check_not_pointer
 from cluster.corpus.image_values import image_values
 from cluster.corpus.parquet_file import open_parquet
 from cluster.corpus.partitions import partition_schema
@@ -32,12 +35,14 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
     """Indexes one file from its footer: its columns, and its units of up to `unit_rows` rows and
     about `unit_bytes` bytes. Raises UsageError if it is not a Parquet file."""
     uri = store.uri_of(info.key)
+    source = RangedFile(store, info)
     try:
-        file = open_parquet(RangedFile(store, info))
+        file = open_parquet(source)
         schema = file.schema_arrow
     except (StoreError, MemoryError):
         raise
     except Exception as error:  # on a hostile footer pyarrow raises anything: of names, of Thrift
+        check_not_pointer(source.read_range(0, min(POINTER_BYTES, info.size)), uri)
         reason = " ".join(str(error).split())
         raise UsageError(f"{uri}: not a Parquet file ({reason}); remove or repair it") from error
     twice = sorted(name for name, times in Counter(schema.names).items() if times > 1)
@@ -53,7 +58,7 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
                 f"{uri}: row group {group} says it has {rows:,} rows, more than can be read "
                 f"({_MOST_GROUP_ROWS:,}); remove, repair or rewrite it"
             )
-        row_bytes = max(1.0, metadata.total_byte_size / max(1, rows))
+        row_bytes = max(1.0, _group_bytes(metadata) / max(1, rows))
         step = max(1, min(unit_rows, int(unit_bytes / row_bytes)))
         for first in range(0, rows, step):
             count = min(step, rows - first)
@@ -67,6 +72,15 @@ def index_parquet(store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes:
             units.append(make_unit("parquet", info, **position))
         group_start += rows
     return FileIndex(info=info, units=tuple(units), schema=schema)
+
+
+def _group_bytes(group: pq.RowGroupMetaData) -> int:
+    """Bytes of the row group's columns. Old DuckDB and parquet-go leave the group's own figure 0,
+    and a group of nothing would be one unit, whatever its images weigh."""
+    chunks = map(group.column, range(group.num_columns))
+    return group.total_byte_size or sum(
+        max(chunk.total_uncompressed_size, chunk.total_compressed_size) for chunk in chunks
+    )
 
 
 def map_parquet_columns(

@@ -23,7 +23,7 @@ from cluster.corpus.table import SourceRow, build_error_table, build_unit_table
 from cluster.corpus.text import clean_array
 from cluster.corpus.types import conform, is_string
 from cluster.corpus.unit import Unit
-from cluster.errors import ReadError, StoreError
+from cluster.errors import ReadError, RowError, StoreError
 from cluster.store import ObjectInfo, RangedFile, Store
 
 logger = structlog.get_logger(__name__)
@@ -99,7 +99,7 @@ class _RowGroup:
             return None, self._reason
         try:
             if self._batches is None:
-                self._batches = self._open(self._batch_rows, first + count)
+                self._batches = self._open(self._batch_rows, None if first else count)
             return self._take(first, count)
         except (StoreError, MemoryError):
             raise
@@ -120,7 +120,7 @@ class _RowGroup:
         return table, self._reason
 
     def _open(self, batch_rows: int, until: int | None) -> Iterator[pa.RecordBatch]:
-        """The group's rows. until: rows that are needed, where that is known."""
+        """The group's rows. until: how many are needed, where those are the first ones."""
         file = self._footers.file(self._info)
         columns = [name for name in file.schema_arrow.names if name in self._wanted]
         options = {"read_dictionary": _repeating_leaves(file, self._group, self._image)}
@@ -245,12 +245,12 @@ def _convert(
     )
     rows = []
     for number, (key, image, prompt) in enumerate(zip(keys, images, prompts, strict=True)):
-        error = bad.get(number) or (image if isinstance(image, ReadError) else None)
+        error = bad.get(number) or (image if isinstance(image, RowError) else None)
         rows.append(
             SourceRow(
                 # An empty key identifies no row, so it counts as missing.
                 key=key or unit.fallback_key(first + number),
-                image=None if isinstance(image, ReadError) else image,
+                image=None if isinstance(image, RowError) else image,
                 prompt=prompt,
                 error=error,
             )
@@ -279,8 +279,10 @@ def _clean(name: str, array: pa.Array, bad: dict[int, ReadError]) -> pa.Array:
     return array
 
 
-def _drop_image_bytes(image: pa.StructArray) -> pa.StructArray:
+def _drop_image_bytes(image: pa.Array) -> pa.Array:
     """The image column as committed: `bytes` is null, the other fields (the path) are kept."""
+    if pa.types.is_null(image.type):  # of a file in which no row has an image
+        return image
     fields = [field.with_nullable(True) for field in image.type]
     arrays = [
         pa.nulls(len(image), field.type) if field.name == "bytes" else image.field(field.name)

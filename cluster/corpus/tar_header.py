@@ -29,8 +29,8 @@ EXTENDED = frozenset(
 """Types of the headers that describe the member behind them."""
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 _REFUSED_TYPES = {
-    tarfile.LNKTYPE: "a hard link",
-    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link; pack again with tar --hard-dereference",
+    tarfile.SYMTYPE: "a symbolic link; pack again with tar -h",
     tarfile.CHRTYPE: "a device",
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",

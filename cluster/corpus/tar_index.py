@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.corpus.git_lfs import check_not_pointer
 from cluster.corpus.header_windows import HeaderWindows
 from cluster.corpus.member_roles import find_rival_images
 from cluster.corpus.tar import Damage
@@ -40,14 +41,16 @@ def index_tar(
     store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int, dotted_keys: bool = False
 ) -> FileIndex:
     """Indexes one tar from its headers: its extensions, and its units of up to `unit_rows` rows and
-    `unit_bytes` readable bytes. Raises UsageError for a compressed archive, for unsorted members
-    and for keys with dots; StoreError where the store gave up.
+    `unit_bytes` readable bytes. Raises UsageError for a compressed archive, a pointer of Git LFS,
+    unsorted members and keys with dots; StoreError where the store gave up.
 
     dotted_keys: keys end at the last dot of the file name.
     """
     uri = store.uri_of(info.key)
     windows = HeaderWindows(store, info)
-    _check_not_packed(windows.read(0, BLOCK), uri)
+    beginning = windows.read(0, BLOCK)
+    check_not_pointer(beginning, uri)
+    _check_not_packed(beginning, uri)
     ranges: list[_UnitRange] = []
     extensions: set[str] = set()
     keys = _KeyOrder()

@@ -9,6 +9,7 @@ error row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
@@ -38,6 +39,9 @@ QUESTION_MEMBERS = ("question", "question.txt", "json")
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Largest sample that is fetched, bytes; a larger one becomes an error row."""
 _SHOWN = 20
+# Less the mark that Windows' editors put before a text.
+_UTF8 = "utf-8-sig"
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # as surrogateescape decodes it
 
 
 def map_tar_columns(
@@ -138,35 +142,48 @@ def _read_samples(
 
     try:
         for sample in read_samples(read, start, stop, dotted_keys=mapping.dotted_keys):
-            texts = _read_texts(sample, mapping, content)
             image = find_image(sample, beginning)
-            yield (
-                _build_row(sample, texts, mapping, None if image is None else content(image)),
-                texts,
-            )
+            row = _build_row(sample, mapping, content, None if image is None else content(image))
+            yield row, _read_texts(sample, mapping, content)
     except ArchiveDamaged as error:
         raise ReadError(str(error)) from error
 
 
 def _build_row(
-    sample: Sample, texts: dict[str, str], mapping: ColumnMapping, image: bytes | None
+    sample: Sample,
+    mapping: ColumnMapping,
+    content: Callable[[Member], bytes],
+    image: bytes | None,
 ) -> SourceRow:
     key = sample.key
     if sample.refused is not None:
         return SourceRow(key=key, error=ReadError(sample.refused))
-    try:
-        prompt = (
-            mapping.prompt if mapping.question is None else _read_question(texts, mapping.question)
-        )
-    except RowError as error:
-        return SourceRow(key=key, error=error)
+    prompt = mapping.prompt
+    if mapping.question is not None:
+        try:
+            prompt = _read_question(sample, mapping.question, content)
+        except RowError as error:
+            return SourceRow(key=key, error=error)
     return SourceRow(key=key, image=image, prompt=prompt)
 
 
-def _read_question(texts: dict[str, str], member: str) -> str | None:
-    text = texts.get(member)
-    if text is None or member != "json":
-        return text
+def _read_question(
+    sample: Sample, extension: str, content: Callable[[Member], bytes]
+) -> str | None:
+    """None where the sample lacks the member. Raises PromptInvalid where it holds no question."""
+    member = sample.members.get(extension)
+    if member is None:
+        return None
+    # What is no UTF-8 elsewhere in a record costs no question.
+    text = content(member).decode(_UTF8, "surrogateescape")
+    question = _read_record(text) if extension == "json" else text
+    if _NO_UTF8.search(question):
+        raise PromptInvalid("the question is not UTF-8: store it as that")
+    return question
+
+
+def _read_record(text: str) -> str:
+    """The question of a `.json` member. Raises PromptInvalid where there is none."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -180,12 +197,12 @@ def _read_question(texts: dict[str, str], member: str) -> str | None:
 def _read_texts(
     sample: Sample, mapping: ColumnMapping, content: Callable[[Member], bytes]
 ) -> dict[str, str]:
-    """The sample's text members by extension; none of a refused sample."""
+    """The sample's committed text members by extension; none of a refused sample."""
     if sample.refused is not None:
         return {}
-    wanted = {source for source, _ in mapping.columns} | {mapping.question}
+    wanted = {source for source, _ in mapping.columns}
     return {
-        extension: content(member).decode("utf-8", "replace")
+        extension: content(member).decode(_UTF8, "replace")
         for extension, member in sample.members.items()
         if extension in wanted
     }

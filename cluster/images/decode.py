@@ -69,7 +69,10 @@ def check_bytes(data: bytes | None, limits: MediaLimits) -> bytes:
     if data is None:
         raise ImageMissing("the row has no image")
     if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,}")
+        raise ImageTooLarge(
+            f"{len(data):,} bytes, more than the limit of {limits.max_bytes:,} "
+            "(MediaLimits.max_bytes)"
+        )
     if not data:
         raise ImageUndecodable("the image is empty (0 bytes)")
     return data
@@ -87,7 +90,8 @@ def _decode(
         width, height = image.size
         if width * height > limits.max_pixels:
             raise ImageTooLarge(
-                f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,}"
+                f"{width} x {height} pixels, more than the limit of {limits.max_pixels:,} "
+                "(MediaLimits.max_pixels)"
             )
         if jpeg_scale is None or not isinstance(image, JpegImageFile):
             return _load(image, exif)
@@ -119,7 +123,9 @@ def _open_image(name: ImageFormat, data: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=[PILLOW_NAMES[name]]) as image:
                 yield image
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(str(error)) from error
+        raise ImageTooLarge(
+            f"{error} (Pillow's own limit, which MediaLimits.max_pixels cannot raise)"
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageUndecodable(f"begins like {name} and cannot be read as that") from error
     except ImageTooLarge:

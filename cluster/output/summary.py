@@ -18,7 +18,13 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.errors import StoreError
-from cluster.output.accuracy import Accuracy, measure, reference_column
+from cluster.output.accuracy import (
+    RECORDS,
+    Accuracy,
+    answers_of_records,
+    measure,
+    reference_column,
+)
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_file import UnitFooter
@@ -30,6 +36,8 @@ _T = TypeVar("_T")
 # Above this many rows keys are not compared: the set of them would not fit a driver's memory.
 _KEYS_COMPARED = 5_000_000
 _REASON_CHARACTERS = 300
+# Units whose records are in memory at once.
+_UNITS_OF_RECORDS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,11 +269,24 @@ def _generations(footers: Sequence[UnitFooter]) -> tuple[Generation, ...]:
 
 def _read_columns(output: RunOutput, manifest: Manifest, done: list[str]) -> pa.Table:
     """Keys and, for VQA, answers and references of the committed rows."""
-    wanted = ["key"]
-    references = reference_column(manifest.mapping.schema)
-    if manifest.kind == "vqa" and references is not None:
-        wanted += ["answer", references]
+    references = reference_column(manifest.mapping) if manifest.kind == "vqa" else None
+    if references == RECORDS:
+        return _read_records(output, done)
+    wanted = ["key"] if references is None else ["key", "answer", references]
     return pa.concat_tables(output.read_units(done, wanted)).select(wanted)
+
+
+def _read_records(output: RunOutput, done: list[str]) -> pa.Table:
+    """Keys, answers and references, which are a small part of the records that hold them."""
+    tables = []
+    for first in range(0, len(done), _UNITS_OF_RECORDS):
+        units = output.read_units(
+            done[first : first + _UNITS_OF_RECORDS], ["key", "answer", RECORDS]
+        )
+        for table in units:
+            references = answers_of_records(table[RECORDS])
+            tables.append(table.select(["key", "answer"]).append_column("references", references))
+    return pa.concat_tables(tables)
 
 
 def _count_duplicates(columns: pa.Table | None) -> int | None:
@@ -278,4 +299,5 @@ def _count_duplicates(columns: pa.Table | None) -> int | None:
 def _accuracy(columns: pa.Table | None) -> Accuracy | None:
     if columns is None or columns.num_columns < 3:
         return None
-    return measure(columns[1].to_pylist(), columns[2].to_pylist())
+    measured = measure(columns[1].to_pylist(), columns[2].to_pylist())
+    return measured if measured.scored else None

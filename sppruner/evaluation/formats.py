@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 from sppruner.errors import EvaluationError
 from sppruner.evaluation.dataset import Dataset, Item
 from sppruner.evaluation.metrics import Captioning, ExactMatch, Metric, SoftAccuracy, YesNo
+
+logger = logging.getLogger(__name__)
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 _CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
@@ -47,8 +50,10 @@ class BenchmarkFormat:
 
     description: str
     """What a file of this format contains; part of the error message for any other file."""
-    read: Callable[[Any, Any], Iterator[BenchmarkEntry]]
-    """Yields the entries of a parsed file, given the parsed annotations (None without a file)."""
+    read: Callable[[Any, Any], Iterator[BenchmarkEntry | None]]
+    """Yields the entries of a parsed file, given the parsed annotations (None without a file); None
+    for an entry without an image, which is left out. Raises EvaluationError for an entry that
+    cannot be asked."""
     metric: Callable[[Sequence[Item]], Metric]
     """Builds the metric for the items."""
     instruction: str = ""
@@ -106,16 +111,34 @@ def _textvqa(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
         )
 
 
-def _llava(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
+def _llava(document: Any, annotations: Any) -> Iterator[BenchmarkEntry | None]:
     for question in document:
+        image = _only_image(question)
+        if image is None:
+            yield None
+            continue
         human, reply = question["conversations"][:2]
         yield BenchmarkEntry(
             id=str(question["id"]),
-            image=question["image"],
+            image=image,
             question=human["value"].replace("<image>", "").strip(),
             answers=(reply["value"],),
             kind="question",
         )
+
+
+def _only_image(question: Any) -> str | None:
+    """The image that an entry names, alone or in a list; None where it names none."""
+    named = question.get("image")
+    images = [image for image in (named if isinstance(named, list) else [named]) if image]
+    if len(images) > 1:
+        raise EvaluationError(
+            f"entry {question['id']!r} has {len(images)} images, where one is asked about; "
+            "leave it out"
+        )
+    if images and not isinstance(images[0], str):
+        raise TypeError(f"the image of entry {question['id']!r} is no file name")
+    return images[0] if images else None
 
 
 def _coco_captions(document: Any, annotations: Any) -> Iterator[BenchmarkEntry]:
@@ -205,9 +228,10 @@ def read_dataset(
 
     decode: reads an image file. instruction: appended to each question; None for the format's own.
     Raises EvaluationError, which names the file and the next step, for a file that is missing or
-    not of its format, and for missing images.
+    not of its format, and for missing images. Entries without an image are left out, with a
+    warning that counts them.
     """
-    document = _parsed(file)
+    document = _as_entries(_parsed(file))
     name = format or detect_format(document)
     if name is None:
         raise EvaluationError(f"{file}: unknown format; give --format {'|'.join(FORMATS)}")
@@ -220,14 +244,25 @@ def read_dataset(
         )
     answers = None if annotations is None else _parsed(annotations)
     try:
-        entries = list(chosen.read(document, answers))[:limit]
+        found = list(chosen.read(document, answers))
+    except EvaluationError as error:
+        raise EvaluationError(f"{file}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise EvaluationError(
             f"{file}: not {name}, which is {chosen.description} ({type(error).__name__}: {error}); "
             "give the right --format"
         ) from error
+    entries = [entry for entry in found if entry is not None]
+    if len(entries) < len(found):
+        logger.warning(
+            "%s: %d of %d entries have no image and are left out",
+            file,
+            len(found) - len(entries),
+            len(found),
+        )
+    entries = entries[:limit]
     if not entries:
-        raise EvaluationError(f"{file}: contains no question")
+        raise EvaluationError(f"{file}: contains no question about an image")
     _check_images(entries, images)
     suffix = chosen.instruction if instruction is None else instruction
     items = [_item(entry, images, decode, suffix) for entry in entries]
@@ -250,10 +285,17 @@ def _item(entry: BenchmarkEntry, images: Path, decode: Decode, instruction: str)
     )
 
 
+def _as_entries(document: Any) -> Any:
+    """A parsed file; a single entry, which is what a JSONL file of one line parses as, in a
+    list."""
+    is_entry = isinstance(document, dict) and detect_format([document]) is not None
+    return [document] if is_entry else document
+
+
 def _parsed(file: Path) -> Any:
     """A JSON document, or the list of a JSONL file's lines."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
             f"{file}: cannot be read ({error}); give the path of a JSON file"
@@ -261,12 +303,25 @@ def _parsed(file: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as whole:
+        return _parsed_lines(file, text, whole)
+
+
+def _parsed_lines(file: Path, text: str, whole: json.JSONDecodeError) -> list[Any]:
+    """The lines of a JSONL file. whole: what is wrong with the text as one document."""
+    parsed: list[Any] = []
+    # Not splitlines, which also ends lines at characters that JSON's strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            # A file whose first line is none of JSONL is one document, with the fault that has.
+            at, fault = (number, error) if parsed else (whole.lineno, whole)
             raise EvaluationError(
-                f"{file}: neither JSON nor JSON lines (line {whole.lineno}: {whole.msg})"
-            ) from whole
+                f"{file}: neither JSON nor JSON lines (line {at}: {fault.msg})"
+            ) from error
+    return parsed
 
 
 def _check_images(entries: Sequence[BenchmarkEntry], images: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,42 @@ def test_references_may_be_a_list_as_json_text() -> None:
     # An answer that is itself written with brackets stays one.
     for text in ("[12, 34]", "[red]", "[", "[" * 10_000):
         assert references_of(text) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("['red', 'blue']", ["red", "blue"]),
+        (str(["it's", 'say "x"', "[1]", "c\\'s\n"]), ["it's", 'say "x"', "[1]", "c\\'s\n"]),
+        (" [ 'red' ,'blue' ]", ["red", "blue"]),
+        ("['dark red' 'blue'\n 'red']", ["dark red", "blue", "red"]),
+        ("[\"it's\" 'red']", ["it's", "red"]),
+        (str([{"answer": "red", "answer_confidence": None}, {"answer": "2"}]), ["red", "2"]),
+    ],
+)
+def test_references_may_be_a_list_as_python_and_numpy_print_it(text: str, known: list[str]) -> None:
+    """Columns of lists become that in CSV."""
+    assert references_of(text) == known
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['red', None]",
+        "['red']['blue']",
+        "['red'], ['blue']",
+        "['red'",
+        "['red', x]",
+        "[{[]: 1}]",
+        "[{" * 5_000,
+        "[{'a': " + "-" * 9_000 + "1}]",
+        "['red\0']",
+        "['" + "\\'" * 8_000,
+        str(["red"] * 5_000),
+    ],
+)
+def test_a_text_that_only_begins_like_a_printed_list_is_one_answer(text: str) -> None:
+    """Whatever it is: Python's parser is asked about short texts alone."""
+    started = time.perf_counter()
+    assert references_of(text) == [text]
+    assert time.perf_counter() - started < 1

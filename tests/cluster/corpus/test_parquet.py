@@ -161,6 +161,50 @@ def test_large_rows_make_units_of_fewer_rows(corpus: Store, output: str) -> None
     assert [unit.row_count for unit in units] == [3, 3, 2]
 
 
+def without_group_sizes(data: bytes) -> bytes:
+    """The Parquet file with 0 as the size of its one row group, as DuckDB once wrote it."""
+    group = pq.read_metadata(io.BytesIO(data)).row_group(0)
+
+    def number(value: int, length: int = 0) -> bytes:
+        """In Thrift's compact form, in which a number may be longer than it needs to be."""
+        value, digits = 2 * value, bytearray()
+        while value or not digits:
+            digits.append(value & 127)
+            value >>= 7
+        digits += bytes(max(0, length - len(digits)))
+        return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+    size, rows = number(group.total_byte_size), b"\x16" + number(group.num_rows)
+    assert data.count(b"\x16" + size + rows) == 1
+    return data.replace(b"\x16" + size + rows, b"\x16" + number(0, len(size)) + rows)
+
+
+def test_units_of_writers_that_leave_out_the_size_of_row_groups_are_bounded_as_well(
+    corpus: Store, output: str
+) -> None:
+    """Else 256 images of 5 MB each are one unit."""
+    heavy = pa.array([image(os.urandom(10_000)) for _ in range(8)], IMAGE)
+    put_parquet(corpus, "a.parquet", pa.table({"image": heavy}))
+    good = plan(corpus.uri, f"{output}/good", unit_bytes=35_000).units
+    corpus.put("a.parquet", without_group_sizes(corpus.get("a.parquet")))
+    metadata = pq.read_metadata(io.BytesIO(corpus.get("a.parquet")))
+    assert metadata.row_group(0).total_byte_size == 0
+    units = plan(corpus.uri, f"{output}/other", unit_bytes=35_000).units
+    assert [unit.row_count for unit in units] == [3, 3, 2]
+    sizes = [unit.size_bytes for unit in units]
+    assert sizes == pytest.approx([unit.size_bytes for unit in good], rel=0.01)
+
+
+def test_units_are_as_large_as_the_row_groups_own_size_says(corpus: Store, output: str) -> None:
+    """It is part of their ids, which committed units of earlier versions keep."""
+    put_parquet(corpus, "a.parquet", table(4, note=["x" * 9_000] * 4), group_rows=4)
+    group = pq.read_metadata(io.BytesIO(corpus.get("a.parquet"))).row_group(0)
+    (unit,) = plan(corpus.uri, output).units
+    assert unit.size_bytes == group.total_byte_size
+    chunks = map(group.column, range(group.num_columns))
+    assert unit.size_bytes != sum(chunk.total_compressed_size for chunk in chunks)
+
+
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 40), group_rows=st.integers(1, 15), unit_rows=st.integers(1, 12))
 def test_every_row_is_in_exactly_one_unit(

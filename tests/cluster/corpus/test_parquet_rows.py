@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.corpus.packed import unpack_units
 from cluster.corpus.parquet import index_parquet, map_parquet_columns
-from cluster.corpus.parquet_rows import Footers, _RowGroup
+from cluster.corpus.parquet_rows import Footers, _RowGroup, read_parquet_units
 from cluster.corpus.source import UnitSource, _read_blocks, read_unit
 from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit, join_units
@@ -71,6 +71,65 @@ def test_a_row_of_several_images_is_an_error_row(corpus: Store, tmp_path: Path) 
     codes = [None, "read_failed", "image_missing", "image_missing"]
     assert read["_in_error_code"].to_pylist() == codes
     assert read["_in_error_message"][1].as_py() == "2 images in one row, where one is labelled"
+
+
+def test_a_shard_in_which_no_row_has_an_image_keeps_its_keys_and_columns(
+    corpus: Store, tmp_path: Path
+) -> None:
+    """Its writer knew no type for the column."""
+    columns = {"key": ["a0", "a1"], "note": ["x", None]}
+    put_parquet(corpus, "a.parquet", pa.table({"image": pa.nulls(2), **columns}))
+    put_parquet(corpus, "b.parquet", pa.table({"image": [image()], "key": ["b0"], "note": ["y"]}))
+    read = read_all(plan(corpus.uri, str(tmp_path / "out")))
+    assert read["_in_error_code"].to_pylist() == ["image_missing", "image_missing", None]
+    assert read["_in_key"].to_pylist() == ["a0", "a1", "b0"]
+    assert read["note"].to_pylist() == ["x", None, "y"]
+    assert read["image"].to_pylist() == [None, None, image(None)]
+
+
+PATHS: dict[str, Any] = {
+    "struct": lambda data: pa.array([image(None, path) for path in data], IMAGE),
+    "struct of views": lambda data: pa.array(
+        [image(None, path) for path in data],
+        pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]),
+    ),
+    "list of structs": lambda data: pa.array([[image(None, path)] for path in data]).cast(
+        pa.list_(IMAGE)
+    ),
+    "struct without bytes": lambda data: pa.array([{"path": path} for path in data]),
+}
+
+
+@pytest.mark.parametrize("shape", PATHS)
+def test_the_error_of_a_row_with_its_images_path_alone_has_the_path_and_what_to_do(
+    corpus: Store, tmp_path: Path, shape: str
+) -> None:
+    """Dictionary entries too: paths that repeat are read as those."""
+    paths = ["train/7.jpg"] * 50 + ["", None, "p" * 5_000]
+    put_parquet(corpus, "a.parquet", pa.table({"image": PATHS[shape](paths)}))
+    kind = pa.list_(IMAGE) if shape == "list of structs" else IMAGE
+    good = [[image()]] if shape == "list of structs" else [image()]
+    put_parquet(corpus, "b.parquet", pa.table({"image": pa.array(good, kind)}))
+    read = read_all(plan(corpus.uri, str(tmp_path / "out")))
+    assert read["_in_error_code"].to_pylist() == ["image_missing"] * 53 + [None]
+    messages = read["_in_error_message"].to_pylist()
+    assert "only its path 'train/7.jpg'" in messages[0]
+    assert "push_to_hub(embed_external_files=True)" in messages[49]
+    assert messages[50:52] == ["the row has no image"] * 2
+    assert 200 < len(messages[52]) < 400
+
+
+def test_a_path_that_is_not_utf8_beside_no_image_costs_its_own_row_alone(
+    corpus: Store, tmp_path: Path
+) -> None:
+    paths = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"R\xc9U", b"c"]).buffers())
+    nothing = pa.nulls(3, pa.binary())
+    images = pa.StructArray.from_arrays([nothing, paths], fields=list(IMAGE))
+    put_parquet(corpus, "a.parquet", pa.table({"image": images, "key": ["k0", "k1", "k2"]}))
+    read = read_all(plan(corpus.uri, str(tmp_path / "out")))
+    codes = ["image_missing", "read_failed", "image_missing"]
+    assert read["_in_error_code"].to_pylist() == codes
+    assert read["_in_key"].to_pylist() == ["k0", "k1", "k2"]
 
 
 def test_rows_that_share_an_image_share_its_memory(corpus: Store, tmp_path: Path) -> None:
@@ -130,6 +189,23 @@ def test_a_unit_of_large_images_is_read_without_its_neighbours(
     assert peak < 15_000_000, "of 40 MB in the row group, 8 of them read ahead"
     # What a store returns lies outside Arrow's memory.
     assert counting.largest <= 9_000_000
+
+
+def test_the_last_unit_of_a_row_group_is_read_alone_without_the_rows_before_it(
+    corpus: Store, tmp_path: Path
+) -> None:
+    """As where an attempt is resumed: the unit ends where the row group does."""
+    noise = [image(os.urandom(400_000)) for _ in range(100)]
+    buffer = io.BytesIO()
+    table = pa.table({"image": pa.array(noise, IMAGE)})
+    pq.write_table(table, buffer, write_batch_size=1, data_page_size=1, use_dictionary=False)
+    corpus.put("a.parquet", buffer.getvalue())
+    planned = plan(corpus.uri, str(tmp_path / "out"), unit_bytes=900_000)
+    before = pa.total_allocated_bytes()
+    tables = read_parquet_units(Footers(corpus), planned.units[-1:], planned.manifest.mapping)
+    read = next(tables)  # which still holds what it was taken from
+    assert pa.total_allocated_bytes() - before < 15_000_000, "of 40 MB in the row group"
+    assert images_of(read) == [value["bytes"] for value in noise[98:]]
 
 
 def test_planning_looks_at_the_first_images_alone(corpus: Store, tmp_path: Path) -> None:

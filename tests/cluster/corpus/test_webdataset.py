@@ -296,7 +296,12 @@ def test_dangerous_members_are_refused_and_affect_no_other_row(
     assert codes.pop("pickle") is None
     assert len(codes) == 5
     assert set(codes.values()) == {"read_failed"}
-    assert all("refused member" in m for m in read["_in_error_message"].to_pylist() if m)
+    messages = dict(
+        zip(read["_in_key"].to_pylist(), read["_in_error_message"].to_pylist(), strict=True)
+    )
+    assert all("refused member" in message for message in messages.values() if message)
+    assert messages["hard"].endswith("a hard link; pack again with tar --hard-dereference")
+    assert messages["link"].endswith("a symbolic link; pack again with tar -h")
     after = sorted(path for path in tmp_path.rglob("*") if "out" not in path.parts)
     assert [path for path in after if "_run" not in str(path)][: len(before)] == before
 
@@ -327,6 +332,52 @@ def test_a_vqa_question_is_read_from_a_question_member(corpus: Store, output: st
     planned = plan(corpus.uri, output, kind="vqa")
     assert read_all(planned)["_in_prompt"].to_pylist() == ["why?"]
     assert planned.manifest.mapping.schema.names == []
+
+
+@pytest.mark.parametrize(
+    ("extension", "content"),
+    [
+        ("question.txt", "où ?".encode("latin-1")),
+        ("question", "why?".encode("utf-16")),
+        ("json", '{"question": "où ?"}'.encode("latin-1")),
+    ],
+)
+def test_a_question_that_is_not_utf8_costs_its_row_and_is_never_asked(
+    corpus: Store, output: str, extension: str, content: bytes
+) -> None:
+    good = b'{"question": "why?"}' if extension == "json" else b"why?"
+    members = [("a.jpg", b"j"), (f"a.{extension}", content), ("b.jpg", b"j")]
+    corpus.put("a.tar", tar_bytes([*members, (f"b.{extension}", good)]))
+    read = read_all(plan(corpus.uri, output, kind="vqa"))
+    assert read["_in_prompt"].to_pylist() == [None, "why?"]
+    assert read["_in_error_code"].to_pylist() == ["prompt_invalid", None]
+    message = "the question is not UTF-8: store it as that"
+    assert read["_in_error_message"].to_pylist() == [message, None]
+
+
+def test_bytes_that_are_no_utf8_elsewhere_in_a_record_cost_no_question(
+    corpus: Store, output: str
+) -> None:
+    record = '{"author": "Zoë", "question": "why?"}'.encode("latin-1")
+    corpus.put("a.tar", tar_bytes([("a.jpg", b"j"), ("a.json", record)]))
+    read = read_all(plan(corpus.uri, output, kind="vqa"))
+    assert read["_in_prompt"].to_pylist() == ["why?"]
+    assert read["json"].to_pylist() == ['{"author": "Zo\ufffd", "question": "why?"}']
+
+
+@pytest.mark.parametrize("extension", ["json", "question.txt"])
+def test_a_byte_order_mark_before_a_question_is_no_part_of_it(
+    corpus: Store, output: str, extension: str
+) -> None:
+    content = b'{"question": "why?"}' if extension == "json" else b"why?"
+    members = [("a.jpg", b"j"), (f"a.{extension}", b"\xef\xbb\xbf" + content)]
+    corpus.put("a.tar", tar_bytes([*members, ("a.txt", b"\xef\xbb\xbfred"), ("b.txt", b"\xff")]))
+    read = read_all(plan(corpus.uri, output, kind="vqa"))
+    assert read["_in_prompt"].to_pylist() == ["why?", None]
+    assert read["_in_error_code"].to_pylist()[0] is None
+    assert read["txt"].to_pylist() == ["red", "\ufffd"]
+    if extension == "json":
+        assert read["json"].to_pylist() == [content.decode(), None]
 
 
 def test_a_vqa_corpus_without_question_members_is_refused_at_planning(

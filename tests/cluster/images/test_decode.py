@@ -82,7 +82,7 @@ def test_the_error_of_an_html_page_shows_its_first_bytes() -> None:
 
 def test_the_byte_limit_is_checked_before_parsing() -> None:
     data = encoded(picture(), "PNG")
-    with pytest.raises(ImageTooLarge, match="bytes"):
+    with pytest.raises(ImageTooLarge, match=r"bytes.*\(MediaLimits\.max_bytes\)"):
         decode_image(data, MediaLimits(max_bytes=len(data) - 1))
     assert decode_image(data, MediaLimits(max_bytes=len(data)))
 
@@ -90,7 +90,7 @@ def test_the_byte_limit_is_checked_before_parsing() -> None:
 def test_the_pixel_limit_is_exact() -> None:
     data = encoded(picture(40, 20), "PNG")
     assert decode_image(data, MediaLimits(max_pixels=800))
-    with pytest.raises(ImageTooLarge, match="40 x 20"):
+    with pytest.raises(ImageTooLarge, match=r"40 x 20.*\(MediaLimits\.max_pixels\)"):
         decode_image(data, MediaLimits(max_pixels=799))
 
 
@@ -99,7 +99,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int
     """The same error at once below, between and above Pillow's two thresholds."""
     data = png_header(width, height)
     started = time.perf_counter()
-    with pytest.raises(ImageTooLarge):
+    with pytest.raises(ImageTooLarge, match=r"MediaLimits\.max_pixels"):
         decode_image(data, LIMITS)
     assert time.perf_counter() - started < 1
 

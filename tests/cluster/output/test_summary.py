@@ -19,7 +19,7 @@ from cluster.output.summary import Attempt, Generation, is_current, keep_summary
 from cluster.output.unit_file import Retry, UnitFooter, write_unit_file
 from cluster.report.terminal import render
 from cluster.store import open_store
-from tests.cluster.corpora import Planned, plan, put_parquet
+from tests.cluster.corpora import Planned, plan, put_parquet, tar_bytes
 from tests.cluster.labelled_tables import SPEC
 
 
@@ -155,6 +155,38 @@ def test_a_vqa_run_with_references_has_an_accuracy(tmp_path: Path) -> None:
     outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["blue"]]}
     commit(planned, 0, UnitLedger(rows=2), **outputs)
     assert summarise(planned.output).accuracy == Accuracy(scored=2, mean=0.5)
+
+
+def test_answers_beside_the_questions_of_tars_are_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [f'{{"question": "q", "answers": ["{answer}"]}}' for answer in ("red", "blue")]
+    records += ['{"question": "q"}', "{broken"]
+    members = [
+        member
+        for number, record in enumerate(records)
+        for member in ((f"{number}.jpg", b"j"), (f"{number}.json", record.encode()))
+    ]
+    open_store(f"{tmp_path}/in").put("a.tar", tar_bytes(members))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out", kind="vqa", spec=SPEC, unit_rows=2)
+    monkeypatch.setattr(summary_module, "_UNITS_OF_RECORDS", 1)
+    for number, keys in enumerate((["a", "b"], ["a", "c"])):
+        rows = records[2 * number : 2 * number + 2]
+        commit(planned, number, UnitLedger(rows=2), key=keys, answer=["red", "red"], json=rows)
+    summary = summarise(planned.output)
+    assert summary.accuracy == Accuracy(scored=2, mean=0.5)
+    assert summary.duplicate_keys == 2
+
+
+def test_questions_of_tars_without_answers_beside_them_have_no_accuracy(tmp_path: Path) -> None:
+    records = ['{"question": "q"}'] * 2
+    members = [("a.jpg", b"j"), ("a.json", records[0].encode())]
+    members += [("b.jpg", b"j"), ("b.json", records[1].encode())]
+    open_store(f"{tmp_path}/in").put("a.tar", tar_bytes(members))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out", kind="vqa", spec=SPEC)
+    columns = {"key": ["a", "b"], "answer": ["red", "red"], "json": records}
+    commit(planned, 0, UnitLedger(rows=2), **columns)
+    assert summarise(planned.output).accuracy is None
 
 
 def test_a_vqa_run_without_references_has_no_accuracy(tmp_path: Path) -> None:

@@ -145,6 +145,65 @@ def test_pope_is_read_from_lines(tmp_path: Path) -> None:
     assert dataset.metric.score("No, it is not.", dataset.items[0].answers) == 1.0
 
 
+@pytest.mark.parametrize("name", ["pope", "llava"])
+def test_a_file_of_one_line_is_read_as_lines(tmp_path: Path, name: str) -> None:
+    arguments = write(tmp_path, name)
+    arguments["file"].write_text(json.dumps(FILES[name][0][0]) + "\n")
+    assert len(read_dataset(**arguments).items) == 1
+    assert len(read_dataset(**arguments, format=name).items) == 1
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """JSON's strings may hold other characters at which Python ends lines."""
+    text = "Is there\u2028a\u2029dog\x85?"
+    lines = [json.dumps({**FILES["pope"][0][0], "text": text}, ensure_ascii=False)] * 2
+    arguments = write(tmp_path, "pope")
+    arguments["file"].write_bytes("\r\n".join(lines).encode())
+    prompts = [item.prompt for item in read_dataset(**arguments, instruction="").items]
+    assert prompts == [text, text]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, lines: bool) -> None:
+    arguments = write(tmp_path, "pope")
+    entry = json.dumps(FILES["pope"][0][0])
+    content = f"{entry}\n{entry}" if lines else f"[{entry},{entry}]"
+    arguments["file"].write_text(content, encoding="utf-8-sig")
+    assert len(read_dataset(**arguments).items) == 2
+
+
+def test_llava_entries_without_an_image_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = write(tmp_path, "llava")
+    (entry,) = FILES["llava"][0]
+    said = entry["conversations"]
+    without = [
+        {"id": "t1", "conversations": said},
+        {"id": "t2", "conversations": [], "image": None},
+        {"id": "t3", "conversations": said, "image": ""},
+        {"id": "t4", "conversations": said, "image": []},
+    ]
+    one_of_a_list = {**entry, "id": "a2", "image": ["sub/y.png"]}
+    arguments["file"].write_text(json.dumps([*without, entry, one_of_a_list]))
+    items = read_dataset(**arguments, limit=2).items
+    assert [(item.id, item.group) for item in items] == [("a1", "sub/y.png"), ("a2", "sub/y.png")]
+    file = arguments["file"]
+    assert caplog.messages == [f"{file}: 4 of 6 entries have no image and are left out"]
+    arguments["file"].write_text(json.dumps(without))
+    assert "llava.json: contains no question about an image" in refusal(**arguments)
+
+
+def test_a_llava_entry_of_several_images_is_named_in_the_refusal(tmp_path: Path) -> None:
+    arguments = write(tmp_path, "llava")
+    (entry,) = FILES["llava"][0]
+    arguments["file"].write_text(json.dumps([entry, {**entry, "id": 7, "image": ["y", "z"]}]))
+    message = refusal(**arguments)
+    assert "llava.json: entry 7 has 2 images, where one is asked about; leave it out" in message
+    arguments["file"].write_text(json.dumps([entry, {**entry, "image": {"bytes": "…"}}]))
+    assert "not llava, which is" in refusal(**arguments)
+
+
 def test_prompts_end_with_the_instruction(tmp_path: Path) -> None:
     assert read(tmp_path, "gqa").items[0].prompt == f"Is it red?\n{SHORT_ANSWER}"
     assert read(tmp_path, "gqa", instruction="Be brief.").items[0].prompt.endswith("Be brief.")
@@ -176,6 +235,16 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
     message = refusal(file=file, images=tmp_path, decode=decode)
     assert "broken.json" in message
     assert "line 2" in message
+
+
+@pytest.mark.parametrize(("line", "fault"), [(1, "Expecting value"), (700, "Expecting ','")])
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: int, fault: str) -> None:
+    file = tmp_path / "broken.jsonl"
+    lines = [json.dumps(FILES["pope"][0][0])] * 900
+    lines[line - 1] = "oops" if line == 1 else lines[0][:-1]
+    file.write_text("\n".join(lines))
+    message = refusal(file=file, images=tmp_path, decode=decode)
+    assert f"broken.jsonl: neither JSON nor JSON lines (line {line}: {fault}" in message
 
 
 def test_an_unknown_file_asks_for_its_format(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import ssl
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import urllib3
 from botocore.exceptions import (
@@ -28,9 +30,12 @@ FORBIDDEN = {"AccessDenied", "403", "Forbidden"}
 MISSING = {"NoSuchKey", "404", "NotFound"}
 CHANGED = {"PreconditionFailed", "412"}
 OUT_OF_RANGE = {"InvalidRange", "416"}
+_SKEWED = "RequestTimeTooSkewed"
+_MOST_SKEW = timedelta(minutes=15)
 
-# Beyond what the status says: the server is busy or restarting, the request was cut on its way, or
-# another conditional write of the same key is under way. A bare 400 answers a HEAD, whose error has
+# Beyond what the status says: the server is busy or restarting, the request was cut on its way,
+# another conditional write of the same key is under way, or this machine woke up with a clock that
+# is set right in a moment. A bare 400 answers a HEAD, whose error has
 # no body to say that a request timed out or a token expired.
 _PASSING_CODES = {
     "400",
@@ -43,6 +48,7 @@ _PASSING_CODES = {
     "RequestLimitExceeded",
     "RequestThrottled",
     "RequestThrottledException",
+    _SKEWED,
     "RequestTimeout",
     "RequestTimeoutException",
     "ServiceUnavailable",
@@ -85,7 +91,7 @@ _ADVICE = {
     **dict.fromkeys(FORBIDDEN, _PERMISSIONS),
     "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is of another access key: check AWS_SECRET_ACCESS_KEY",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    _SKEWED: "this machine's clock is wrong: set it",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION to the bucket's",
     "NotImplemented": "this server lacks conditional writes (If-None-Match, If-Match), needed here",
     **dict.fromkeys(_STALE_CREDENTIALS, "the session token has expired: renew the credentials"),
@@ -98,7 +104,18 @@ class Unsettled(Exception):
 
 def error_code(error: ClientError) -> str:
     """The server's name of the error; the HTTP status where the answer had no body."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return _SKEWED if code == "403" and _is_skewed(error) else code
+
+
+def _is_skewed(error: ClientError) -> bool:
+    """Whether the server's time is another than ours: the answer to a HEAD cannot say so."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        theirs = parsedate_to_datetime(headers["date"])
+        return abs(theirs - datetime.now(UTC)) > _MOST_SKEW
+    except (KeyError, ValueError, TypeError):  # none, no date, or one without a zone
+        return False
 
 
 def passing_reason(error: Exception) -> str | None:

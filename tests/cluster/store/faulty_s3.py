@@ -10,8 +10,10 @@ import hashlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -58,6 +60,8 @@ class FaultyS3:
         """Headers that the server does not know."""
         self.shortened = 0
         """How many ranges are answered without their last byte, correctly labelled."""
+        self.ahead = 0.0
+        """Seconds by which the server's clock is ahead."""
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -78,7 +82,7 @@ class FaultyS3:
     def reset(self) -> None:
         """No objects, no script, no requests."""
         self.objects, self.script, self.requests, self.ignored = {}, [], [], set()
-        self.shortened = 0
+        self.shortened, self.ahead = 0, 0.0
 
     def next_fault(self) -> Fault | None:
         """What happens to this request, after all that happens before it."""
@@ -131,7 +135,8 @@ class FaultyS3:
             def _answer(self, status: int, code: str, body: bytes, headers: dict[str, str]) -> None:
                 if code:
                     body = f"<Error><Code>{code}</Code><Message>.</Message></Error>".encode()
-                self.send_response(status)
+                self.send_response_only(status)
+                self.send_header("Date", formatdate(time.time() + server.ahead, usegmt=True))
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()

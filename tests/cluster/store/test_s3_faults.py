@@ -248,6 +248,31 @@ def test_credentials_that_come_late_are_found(
     assert server.requests == ["GET x"]
 
 
+@pytest.mark.parametrize("ahead", [-3_600, 3_600])
+@pytest.mark.parametrize("method", ["get", "head"])
+def test_a_clock_that_is_wrong_for_a_while_costs_time_alone(
+    server: FaultyS3, method: str, ahead: float
+) -> None:
+    """A machine wakes up, or its date is set; an answer to HEAD has no body that says so."""
+    server.reset()
+    server.objects["x"], server.ahead = OLD, ahead
+    server.script = ["403 RequestTimeTooSkewed"] * 3
+    assert getattr(store(), method)("x")
+    server.script = ["403 RequestTimeTooSkewed"] * 1_000
+    with pytest.raises(StoreError, match=r"clock is wrong: set it \(RequestTimeTooSkewed, tried"):
+        getattr(store(), method)("x")
+
+
+def test_an_answer_without_a_reason_is_about_rights_where_the_clock_is_right(
+    server: FaultyS3,
+) -> None:
+    server.reset()
+    server.ahead, server.script = 800.0, ["403 AccessDenied"]
+    with pytest.raises(StoreError, match="grant s3:ListBucket"):
+        store().head("x")
+    assert server.requests == ["HEAD x"]
+
+
 def test_a_token_that_expired_is_renewed(server: FaultyS3) -> None:
     server.reset()
     server.objects["x"] = OLD

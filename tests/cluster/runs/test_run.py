@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
 from cluster.errors import UsageError
-from cluster.output.summary import Summary
+from cluster.output.summary import Attempt, Summary, summarise
 from cluster.runs import run
+from cluster.store import open_store
 from sppruner.engine import SamplingParams
 from sppruner.models.loading import EMBEDDED
 from sppruner.spec import DENSE
+from tests.cluster.corpora import plan, put_parquet
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,22 @@ def test_answers_longer_than_the_model_s_context_are_refused_before_anything_sta
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"--max-new-tokens 100000: .* tokens in this model"):
         run.run(config)
+
+
+def test_a_retry_says_how_many_rows_its_corpus_gave(tmp_path: Path) -> None:
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0", b"1", b"2"]}))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out", unit_rows=2)
+    manifest, units = planned.manifest, planned.units
+    failed = {units[0].unit_id: [0, 1], units[1].unit_id: [0]}
+
+    def note(asked: int) -> str | None:
+        attempt = Attempt(
+            rows=asked, wall_seconds=1.0, start_seconds=1.0, rows_per_second=1.0, replicas=1,
+            replica_busy_share=None,
+        )  # fmt: skip
+        return run._note(manifest, units, failed, summarise(planned.output, attempt))
+
+    assert note(3) == "3 failed rows of 2 units were asked again"
+    assert note(1) == (
+        f"1 of 3 failed rows of 2 units were asked again; {tmp_path}/in did not give the others"
+    )

@@ -127,21 +127,6 @@ def _fill_disk(stage: Stage) -> Undo | None:
     return end
 
 
-def _jump_clock(stage: Stage) -> Undo | None:
-    """Sets the date of every machine but the store's; its end sets it right again."""
-    clock = stage.ground.clock
-    if not clock.environment:
-        return None
-    stage.drivers.begin_trouble()  # S3 refuses requests of another hour
-    clock.set(stage.draw.choice((-7200, -600, 600, 7200, 40 * 86400)))
-
-    def end() -> None:
-        clock.set(0)
-        stage.drivers.end_trouble()
-
-    return end
-
-
 def _nothing() -> None:
     """The end of a fault that is over at once."""
 
@@ -167,5 +152,4 @@ _STRIKES: Final[dict[str, Callable[[Stage], Undo | None]]] = {
     "outage": _outage,
     "hung_requests": _hang_requests,
     "full_disk": _fill_disk,
-    "jump_clock": _jump_clock,
 }

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster.demo.local_s3 import LocalS3
-from tests.chaos.clock import WallClock
 from tests.chaos.forks import Forks
 from tests.chaos.processes import send
 from tests.chaos.proxy import FaultProxy
@@ -55,8 +54,6 @@ class Ground:
     """The S3 server; set on entry."""
     forks: Forks
     """Starts the processes that connect to Ray; set on entry."""
-    clock: WallClock
-    """Of drivers, nodes and workers, not of the server and of this process; set on entry."""
     folder: Path
     """Everything on disk; set on entry."""
 
@@ -81,9 +78,6 @@ class Ground:
         self.server = self._stack.enter_context(LocalS3("first"))
         self.proxy = self._stack.enter_context(FaultProxy(self.server.endpoint))
         os.environ["AWS_ENDPOINT_URL"] = self.proxy.endpoint  # for Ray's workers and the drivers
-        self.clock = WallClock(self.folder / "clock")
-        self._stack.callback(self.clock.close)
-        os.environ.update(self.clock.environment)
         self.forks = self._stack.enter_context(Forks())
         return self
 
@@ -111,7 +105,6 @@ class Ground:
         """A cluster with so many raylets, and with an endpoint if `attached`."""
         for file in (self.folder / "signals").iterdir():
             file.unlink()
-        self.clock.set(0)
         shape = (nodes, attached)
         if self._cluster is not None and (self._dirty or self._shape != shape):
             self.remove_cluster()

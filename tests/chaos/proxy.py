@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import formatdate
 from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -42,15 +40,7 @@ MOST_IN_A_ROW: Final = 3
 that is away, which `start_outage` is."""
 _LATE_SECONDS: Final = (0.2, 2.0)
 _HANG_SECONDS: Final = 75.0
-_SKEW_SECONDS: Final = 900.0
-"""S3 refuses requests that were signed longer ago, or later."""
-_STATUS: Final = {
-    200: "OK",
-    403: "Forbidden",
-    409: "Conflict",
-    500: "Internal Server Error",
-    503: "Slow Down",
-}
+_STATUS: Final = {200: "OK", 409: "Conflict", 500: "Internal Server Error", 503: "Slow Down"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +183,6 @@ class FaultProxy:
             writer.write(_error(request, 500, "InternalError"))
         elif fault == "slow_down":
             writer.write(_error(request, 503, "SlowDown"))
-        elif fault == "skewed":
-            writer.write(_error(request, 403, "RequestTimeTooSkewed"))
         elif fault == "conflict":
             writer.write(_error(request, 409, "ConditionalRequestConflict"))
         elif fault in ("reset", "lost_answer", "hang", "upstream_gone"):
@@ -234,8 +222,6 @@ class FaultProxy:
                 return number, "hang"
             if self._outage is not None:
                 return number, self._outage
-            if abs(request.signed_at() - time.time()) > _SKEW_SECONDS:
-                return number, "skewed"
             fault = None
             if _share(self._seed, request, self._asked[name]) < self._rate:
                 fault = self._choose(request, self._asked[name])
@@ -294,13 +280,6 @@ class _Request:
     def only_if_absent(self) -> bool:
         return self.headers.get("if-none-match", ("", ""))[1] == "*"
 
-    def signed_at(self) -> float:
-        """When the request was signed by its sender's clock, in seconds since 1970."""
-        signed = self.headers.get("x-amz-date", ("", ""))[1]
-        if not signed:
-            return time.time()
-        return datetime.strptime(signed, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
-
     def head_for_upstream(self) -> bytes:
         """One request to a connection, which the server then closes."""
         dropped = ("connection", "expect", "proxy-connection")
@@ -356,7 +335,6 @@ def _error(request: _Request, status: int, code: str) -> bytes:
     sent = b"" if request.method == "HEAD" else body.encode()
     head = (
         f"HTTP/1.1 {status} {_STATUS[status]}\r\nContent-Type: application/xml\r\n"
-        f"Date: {formatdate(usegmt=True)}\r\n"
         f"Content-Length: {len(sent)}\r\n\r\n"
     )
     return head.encode() + sent

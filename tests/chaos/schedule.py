@@ -48,10 +48,7 @@ _SECONDS: Final[dict[str, tuple[float, float]]] = {
     "pause_replica": (2, 8),
     "outage": (1, 9),
     "full_disk": (1, 6),
-    "jump_clock": (3, 20),
 }
-_CLOCK_JUMPS: Final = 0.25
-"""Share of runs in which the date jumps, beside whatever else happens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +111,6 @@ def draw_schedule(seed: int) -> Schedule:
     nodes = draw.choices((1, 2, 3), (3, 3, 2))[0]
     unit_rows = draw.choice(UNIT_ROWS)
     attached = draw.random() < 0.7
-    units = corpus.rows // unit_rows
     return Schedule(
         seed=seed,
         corpus=corpus,
@@ -124,7 +120,7 @@ def draw_schedule(seed: int) -> Schedule:
         attached=attached,
         store=store,
         request_faults=draw.choice((0.0, 0.02, 0.05)) if store == "s3" else 0.0,
-        faults=_sorted([*_draw_faults(draw, store, nodes, units), *_draw_jump(seed, units)]),
+        faults=_draw_faults(draw, store, nodes, corpus.rows // unit_rows),
     )
 
 
@@ -154,7 +150,7 @@ def _draw_corpus_shape(draw: random.Random) -> CorpusShape:
 
 def _draw_faults(
     draw: random.Random, store: StoreKind, nodes: int, units: int
-) -> list[PlannedFault]:
+) -> tuple[PlannedFault, ...]:
     kinds = dict(_KINDS)
     for kind in ("outage", "hung_requests") if store == "local" else ("full_disk",):
         del kinds[kind]
@@ -166,21 +162,8 @@ def _draw_faults(
         if kind in _SLOW:
             for slow in _SLOW & kinds.keys():  # one of them takes a minute; two would take two
                 del kinds[slow]
-        faults.append(_draw_fault(draw, kind, units))
-    return faults
-
-
-def _draw_jump(seed: int, units: int) -> list[PlannedFault]:
-    # With numbers of its own: what else happens under a seed does not depend on it.
-    draw = random.Random(f"clock:{seed}")
-    return [_draw_fault(draw, "jump_clock", units)] if draw.random() < _CLOCK_JUMPS else []
-
-
-def _draw_fault(draw: random.Random, kind: str, units: int) -> PlannedFault:
-    low, high = _SECONDS.get(kind, (0.0, 0.0))
-    after = draw.choice((0, 1, 2, max(1, units // 3), max(1, units // 2), max(1, units - 2)))
-    return PlannedFault(kind=kind, after=after, seconds=round(draw.uniform(low, high), 1))
-
-
-def _sorted(faults: list[PlannedFault]) -> tuple[PlannedFault, ...]:
+        low, high = _SECONDS.get(kind, (0.0, 0.0))
+        after = draw.choice((0, 1, 2, max(1, units // 3), max(1, units // 2), max(1, units - 2)))
+        seconds = round(draw.uniform(low, high), 1)
+        faults.append(PlannedFault(kind=kind, after=after, seconds=seconds))
     return tuple(sorted(faults, key=lambda fault: fault.after))

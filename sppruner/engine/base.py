@@ -20,6 +20,7 @@ from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.types import PruneReport
 
 _WARM_UP_REQUESTS: Final = 4
+_CHARACTERS_PER_TOKEN: Final = 16  # text has three to five; long runs of one character have more
 
 _R = TypeVar("_R")
 
@@ -183,6 +184,17 @@ def run_control_pairs(
         else p
         for p, d in zip(pruned_results, dense_results, strict=True)
     ]
+
+
+def check_characters(request: Request, context: int) -> None:
+    """Raises InputError for texts that are too long for the model's context however they are cut
+    into tokens: a tokenizer takes seconds and gigabytes for megabytes."""
+    characters = len(request.prompt) + len(request.system or "")
+    if characters > context * _CHARACTERS_PER_TOKEN:
+        raise InputError(
+            f"{characters:,} characters of prompt exceed the model's context of {context} tokens: "
+            "shorten it"
+        )
 
 
 def check_length(prompt_tokens: int, generation: SamplingParams, context: int) -> None:

@@ -18,6 +18,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 # Colder, divided logits overflow; this cold, sampling is greedy to all purposes.
 _COLDEST: Final = 0.001
+_STOPS, _STOP_CHARACTERS = 16, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,8 @@ class SamplingParams:
     """Seed of this request's own random generator; no effect if greedy."""
 
     stop: tuple[str, ...] = ()
-    """Stop strings, not empty ones: the answer ends in front of the first that it contains."""
+    """Stop strings, at most 16 of 1 to 1000 characters: the answer ends in front of the first that
+    it contains."""
 
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
@@ -56,6 +58,11 @@ class SamplingParams:
             raise SpecError(f"stop {self.stop!r}: give a tuple of strings")
         if "" in self.stop:
             raise SpecError("stop holds an empty string, which would end every answer at once")
+        if len(self.stop) > _STOPS or max(map(len, self.stop), default=0) > _STOP_CHARACTERS:
+            raise SpecError(
+                f"stop: give at most {_STOPS} strings of at most {_STOP_CHARACTERS} characters; "
+                "each is looked for at every token"
+            )
 
 
 def _is_finite(value: object) -> bool:

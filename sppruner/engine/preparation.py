@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sppruner.adapters import Adapter
 from sppruner.cost import ImageShape
-from sppruner.engine.base import check_length
+from sppruner.engine.base import check_characters, check_length
 from sppruner.engine.caches.encoder import hash_images
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError
@@ -118,6 +118,7 @@ class RequestPreparer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, request: Request, ticket: int) -> PreparedRequest:
+        check_characters(request, self._context)
         # A tokenizer holds its padding state, so each thread has a processor of its own.
         if not hasattr(self._thread_local, "processor"):
             self._thread_local.processor = copy.deepcopy(self._processor)

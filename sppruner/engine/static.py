@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from sppruner.engine.base import ModelEngine, check_length, run_control_pairs
+from sppruner.engine.base import ModelEngine, check_characters, check_length, run_control_pairs
 from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
@@ -59,6 +59,8 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()
+        for request in batch:
+            check_characters(request, self._context)
         inputs = build_inputs(
             self._processor,
             [request.prompt for request in batch],

@@ -33,6 +33,8 @@ def test_invalid_generation_settings_are_refused(bad: dict[str, Any]) -> None:
         {"stop": "red"},
         {"stop": (None,)},
         {"stop": 3},
+        {"stop": ("x" * 1001,)},
+        {"stop": ("x",) * 17},
     ],
 )
 def test_settings_that_no_sampler_could_run_are_refused(bad: dict[str, Any]) -> None:

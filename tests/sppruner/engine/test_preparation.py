@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
+from sppruner.prompts import build_inputs
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.engine.requests import drawn, facts
@@ -118,3 +120,31 @@ def test_controls_have_their_turn_under_urgent_requests_that_never_cease(
             break
     assert control in answered
     assert behind in answered
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, BatchEngine])
+@pytest.mark.parametrize("part", ["prompt", "system"])
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenized_and_costs_no_other_row(
+    loaded: LoadedModel,
+    kind: type[ContinuousEngine | BatchEngine],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = kind(loaded, slots=4)
+    long, other = requests()[:2]
+    long = replace(long, **{part: "word " * 2_000_000})  # type: ignore[arg-type]
+    for module in ("preparation", "static"):
+        name = f"sppruner.engine.{module}.build_inputs"
+        monkeypatch.setattr(name, _refusing_long_texts(build_inputs))
+    results = engine.run([long, other])
+    engine.close()
+    assert [result.error_code for result in results] == ["prompt_invalid", None]
+    assert "characters of prompt exceed the model's context" in str(results[0].error_message)
+
+
+def _refusing_long_texts(build: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(processor: Any, prompts: list[str], images: Any, systems: Any) -> Any:
+        assert all(len(text or "") < 10_000 for text in (*prompts, *systems)), "it is tokenized"
+        return build(processor, prompts, images, systems)
+
+    return checked

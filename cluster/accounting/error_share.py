@@ -67,5 +67,6 @@ class ErrorShare:
         return (
             f"{count} of the {rows} {which} of this attempt failed ({codes}), more than the "
             f"{self._most:.0%} that --max-error-share allows. Committed units stay: mend the cause "
-            "and give the same command again, or one with a higher --max-error-share"
+            "and give the same command again, or one with a higher --max-error-share; "
+            "jobs/retry_errors.py asks the rows that failed again"
         )

@@ -134,6 +134,14 @@ class RunOutput:
                 "them another --output"
             )
 
+    def manifest_head(self) -> bytes | None:
+        """The first bytes of the manifest that this machine sees, at once: run id and time of its
+        planning. None where it sees none."""
+        try:
+            return self._store.with_patience(0).get_range(_MANIFEST, 0, _MANIFEST_HEAD)
+        except StoreError:
+            return None
+
     def _holds_run(self, patience: float | None = None) -> bool:
         store = self._store if patience is None else self._store.with_patience(patience)
         try:

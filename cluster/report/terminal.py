@@ -62,6 +62,12 @@ def _facts(summary: Summary, note: str | None) -> Table:
     failed = "  ".join(f"{code} {n}" for code, n in sorted(total.failed.items()))
     facts.add_row("rows", f"{total.rows} of {summary.rows_planned} done")
     facts.add_row("failed", f"{total.rows_failed}{f'  ({failed})' if failed else ''}")
+    if total.rows_failed:
+        facts.add_row(
+            "",
+            "their error_code and error_message say why; python jobs/retry_errors.py "
+            f"{summary.output} asks them again",
+        )
     if summary.unread_bytes:
         facts.add_row(
             "unread",

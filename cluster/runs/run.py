@@ -23,6 +23,7 @@ from cluster.output.summary import Summary, is_current, keep_summary, summarise
 from cluster.runs.attempt import attempt_units
 from cluster.runs.calibration import calibrate
 from cluster.runs.planning import corpus_uri, plan_run
+from cluster.runs.shared_output import check_shared
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
@@ -113,6 +114,14 @@ def run(
             raise UsageError(
                 f"replicas decode with {fleet.image_backend}, this machine with "
                 f"{model.image_backend}: install torchvision on both or on neither"
+            )
+        check_shared(output, console)
+        if config.replicas > fleet.target_replicas:
+            console.print(
+                f"{fleet.target_replicas} replicas of the model are up already and are used: "
+                f"--replicas {config.replicas} starts no more",
+                style="yellow",
+                highlight=False,
             )
         if config.auto:
             replicas = ServeReplicas(fleet.handle)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import ray
 import structlog
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayError
@@ -183,6 +184,8 @@ def _find(settings: FleetSettings) -> str | None:
 def _deploy(settings: FleetSettings) -> None:
     details = serve_details()
     assert details is not None
+    if len(ray.nodes()) > 1 and not ray.cluster_resources().get("GPU"):
+        logger.warning("no_gpu_is_up", app=settings.app, replicas_run_on="CPUs")
     others = [app for name, app in details.applications.items() if name != settings.app]
     route = f"/{settings.app}" if any(app.route_prefix == "/" for app in others) else "/"
     with SERVE_SETTINGS:

@@ -95,12 +95,16 @@ class Job:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.1)
 
-    def finish(self, code: int, seconds: float) -> dict[str, Any]:
-        """The summary of the run, which ends with `code` within `seconds`."""
+    def end(self, code: int, seconds: float) -> None:
+        """It ends with `code` within `seconds`."""
         ended = self._ground.forks.wait(self.pid, seconds)
         if ended is None:
             send(self.pid, signal.SIGKILL)
         assert ended == code, self.log()
+
+    def finish(self, code: int, seconds: float) -> dict[str, Any]:
+        """The summary of the run, which ends with `code` within `seconds`."""
+        self.end(code, seconds)
         summary: dict[str, Any] = json.loads(
             open_store(self._place.output).get("_run/summary.json")
         )
@@ -202,13 +206,16 @@ def test_a_driver_whose_cluster_is_gone_ends_and_the_same_command_completes(
     assert not any(row["error_code"] for row in rows)
 
 
-@pytest.fixture
-def node_without_mount(ground: Ground, tmp_path: Path) -> Iterator[Path]:
-    """A second node, which sees an empty folder where the first sees corpus and output."""
+@pytest.fixture(params=[""])
+def node_without_mount(
+    ground: Ground, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Path]:
+    """A second node, which sees another folder where the first sees corpus and output: an empty
+    one, but for what a shell command writes there."""
     ground.prepare(1, attached=False)
     folder = tmp_path / "place"
     folder.mkdir(parents=True)
-    hide = f"mount -t tmpfs none {folder}"
+    hide = f"mount -t tmpfs none {folder} && cd {folder} && {request.param or 'true'}"
     if subprocess.run(["unshare", "--mount", "sh", "-c", hide], capture_output=True).returncode:
         pytest.skip("this process may not mount a file system")
     ray = Path(sys.executable).with_name("ray")
@@ -239,3 +246,20 @@ def test_a_node_without_the_mount_costs_no_row(
     check_every_row_once(rows, ROWS)
     assert not any(row["error_code"] for row in rows)
     assert RunOutput.open(place.output).summary() is not None
+
+
+@pytest.mark.parametrize(
+    "node_without_mount",
+    ["""mkdir -p disk/labels/_run && echo '{"run_id": "1"}' > disk/labels/_run/manifest.json"""],
+    indirect=True,
+)
+def test_a_driver_on_the_node_without_the_mount_labels_nothing(
+    node_without_mount: Path, start: Callable[..., Job]
+) -> None:
+    """The others see a run where it sees none."""
+    place = LocalPlace(node_without_mount)
+    put_rows(place, [picture(number) for number in range(UNIT_ROWS)])
+    job = start(place)
+    job.end(2, seconds=120.0)
+    assert "on 1 of 1 other nodes" in job.log()
+    assert not list(Path(place.output).glob("*.parquet"))

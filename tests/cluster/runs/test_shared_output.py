@@ -1,0 +1,67 @@
+"""A driver whose node sees another folder than the others stops before anything is labelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+from rich.console import Console
+
+from cluster.errors import UsageError
+from cluster.output.run_output import RunOutput
+from cluster.runs import shared_output
+from cluster.runs.shared_output import check_shared
+
+OURS, OTHER = b'{"run_id": "a", "created": "1"', b'{"run_id": "a", "created": "2"'
+
+
+class Output:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def manifest_head(self) -> bytes:
+        return OURS
+
+
+def check(seen: list[bytes | None], monkeypatch: pytest.MonkeyPatch, uri: str = "/mnt/out") -> str:
+    """What is printed."""
+    monkeypatch.setattr(shared_output, "_seen_elsewhere", lambda _: seen)
+    console = Console(width=300)
+    with console.capture() as captured:
+        check_shared(Output(uri), console)  # type: ignore[arg-type]
+    return captured.get()
+
+
+@pytest.mark.parametrize("seen", [[], [OURS], [OURS, None], [None, OURS, OURS]])
+def test_an_output_that_another_node_sees_is_shared(
+    seen: list[bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(seen, monkeypatch) == ""
+
+
+@pytest.mark.parametrize("seen", [[OTHER], [OURS, OTHER], [None, OTHER, None]])
+def test_a_run_that_others_see_in_its_place_is_a_usage_error(
+    seen: list[bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=f"/mnt/out .* on 1 of {len(seen)} other nodes"):
+        check(seen, monkeypatch)
+
+
+def test_an_output_that_no_other_node_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not mounted here, or not there" in check([None, None], monkeypatch)
+    assert "AWS_*" in check([None], monkeypatch, "s3://bucket/out")
+
+
+def test_the_other_nodes_are_asked(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tmp_path / "out/_run/manifest.json"
+    output = RunOutput.open(tmp_path / "out")
+    assert output.manifest_head() is None
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(OURS)
+    assert shared_output._seen_elsewhere(output) == [], "this cluster has one node"
+    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
+    assert shared_output._seen_elsewhere(output) == [OURS, OURS]
+    assert ray.is_initialized()

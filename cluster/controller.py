@@ -128,16 +128,17 @@ class RunController:
         and what becomes of these units is nothing that the guard counts."""
         errors = ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total)
         before = self._runs.get(name)
-        beside = False
+        beside = None
         if again and before is not None and before.state == "running":
-            errors, beside = before.errors, before.beside or not before.again
+            errors = before.errors
+            beside = before if before.beside or not before.again else None
         ended = [known for known, run in self._runs.items() if run.finished is not None]
         for known in ended[: max(0, len(ended) - _ENDED_RUNS)]:
             del self._runs[known]
-        self._runs[name] = _Run(
+        run = self._runs[name] = _Run(
             state="running",
             again=frozenset(again),
-            beside=beside,
+            beside=beside is not None,
             meta=dict(meta),
             units_total=units_total,
             rows_total=rows_total,
@@ -147,6 +148,10 @@ class RunController:
             rows_before=ledger_so_far.rows,
             started=time.monotonic(),
         )
+        if beside is not None:  # the job's own attempt goes on
+            run.started, run.rows_before = beside.started, beside.rows_before
+            run.events, run.told = beside.events, beside.told
+            run.waited, run.waited_until = beside.waited, beside.waited_until
 
     def unit_committed(self, name: RunName, unit_id: str, ledger: UnitLedger) -> bool:
         """Counts a committed unit once, however often it is reported. False: the run is unknown
@@ -178,18 +183,15 @@ class RunController:
         run.waited_until[kind] = now
 
     def finish(self, name: RunName, state: RunState, *, again: bool = False) -> RunProgress | None:
-        """Ends the view of the run, and returns it; "completed" without all its units is
-        "incomplete", and with failed rows "completed_with_errors". None for a run that is not
-        registered. again: a command ended that asked failed rows again; a job that runs beside it
-        goes on."""
+        """Ends the view of the run, and returns it; "completed" with failed rows is
+        "completed_with_errors". None for a run that is not registered. again: a command ended that
+        asked failed rows again; a job that runs beside it goes on, whichever came first."""
         run = self._runs.get(name)
         if run is None:
             return None
-        if state == "completed" and len(run.units_done) < run.units_total:
-            state = "incomplete"
         if state == "completed" and run.ledger.rows_failed:
             state = "completed_with_errors"
-        if not (again and run.beside):
+        if not again or (run.again and not run.beside):
             run.state, run.finished = state, time.monotonic()
         return self.progress(name)
 
@@ -206,7 +208,8 @@ class RunController:
         if run is None:
             return None
         elapsed = (run.finished or time.monotonic()) - run.started
-        speed = (run.ledger.rows - run.rows_before) / elapsed if elapsed > 0 else 0.0
+        new = max(0, run.ledger.rows - run.rows_before)
+        speed = new / elapsed if elapsed > 0 else 0.0
         left = max(0, run.rows_total - run.ledger.rows)
         return RunProgress(
             run_id=name.run_id,

@@ -31,7 +31,8 @@ def check_folder(kind: Kind, folder: Path) -> None:
     """Raises UsageError where `folder`/<kind> holds anything but what an earlier embedded run left:
     a folder of this name may be somebody's output or corpus."""
     target = folder / kind
-    others = set(target.iterdir() if target.is_dir() else ()) - _earlier(target)
+    there = target.iterdir() if target.is_dir() else ()
+    others = {path for path in there if not path.name.startswith(".")} - _earlier(target)
     if others:
         raise UsageError(
             f"{min(others)} is none of an embedded run's results, which are kept in {target}: move "
@@ -56,12 +57,13 @@ def copy_results(kind: Kind, summary: Summary, folder: Path) -> str:
     target.mkdir(parents=True, exist_ok=True)
     for stale in _earlier(target):
         stale.unlink(missing_ok=True)
+    # Before the rows: by it they are known for ours if this is the last that can be written.
+    (target / _SUMMARY).write_text(summary.to_json())
     tables = []
     for info in output.list(suffixes=(".parquet",)):
         data = output.get(info.key)
         (target / info.key).write_bytes(data)
         tables.append(pq.read_table(io.BytesIO(data)))
-    (target / _SUMMARY).write_text(summary.to_json())
     labelled = pa.concat_tables(tables)
     tiles = _make_tiles(kind, labelled, _read_images(corpus))
     sheet = write_contact_sheet(tiles, target / _SHEET)

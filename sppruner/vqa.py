@@ -28,6 +28,7 @@ _QUOTES_AND_BRACES = ("'", '"', "{")
 # A string and the comma behind it; all that follows a quote which nothing closes, so that the
 # search does not begin anew at each quote in there.
 _QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|['"].*)\s*,?""", re.DOTALL)
+_NEXT_MAPPING = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|['"].*)|\}\s+\{""", re.DOTALL)
 _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
@@ -95,8 +96,10 @@ def _printed(text: str) -> object:
     first = text[1:].lstrip()[:1]
     if first not in _QUOTES_AND_BRACES or len(text) > _PRINTED_CHARACTERS:
         raise ValueError("a text that lists neither strings nor mappings, or too much")
-    # NumPy prints no commas between strings, and Python would join those.
-    return ast.literal_eval(text if first == "{" else _QUOTED.sub(r"\1,", text))
+    # NumPy prints no commas, between strings, which Python would join, nor between mappings.
+    if first == "{":
+        return ast.literal_eval(_NEXT_MAPPING.sub(lambda found: found[1] or "},{", text))
+    return ast.literal_eval(_QUOTED.sub(r"\1,", text))
 
 
 def score(answer: str | None, references: Sequence[str]) -> float:

@@ -25,7 +25,7 @@ _LOGS = (
     ("Delta Lake", re.compile(r"((?:.*/)?)_delta_log/.*"), ""),
     (
         "Iceberg",
-        re.compile(r"((?:.*/)?)metadata/(?:v\d+|\d+-[0-9a-f-]{36})\.metadata\.json"),
+        re.compile(r"((?:.*/)?)metadata/(?:v\d+|\d+-[0-9a-f-]{36})(?:\.gz)?\.metadata\.json"),
         "data/",
     ),
 )

@@ -45,7 +45,7 @@ class Attempt:
     """How one invocation of a command went; the only part of a summary that is not in the store."""
 
     rows: int
-    """Rows that this attempt had to do."""
+    """Rows that this attempt had to do; of one that asked failed rows again, those it replaced."""
     wall_seconds: float
     """From the first read to the last commit, the start of the labelling actors included."""
     start_seconds: float

@@ -143,7 +143,10 @@ def _note(
         asked, rows = summary.attempt.rows if summary.attempt else 0, count_rows(failed)
         note = f"{rows} failed rows of {len(failed)} units were asked again"
         if asked < rows:
-            note = f"{asked} of {note}; {manifest.source} did not give the others"
+            note = (
+                f"{asked} of {note}; the others were mended meanwhile, or {manifest.source} did "
+                "not give them"
+            )
         return note
     resumed = len(manifest.units) - len(todo)
     notes = []

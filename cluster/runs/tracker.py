@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import RunConfig
 from cluster.controller import RunName, RunProgress, RunState, get_controller
-from cluster.errors import ErrorShareExceeded, RunError
+from cluster.errors import ErrorShareExceeded, RunError, StoreError
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 
@@ -56,7 +56,7 @@ class RunTracker:
         self._events: Mapping[str, int] = {}
 
     def __enter__(self) -> RunTracker:
-        """Raises StoreError where a committed unit cannot be read, before any compute is spent."""
+        """Raises StoreError where a committed unit cannot be read, before anything is labelled."""
         done, ledger = self._committed()
         # A run needs no controller: `progress` registers it once there is one.
         try:
@@ -71,7 +71,7 @@ class RunTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        state: RunState = "completed"
+        state: RunState = "completed" if self._is_complete() else "incomplete"
         if isinstance(error, KeyboardInterrupt) or isinstance(run_error(error), ErrorShareExceeded):
             state = "stopped"
         elif error is not None:
@@ -122,6 +122,14 @@ class RunTracker:
             logger.warning("controller_unreachable", error=type(error).__name__)
             return None
         return None if reason is None else ErrorShareExceeded(reason)
+
+    def _is_complete(self) -> bool:
+        """Whether every planned unit is committed; so too where the store does not say."""
+        try:
+            return self._output.committed_units() >= {u.unit_id for u in self._manifest.units}
+        except StoreError as error:
+            logger.warning("end_unknown", run_id=self._manifest.run_id, error=str(error))
+            return True
 
     def _committed(self) -> tuple[list[str], UnitLedger]:
         planned = {unit.unit_id for unit in self._manifest.units} - self._again

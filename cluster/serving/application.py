@@ -54,7 +54,8 @@ class FleetSettings:
     port: int | None = None
     """Port of the HTTP edge; None is 8000, or a free one if 8000 is taken."""
     start_timeout_seconds: float = 900.0
-    """Longest wait until the first replica runs."""
+    """Longest wait until the first replica runs; four times that where one has its place and loads
+    the model."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables for Ray's workers, if this process is not connected to Ray yet."""
 

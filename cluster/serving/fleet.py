@@ -202,6 +202,7 @@ def _deploy(settings: FleetSettings) -> None:
 def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
     """The application once one of its replicas runs; else why none does."""
     started = reported = time.monotonic()
+    placed = False
     while True:
         try:
             details = serve_details()
@@ -214,8 +215,10 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
         if app is not None and app.status is ApplicationStatus.DEPLOY_FAILED:
             raise FleetUnavailable(f"{settings.engine.model} could not be served:\n{reason}")
         now = time.monotonic()
-        nodes = _loading_on(app, settings.name)
-        patience = settings.start_timeout_seconds * (_WHILE_LOADING if nodes else 1)
+        nodes = _placed_on(app, settings.name)
+        # For good: Serve may be silent for a moment, or replace a replica that loads.
+        placed = placed or bool(nodes)
+        patience = settings.start_timeout_seconds * (_WHILE_LOADING if placed else 1)
         if now - started > patience:
             raise FleetUnavailable(
                 f"{settings.engine.model} was not up after {patience:.0f} s: "
@@ -238,14 +241,15 @@ def _wait(name: str, settings: FleetSettings) -> ApplicationDetails:
         time.sleep(_POLL_SECONDS)
 
 
-def _loading_on(app: ApplicationDetails | None, deployment: str) -> list[str]:
-    """Addresses of the nodes on which replicas of the model start."""
+def _placed_on(app: ApplicationDetails | None, deployment: str) -> list[str]:
+    """Addresses of the nodes on which replicas of the model load it, or run: the HTTP edge comes up
+    behind them."""
     found = None if app is None else app.deployments.get(deployment)
     return sorted(
         {
             replica.node_ip or "an unknown node"
             for replica in (found.replicas if found else ())
-            if replica.state is ReplicaState.STARTING and replica.node_id
+            if replica.state in (ReplicaState.STARTING, ReplicaState.RUNNING) and replica.node_id
         }
     )
 

@@ -13,8 +13,10 @@ from typing import Final
 
 from cluster.store.patience import Outage
 
-# A large file on a busy disk takes seconds.
-_HELD_S: Final = 30.0
+HELD_S: Final = 30.0
+"""A large file on a busy disk takes seconds."""
+LISTING_HELD_S: Final = 600.0
+"""A hundred thousand files of a network drive take a minute."""
 _LOOK_EVERY_S: Final = 5.0
 
 
@@ -23,6 +25,7 @@ class _Call:
     address: str
     since: float
     patience: float
+    held_s: float
     outage: Outage | None = None
 
 
@@ -32,20 +35,23 @@ _watcher: threading.Thread | None = None
 
 
 @contextmanager
-def watched(address: str, patience: float) -> Iterator[None]:
-    """Within it a call goes to `address`. One that is held is logged and told as an outage is, from
-    when it was made until it comes back. patience: see `Outage.notice`."""
-    call = _Call(address=address, since=time.monotonic(), patience=patience)
+def watched(address: str, patience: float, *, held_s: float = HELD_S) -> Iterator[None]:
+    """Within it a call goes to `address`. One that takes longer than `held_s` is held: it is logged
+    and told as an outage is, from when it was made until it comes back. patience: see
+    `Outage.notice`."""
+    call = _Call(address=address, since=time.monotonic(), patience=patience, held_s=held_s)
     with _lock:
         _calls.add(call)
         _start_watcher()
+    answered = False
     try:
         yield
+        answered = True
     finally:
         with _lock:
             _calls.remove(call)
         if call.outage is not None:
-            call.outage.answered = True
+            call.outage.answered = call.outage.answered or answered
             call.outage.leave(time.monotonic())
 
 
@@ -53,7 +59,7 @@ def look(now: float) -> None:
     """Notices the calls that are held by now."""
     with _lock:
         for call in _calls:
-            if call.outage is None and now - call.since >= _HELD_S:
+            if call.outage is None and now - call.since >= call.held_s:
                 call.outage = Outage.join(call.address, call.since)
                 call.outage.notice("held", now, call.patience)
 

@@ -23,7 +23,7 @@ import structlog
 
 from cluster.errors import ObjectGone
 from cluster.store.base import ObjectInfo, Store
-from cluster.store.held_calls import watched
+from cluster.store.held_calls import HELD_S, LISTING_HELD_S, watched
 from cluster.store.local_errors import (
     LinkToNothing,
     LockHeld,
@@ -75,7 +75,7 @@ class LocalStore(Store):
             self._check_mounted(before_use=True)  # still: else the walk ended early
             return sorted(found, key=lambda info: info.key)
 
-        return self._call(prefix, attempt)
+        return self._call(prefix, attempt, held_s=LISTING_HELD_S)
 
     def _listed(self, prefix: str, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
         links: list[str] = []
@@ -328,9 +328,9 @@ class LocalStore(Store):
         if not self._look_at_root() and (self._names or not before_use):
             raise NotMounted("missing, empty or another directory here")
 
-    def _call(self, key: str, attempt: Callable[[], _T]) -> _T:
+    def _call(self, key: str, attempt: Callable[[], _T], *, held_s: float = HELD_S) -> _T:
         def seen() -> _T:
-            with watched(self.uri, self._patience.seconds):
+            with watched(self.uri, self._patience.seconds, held_s=held_s):
                 return attempt()
 
         try:

@@ -34,6 +34,9 @@ class Detokenizer:
             piece = self._stream.step(self._tokenizer, token)
         except Exception:  # of no class of its own: the bytes before this token are no UTF-8
             self._stream = DecodeStream(skip_special_tokens=True)
+            # Behind another token: some decoders strip white space from the first one.
+            for plain in self._tokenizer.encode("a", add_special_tokens=False).ids:
+                self._stream.step(self._tokenizer, plain)
             piece = _NO_CHARACTER + (self._stream.step(self._tokenizer, token) or "")
         self._decoded += piece or ""
         if not self.text:

@@ -192,14 +192,6 @@ def test_completed_with_failed_rows_is_completed_with_errors() -> None:
     assert progress(controller).state == "completed_with_errors"
 
 
-def test_a_run_that_ends_without_all_its_units_is_incomplete() -> None:
-    controller = RunController()
-    register(controller)
-    controller.unit_committed(RUN, "a", UNIT)
-    controller.finish(RUN, "completed")
-    assert progress(controller).state == "incomplete"
-
-
 def test_the_controller_is_one_actor_per_cluster_and_is_found_by_name(local_ray: None) -> None:
     controller = get_controller()
     try:
@@ -274,6 +266,33 @@ def test_commands_that_ask_failed_rows_again_do_not_end_the_job_beside_them() ->
     assert controller.stop_reason(RUN) is not None, "the job's guard"
     controller.finish(RUN, "stopped")
     assert progress(controller).state == "stopped"
+
+
+def test_a_job_that_starts_beside_such_a_command_is_not_ended_by_it() -> None:
+    controller = RunController()
+    register(controller, rows_total=10_000, max_error_share=1.0, again=["asked"])
+    register(controller, rows_total=10_000)
+    controller.finish(RUN, "completed", again=True)
+    assert progress(controller).state == "running"
+    controller.unit_committed(RUN, "of the job", UnitLedger(rows=600, failed={"x": 600}))
+    assert controller.stop_reason(RUN) is not None
+
+
+def test_what_happened_in_a_job_is_kept_while_failed_rows_are_asked_again(
+    clock: FakeClock,
+) -> None:
+    controller = RunController()
+    register(controller)
+    controller.unit_committed(RUN, "a", UNIT)
+    controller.event(RUN, "replica_died", 1, "r1")
+    clock.time = 20.0
+    before = progress(controller)
+    register(controller, units_done=[], again=["a"])
+    controller.event(RUN, "replica_died", 1, "r1")
+    controller.unit_committed(RUN, "a", UNIT)
+    now = progress(controller)
+    assert now.events == before.events == {"replica_died": 1}
+    assert now.rows_per_second == before.rows_per_second > 0
 
 
 def test_a_command_that_asks_failed_rows_again_alone_ends_its_view() -> None:

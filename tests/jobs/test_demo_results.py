@@ -48,6 +48,22 @@ def test_the_results_of_an_embedded_run_replace_those_of_an_earlier_one(tmp_path
         assert (tmp_path / "caption/sheet.png").stat().st_size > 1_000
 
 
+def test_results_that_were_cut_short_are_known_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = ended_run(tmp_path, "a" * 16, 2)
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr("jobs.demo_results.pa.concat_tables", fail)
+        with pytest.raises(OSError, match="full"):
+            copy_results("caption", summary, tmp_path)
+    (tmp_path / "caption/.DS_Store").touch()
+    check_folder("caption", tmp_path)
+
+
 @pytest.mark.parametrize(
     "theirs",
     ["_run/manifest.json", "00000.parquet", "00000.tar", f"{'c' * 16}-0.parquet", "notes/a.txt"],

@@ -190,6 +190,10 @@ def test_references_may_be_a_list_as_json_text() -> None:
         ("['dark red' 'blue'\n 'red']", ["dark red", "blue", "red"]),
         ("[\"it's\" 'red']", ["it's", "red"]),
         (str([{"answer": "red", "answer_confidence": None}, {"answer": "2"}]), ["red", "2"]),
+        (
+            "[{'answer': 'red'}\n {'answer': 'not {}'}\n {'answer': \"it's } {\"}]",
+            ["red", "not {}", "it's } {"],
+        ),
     ],
 )
 def test_references_may_be_a_list_as_python_and_numpy_print_it(text: str, known: list[str]) -> None:

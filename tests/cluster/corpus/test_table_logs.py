@@ -48,7 +48,9 @@ def test_a_delta_table_whose_log_begins_with_a_checkpoint_is_refused(
         plan(corpus.uri, output)
 
 
-@pytest.mark.parametrize("log", [ICEBERG, "metadata/v3.metadata.json"])
+@pytest.mark.parametrize(
+    "log", [ICEBERG, "metadata/v3.metadata.json", "metadata/v3.gz.metadata.json"]
+)
 def test_an_iceberg_table_is_refused_since_its_log_decides_which_files_are_rows(
     corpus: Store, output: str, log: str
 ) -> None:

@@ -59,5 +59,6 @@ def test_a_retry_says_how_many_rows_its_corpus_gave(tmp_path: Path) -> None:
 
     assert note(3) == "3 failed rows of 2 units were asked again"
     assert note(1) == (
-        f"1 of 3 failed rows of 2 units were asked again; {tmp_path}/in did not give the others"
+        "1 of 3 failed rows of 2 units were asked again; the others were mended meanwhile, or "
+        f"{tmp_path}/in did not give them"
     )

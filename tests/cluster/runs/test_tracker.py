@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -99,6 +100,18 @@ def test_the_controller_records_how_the_run_ended(
     assert state(planned) == expected
 
 
+def test_a_run_whose_units_are_all_committed_is_completed(
+    local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
+) -> None:
+    """Whatever reached the controller: what the store holds decides."""
+    _, manifest, output = planned
+    rows = pa.table({"key": ["a", "b", "c"]})
+    with RunTracker(*planned):
+        for unit in manifest.units:
+            assert output.commit_unit(unit.unit_id, rows, UnitLedger(rows=3), writer="w")
+    assert state(planned) == "completed"
+
+
 def test_what_happened_in_the_attempt_is_known_once_it_ended(
     local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
 ) -> None:
@@ -133,7 +146,7 @@ def test_the_reason_to_stop_is_known_without_the_error_that_ended_the_workers(
         assert "1 of the 3 rows" in str(tracker.stop_error())
 
 
-def test_a_committed_unit_that_cannot_be_read_is_an_error_before_any_compute(
+def test_a_committed_unit_that_cannot_be_read_is_an_error_before_anything_is_labelled(
     local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
 ) -> None:
     _, manifest, output = planned

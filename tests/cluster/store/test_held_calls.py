@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +51,34 @@ def test_calls_that_are_held_are_named_once_and_told_when_they_come_back(
         assert [read.result() for read in reads] == [b"1", b"1"]
     assert [entry["event"] for entry in logs] == ["store_not_answering", "store_answers_again"]
     assert heard == [(RunEvent.STORE_WAITED, 400)]
+
+
+def test_a_held_call_that_ends_in_an_error_is_no_answer(tmp_path: Path) -> None:
+    """A soft mount gives up by itself."""
+
+    def fail() -> None:
+        with held_calls.watched("/mnt/a", 600):
+            held_calls.look(time.monotonic() + 31)
+            raise OSError("gone")
+
+    with capture_logs() as logs, pytest.raises(OSError, match="gone"):
+        fail()
+    assert [entry["event"] for entry in logs] == ["store_not_answering"]
+
+
+def test_a_walk_over_many_files_may_take_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+
+    def walk(*_: object) -> Iterator[object]:
+        held_calls.look(time.monotonic() + 300)
+        return iter(())
+
+    monkeypatch.setattr(LocalStore, "_listed", walk)
+    with capture_logs() as logs:
+        assert store.list() == []
+    assert not logs
 
 
 def test_somebody_looks_also_in_a_process_that_was_forked(tmp_path: Path) -> None:

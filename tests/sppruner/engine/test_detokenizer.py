@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -51,7 +53,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -72,5 +79,10 @@ def test_bytes_that_are_no_text_cost_nothing_but_themselves(
     shown += detokenizer.finish()
     assert shown == detokenizer.text
     if not detokenizer.stopped:
-        assert shown.count("a") == pieces.count("a")
-        assert shown.count("b") == pieces.count("▁b")
+        text = "".join({"a": "a", "▁b": " b"}.get(piece, "?") for piece in pieces)
+        assert _words(shown) == _words(text)
+
+
+def _words(text: str) -> list[str]:
+    """By spaces; bytes alone may be anything."""
+    return re.sub("[^ab ]", "", text).split()

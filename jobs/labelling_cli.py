@@ -8,6 +8,7 @@ embedded model: a demonstration, and the quickest check of an installation.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from sppruner.tiny import EMBEDDED
 _INTERRUPTED = 130  # a shell's status for a command that SIGINT ended
 _DEMO_ROWS = 384
 _DEMO_RESULTS = Path("out")
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 # Small units: the few rows of a demonstration still take several commits and control batches.
 _DEMO_BOUNDS: dict[str, Any] = {"unit_rows": 64, "control_share": 0.25, "slots": 16}
 
@@ -178,6 +180,8 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:
     if (arguments.input is None) != (arguments.output is None):
         raise UsageError("give both --input and --output, or neither for the embedded corpus")
+    for name in ("input", "output"):
+        _check_place(f"--{name}", getattr(arguments, name))
     if arguments.retry_errors is not None and arguments.output is None:
         raise UsageError("--retry-errors goes with --output: give the run to mend")
     if arguments.limit is not None and arguments.limit < 1:
@@ -212,6 +216,18 @@ def _run_job(job: Job, arguments: argparse.Namespace) -> int:
             if demo:
                 print(copy_results(job.kind, outcome.summary, _DEMO_RESULTS))
         return outcome.exit_code
+
+
+def _check_place(option: str, place: str | None) -> None:
+    """Raises UsageError for a relative path where Ray runs this as a submitted job: in a folder of
+    its own, which is removed with the job."""
+    if place is None or "://" in place or os.path.isabs(place):
+        return
+    if _SUBMITTED in os.environ:
+        raise UsageError(
+            f"{option} {place}: a submitted job runs in a temporary folder of the cluster; give "
+            "s3://bucket/prefix or an absolute path that every node has mounted"
+        )
 
 
 @contextmanager

@@ -92,6 +92,19 @@ def test_input_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "give both --input and --output" in refused(["--input", "s3://corpus/x"], capsys)
 
 
+@pytest.mark.parametrize("option", ["--input", "--output"])
+def test_a_relative_path_of_a_submitted_job_is_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It leads into a copy of the working directory that Ray removes."""
+    places = {"--input": "/mnt/corpus", "--output": "s3://bucket/out"} | {option: "data/it"}
+    arguments = [word for pair in places.items() for word in pair]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert f"{option} data/it: a submitted job runs in a temporary folder" in refused(
+        arguments, capsys
+    )
+
+
 def test_a_bad_limit_of_the_demonstration_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--limit -5: give at least 1" in refused(["--limit", "-5"], capsys)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ def check_folder(kind: Kind, folder: Path) -> None:
 
 
 def _earlier(target: Path) -> set[Path]:
-    """What an embedded run left there: its rows are named after the run of its summary."""
+    """What an embedded run left there: its rows are named after the run of its summary and their
+    unit, or after the unit alone by earlier versions."""
     found = {target / _SUMMARY, target / _SHEET}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         run_id = json.loads((target / _SUMMARY).read_bytes())["run_id"]
-        found |= set(target.glob(f"{run_id}-*.parquet"))
+        ours = re.compile(rf"({re.escape(run_id)}-)?[0-9a-f]{{20}}\.parquet")
+        found |= {path for path in target.glob("*.parquet") if ours.fullmatch(path.name)}
     return found
 
 

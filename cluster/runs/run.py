@@ -155,8 +155,8 @@ def _note(
     missing = summary.units - summary.units_done
     if missing:
         notes.append(
-            f"{missing} units are missing, {manifest.source} did not give them: once it answers, "
-            "the same command labels them"
+            f"{missing} units are missing, {manifest.source} did not give them (units_deferred in "
+            "the log says why): once it answers, the same command labels them"
         )
     return "; ".join(notes) or None
 

@@ -28,7 +28,7 @@ def ended_run(folder: Path, run_id: str, rows: int) -> Summary:
             "key": row["key"], "text": row["caption"], "caption": row["caption"],
             "error_code": None, "error_message": None, "visual_tokens": 9, "visual_tokens_kept": 2,
         }  # fmt: skip
-        unit = f"{run_id}-{number}.parquet"
+        unit = f"{run_id}-{number:020x}.parquet"
         put_parquet(open_store(folder / run_id), unit, pa.Table.from_pylist([labels]))
     return Summary(
         run_id=run_id, created="", settings={}, input=str(corpus_folder),
@@ -43,7 +43,7 @@ def test_the_results_of_an_embedded_run_replace_those_of_an_earlier_one(tmp_path
         message = copy_results("caption", ended_run(tmp_path, run_id, rows), tmp_path)
         assert f"{rows} of {rows} captions describe their scene word for word" in message
         kept = sorted(path.name for path in (tmp_path / "caption").glob("*.parquet"))
-        assert kept == [f"{run_id}-{number}.parquet" for number in range(rows)]
+        assert kept == [f"{run_id}-{number:020x}.parquet" for number in range(rows)]
         assert json.loads((tmp_path / "caption/summary.json").read_text())["run_id"] == run_id
         assert (tmp_path / "caption/sheet.png").stat().st_size > 1_000
 
@@ -61,6 +61,7 @@ def test_results_that_were_cut_short_are_known_for_ours(
         with pytest.raises(OSError, match="full"):
             copy_results("caption", summary, tmp_path)
     (tmp_path / "caption/.DS_Store").touch()
+    (tmp_path / f"caption/{'0' * 20}.parquet").touch()  # of an earlier version
     check_folder("caption", tmp_path)
 
 

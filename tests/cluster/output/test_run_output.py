@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -166,8 +167,12 @@ def test_a_store_that_does_not_answer_is_no_missing_mount(
     def refuse(*_: object, **__: object) -> bytes:
         raise StoreError("no answer")
 
-    monkeypatch.setattr(LocalStore, "get_range", refuse)
-    assert planned.output.is_here(), "whoever writes waits for it, with patience"
+    with monkeypatch.context() as away:
+        away.setattr(LocalStore, "get_range", refuse)
+        assert planned.output.is_here(), "whoever writes waits for it, with patience"
+    output = pickle.loads(pickle.dumps(planned.output))
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert not output.is_here()
 
 
 def test_a_summary_is_replaced(output: RunOutput, store: Store) -> None:

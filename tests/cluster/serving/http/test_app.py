@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import MediaLimits
-from cluster.controller import get_controller
+from cluster.controller import RunName, get_controller
 from cluster.errors import Busy
 from cluster.serving.fleet import Fleet
 from cluster.serving.http.app import ApiSettings
@@ -287,7 +287,7 @@ def test_the_runs_route_lists_the_controllers_runs(fleet: Fleet) -> None:
     try:
         ray.get(
             controller.register.remote(
-                "r1",
+                RunName("r1", "s3://out"),
                 meta={"output": "s3://out"},
                 units_total=2,
                 rows_total=20,

@@ -5,9 +5,9 @@ the rows to all of them follow each other on one replica. Columns of a case:
 
 - seconds, planning_seconds: of labelling, its actors' start included; of planning before that.
 - objects_written: units of the output, and what is beside them.
-- driver_mib, labeller_mib, replica_mib, readers_mib: resident memory over the job, less what a process
-  has looked at of Ray's object store, which is bounded once for all; sampled once a second after the
-  job's first tenth: median, smallest and largest. Readers are summed.
+- driver_mib, labeller_mib, replica_mib, readers_mib: resident memory over the job, less the pages
+  of Ray's object store that a process has looked at, which has a bound of its own; sampled once a
+  second after the job's first tenth: median, smallest and largest. Readers are summed.
 - driver_growth_mib, labeller_growth_mib: median of the last tenth less that of the second.
 
 `exponent`: of seconds as a power of rows, fitted over the sizes; 1 is a flat cost per row. The

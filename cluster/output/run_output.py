@@ -124,13 +124,13 @@ class RunOutput:
         if not self._store.is_here():
             return False
         try:
-            return self._holds_run(0)
+            return self._holds_run(self._store.with_patience(0))
         except StoreError:
             return True
 
     def check_run(self) -> None:
         """Raises StoreError where the prefix was emptied or holds another run by now."""
-        if not self._holds_run():
+        if not self._holds_run(self._store):
             raise StoreError(
                 f"{self.uri} is not the output of run {self._names.run_id} any more: its manifest "
                 "was removed or replaced while the run went on; end this run's commands, or give "
@@ -141,17 +141,16 @@ class RunOutput:
         """The first bytes of the manifest that this machine sees, at once: run id and time of its
         planning. None where it sees none."""
         try:
-            return self._store.with_patience(0).get_range(_MANIFEST, 0, _MANIFEST_HEAD)
+            return _read_head(self._store.with_patience(0))
         except StoreError:
             return None
 
-    def _holds_run(self, patience: float | None = None) -> bool:
-        store = self._store if patience is None else self._store.with_patience(patience)
+    def _holds_run(self, store: Store) -> bool:
+        """store: the output's, with the patience to ask with."""
         try:
-            head = store.get_range(_MANIFEST, 0, _MANIFEST_HEAD)
+            return json.dumps(self._names.run_id).encode() in _read_head(store)
         except ObjectGone:
             return False
-        return json.dumps(self._names.run_id).encode() in head
 
     def manifest(self) -> Manifest | None:
         """What the run is; None for a prefix that holds no run. Raises StoreError if unreadable."""
@@ -414,6 +413,10 @@ class RunOutput:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(read_one, wanted))
+
+
+def _read_head(store: Store) -> bytes:
+    return store.get_range(_MANIFEST, 0, _MANIFEST_HEAD)
 
 
 def _data_files(prefix: str) -> bytes:

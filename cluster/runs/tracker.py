@@ -71,11 +71,13 @@ class RunTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        state: RunState = "completed" if self._is_complete() else "incomplete"
-        if isinstance(error, KeyboardInterrupt) or isinstance(run_error(error), ErrorShareExceeded):
+        state: RunState = "failed"
+        if error is None:  # else nothing is asked of a store that may be what failed
+            state = "completed" if self._is_complete() else "incomplete"
+        elif isinstance(error, KeyboardInterrupt) or isinstance(
+            run_error(error), ErrorShareExceeded
+        ):
             state = "stopped"
-        elif error is not None:
-            state = "failed"
         try:
             ended: RunProgress | None = ray.get(
                 self._controller.finish.remote(self._name, state, again=bool(self._again)),

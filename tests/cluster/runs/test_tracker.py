@@ -100,6 +100,19 @@ def test_the_controller_records_how_the_run_ended(
     assert state(planned) == expected
 
 
+def test_the_end_of_a_run_that_failed_asks_the_store_nothing(
+    local_ray: None,
+    planned: tuple[RunConfig, Manifest, RunOutput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be what failed, and has ten minutes for every answer."""
+    tracker = RunTracker(*planned).__enter__()
+    monkeypatch.setattr(RunOutput, "committed_units", lambda _: 1 / 0)
+    error = StoreError("gone")
+    tracker.__exit__(StoreError, error, None)
+    assert state(planned) == "failed"
+
+
 def test_a_run_whose_units_are_all_committed_is_completed(
     local_ray: None, planned: tuple[RunConfig, Manifest, RunOutput]
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_lease_that_looks_at_serve_does_not_spoil_a_deployment(fleet: Fleet) -
                 look.result(timeout=120)
             for deployment in deploying:
                 deployment.result(timeout=120)
+        assert settings("raced").app in applications()
     finally:
         sys.setswitchinterval(interval)
         serve.delete(settings("raced").app)

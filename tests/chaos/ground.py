@@ -62,6 +62,7 @@ class Ground:
         self._cluster: Any = None
         self._shape: tuple[int, bool] | None = None
         self._dirty = False
+        self._client_before: Any = None
 
     def __enter__(self) -> Ground:
         # Short: Ray's sockets lie in it, whose paths are bounded.
@@ -128,9 +129,11 @@ class Ground:
     def start_cluster(self) -> None:
         """Starts the nodes, and the endpoint of an attached shape."""
         from ray.cluster_utils import Cluster
+        from ray.experimental import internal_kv
 
         assert self._shape is not None
         nodes, attached = self._shape
+        self._client_before = internal_kv.internal_kv_get_gcs_client()
         head = {"num_cpus": _CPUS[nodes][0], "include_dashboard": False}
         handler = signal.getsignal(signal.SIGTERM)
         self._cluster = Cluster(
@@ -152,12 +155,20 @@ class Ground:
 
     def remove_cluster(self) -> None:
         """Ends every process of the cluster, at once."""
+        from ray.experimental import internal_kv
+
         if self._cluster is None:
             return
         cluster, self._cluster = self._cluster, None
         for node in [*cluster.worker_nodes, cluster.head_node]:
             if node is not None:
                 cluster.remove_node(node, allow_graceful=False)
+        # A node makes its client that of this process. Whoever asks the head that is gone, as Serve
+        # does in a later test's cluster, ends the process after a minute.
+        if self._client_before is None:
+            internal_kv._internal_kv_reset()
+        else:
+            internal_kv._initialize_internal_kv(self._client_before)
 
     def add_node(self, cpus: int = 2) -> None:
         """One more raylet."""

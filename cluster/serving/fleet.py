@@ -47,6 +47,9 @@ _REPORT_SECONDS: Final = 15.0
 # As often the start timeout may a replica take that has its place: weights come through slow links.
 _WHILE_LOADING: Final = 4
 _STATS_TIMEOUT_SECONDS: Final = 30.0
+# Applications in a Ray that this process started for them. It takes them down with it, so none of
+# the jobs that run in this process meanwhile may.
+_IN_OWN_RAY: Final[set[str]] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +108,12 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
 
     Raises FleetUnavailable with the reason where not one came up in time."""
     with ExitStack() as stack:
-        own_ray = join_ray(stack, settings.environment, replicas=settings.replicas)
-        # A Ray of our own takes the application down with it, and nobody else uses either.
+        if join_ray(stack, settings.environment, replicas=settings.replicas):
+            _IN_OWN_RAY.add(settings.app)
+            stack.callback(_IN_OWN_RAY.discard, settings.app)
         lease = (
             None
-            if own_ray
+            if settings.app in _IN_OWN_RAY
             else stack.enter_context(
                 FleetLease(settings.app, patience_seconds=settings.start_timeout_seconds)
             )

@@ -352,6 +352,9 @@ def test_without_a_cluster_a_fleet_starts_and_stops_its_own_ray(tmp_path: Path) 
             with open_fleet(settings) as fleet:
                 assert fleet.stats().replicas[0].model == "own"
                 assert ray.get(seen.remote()) == "yes"
+                with open_fleet(settings) as again:  # as a job in the same process does
+                    assert not again.deployed_here
+                assert fleet.stats().replicas[0].model == "own"
             assert not ray.is_initialized()
             """
         )

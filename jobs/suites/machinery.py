@@ -29,7 +29,7 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -44,7 +44,7 @@ from cluster.runs.run import fleet_settings
 from cluster.serving.fleet import open_fleet
 from cluster.store import open_store
 from jobs.suites.labelling import build_caption_config, run_job
-from jobs.suites.result import describe_machine, summarise_rounds
+from jobs.suites.result import describe_machine, fit_power, summarise_rounds
 from sppruner.models.loading import resolve_model
 
 ROWS: Final = 1_000_000
@@ -151,8 +151,7 @@ def fit_exponent(points: Sequence[tuple[int, float]]) -> dict[str, float]:
     """Of seconds as a power of rows; see the module docstring."""
     logs = [(math.log(rows), math.log(seconds)) for rows, seconds in points]
     between = [(s1 - s0) / (r1 - r0) for (r0, s0), (r1, s1) in pairwise(logs)]
-    fitted = linear_regression(*zip(*logs, strict=True)).slope
-    return {"value": fitted, "low": min(between), "high": max(between)}
+    return {"value": fit_power(points), "low": min(between), "high": max(between)}
 
 
 class MemoryWatch:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any, TypeVar
 
 import torch
@@ -41,3 +42,10 @@ def alternate(items: Sequence[_T], number: int) -> Sequence[_T]:
     """The order of round `number`: reversed in every second round, so that no participant always
     follows the same one."""
     return items[::-1] if number % 2 else items
+
+
+def fit_power(points: Sequence[tuple[float, float]]) -> float:
+    """p of y ~ x ** p, by least squares in logarithms, of (x, y) above zero: 1 where y grows as x
+    does."""
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    return linear_regression(xs, ys).slope

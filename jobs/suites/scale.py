@@ -11,6 +11,9 @@ images; one job before the rounds is a warm-up. Columns of a case:
 - driver_peak_mib: peak memory of this process from planning to summary; empty if the system does
   not report it (Linux does).
 - objects_read, objects_written: objects in the corpus and in the output.
+
+`exponent`: of seconds as a power of rows, fitted over the sizes of a round; 1 is a flat cost per row,
+and the start of the actors makes it smaller.
 """
 
 from __future__ import annotations
@@ -31,7 +34,13 @@ from cluster.serving.fleet import Fleet, open_fleet
 from cluster.store import open_store
 from jobs.suites.corpora import draw_captioned, write_corpus
 from jobs.suites.labelling import build_caption_config, count_replica_threads, run_job
-from jobs.suites.result import alternate, describe_machine, summarise_known_rounds, summarise_rounds
+from jobs.suites.result import (
+    alternate,
+    describe_machine,
+    fit_power,
+    summarise_known_rounds,
+    summarise_rounds,
+)
 from sppruner.models.loading import resolve_model
 
 SIZES: Final = (1, 2, 4, 8, 16)
@@ -132,7 +141,8 @@ def time_job(fleet: Fleet, corpus: str, output: str, unit_rows: int, console: Co
 
 
 def compare_row_costs(timings: Mapping[int, Sequence[JobTiming]]) -> dict[str, dict[str, float]]:
-    """Cost of a row in the largest corpus relative to a smaller one, round by round."""
+    """Seconds as a power of rows, and the cost of a row in the largest corpus relative to a smaller
+    one, round by round."""
     *_, second, last = SIZES
     first = SIZES[0]
 
@@ -142,7 +152,11 @@ def compare_row_costs(timings: Mapping[int, Sequence[JobTiming]]) -> dict[str, d
         ]
         return summarise_rounds([above / under for above, under in zip(*costs, strict=True)])
 
+    rounds = zip(*(timings[size] for size in SIZES), strict=True)
     return {
+        "exponent": summarise_rounds(
+            [fit_power([(one.rows, one.seconds) for one in of_a_round]) for of_a_round in rounds]
+        ),
         f"seconds_per_row_{last}x_vs_{first}x": compare_rounds("seconds", first),
         # Both jobs are long: their start hardly counts.
         f"seconds_per_row_{last}x_vs_{second}x": compare_rounds("seconds", second),

@@ -40,11 +40,17 @@ def test_row_costs_are_compared_within_each_round() -> None:
     seconds_per_row = {size: [1.0, 10.0, 100.0] for size in SIZES} | {8: [2.0, 20.0, 100.0]}
     seconds_per_row[16] = [3.0, 20.0, 400.0]
     found = compare_row_costs(timings(seconds_per_row))
+    assert found.pop("exponent")["low"] > 1.1
     assert found == {
         "seconds_per_row_16x_vs_1x": {"value": 3.0, "low": 2.0, "high": 4.0},
         "seconds_per_row_16x_vs_8x": {"value": 1.5, "low": 1.0, "high": 4.0},
         "planning_seconds_per_row_16x_vs_1x": {"value": 1.0, "low": 1.0, "high": 1.0},
     }
+
+
+def test_the_exponent_of_a_flat_cost_is_one_in_every_round() -> None:
+    found = compare_row_costs(timings({size: [1.0, 2.0] for size in SIZES}))
+    assert found["exponent"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak")

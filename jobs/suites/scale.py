@@ -12,8 +12,8 @@ images; one job before the rounds is a warm-up. Columns of a case:
   not report it (Linux does).
 - objects_read, objects_written: objects in the corpus and in the output.
 
-`exponent`: of seconds as a power of rows, fitted over the sizes of a round; 1 is a flat cost per row,
-and the start of the actors makes it smaller.
+`exponent`: of seconds as a power of rows, fitted over the sizes of a round; 1 is a flat cost per
+row, and the start of the actors makes it smaller.
 """
 
 from __future__ import annotations

@@ -67,6 +67,13 @@ def parse_seeds(text: str) -> list[int]:
 def conclude(reports: Sequence[Report]) -> int:
     """Prints the sum; the exit code."""
     harms = Counter(harm for report in reports for harm in {f.harm for f in report.findings})
+    planned = Counter(fault.kind for report in reports for fault in report.schedule.faults)
+    missed = Counter(_kind(name) for report in reports for name in report.missed)
+    idle = Counter(_kind(name) for report in reports for name in report.idle)
+    struck = planned.total() - missed.total() - idle.total()
+    print(f"{struck} of {planned.total()} planned faults met something; missed or idle by kind:",
+          ", ".join(f"{kind} {n} of {planned[kind]}" for kind, n in sorted((missed + idle).items()))
+          or "none")  # fmt: skip
     print(
         f"{len(reports)} runs, {harms['lost']} lost, {harms['doubled']} doubled, "
         f"{harms['stuck']} stuck, {harms['wrong']} wrong"
@@ -75,6 +82,10 @@ def conclude(reports: Sequence[Report]) -> int:
     if failed:
         print("replay one: python -m tests.chaos --seeds N:N+1 --keep out/chaos, N of", *failed)
     return 1 if failed else 0
+
+
+def _kind(name: str) -> str:
+    return name.partition("@")[0]
 
 
 def _shape(schedule: Schedule) -> tuple[int, bool, int]:

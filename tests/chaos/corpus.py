@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.chaos.engine import CALM, KILLS, RAISES, expected_text
+from tests.chaos.engine import CALM, KILLS, RAISES, expected_control, expected_text
 
 Format: TypeAlias = Literal["parquet", "tar"]
 Task: TypeAlias = Literal["caption", "vqa"]
@@ -82,12 +82,18 @@ class TrueRow:
 
     serial: int
     """Its number in the corpus."""
-    key: str
-    """Its key, unique."""
+    key: str | None
+    """Its key, unique; None where it cannot be read."""
     outcomes: frozenset[str]
     """TEXT, or the error codes it may end with."""
     text: str | None
     """The only right text; None where it must not be answered."""
+    control: str | None
+    """The only right text of its dense twin, where it has one."""
+    question: str | None = None
+    """Its question; None where it has none that can be read."""
+    note: str | None = None
+    """What the column `note` holds; None where that is not to be checked."""
     optional: bool = False
     """Whether damage took its members: it may be missing, or end in any way."""
 
@@ -106,6 +112,8 @@ class Corpus:
     """Most error rows that stand for damage and are no row of the corpus."""
     damage_codes: frozenset[str]
     """The codes that these may have."""
+    is_damaged: bool
+    """Whether bytes of an archive are gone: that must be told, by a row and in the summary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +146,9 @@ def draw_corpus(shape: CorpusShape, seed: int) -> Corpus:
         rows=tuple(_truth(row, shape, hurt) for row in drawn),
         serial_column="serial" if shape.format == "parquet" else "id",
         # A reader may report damage once for itself and once for each sample that it cut.
-        damage_rows=0 if shape.damage is None else 2 + len(hurt),
+        damage_rows=2 + len(hurt) if hurt else 0,
         damage_codes=_DAMAGE_CODES,
+        is_damaged=bool(hurt),
     )
 
 
@@ -165,13 +174,23 @@ def _draw_row(serial: int, kind: str | None, shape: CorpusShape, seed: int) -> _
 
 def _truth(row: _Drawn, shape: CorpusShape, hurt: set[int]) -> TrueRow:
     outcomes = BAD_ROWS[row.kind] if row.kind else frozenset({TEXT})
-    text = None
+    text = control = None
     if TEXT in outcomes:
         prompt = PROMPT if shape.task == "caption" else row.question
         assert prompt is not None
-        text = expected_text(_picture(row.serial, CALM), prompt)
-    return TrueRow(serial=row.serial, key=row.key, outcomes=outcomes, text=text,
-                   optional=row.serial in hurt)  # fmt: skip
+        picture = _picture(row.serial, CALM)
+        text, control = expected_text(picture, prompt), expected_control(picture, prompt)
+    has_note = shape.format == "parquet" and row.kind != "note_not_utf8"
+    return TrueRow(
+        serial=row.serial,
+        key=None if row.kind == "key_not_utf8" else row.key,
+        outcomes=outcomes,
+        text=text,
+        control=control,
+        question=None if row.kind == "question_not_utf8" else row.question,
+        note=f"note {row.serial}" if has_note else None,
+        optional=row.serial in hurt,
+    )
 
 
 def _picture(serial: int, behaviour: int) -> Image.Image:

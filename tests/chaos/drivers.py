@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.chaos.ground import Ground
 from tests.chaos.judge import Attempt
@@ -18,8 +18,10 @@ from tests.chaos.schedule import Schedule
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Driver:
     pid: int
+    log: Path
     excused: bool
     signal: str | None = None
+    was_ready: bool = False
 
 
 class Drivers:
@@ -56,13 +58,14 @@ class Drivers:
     def start(self, *, beside: bool = False) -> None:
         """Starts the command. beside: while the current one goes on."""
         self._started += 1
+        log = self._folder / f"driver-{self._started}.log"
         pid = self._ground.forks.start(
             "tests.chaos.driver",
             json.dumps(self._settings),
-            log=self._folder / f"driver-{self._started}.log",
+            log=log,
             environment={"RAY_ADDRESS": self._ground.address},
         )
-        driver = _Driver(pid=pid, excused=self._trouble > 0)
+        driver = _Driver(pid=pid, log=log, excused=self._trouble > 0)
         self._all.append(driver)
         if not beside:
             self._current = driver
@@ -81,19 +84,24 @@ class Drivers:
         """Sends KILL or TERM to the current driver; False where none runs."""
         if self._current is None:
             return False
-        self._current.signal = name
-        return send(self._current.pid, signal.Signals[f"SIG{name}"])
+        driver = self._current
+        ready = driver.log.exists() and driver.log.stat().st_size > 0
+        if not send(driver.pid, signal.Signals[f"SIG{name}"]):
+            return False
+        driver.signal, driver.was_ready = name, ready
+        return True
 
-    def stop_current(self) -> Any:
-        """Stops the current driver and starts another; a function that lets the first go on."""
+    def stop_current(self, *, start_another: bool) -> int | None:
+        """Stops the current driver, and says which process that is; None where none runs."""
         stopped = self._current
         if stopped is None or not send(stopped.pid, signal.SIGSTOP):
             return None
-        self.start()
-        return lambda: send(stopped.pid, signal.SIGCONT)
+        if start_another:
+            self.start()
+        return stopped.pid
 
-    def poll(self) -> list[Attempt]:
-        """The drivers that ended since the last call."""
+    def poll(self, commits: Callable[[], int]) -> list[Attempt]:
+        """The drivers that ended since the last call. commits: asked behind each one's end."""
         attempts = []
         for driver in list(self._all):
             code = self._ground.forks.code(driver.pid)
@@ -102,7 +110,15 @@ class Drivers:
             self._all.remove(driver)
             if driver is self._current:
                 self._current = None
-            attempts.append(Attempt(code=code, signal=driver.signal, excused=driver.excused))
+            attempts.append(
+                Attempt(
+                    code=code,
+                    signal=driver.signal,
+                    excused=driver.excused,
+                    commits=commits(),
+                    was_ready=driver.was_ready,
+                )
+            )
         self.attempts += attempts
         return attempts
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from PIL import Image
 
+from sppruner.cost import RowCost
 from sppruner.engine.interface import Request, Result
 from tests.cluster.fake_engine import VISUAL_TOKENS, FakeEngine, image_hash
 
@@ -29,6 +30,11 @@ RETAIN: Final = 0.25
 """Share of tokens that these runs keep."""
 SLOTS: Final = 4
 """Requests that one of these engines answers at once."""
+COST: Final = RowCost(
+    flops={"vision": 3, "decoder": 5}, flops_dense={"vision": 3, "decoder": 11},
+    kv_bytes=7, kv_bytes_dense=17,
+)  # fmt: skip
+"""Modelled cost of every answer."""
 _HUNG_SECONDS: Final = 900.0
 
 
@@ -37,18 +43,26 @@ def expected_text(image: Image.Image, prompt: str) -> str:
     return _text(image_hash(image), prompt, int(VISUAL_TOKENS * RETAIN))
 
 
+def expected_control(image: Image.Image, prompt: str) -> str:
+    """What its dense twin must say, where it is a control row: of every other image the same."""
+    return _control_text(image_hash(image), prompt)
+
+
 class ChaosEngine(FakeEngine):
-    """signals: a folder. A file `raise-…` in it makes one batch raise as a device out of memory
-    does, `hang-…` makes one step hang. tag: nothing but another fingerprint."""
+    """signals: a folder. A file `raise-…` in it makes a batch raise, and all parts of it down to a
+    single row, as a device out of memory does; `hang-…` makes one step hang. tag: nothing but
+    another fingerprint."""
 
     def __init__(self, *, signals: str, tag: str = "", **settings: Any) -> None:
         super().__init__(**settings)
         self._signals = Path(signals)
+        self._raising = False
 
     def answer_batch(self, requests: list[Request]) -> list[Result]:
         if self._take("hang"):
             time.sleep(_HUNG_SECONDS)
-        if self._take("raise"):
+        if self._raising or self._take("raise"):
+            self._raising = len(requests) > 1
             raise RuntimeError("out of memory, this once")
         behaviours = {_behaviour(request) for request in requests}
         if KILLS in behaviours:
@@ -62,8 +76,9 @@ class ChaosEngine(FakeEngine):
         (image,) = request.images
         hashed, kept = image_hash(image), result.visual_tokens_kept
         assert kept is not None
-        control = _text(hashed, request.prompt, VISUAL_TOKENS) if request.control else None
-        return replace(result, text=_text(hashed, request.prompt, kept), control_text=control)
+        control = _control_text(hashed, request.prompt) if request.control else None
+        text = _text(hashed, request.prompt, kept)
+        return replace(result, text=text, control_text=control, cost=COST)
 
     def _take(self, kind: str) -> bool:
         for file in self._signals.glob(f"{kind}-*"):
@@ -79,6 +94,11 @@ def _behaviour(request: Request) -> int:
     pixel = request.images[0].getpixel((0, 0))
     assert isinstance(pixel, tuple)
     return int(pixel[2])
+
+
+def _control_text(hashed: str, prompt: str) -> str:
+    agrees = int(hashed, 16) % 2
+    return _text(hashed, prompt, int(VISUAL_TOKENS * RETAIN) if agrees else VISUAL_TOKENS)
 
 
 def _text(hashed: str, prompt: str, kept: int) -> str:

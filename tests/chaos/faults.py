@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Final, TypeAlias
 
 from tests.chaos.drivers import Drivers
@@ -16,6 +16,7 @@ from tests.chaos.processes import find_workers, send
 from tests.chaos.schedule import PlannedFault
 
 Undo: TypeAlias = Callable[[], object]
+"""Ends a fault; returns False where the fault met nothing meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,12 @@ class Stage:
     """The command's processes."""
     draw: random.Random
     """Chooses among equals."""
+
+    def unused(self) -> list[str]:
+        """Faults that lie ready for whatever comes first, and that nothing came for."""
+        kinds = [file.name.partition("-")[0] for file in self.ground.signals.iterdir()]
+        hung = ["hung_requests"] if self.ground.proxy.hangs else []
+        return [f"engine_{kind}s" for kind in kinds] + hung
 
 
 def strike(fault: PlannedFault, stage: Stage) -> Undo | None:
@@ -51,7 +58,7 @@ def _pause(stage: Stage) -> Undo | None:
     if not found:
         return None
     pid = stage.draw.choice(found)
-    return (lambda: send(pid, signal.SIGCONT)) if send(pid, signal.SIGSTOP) else None
+    return partial(_go_on, pid) if send(pid, signal.SIGSTOP) else None
 
 
 def _signal_driver(name: str) -> Callable[[Stage], Undo | None]:
@@ -59,8 +66,14 @@ def _signal_driver(name: str) -> Callable[[Stage], Undo | None]:
 
 
 def _stop_driver(stage: Stage) -> Undo | None:
-    undo: Undo | None = stage.drivers.stop_current()
-    return undo
+    pid = stage.drivers.stop_current(start_another=True)
+    return None if pid is None else partial(_go_on, pid)
+
+
+def _suspend_driver(stage: Stage) -> Undo | None:
+    """As a laptop that sleeps: nobody takes over, and the driver's leases lapse."""
+    pid = stage.drivers.stop_current(start_another=False)
+    return None if pid is None else partial(_go_on, pid)
 
 
 def _start_second(stage: Stage) -> Undo | None:
@@ -72,8 +85,7 @@ def _start_second(stage: Stage) -> Undo | None:
 
 def _kill_node(stage: Stage) -> Undo | None:
     """Kills a node; its end brings another, as where machines are reclaimed and replaced."""
-    stage.ground.kill_node(stage.draw)
-    return stage.ground.add_node
+    return stage.ground.add_node if stage.ground.kill_node(stage.draw) else None
 
 
 def _kill_head(stage: Stage) -> Undo | None:
@@ -89,8 +101,7 @@ def _kill_head(stage: Stage) -> Undo | None:
 
 def _engine_signal(kind: str) -> Callable[[Stage], Undo | None]:
     def act(stage: Stage) -> Undo | None:
-        folder = Path(stage.ground.folder) / "signals"
-        (folder / f"{kind}-{stage.draw.random()}").touch()
+        (stage.ground.signals / f"{kind}-{stage.draw.random()}").touch()
         return _nothing
 
     return act
@@ -98,14 +109,8 @@ def _engine_signal(kind: str) -> Callable[[Stage], Undo | None]:
 
 def _outage(stage: Stage) -> Undo | None:
     proxy = stage.ground.proxy
-    stage.drivers.begin_trouble()
     proxy.start_outage(stage.draw.choice(("reset", "slow_down", "error_500")))
-
-    def end() -> None:
-        proxy.stop_outage()
-        stage.drivers.end_trouble()
-
-    return end
+    return proxy.stop_outage
 
 
 def _hang_requests(stage: Stage) -> Undo | None:
@@ -117,18 +122,17 @@ def _fill_disk(stage: Stage) -> Undo | None:
     place = stage.place
     if not isinstance(place, LocalPlace) or not place.disk_is_small:
         return None
-    stage.drivers.begin_trouble()
     place.fill()
-
-    def end() -> None:
-        place.free()
-        stage.drivers.end_trouble()
-
-    return end
+    return place.free
 
 
 def _nothing() -> None:
     """The end of a fault that is over at once."""
+
+
+def _go_on(pid: int) -> None:
+    """Lets a process go on, unless it is gone."""
+    send(pid, signal.SIGCONT)
 
 
 _STRIKES: Final[dict[str, Callable[[Stage], Undo | None]]] = {
@@ -142,6 +146,7 @@ _STRIKES: Final[dict[str, Callable[[Stage], Undo | None]]] = {
     "kill_driver": _signal_driver("KILL"),
     "term_driver": _signal_driver("TERM"),
     "stop_driver": _stop_driver,
+    "suspend_driver": _suspend_driver,
     "second_driver": _start_second,
     "kill_node": _kill_node,
     "kill_head": _kill_head,

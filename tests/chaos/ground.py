@@ -68,7 +68,7 @@ class Ground:
         # Short: Ray's sockets lie in it, whose paths are bounded.
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
         self._stack.callback(_remove, self.folder)
-        (self.folder / "signals").mkdir()
+        self.signals.mkdir()
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         before = dict(os.environ)
         self._stack.callback(_restore, before)
@@ -92,9 +92,14 @@ class Ground:
         return str(self._cluster.address)
 
     @property
+    def signals(self) -> Path:
+        """Where engines look for faults of the moment."""
+        return self.folder / "signals"
+
+    @property
     def engine_options(self) -> dict[str, str | float]:
         """Of the endpoint's engine."""
-        return {"signals": str(self.folder / "signals"), "tag": _ENDPOINT,
+        return {"signals": str(self.signals), "tag": _ENDPOINT,
                 "seconds": BATCH_SECONDS}  # fmt: skip
 
     def forget_objects(self) -> None:
@@ -104,7 +109,7 @@ class Ground:
 
     def prepare(self, nodes: int, *, attached: bool) -> None:
         """A cluster with so many raylets, and with an endpoint if `attached`."""
-        for file in (self.folder / "signals").iterdir():
+        for file in self.signals.iterdir():
             file.unlink()
         shape = (nodes, attached)
         if self._cluster is not None and (self._dirty or self._shape != shape):
@@ -174,10 +179,12 @@ class Ground:
         """One more raylet."""
         self._cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
 
-    def kill_node(self, draw: random.Random) -> None:
-        """Kills a raylet that is not the head's."""
+    def kill_node(self, draw: random.Random) -> bool:
+        """Kills a raylet that is not the head's; False where there is none."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
-        self._cluster.remove_node(draw.choice(nodes), allow_graceful=False)
+        if nodes:
+            self._cluster.remove_node(draw.choice(nodes), allow_graceful=False)
+        return bool(nodes)
 
     def raylets(self) -> set[int]:
         """Process ids of the raylets."""

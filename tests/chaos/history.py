@@ -6,6 +6,7 @@ Checked at every moment of the history of its objects, and not only at the end.
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class ObjectWrite:
     """Key relative to the output."""
     body: bytes | None = field(repr=False)
     """The new content; None where it was removed."""
+    conditional: bool = True
+    """Whether the store was asked to write it only where there was none."""
 
 
 def is_visible(key: str) -> bool:
@@ -58,18 +61,19 @@ def check_history(writes: Sequence[ObjectWrite]) -> list[Finding]:
         if not is_visible(write.key):
             continue
         before = present.pop(write.key, None)
-        if before == write.body:
-            if before is not None:
-                present[write.key] = before
-            continue
+        harm = None
         if before is not None:
             if write.body is None:
-                text = f"{write.key} was removed after its commit"
-                findings.append(Finding(harm="wrong", text=text))
+                harm = "was removed after its commit"
+            elif _generation(write.body) != _generation(before) + 1:
+                harm = "was written again after its commit"
             elif not _improves(before, write.body):
-                text = f"{write.key} was replaced by other rows after its commit"
-                findings.append(Finding(harm="wrong", text=text))
+                harm = "was replaced by other rows after its commit"
             places.subtract(_places(before))
+        elif write.body is not None and not write.conditional:
+            harm = "was written whether or not it was there"
+        if harm is not None:
+            findings.append(Finding(harm="wrong", text=f"{write.key} {harm}"))
         if write.body is not None:
             present[write.key] = write.body
             added = list(_places(write.body))
@@ -79,6 +83,16 @@ def check_history(writes: Sequence[ObjectWrite]) -> list[Finding]:
                 text = f"{write.key} holds rows that another object holds: {twice[:3]}"
                 findings.append(Finding(harm="doubled", text=text))
     return findings
+
+
+def _generation(body: bytes) -> int:
+    """How often failed rows of a unit were asked again; 0 of what is not Parquet."""
+    try:
+        pairs = pq.read_metadata(io.BytesIO(body)).metadata or {}
+    except pa.ArrowException:
+        return 0
+    record = json.loads(pairs.get(b"sppruner.generation", b'{"generation": 0}'))
+    return int(record["generation"])
 
 
 def _improves(before: bytes, after: bytes) -> bool:

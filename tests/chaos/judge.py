@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow.parquet as pq
 
 from tests.chaos.corpus import TEXT, Corpus, TrueRow
-from tests.chaos.engine import RETAIN
+from tests.chaos.engine import COST, RETAIN
 from tests.chaos.history import Finding, ObjectWrite, check_history, is_visible, read_rows
 from tests.cluster.fake_engine import VISUAL_TOKENS
 
@@ -20,7 +20,8 @@ DONE: Final = 0
 DONE_WITH_ERRORS: Final = 3
 _INCOMPLETE: Final = 5
 _FAILED: Final = 1
-_STOPPED: Final = {"KILL": {-9}, "TERM": {-15, 130, 143}}
+_STOPPED: Final = {"KILL": {-9}, "TERM": {143}}
+_NOT_READY: Final = -15
 _SUMMED: Final = ("visual_tokens", "visual_tokens_kept", "prompt_tokens", "completion_tokens")
 
 
@@ -33,7 +34,11 @@ class Attempt:
     signal: str | None
     """KILL or TERM, if it was sent one."""
     excused: bool
-    """Whether something happened that may end a run: a store that is away, the death of a head."""
+    """Whether something happened that may end a run: the death of a head."""
+    commits: int
+    """Objects with rows that there were when it ended."""
+    was_ready: bool
+    """Whether it had printed anything before it was sent a signal."""
 
 
 def check_run(
@@ -56,7 +61,7 @@ def check_run(
         except Exception as error:  # whatever pyarrow raises: a reader would meet it too
             findings.append(Finding(harm="wrong", text=f"{key} is not readable: {error}"))
     findings += check_rows(corpus, rows)
-    findings += check_summary(objects, rows)
+    findings += check_summary(corpus, objects, rows)
     findings += check_history(writes)
     findings += check_exits(corpus, rows, attempts)
     return findings
@@ -85,7 +90,7 @@ def _check_places(rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
 
 def _check_identities(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     truth = {row.serial: row for row in corpus.rows}
-    by_key = {row.key: row.serial for row in corpus.rows}
+    by_key = {row.key: row.serial for row in corpus.rows if row.key is not None}
     found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     nameless = []
     for row in rows:
@@ -106,6 +111,10 @@ def _check_identities(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> Iter
         for row in copies:
             yield from _check_row(truth[serial], row, corpus.damage_codes)
     yield from _check_nameless(corpus, nameless)
+    hurt = [copy for serial, copies in found.items() if truth[serial].optional for copy in copies]
+    told = {row["error_code"] for row in [*nameless, *hurt]} & corpus.damage_codes
+    if corpus.is_damaged and not told:
+        yield Finding(harm="lost", text="bytes of an archive are gone, and no row says so")
 
 
 def _check_nameless(corpus: Corpus, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -122,6 +131,8 @@ def _check_row(
     truth: TrueRow, row: Mapping[str, Any], damage_codes: frozenset[str]
 ) -> Iterator[Finding]:
     name, code = f"row {truth.serial}", row["error_code"]
+    if truth.key is not None and row["key"] != truth.key:
+        yield Finding(harm="wrong", text=f"{name} has the key {row['key']!r}, not {truth.key!r}")
     if (row["text"] is None) == (code is None):
         yield Finding(harm="wrong", text=f"{name} has text {row['text']!r} and error {code!r}")
     elif code is not None:
@@ -133,17 +144,34 @@ def _check_row(
                 harm="lost" if good else "wrong",
                 text=f"{name} is {code} ({message}), must be {' or '.join(sorted(allowed))}",
             )
+        elif code == "inference_failed" and row["attempts"] < 2:
+            yield Finding(harm="wrong", text=f"{name} failed in the model and was not asked again")
     elif TEXT not in truth.outcomes:
         yield Finding(harm="wrong", text=f"{name} was answered, must be {sorted(truth.outcomes)}")
     elif row["text"] != truth.text:
         text = f"{name} says {row['text']!r}, must say {truth.text!r}"
         yield Finding(harm="wrong", text=text)
-    elif truth.outcomes == {TEXT} and row["key"] != truth.key:
-        yield Finding(harm="wrong", text=f"{name} has the key {row['key']!r}, not {truth.key!r}")
     else:
-        kept = (row["visual_tokens"], row["visual_tokens_kept"])
-        if kept != (VISUAL_TOKENS, int(VISUAL_TOKENS * RETAIN)):
-            yield Finding(harm="wrong", text=f"{name} counts its tokens as {kept}")
+        yield from _check_answer(name, truth, row)
+
+
+def _check_answer(name: str, truth: TrueRow, row: Mapping[str, Any]) -> Iterator[Finding]:
+    """The columns of an answered row besides its text."""
+    kept = int(VISUAL_TOKENS * RETAIN)
+    right: dict[str, Any] = {"visual_tokens": VISUAL_TOKENS, "visual_tokens_kept": kept}
+    if truth.note is not None:
+        right["note"] = truth.note
+    if truth.question is not None:
+        right |= {"question": truth.question, "answer": truth.text}
+    if row["is_control"]:
+        right["control_text"] = truth.control
+    for column, value in right.items():
+        if row[column] != value:
+            text = f"{name} has {row[column]!r} as {column}, not {value!r}"
+            yield Finding(harm="wrong", text=text)
+    marked = int.from_bytes(row["kept_tokens"], "little").bit_count()
+    if marked != kept:
+        yield Finding(harm="wrong", text=f"{name} marks {marked} tokens as kept, not {kept}")
 
 
 def check_ledger(key: str, body: bytes) -> list[Finding]:
@@ -161,6 +189,8 @@ def check_ledger(key: str, body: bytes) -> list[Finding]:
         "attempts": sum(attempts),
         "recomputed": sum(number > 1 for number in attempts),
         **{name: sum(row[name] or 0 for row in answered) for name in _SUMMED},
+        **{name: _times(cost, len(answered)) for name, cost in COST.to_dict().items()},
+        "agreements": sum(r["text"] == r["control_text"] for r in answered if r["is_control"]),
     }
     findings = [
         Finding(harm="wrong", text=f"{key}: its ledger says {ledger.get(name)} {name}, not {value}")
@@ -171,23 +201,56 @@ def check_ledger(key: str, body: bytes) -> list[Finding]:
     if abs(ledger["nanoseconds"] / 1e9 - seconds) > 1e-6 * max(1, len(rows)):
         text = f"{key}: its ledger says {ledger['nanoseconds']} ns, its rows {seconds} s"
         findings.append(Finding(harm="wrong", text=text))
-    controls = sum(bool(row["is_control"]) for row in answered)
-    if len(ledger.get("control_pairs", ())) != controls:
-        findings.append(Finding(harm="wrong", text=f"{key}: {controls} control rows, not as told"))
+    controls = [row for row in answered if row["is_control"]]
+    pairs = [[round(row[s] * 1e9) for s in ("seconds", "control_seconds")] for row in controls]
+    if sorted(ledger.get("control_pairs", ())) != sorted(pairs):
+        findings.append(Finding(harm="wrong", text=f"{key}: {pairs} of control rows, not as told"))
     return findings
 
 
-def check_summary(objects: Mapping[str, bytes], rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def check_summary(
+    corpus: Corpus, objects: Mapping[str, bytes], rows: Sequence[Mapping[str, Any]]
+) -> list[Finding]:
     """What the run says of itself at its end."""
     if "_run/summary.json" not in objects:
         return [Finding(harm="wrong", text="no summary was written")]
     summary = json.loads(objects["_run/summary.json"])
+    answered = [row for row in rows if row["error_code"] is None]
     failed = dict(Counter(row["error_code"] for row in rows if row["error_code"]))
-    told = summary["rows"], summary["rows_failed"]
-    if told != (len(rows), failed):
-        text = f"the summary says {told[0]} rows, failed {told[1]}; there are {len(rows)}, {failed}"
-        return [Finding(harm="wrong", text=text)]
-    return []
+    units = {row["unit_id"] for row in rows}
+    true: dict[str, Any] = {
+        "run_id": next((row["run_id"] for row in rows), summary["run_id"]),
+        "state": "completed_with_errors" if failed else "completed",
+        "units": len(units),
+        "units_done": len(units),
+        "rows": len(rows),
+        "rows_planned": len(rows),
+        "rows_failed": failed,
+        "rows_recomputed": sum((row["attempts"] or 0) > 1 for row in rows),
+        **{name: sum(row[name] or 0 for row in answered) for name in _SUMMED},
+        "modelled": {name: _times(cost, len(answered)) for name, cost in COST.to_dict().items()},
+    }
+    findings = [
+        Finding(harm="wrong", text=f"the summary says {summary[name]} {name}, not {value}")
+        for name, value in true.items()
+        if summary[name] != value
+    ]
+    controls = [row for row in answered if row["is_control"]]
+    agreements = sum(row["text"] == row["control_text"] for row in controls)
+    measured = summary["measured"]
+    told = measured["control_rows"], measured["control_agreements"]
+    if told != (len(controls), agreements):
+        text = f"the summary says {told} control rows and agreements of {len(controls)}"
+        findings.append(Finding(harm="wrong", text=f"{text}, {agreements}"))
+    if corpus.is_damaged and not summary["unread_bytes"]:
+        findings.append(Finding(harm="wrong", text="the summary knows of no damaged byte"))
+    return findings
+
+
+def _times(cost: Any, number: int) -> Any:
+    if isinstance(cost, dict):
+        return {name: value * number for name, value in cost.items()} if number else {}
+    return cost * number
 
 
 def check_exits(
@@ -196,22 +259,25 @@ def check_exits(
     """The exit codes that the README prints, of every invocation."""
     findings = []
     bad = any(row["error_code"] for row in rows)
+    units = len({row["unit_id"] for row in rows})
     for number, attempt in enumerate(attempts, 1):
         if attempt.code in (DONE, DONE_WITH_ERRORS):
             right = attempt.code == (DONE_WITH_ERRORS if bad else DONE)
+            right = right and attempt.commits == units
         elif attempt.signal is not None:
-            right = attempt.code in _STOPPED[attempt.signal] | {_INCOMPLETE}
+            right = attempt.code in _STOPPED[attempt.signal]
+            right = right or (attempt.code == _NOT_READY and not attempt.was_ready)
         else:
-            right = attempt.code == _INCOMPLETE or (attempt.code == _FAILED and attempt.excused)
+            right = attempt.excused and attempt.code in (_FAILED, _INCOMPLETE)
         if not right:
             text = f"attempt {number} ended with {attempt.code}"
-            findings.append(Finding(harm="wrong", text=text + _reason(attempt, bad)))
+            findings.append(Finding(harm="wrong", text=text + _reason(attempt, bad, units)))
     if not attempts or attempts[-1].code not in (DONE, DONE_WITH_ERRORS):
         findings.append(Finding(harm="stuck", text=f"not completed in {len(attempts)} attempts"))
     return findings
 
 
-def _reason(attempt: Attempt, bad: bool) -> str:
+def _reason(attempt: Attempt, bad: bool, units: int) -> str:
     if attempt.code in (DONE, DONE_WITH_ERRORS):
-        return f", with{'' if bad else 'out'} error rows"
+        return f", with{'' if bad else 'out'} error rows and {attempt.commits} of {units} units"
     return ", which nothing that happened explains"

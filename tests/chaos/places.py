@@ -72,6 +72,7 @@ class S3Place(Place):
             ObjectWrite(
                 key=exchange.path.removeprefix(self._prefix),
                 body=exchange.body if exchange.method == "PUT" else None,
+                conditional=exchange.only_if_absent,
             )
             for exchange in self._proxy.exchanges(answered=True)
             if exchange.applied

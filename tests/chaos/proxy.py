@@ -19,8 +19,8 @@ from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 RequestFault: TypeAlias = Literal[
-    "error_500", "slow_down", "late", "hang", "reset", "lost_answer", "applied_500", "conflict",
-    "cut_body", "short_body",
+    "error_500", "slow_down", "late", "hang", "reset", "lost_answer", "applied_500", "applied_late",
+    "conflict", "cut_body", "short_body",
 ]  # fmt: skip
 FAULTS: Final[dict[RequestFault, float]] = {
     "error_500": 3,
@@ -29,16 +29,19 @@ FAULTS: Final[dict[RequestFault, float]] = {
     "reset": 2,
     "lost_answer": 3,
     "applied_500": 2,
+    "applied_late": 2,
     "conflict": 2,
     "cut_body": 2,
     "short_body": 1,
 }
 """Faults of single requests by weight. `lost_answer` and `applied_500` are of requests that the
-server did carry out; `cut_body` ends before its length, `short_body` states the shorter length."""
+server did carry out, `applied_late` of those that it carries out long after the client gave up;
+`cut_body` ends before its length, `short_body` states the shorter length."""
 MOST_IN_A_ROW: Final = 3
 """Most faults of one request, however often it is repeated: what is served under these is no store
 that is away, which `start_outage` is."""
-_LATE_SECONDS: Final = (0.2, 2.0)
+_LATE_SECONDS: Final = 2.0
+_APPLIED_LATE_SECONDS: Final = 20.0
 _HANG_SECONDS: Final = 75.0
 _STATUS: Final = {200: "OK", 409: "Conflict", 500: "Internal Server Error", 503: "Slow Down"}
 
@@ -89,6 +92,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: asyncio.Server | None = None
+        self._late: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()
         self.begin(seed=0, rate=0.0)
 
@@ -115,20 +119,29 @@ class FaultProxy:
             self._writing: dict[str, asyncio.Lock] = {}
             self._began = time.monotonic()
             self._outage: Literal["reset", "slow_down", "error_500"] | None = None
-            self._hangs = 0
+            self._failed_in_outage = False
+            self.hangs = 0
+            """Requests that are still to get no answer."""
 
     def start_outage(self, kind: Literal["reset", "slow_down", "error_500"]) -> None:
         """From now on every request fails."""
+        self._failed_in_outage = False
         self._outage = kind
 
-    def stop_outage(self) -> None:
-        """Ends an outage."""
+    def stop_outage(self) -> bool:
+        """Ends an outage; whether any request failed in it."""
         self._outage = None
+        return self._failed_in_outage
 
     def hang_next(self, requests: int) -> None:
         """The next requests get no answer for longer than a client waits."""
         with self._lock:
-            self._hangs += requests
+            self.hangs += requests
+
+    def settle(self) -> None:
+        """Returns once everything that is to be applied late has been."""
+        while self._late:
+            time.sleep(0.1)
 
     def exchanges(self, *, answered: bool = False) -> list[Exchange]:
         """What was asked since `begin`, in order of arrival. answered: in the order in which the
@@ -164,19 +177,17 @@ class FaultProxy:
         status: int | None = None
         response = b""
         if fault == "late":
-            await asyncio.sleep(_share(self._seed, request, "late") * _LATE_SECONDS[1])
+            await asyncio.sleep(_share(self._seed, request, "late") * _LATE_SECONDS)
         if fault == "hang":
             self._record(request, number, fault, None)
             await asyncio.sleep(_HANG_SECONDS)
+        elif fault == "applied_late":
+            late = asyncio.create_task(self._apply_late(request, number))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
         elif fault in (None, "late", "lost_answer", "applied_500", "cut_body", "short_body"):
-            # The server behind checks a condition first and writes then, so two writers of one key
-            # could both succeed there. S3 lets one of them.
-            async with self._writing.setdefault(request.path, asyncio.Lock()):
-                try:
-                    status, response = await self._forward(request)
-                except OSError:
-                    fault = "upstream_gone"
-                self._record(request, number, fault, status)
+            status, response = await self._apply(request, number, fault)
+            fault = fault if status is not None else "upstream_gone"
         else:
             self._record(request, number, fault, None)
         if fault in ("error_500", "applied_500"):
@@ -185,7 +196,7 @@ class FaultProxy:
             writer.write(_error(request, 503, "SlowDown"))
         elif fault == "conflict":
             writer.write(_error(request, 409, "ConditionalRequestConflict"))
-        elif fault in ("reset", "lost_answer", "hang", "upstream_gone"):
+        elif fault in ("reset", "lost_answer", "applied_late", "hang", "upstream_gone"):
             writer.transport.abort()
             return False
         elif fault in ("cut_body", "short_body"):
@@ -196,6 +207,28 @@ class FaultProxy:
             writer.write(response)
         await writer.drain()
         return True
+
+    async def _apply(
+        self, request: _Request, number: int, fault: str | None
+    ) -> tuple[int | None, bytes]:
+        """The real server's status and response, and the record of them; (None, b"") where it is
+        gone."""
+        # The server behind checks a condition first and writes then, so two writers of one key
+        # could both succeed there. S3 lets one of them.
+        async with self._writing.setdefault(request.path, asyncio.Lock()):
+            try:
+                status, response = await self._forward(request)
+            except OSError:
+                self._record(request, number, "upstream_gone", None)
+                return None, b""
+            self._record(request, number, fault, status)
+            return status, response
+
+    async def _apply_late(self, request: _Request, number: int) -> None:
+        run = self._began
+        await asyncio.sleep(_share(self._seed, request, "late") * _APPLIED_LATE_SECONDS)
+        if run == self._began:  # else it is another run's store by now
+            await self._apply(request, number, "applied_late")
 
     async def _forward(self, request: _Request) -> tuple[int, bytes]:
         """The real server's status and whole response."""
@@ -217,10 +250,11 @@ class FaultProxy:
             number = self._number
             self._number += 1
             self._asked[name] += 1
-            if self._hangs:
-                self._hangs -= 1
+            if self.hangs:
+                self.hangs -= 1
                 return number, "hang"
             if self._outage is not None:
+                self._failed_in_outage = True
                 return number, self._outage
             fault = None
             if _share(self._seed, request, self._asked[name]) < self._rate:
@@ -234,7 +268,7 @@ class FaultProxy:
         """One of the faults that such a request can meet; None where there is none."""
         weights = dict(FAULTS)
         if not request.only_if_absent:
-            del weights["conflict"]
+            del weights["conflict"], weights["applied_late"]
         if request.method != "GET":
             del weights["cut_body"], weights["short_body"]
         if not any(weights.values()):

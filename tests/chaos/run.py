@@ -46,12 +46,15 @@ class Report:
     """Invocations of the command."""
     missed: list[str]
     """Faults that never found their target, or came after the end."""
+    idle: list[str]
+    """Faults that happened and met nothing: an outage in which nothing was asked."""
 
     def line(self) -> str:
         """For people: a verdict, the figures, the schedule, and what was found."""
         harms = sorted({finding.harm for finding in self.findings})
         verdict = "+".join(harms) or "ok"
         missed = f" (missed: {' '.join(self.missed)})" if self.missed else ""
+        missed += f" (met nothing: {' '.join(self.idle)})" if self.idle else ""
         attempts = f"{self.attempts} attempt" + "s" * (self.attempts != 1)
         found = "".join(f"\n    {finding.harm}: {finding.text}" for finding in self.findings[:6])
         return (
@@ -66,15 +69,16 @@ class _Pending:
 
     waiting: list[PlannedFault]
     since: float | None = None
-    ends: list[tuple[float, Undo]] = field(default_factory=list)
+    ends: list[tuple[float, PlannedFault, Undo]] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
     last: float = 0.0
 
     def advance(self, commits: int, stage: Stage, now: float) -> None:
         """Strikes what is due, and ends what has lasted."""
         for end in [end for end in self.ends if end[0] <= now]:
             self.ends.remove(end)
-            end[1]()
+            self._undo(*end[1:])
             self.last = now
         while self.waiting and self.waiting[0].after <= commits:
             fault = self.waiting[0]
@@ -86,17 +90,21 @@ class _Pending:
             self.since = None
             self.last = time.monotonic()
             if undo is None:
-                self.missed.append(f"{fault.kind}@{fault.after}")
+                self.missed.append(fault.name)
             else:
-                self.ends.append((self.last + fault.seconds, undo))
+                self.ends.append((self.last + fault.seconds, fault, undo))
 
     def end(self) -> None:
         """Ends what is still on, and gives up the rest."""
-        for _, undo in self.ends:
-            undo()
+        for _, fault, undo in self.ends:
+            self._undo(fault, undo)
         self.ends.clear()
-        self.missed += [f"{fault.kind}@{fault.after}" for fault in self.waiting]
+        self.missed += [fault.name for fault in self.waiting]
         self.waiting.clear()
+
+    def _undo(self, fault: PlannedFault, undo: Undo) -> None:
+        if undo() is False:
+            self.idle.append(fault.name)
 
 
 def run_schedule(
@@ -124,6 +132,7 @@ def run_schedule(
         finally:
             pending.end()
             drivers.end_all()
+        ground.proxy.settle()
         time.sleep(_SETTLE_SECONDS)  # writes of killed drivers may still arrive
         writes, objects = place.writes(), place.objects()
         findings += check_run(corpus, objects, writes, drivers.attempts)
@@ -133,6 +142,7 @@ def run_schedule(
             seconds=time.monotonic() - began,
             attempts=len(drivers.attempts),
             missed=pending.missed,
+            idle=pending.idle + stage.unused(),
         )
         if findings:
             ground.spoil()
@@ -172,7 +182,7 @@ def _watch(stage: Stage, pending: _Pending, patience: float) -> list[Finding]:
             commits, progress = seen, now
         if not done:
             pending.advance(commits, stage, now)
-        for attempt in drivers.poll():
+        for attempt in drivers.poll(stage.place.commits):
             done = done or attempt.code in (DONE, DONE_WITH_ERRORS)
             ended = progress = time.monotonic()
         if done:

@@ -26,6 +26,7 @@ _KINDS: Final[dict[str, float]] = {
     "kill_driver": 4,
     "term_driver": 2,
     "stop_driver": 2,
+    "suspend_driver": 0.5,
     "second_driver": 1.5,
     "kill_controller": 2,
     "kill_janitor": 1,
@@ -41,11 +42,13 @@ _KINDS: Final[dict[str, float]] = {
     "full_disk": 4,
 }
 """Kinds of faults by weight; see `faults.py`."""
-_SLOW: Final = {"kill_head", "stop_replica", "engine_hangs", "hung_requests"}
+_SLOW: Final = {"kill_head", "stop_replica", "suspend_driver", "engine_hangs", "hung_requests"}
 _SECONDS: Final[dict[str, tuple[float, float]]] = {
     "stop_driver": (3, 12),
     "kill_node": (1, 6),
+    "suspend_driver": (65, 80),  # longer than the janitor waits for a job to be heard of
     "pause_replica": (2, 8),
+    "stop_replica": (60, 90),  # longer than its watchdog waits
     "outage": (1, 9),
     "full_disk": (1, 6),
 }
@@ -60,7 +63,12 @@ class PlannedFault:
     after: int
     """Committed units that it waits for."""
     seconds: float = 0.0
-    """How long it lasts; 0 where it is over at once or lasts to the end of the run."""
+    """How long it lasts; 0 where it is over at once."""
+
+    @property
+    def name(self) -> str:
+        """Kind and moment."""
+        return f"{self.kind}@{self.after}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +100,7 @@ class Schedule:
 
     def summary(self) -> str:
         """A few words for people."""
-        parts = [f"{fault.kind}@{fault.after}" for fault in self.faults]
+        parts = [fault.name for fault in self.faults]
         bad = [*self.corpus.bad, *([self.corpus.damage] if self.corpus.damage else [])]
         rate = f" {self.request_faults:.0%} of requests" if self.request_faults else ""
         own = "attached" if self.attached else "own"

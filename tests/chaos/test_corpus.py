@@ -15,6 +15,7 @@ from tests.chaos.corpus import BAD_ROWS, DAMAGES, IN_TARS, PROMPT, CorpusShape, 
 from tests.chaos.engine import KILLS, RAISES, expected_text
 from tests.chaos.judge import check_rows
 from tests.cluster.corpora import plan, read_all
+from tests.cluster.fake_engine import first_kept
 
 
 def read(row: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +40,11 @@ def read(row: dict[str, Any]) -> dict[str, Any]:
         "unit_row": row["_in_row"],
         "visual_tokens": 100,
         "visual_tokens_kept": 25,
+        "kept_tokens": first_kept(25, 100),
+        "attempts": 2 if code == "inference_failed" else 1,
+        "is_control": False,
+        "question": row["_in_prompt"],
+        "answer": text,
     }
 
 

@@ -19,6 +19,7 @@ from tests.chaos.corpus import TEXT, Corpus, CorpusShape, draw_corpus
 from tests.chaos.history import ObjectWrite, check_history
 from tests.chaos.judge import Attempt, check_exits, check_rows, check_run
 from tests.chaos.schedule import draw_schedule
+from tests.cluster.fake_engine import first_kept
 
 Row = dict[str, Any]
 SHAPE = CorpusShape(
@@ -27,13 +28,17 @@ SHAPE = CorpusShape(
 CORPUS = draw_corpus(SHAPE, 5)
 GOOD = next(row.serial for row in CORPUS.rows if row.outcomes == {TEXT})
 BAD = next(row.serial for row in CORPUS.rows if TEXT not in row.outcomes)
+RAISED = next(row.serial for row in CORPUS.rows if "inference_failed" in row.outcomes)
+TOKENS = ("visual_tokens", "visual_tokens_kept", "prompt_tokens", "completion_tokens")
 _SCHEMA = pa.schema(
     [
         *[(name, pa.string()) for name in ("key", "text", "error_code", "error_message")],
         *[(name, pa.int32()) for name in ("attempts", "prompt_tokens", "completion_tokens")],
         *[(name, pa.int32()) for name in ("visual_tokens", "visual_tokens_kept", "unit_row")],
-        *[(name, pa.string()) for name in ("run_id", "unit_id")],
-        ("seconds", pa.float64()),
+        *[(name, pa.string()) for name in ("run_id", "unit_id", "control_text")],
+        *[(name, pa.string()) for name in ("question", "answer", "note")],
+        *[(name, pa.float64()) for name in ("seconds", "control_seconds")],
+        ("kept_tokens", pa.binary()),
         ("is_control", pa.bool_()),
     ]
 )
@@ -44,20 +49,27 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
     rows = []
     for number, true in enumerate(row for row in corpus.rows if not row.optional):
         answered = TEXT in true.outcomes
+        control = answered and number % 8 == 0
         rows.append(
             {
                 "key": true.key,
+                "question": true.question,
+                "answer": true.text,
+                "note": true.note,
+                "kept_tokens": first_kept(25, 100) if answered else None,
+                "control_text": true.control if control else None,
+                "control_seconds": 0.02 if control else None,
                 corpus.serial_column: true.serial,
                 "text": true.text if answered else None,
                 "error_code": None if answered else min(true.outcomes),
                 "error_message": None if answered else "bad",
-                "attempts": 1,
+                "attempts": 2 if "inference_failed" in true.outcomes else 1,
                 "prompt_tokens": 40 if answered else None,
                 "completion_tokens": 3 if answered else None,
                 "visual_tokens": 100 if answered else None,
                 "visual_tokens_kept": 25 if answered else None,
                 "seconds": 0.01 if answered else None,
-                "is_control": answered and number % 8 == 0,
+                "is_control": control,
                 "run_id": "run-1",
                 "unit_id": f"unit-{number // unit_rows}",
                 "unit_row": number % unit_rows,
@@ -68,19 +80,55 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
 
 def ledger(rows: list[Row]) -> dict[str, Any]:
     answered = [row for row in rows if row["error_code"] is None]
-    names = ("visual_tokens", "visual_tokens_kept", "prompt_tokens", "completion_tokens")
     return {
         "rows": len(rows),
         "failed": dict(Counter(row["error_code"] for row in rows if row["error_code"])),
         "attempts": sum(row["attempts"] for row in rows),
         "recomputed": sum(row["attempts"] > 1 for row in rows),
-        **{name: sum(row[name] or 0 for row in answered) for name in names},
+        **{name: sum(row[name] or 0 for row in answered) for name in TOKENS},
         "nanoseconds": round(sum(row["seconds"] for row in answered) * 1e9),
-        "control_pairs": [[1, 2] for row in answered if row["is_control"]],
+        "control_pairs": [[10_000_000, 20_000_000] for row in answered if row["is_control"]],
+        "agreements": agreements(rows),
+        **modelled(len(answered)),
     }
 
 
-def pack(rows: list[Row], account: dict[str, Any] | None = None) -> bytes:
+def agreements(rows: list[Row]) -> int:
+    return sum(row["is_control"] and row["text"] == row["control_text"] for row in rows)
+
+
+def modelled(answered: int) -> dict[str, Any]:
+    flops = {"flops": {"vision": 3, "decoder": 5}, "flops_dense": {"vision": 3, "decoder": 11}}
+    sums = {
+        name: {part: value * answered for part, value in parts.items()} if answered else {}
+        for name, parts in flops.items()
+    }
+    return sums | {"kv_bytes": 7 * answered, "kv_bytes_dense": 17 * answered}
+
+
+def summary(corpus: Corpus, rows: list[Row]) -> dict[str, Any]:
+    units = len({row["unit_id"] for row in rows})
+    total = ledger(rows)
+    return {
+        "run_id": rows[0]["run_id"],
+        "state": "completed_with_errors" if total["failed"] else "completed",
+        "units": units,
+        "units_done": units,
+        "rows": len(rows),
+        "rows_planned": len(rows),
+        "rows_failed": total["failed"],
+        "rows_recomputed": total["recomputed"],
+        "unread_bytes": 600 if corpus.is_damaged else 0,
+        "modelled": modelled(len(rows) - sum(total["failed"].values())),
+        "measured": {
+            "control_rows": len(total["control_pairs"]),
+            "control_agreements": total["agreements"],
+        },
+        **{name: total[name] for name in TOKENS},
+    }
+
+
+def pack(rows: list[Row], account: dict[str, Any] | None = None, *, generation: int = 0) -> bytes:
     """The rows as one object. account: its ledger, where it is not to be the right one."""
     serial = _serial(rows[0])
     named = [row | {serial: None if row[serial] is None else str(row[serial])} for row in rows]
@@ -88,19 +136,23 @@ def pack(rows: list[Row], account: dict[str, Any] | None = None) -> bytes:
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, table.schema) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({"sppruner.ledger": json.dumps(account or ledger(rows))})
+        writer.add_key_value_metadata(
+            {
+                "sppruner.ledger": json.dumps(account or ledger(rows)),
+                "sppruner.generation": json.dumps({"generation": generation}),
+            }
+        )
     return buffer.getvalue()
 
 
-def objects_of(rows: list[Row], **changed: bytes) -> dict[str, bytes]:
+def objects_of(rows: list[Row], corpus: Corpus = CORPUS) -> dict[str, bytes]:
     """An output that holds these rows, each in the object of its unit."""
     units: dict[str, list[Row]] = {}
     for row in rows:
         units.setdefault(row["unit_id"], []).append(row)
-    failed = dict(Counter(row["error_code"] for row in rows if row["error_code"]))
-    summary = json.dumps({"rows": len(rows), "rows_failed": failed}).encode()
+    told = json.dumps(summary(corpus, rows)).encode()
     packed = {f"{unit}.parquet": pack(found) for unit, found in units.items()}
-    return {**packed, "_run/summary.json": summary, "_run/manifest.json": b"{}", **changed}
+    return {**packed, "_run/summary.json": told, "_run/manifest.json": b"{}"}
 
 
 def _serial(row: Row) -> str:
@@ -111,8 +163,16 @@ def harms(objects: dict[str, bytes], corpus: Corpus = CORPUS) -> set[str]:
     writes = [ObjectWrite(key=key, body=body) for key, body in objects.items()]
     rows = [row for key, body in objects.items() if key.endswith("t") for row in _rows(body)]
     bad = any(row["error_code"] for row in rows)
-    attempts = [Attempt(code=3 if bad else 0, signal=None, excused=False)]
+    units = len({row["unit_id"] for row in rows})
+    attempts = [attempt(3 if bad else 0, commits=units)]
     return {finding.harm for finding in check_run(corpus, objects, writes, attempts)}
+
+
+def attempt(
+    code: int, signal: str | None = None, excused: bool = False, commits: int = 0,
+    was_ready: bool = True,
+) -> Attempt:  # fmt: skip
+    return Attempt(code=code, signal=signal, excused=excused, commits=commits, was_ready=was_ready)
 
 
 def _rows(body: bytes) -> list[Row]:
@@ -127,8 +187,14 @@ def change(serial: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
 
 
 def error(code: str) -> dict[str, Any]:
-    gone = dict.fromkeys(("text", "visual_tokens", "visual_tokens_kept", "seconds"))
+    gone = dict.fromkeys(("text", "answer", "visual_tokens", "visual_tokens_kept", "seconds"))
     return {**gone, "error_code": code, "error_message": "?", "is_control": False}
+
+
+def damage_row(row: Row) -> Row:
+    """An error row that stands for a damaged range, in the output that `row` is of."""
+    place = {"id": None, "key": "00000.tar@512", "unit_id": "unit-9", "unit_row": 0}
+    return row | error("archive_truncated") | place
 
 
 def swap_texts(rows: list[Row]) -> list[Row]:
@@ -137,8 +203,17 @@ def swap_texts(rows: list[Row]) -> list[Row]:
     return [row | {"text": texts.get(row["serial"], row["text"])} for row in rows]
 
 
+def swap(column: str) -> Callable[[list[Row]], list[Row]]:
+    def mutate(rows: list[Row]) -> list[Row]:
+        return [row | {column: other[column]} for row, other in zip(rows, rows[::-1], strict=True)]
+
+    return mutate
+
+
+END = attempt(3, commits=4)
 ANSWER = {"text": "x", "error_code": None, "visual_tokens": 100, "visual_tokens_kept": 25,
-          "seconds": 0.01, "prompt_tokens": 1, "completion_tokens": 1}  # fmt: skip
+          "seconds": 0.01, "prompt_tokens": 1, "completion_tokens": 1,
+          "kept_tokens": bytes(13)}  # fmt: skip
 MUTATIONS: dict[str, tuple[str, Callable[[list[Row]], list[Row]]]] = {
     "a unit is missing": ("lost", lambda rows: [r for r in rows if r["unit_id"] != "unit-1"]),
     "the last row is missing": ("lost", lambda rows: rows[:-1]),
@@ -158,6 +233,16 @@ MUTATIONS: dict[str, tuple[str, Callable[[list[Row]], list[Row]]]] = {
     "a bad row has another code": ("wrong", change(BAD, error_code="engine_broken")),
     "neither text nor error": ("wrong", change(GOOD, text=None)),
     "another key": ("wrong", change(GOOD, key="another")),
+    "another key of a bad row": ("wrong", change(BAD, key="another")),
+    "answers are swapped": ("wrong", swap("answer")),
+    "questions are swapped": ("wrong", swap("question")),
+    "a source column is swapped": ("wrong", swap("note")),
+    "the mask says something else": ("wrong", change(GOOD, kept_tokens=bytes(13))),
+    "another dense twin": (
+        "wrong",
+        change(GOOD, control_text="x", is_control=True, control_seconds=0.02),
+    ),
+    "not asked a second time": ("wrong", change(RAISED, attempts=1)),
     "nothing was pruned": ("wrong", change(GOOD, visual_tokens_kept=100)),
 }
 
@@ -170,7 +255,10 @@ def test_a_right_output_is_found_right() -> None:
 @settings(max_examples=8)
 def test_every_drawn_corpus_has_a_right_output(seed: int) -> None:
     corpus = draw_corpus(draw_schedule(seed).corpus, seed)
-    assert harms(objects_of(right_rows(corpus, unit_rows=64)), corpus) == set()
+    rows = right_rows(corpus, unit_rows=64)
+    if corpus.is_damaged:
+        rows.append(damage_row(rows[0]))
+    assert harms(objects_of(rows, corpus), corpus) == set()
     assert corpus.files == draw_corpus(draw_schedule(seed).corpus, seed).files
 
 
@@ -191,7 +279,7 @@ def test_no_row_can_go_or_come_unseen(place: int) -> None:
 @pytest.mark.parametrize(
     "name",
     ["rows", "attempts", "recomputed", "visual_tokens", "visual_tokens_kept", "prompt_tokens",
-     "completion_tokens", "nanoseconds"],
+     "completion_tokens", "nanoseconds", "agreements", "kv_bytes"],
 )  # fmt: skip
 def test_a_ledger_that_differs_from_its_rows_is_found(name: str) -> None:
     rows = right_rows(CORPUS)
@@ -205,7 +293,11 @@ def test_a_ledger_that_differs_from_its_rows_is_found(name: str) -> None:
 def test_an_unreadable_object_and_a_summary_that_is_off_are_found() -> None:
     right = objects_of(right_rows(CORPUS))
     assert harms(right | {"unit-1.parquet": b"PAR1"}) == {"wrong", "lost"}
-    assert harms(right | {"_run/summary.json": b'{"rows": 29, "rows_failed": {}}'}) == {"wrong"}
+    told = json.loads(right["_run/summary.json"])
+    for name in told:
+        off = json.dumps(told | {name: None if isinstance(told[name], str) else {}}).encode()
+        if name not in ("measured", "unread_bytes"):
+            assert harms(right | {"_run/summary.json": off}) == {"wrong"}, name
     del right["_run/summary.json"]
     assert harms(right) == {"wrong"}
 
@@ -215,40 +307,52 @@ def test_a_row_that_was_there_twice_for_a_moment_is_found() -> None:
     once = ObjectWrite(key="a.parquet", body=body)
     twice = ObjectWrite(key="b.parquet", body=body)
     gone = ObjectWrite(key="b.parquet", body=None)
-    assert check_history([once, once, ObjectWrite(key="_run/x.parquet", body=body)]) == []
+    assert check_history([once, ObjectWrite(key="_run/x.parquet", body=body)]) == []
     assert [f.harm for f in check_history([once, twice, gone])] == ["doubled", "wrong"]
     replaced = ObjectWrite(key="a.parquet", body=other)
     assert [f.harm for f in check_history([once, replaced])] == ["wrong"]
 
 
+def test_a_second_write_and_one_without_a_condition_are_found() -> None:
+    body = pack(right_rows(CORPUS)[:8])
+    once = ObjectWrite(key="a.parquet", body=body)
+    assert [f.harm for f in check_history([once, once])] == ["wrong"]
+    careless = ObjectWrite(key="a.parquet", body=body, conditional=False)
+    assert [f.harm for f in check_history([careless])] == ["wrong"]
+
+
 def test_a_later_generation_may_answer_errors_and_change_nothing_else() -> None:
     rows = right_rows(CORPUS)
-    first = ObjectWrite(key="a.parquet", body=pack([rows[0] | error("busy"), *rows[1:8]]))
-    second = ObjectWrite(key="a.parquet", body=pack(rows[:8]))
+    asked = [rows[0] | error("busy"), *rows[1:8]]
+    bodies = [pack(asked), pack(rows[:8], generation=1), pack(asked, generation=2)]
+    first, second, third = (ObjectWrite(key="a.parquet", body=body) for body in bodies)
     assert check_history([first, second]) == []
-    assert [finding.harm for finding in check_history([second, first])] == ["wrong"]
+    assert [finding.harm for finding in check_history([first, third])] == ["wrong"]
+    assert [finding.harm for finding in check_history([first, second, third])] == ["wrong"]
 
 
 @pytest.mark.parametrize(
     ("attempts", "found"),
     [
-        ([(3, None, False)], []),
-        ([(-9, "KILL", False), (3, None, False)], []),
-        ([(143, "TERM", False), (5, None, False), (3, None, False)], []),
-        ([(1, None, True), (3, None, False)], []),
-        ([(1, None, False), (3, None, False)], ["wrong"]),
-        ([(0, None, False)], ["wrong"]),  # there are error rows
-        ([(0, "TERM", False), (3, None, False)], ["wrong"]),
-        ([(2, None, True), (3, None, False)], ["wrong"]),
-        ([(-9, "KILL", False)], ["stuck"]),
+        ([END], []),
+        ([attempt(-9, "KILL"), END], []),
+        ([attempt(143, "TERM"), attempt(5, excused=True), END], []),
+        ([attempt(-15, "TERM", was_ready=False), END], []),
+        ([attempt(-15, "TERM"), END], ["wrong"]),
+        ([attempt(5, "TERM"), END], ["wrong"]),
+        ([attempt(1, excused=True), END], []),
+        ([attempt(1), END], ["wrong"]),
+        ([attempt(5), END], ["wrong"]),
+        ([attempt(0, commits=4)], ["wrong"]),  # there are error rows
+        ([attempt(3, commits=3), END], ["wrong"]),  # there were units to do
+        ([attempt(0, "TERM", commits=4), END], ["wrong"]),
+        ([attempt(2, excused=True), END], ["wrong"]),
+        ([attempt(-9, "KILL")], ["stuck"]),
         ([], ["stuck"]),
     ],
 )
-def test_exit_codes_mean_what_the_page_says(
-    attempts: list[tuple[int, str | None, bool]], found: list[str]
-) -> None:
-    given_codes = [Attempt(code=c, signal=s, excused=e) for c, s, e in attempts]
-    findings = check_exits(CORPUS, right_rows(CORPUS), given_codes)
+def test_exit_codes_mean_what_the_page_says(attempts: list[Attempt], found: list[str]) -> None:
+    findings = check_exits(CORPUS, right_rows(CORPUS), attempts)
     assert [finding.harm for finding in findings] == found
 
 
@@ -257,15 +361,14 @@ def test_damage_may_cost_its_own_rows_and_no_others() -> None:
     corpus = draw_corpus(shape, 3)
     (hurt,) = [row for row in corpus.rows if row.optional]
     rows = right_rows(corpus)
-    damage = rows[0] | error("archive_truncated") | {
-        "id": None, "key": "00000.tar#9", "unit_id": "u9", "unit_row": 0
-    }  # fmt: skip
-    assert check(corpus, rows) == check(corpus, [*rows, damage]) == set()
+    damage = damage_row(rows[0])
+    assert check(corpus, rows) == {"lost"}, "the damage must be told"
+    assert check(corpus, [*rows, damage]) == set()
     failed = rows[0] | error("image_missing") | {
         "id": hurt.serial, "key": hurt.key, "unit_id": "u9", "unit_row": 0
     }  # fmt: skip
     assert check(corpus, [*rows, failed]) == set()
-    assert check(corpus, rows[:-1]) == {"lost"}
+    assert check(corpus, [*rows[:-1], damage]) == {"lost"}
     many = [damage | {"unit_row": number} for number in range(9)]
     assert check(corpus, [*rows, *many]) == {"wrong"}
 

@@ -73,6 +73,22 @@ def test_errors_are_answered_with_and_without_effect(
     assert ask(proxy, "GET", path)[0] == (200 if applied else 404)
 
 
+def test_a_write_is_carried_out_long_after_its_client_gave_up(
+    proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"/{s3.removeprefix('s3://')}/a"
+    only(monkeypatch, "applied_late")
+    monkeypatch.setattr(proxy_module, "_APPLIED_LATE_SECONDS", 3.0)
+    proxy.begin(seed=1, rate=1.0)
+    with pytest.raises(http.client.RemoteDisconnected):
+        ask(proxy, "PUT", path, b"late", create=True)
+    assert proxy.exchanges() == []
+    proxy.settle()
+    (exchange,) = proxy.exchanges()
+    assert (exchange.fault, exchange.applied, exchange.body) == ("applied_late", True, b"late")
+    assert ask(proxy, "GET", path) == (200, b"late")
+
+
 @pytest.mark.parametrize(("fault", "applied"), [("reset", False), ("lost_answer", True)])
 def test_connections_end_before_and_after_the_effect(
     proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch, fault: str, applied: bool

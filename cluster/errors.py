@@ -184,6 +184,10 @@ class UsageError(RunError):
     exit_code = 2
 
 
+class TooManyMembers(UsageError):
+    """A tar with more members than one archive may have."""
+
+
 class StoreError(RunError):
     """The object store refused, is missing, or gave up after its retries."""
 

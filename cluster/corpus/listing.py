@@ -20,6 +20,8 @@ from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store, open_store
 logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
+# Neither read nor passed over: to most systems they are other names than those above.
+_OTHER_CASE = (".PARQUET", ".Parquet", ".TAR", ".Tar")
 _OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, STATS_SUFFIX)
 
 
@@ -35,7 +37,7 @@ def list_corpus(
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
     first = source.with_patience(FIRST_CONTACT_S)
-    found = first.list(suffixes=(*_OF_CORPORA, *LOG_SUFFIXES))
+    found = first.list(suffixes=(*_OF_CORPORA, *LOG_SUFFIXES, *_OTHER_CASE))
     listed = [info for info in found if info.key.endswith(_OF_CORPORA) and not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
@@ -52,6 +54,12 @@ def list_corpus(
     else:
         parquet = []
     check_no_table(source, found, parquet)
+    odd = [i for i in found if i.key.endswith(_OTHER_CASE) and not _is_hidden(i.key)]
+    if odd:
+        raise UsageError(
+            f"{source.uri_of(odd[0].key)}: files are known by .parquet and .tar in lower case; "
+            f"rename it{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"
+        )
     if compressed:
         raise UsageError(
             f"{source.uri_of(compressed[0].key)}: compressed archives cannot be read in parts; "

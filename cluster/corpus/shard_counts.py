@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from cluster.errors import StoreError
-from cluster.store import ObjectInfo, Store
+from cluster.store import FIRST_CONTACT_S, ObjectInfo, Store
 
 logger = structlog.get_logger(__name__)
 
@@ -26,9 +26,16 @@ _MAX_BYTES = 64 * 2**20
 
 
 def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int]:
-    """Samples by key of the tar, for those that a file beside them counts. A file that cannot be
-    read counts none: they are there for a warning. Raises StoreError where the store gave up."""
-    listed = store.list(suffixes=(".json",))
+    """Samples by key of the tar, for those that a file beside them counts. What cannot be listed or
+    read counts none: this is for a warning."""
+    store = store.with_patience(FIRST_CONTACT_S)
+    # Of a single tar, whose folder is no input and may hold anything, only what is named after it.
+    prefix = tars[0].key.removesuffix(".tar") if len(tars) == 1 else ""
+    try:
+        listed = store.list(prefix, suffixes=(".json",))
+    except StoreError as error:
+        logger.warning("shard_counts_unlisted", error=str(error))
+        return {}
     keys = {info.key for info in tars}
     counts: dict[str, int] = {}
     others = []

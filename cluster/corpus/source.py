@@ -214,7 +214,7 @@ def _read_or_leave(
     store = store.with_patience(_AFTER_GIVING_UP_S) if store.uri in _gave_up else store
     try:
         try:
-            for table in _attempt(store, units, mapping):
+            for table in _attempt(store, units, mapping, last_word=False):
                 yield pack_unit(table)
                 read += 1
                 _gave_up.discard(store.uri)
@@ -232,29 +232,32 @@ def _read_or_leave(
         _gave_up.add(store.uri)
 
 
-def _attempt(store: Store, units: Sequence[Unit], mapping: ColumnMapping) -> Iterator[pa.Table]:
-    """Raises what `_read_tables` raises without the last word. Ray repeats a task whose process
-    died for as long as it takes: from the third time on the units are read in processes of their
-    own, since it may be they that end it."""
+def _attempt(
+    store: Store, units: Sequence[Unit], mapping: ColumnMapping, *, last_word: bool
+) -> Iterator[pa.Table]:
+    """Raises what `_read_tables` raises. Ray repeats a task whose process died: from the third time
+    on the units are read in processes of their own, since it may be they that end it."""
     if task_attempt() < _ISOLATED_FROM:
-        yield from _read_tables(store, units, mapping, last_word=False)
+        yield from _read_tables(store, units, mapping, last_word=last_word)
         return
     for unit in units:
-        yield _read_isolated(store, unit, mapping)
+        yield _read_isolated(store, unit, mapping, last_word=last_word)
 
 
-def _read_isolated(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
+def _read_isolated(
+    store: Store, unit: Unit, mapping: ColumnMapping, *, last_word: bool
+) -> pa.Table:
     """The unit's rows, read in a process of its own. One that dies makes error rows of them."""
     logger.warning("unit_isolated", unit_id=unit.unit_id, file=unit.file)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_read_one, store, unit, mapping).result()
+            return pool.submit(_read_one, store, unit, mapping, last_word).result()
         except BrokenProcessPool:
             return build_error_table(unit, mapping, "reading it ends the process that does")
 
 
-def _read_one(store: Store, unit: Unit, mapping: ColumnMapping) -> pa.Table:
-    (table,) = _read_tables(store, [unit], mapping, last_word=False)
+def _read_one(store: Store, unit: Unit, mapping: ColumnMapping, last_word: bool) -> pa.Table:
+    (table,) = _read_tables(store, [unit], mapping, last_word=last_word)
     return table
 
 
@@ -280,7 +283,7 @@ def _last_word(
 ) -> Iterator[pa.Table | StoreError]:
     """As values, since Ray wraps what a task raises."""
     try:
-        yield from _read_tables(store, units, mapping, last_word=True)
+        yield from _attempt(store, units, mapping, last_word=True)
     except StoreError as error:
         yield error
 

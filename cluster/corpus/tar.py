@@ -23,7 +23,7 @@ from cluster.corpus.tar_header import (
     parse_header,
     read_member,
 )
-from cluster.errors import ArchiveDamaged
+from cluster.errors import ArchiveDamaged, TooManyMembers
 
 RECORD = 20 * BLOCK
 """Bytes of a record: most writers pad an archive to whole records."""
@@ -71,7 +71,8 @@ class Damage:
 
 
 def walk_archive(read: ReadRange, size: int) -> Iterator[Member | Padding | Damage]:
-    """The whole archive of `size` bytes, piece by piece."""
+    """The whole archive of `size` bytes, piece by piece. Raises TooManyMembers for more than
+    `MAX_MEMBERS`."""
     position = archive_start = 0
     for _ in range(MAX_MEMBERS):
         try:
@@ -92,7 +93,7 @@ def walk_archive(read: ReadRange, size: int) -> Iterator[Member | Padding | Dama
                 archive_start = position
         if position == size:
             return
-    yield Damage(start=position, stop=size, reason=f"more than {MAX_MEMBERS:,} members")
+    raise TooManyMembers(f"more than {MAX_MEMBERS:,} members in one archive: split it")
 
 
 def walk_members(read: ReadRange, start: int, stop: int) -> Iterator[Member | Padding]:

@@ -20,7 +20,7 @@ from cluster.corpus.tar import Damage
 from cluster.corpus.tar_header import BLOCK, Member, parse_header
 from cluster.corpus.tar_samples import MAX_SAMPLE_MEMBERS, Sample, read_rows
 from cluster.corpus.unit import FileIndex, Unit, make_unit
-from cluster.errors import UsageError
+from cluster.errors import TooManyMembers, UsageError
 from cluster.store import ObjectInfo, Store
 
 PACKED = {
@@ -42,7 +42,8 @@ def index_tar(
 ) -> FileIndex:
     """Indexes one tar from its headers: its extensions, and its units of up to `unit_rows` rows and
     `unit_bytes` readable bytes. Raises UsageError for a compressed archive, a pointer of Git LFS,
-    unsorted members and keys with dots; StoreError where the store gave up.
+    unsorted members, keys with dots, members of which none has a key and an extension, and too many
+    of them; StoreError where the store gave up.
 
     dotted_keys: keys end at the last dot of the file name.
     """
@@ -57,18 +58,26 @@ def index_tar(
     nameless: list[str] = []
 
     def note_nameless(member: Member) -> None:
-        nameless.append(member.name if not nameless else "")
+        if not member.name.rpartition("/")[2].startswith("."):
+            nameless.append(member.name if not nameless else "")
 
-    for row in read_rows(
-        windows.read, info.size, dotted_keys=dotted_keys, on_nameless=note_nameless
-    ):
-        if isinstance(row, Sample):
-            extensions.update(row.members)
-            _check_key_rule(row, uri)
-            keys.add(row)
-        if not ranges or ranges[-1].is_full(row, unit_rows, unit_bytes):
-            ranges.append(_UnitRange(start=row.start, stop=row.start))
-        ranges[-1].add(row)
+    rows = read_rows(windows.read, info.size, dotted_keys=dotted_keys, on_nameless=note_nameless)
+    try:
+        for row in rows:
+            if isinstance(row, Sample):
+                extensions.update(row.members)
+                _check_key_rule(row, uri)
+                keys.add(row)
+            if not ranges or ranges[-1].is_full(row, unit_rows, unit_bytes):
+                ranges.append(_UnitRange(start=row.start, stop=row.start))
+            ranges[-1].add(row)
+    except TooManyMembers as error:
+        raise UsageError(f"{uri}: {error}") from error
+    if nameless and not ranges:
+        raise UsageError(
+            f"{uri}: no member is named KEY.EXTENSION (first: {nameless[0][:100]}), so it holds no "
+            "sample; name them as in 000123.jpg, or keep the file out of --input"
+        )
     keys.check(uri)
     warnings = keys.describe_strays()
     if nameless:

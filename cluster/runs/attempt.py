@@ -13,12 +13,14 @@ from typing import Final
 
 import ray
 from ray.data import DataContext, Dataset
+from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.controller import RunName, report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
 from cluster.corpus.unit import Unit
+from cluster.errors import FleetUnavailable
 from cluster.output.commit import CommitSink
 from cluster.output.failed_rows import FailedRows, count_rows, select_rows
 from cluster.output.manifest import Manifest
@@ -28,6 +30,7 @@ from cluster.output.summary import Attempt
 from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, actors_for, label_units
 from cluster.runs.progress import ProgressDisplay
 from cluster.runs.replica_figures import busy_share, fleet_stats, with_deaths
+from cluster.runs.replica_wait import PATIENCE_SECONDS
 from cluster.runs.tracker import RunTracker, run_error
 from cluster.serving.fleet import Fleet
 from cluster.store.patience import hear_outages
@@ -66,7 +69,7 @@ def attempt_units(
     name = RunName(manifest.run_id, output.uri)
     settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed)
     actors = actors_for(fleet.target_replicas)
-    _warn_if_starved(console, actors)
+    _wait_for_cpus(console, actors)
     report, committed = partial(report_event, name), partial(report_commit, name)
     stoppable = config.max_error_share < 1
     sink: CommitSink | RetrySink = (
@@ -193,17 +196,31 @@ def _write(labelled: Dataset, sink: CommitSink | RetrySink, tracker: RunTracker)
         raise cause from error
 
 
-def _warn_if_starved(console: Console, actors: int) -> None:
-    """Ray waits silently where reading, labelling and writing do not fit beside what runs."""
+def _wait_for_cpus(
+    console: Console, actors: int, *, patience_seconds: float = PATIENCE_SECONDS
+) -> None:
+    """Ray waits silently, and for ever, where reading, labelling and writing do not fit beside what
+    runs. Says so and raises FleetUnavailable once they did not for the patience."""
     free = ray.available_resources().get("CPU", 0.0)
-    needed = READER_CPUS + actors * LABELLER_CPUS + _SINK_CPUS
-    if free < needed:
-        console.print(
-            f"only {free:.2f} CPUs of the cluster are free and this run needs {needed:.2f} beside "
-            "its replicas: it waits until other work ends or a node joins; fewer --replicas leave "
-            "it more",
-            style="yellow",
-        )
+    parts = [READER_CPUS, *[LABELLER_CPUS] * actors, _SINK_CPUS]
+    if free >= sum(parts):
+        return
+    needs = (
+        f"only {free:.2f} CPUs of the cluster are free and this run needs {sum(parts):.2f} beside "
+        "its replicas"
+    )
+    advice = "fewer --replicas leave it more"
+    console.print(
+        f"{needs}: it waits until other work ends or a node joins; {advice}",
+        style="yellow",
+    )
+    # A pending one is what an autoscaler starts a node for.
+    room = placement_group([{"CPU": cpus} for cpus in parts])
+    try:
+        if not room.wait(patience_seconds):
+            raise FleetUnavailable(f"{needs}, for {patience_seconds:.0f} s: {advice}")
+    finally:
+        remove_placement_group(room)
 
 
 def _set_up_ray_data() -> None:

@@ -23,14 +23,20 @@ from cluster.output.summary import Summary, is_current, keep_summary, summarise
 from cluster.runs.attempt import attempt_units
 from cluster.runs.calibration import calibrate
 from cluster.runs.planning import corpus_uri, plan_run
-from cluster.runs.shared_output import check_shared
+from cluster.runs.shared_output import check_corpus, check_shared
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import open_fleet
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
-from sppruner.models.loading import image_backend, load_config, load_processor, resolve_model
+from sppruner.models.loading import (
+    image_backend,
+    is_local,
+    load_config,
+    load_processor,
+    resolve_model,
+)
 from sppruner.pruner import check_spec
 from sppruner.selectors import selector_for
 
@@ -77,11 +83,10 @@ def run(
     began = time.monotonic()
     console = console or open_console(stderr=True)
     output = RunOutput.open(config.output)
-    revision = place = None
-    if retry is not None:  # rows of one run are of one model, whatever its name leads to by now
-        planned = output.require_manifest()
-        revision, place = planned.identity.settings["model_revision"], corpus_uri(planned)
-    model = _pin_model(config, revision)
+    place = None
+    if retry is not None:
+        place = corpus_uri(output.require_manifest())
+    model = _pin_model(config, _planned_revision(config, output, again=retry is not None))
     manifest = plan_run(
         config,
         output,
@@ -115,6 +120,7 @@ def run(
                 f"replicas decode with {fleet.image_backend}, this machine with "
                 f"{model.image_backend}: install torchvision on both or on neither"
             )
+        check_corpus(manifest)
         check_shared(output, console)
         if config.replicas > fleet.target_replicas:
             console.print(
@@ -185,6 +191,18 @@ def fleet_settings(
     if config.engine is not None:
         engine = replace(engine, engine=config.engine)
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
+
+
+def _planned_revision(config: RunConfig, output: RunOutput, *, again: bool) -> str | None:
+    """The revision of a run that was begun before, of a model from the Hub: rows of one run are of
+    one model, whatever its name leads to by now. None for the present one, with which planning
+    compares a folder's. again: its failed rows are asked again, of a folder's model too."""
+    if not again and is_local(config.model):
+        return None
+    planned = output.manifest()
+    settings = {} if planned is None else planned.identity.settings
+    revision: str | None = settings.get("model_revision")
+    return revision if again or settings.get("model") == config.model else None
 
 
 def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:

@@ -1,13 +1,16 @@
-"""Whether the other nodes see the output that this one sees, asked before anything is labelled.
+"""Whether the other nodes see the output and the corpus that this one sees, asked before anything
+is labelled.
 
 Where a drive is not mounted on the driver's node, its path leads to this node's own disk: a new run
 would be planned there beside the one that the others see, and every unit written where nobody looks
-for it.
+for it. Where each node has a copy of the corpus of its own, as of an unfinished download, the
+others would take its objects for changed ones.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import ray
 import structlog
@@ -16,7 +19,12 @@ from rich.console import Console
 
 from cluster.errors import UsageError
 from cluster.other_node import other_nodes
+from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
+from cluster.store import ObjectInfo, Store, open_store
+
+_Q = TypeVar("_Q")
+_A = TypeVar("_A")
 
 logger = structlog.get_logger(__name__)
 
@@ -52,14 +60,39 @@ def check_shared(output: RunOutput, console: Console) -> None:
         )
 
 
+def check_corpus(manifest: Manifest) -> None:
+    """Raises UsageError where another node has other files in the corpus's place. One that has no
+    such place takes no part in reading; nodes that do not answer are not waited for."""
+    if "://" in manifest.source:
+        return  # a service shows every node the same
+    objects = manifest.identity.corpus
+    ends = [objects[0], objects[-1]]
+    seen = _ask_others(_look_at, (open_store(manifest.source), [info.key for info in ends]))
+    others = sum(found is not None and found != ends for found in seen)
+    if others:
+        raise UsageError(
+            f"{manifest.source} holds other files on {others} of {len(seen)} other nodes: the "
+            "first or last one is missing, or has another size or date. Put the corpus on a "
+            "drive that every node sees or at s3://bucket/prefix, or let one node alone have it"
+        )
+
+
 def _seen_elsewhere(output: RunOutput) -> list[bytes | None]:
     """The heads of the manifests that the other nodes see; None for a node that sees none."""
-    look = ray.remote(_look)
-    asked = [look.options(num_cpus=0, scheduling_strategy=n).remote(output) for n in other_nodes()]
+    return _ask_others(_look, output)
+
+
+def _ask_others(look: Callable[[_Q], _A], question: _Q) -> list[_A]:
+    """What the other nodes answer that do."""
+    remote = ray.remote(look)
+    asked = [
+        remote.options(num_cpus=0, scheduling_strategy=node).remote(question)
+        for node in other_nodes()
+    ]
     if not asked:
         return []
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    seen: list[bytes | None] = []
+    seen: list[_A] = []
     for answer in answered:
         try:
             seen.append(ray.get(answer))
@@ -70,3 +103,9 @@ def _seen_elsewhere(output: RunOutput) -> list[bytes | None]:
 
 def _look(output: RunOutput) -> bytes | None:
     return output.manifest_head()
+
+
+def _look_at(question: tuple[Store, list[str]]) -> list[ObjectInfo | None] | None:
+    """The objects of these keys; None where the node does not see their store."""
+    store, keys = question
+    return [store.head(key) for key in keys] if store.is_here() else None

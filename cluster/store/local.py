@@ -79,21 +79,27 @@ class LocalStore(Store):
 
     def _listed(self, prefix: str, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
         links: list[str] = []
-        files = set[tuple[int, int]]()
-        for folder, names in self._walk(prefix):
+        walked: dict[str, Path] = {}
+
+        def is_listed(key: str) -> bool:
+            return (
+                not key.rpartition("/")[2].startswith(".")
+                and key.startswith(prefix)
+                and key.endswith(suffixes or "")
+            )
+
+        for folder, names in self._walk(prefix, walked):
             for name in names:
-                key = (folder / name).relative_to(self._root).as_posix()
-                if name.startswith(".") or not key.startswith(prefix):
-                    continue
-                if suffixes and not key.endswith(suffixes):
+                key = self._key(folder / name)
+                if not is_listed(key):
                     continue
                 if (folder / name).is_symlink():
                     links.append(key)
                     continue
                 stat = self._stat(key)
                 if stat is not None:
-                    files.add((stat.st_dev, stat.st_ino))
                     yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
+        linked = set[str]()
         for key in sorted(links):  # the same one of several at each listing
             try:
                 stat = (self._root / key).stat()
@@ -101,26 +107,31 @@ class LocalStore(Store):
                 raise LinkToNothing(f"{self.uri_of(key)} is a link: {error.strerror}") from error
             if not S_ISREG(stat.st_mode):
                 continue
-            if (stat.st_dev, stat.st_ino) in files:
+            target = Path(os.path.realpath(self._root / key))
+            folder_of_it = walked.get(str(target.parent))
+            if str(target) in linked or (
+                folder_of_it is not None and is_listed(self._key(folder_of_it / target.name))
+            ):
                 logger.warning("link_ignored", uri=self.uri_of(key), reason="its file is listed")
                 continue
-            files.add((stat.st_dev, stat.st_ino))
+            linked.add(str(target))
             yield ObjectInfo(key=key, size=stat.st_size, etag=_etag(stat))
 
-    def _walk(self, prefix: str) -> Iterator[tuple[Path, Sequence[str]]]:
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()
+
+    def _walk(self, prefix: str, walked: dict[str, Path]) -> Iterator[tuple[Path, Sequence[str]]]:
         """Each folder once that holds keys of the prefix, with the names of its files. Links are
         followed after the folders that stand there themselves, which so keep their keys; loops of
-        links end."""
+        links end.
+
+        walked: gets each folder by its path without links. Inodes would not do: file systems that
+        unite others (virtiofs, mergerfs) give one to several folders."""
         # From the deepest directory of the prefix on, so that the cost is that of what is listed.
         top = self._root / prefix.rpartition("/")[0]
-        starts, seen = [top], set[tuple[int, int]]()
+        starts = [top]
         for start in starts:  # which grows
             for folder, folders, names in os.walk(start, onerror=_raise_unlistable):
-                try:
-                    stat = os.stat(folder)
-                except FileNotFoundError:  # removed since its parent was read
-                    folders.clear()
-                    continue
                 visible = [
                     name
                     for name in sorted(folders)
@@ -128,10 +139,12 @@ class LocalStore(Store):
                 ]
                 links = {name for name in visible if Path(folder, name).is_symlink()}
                 folders[:] = [name for name in visible if name not in links]
-                if (stat.st_dev, stat.st_ino) in seen:
+                real = os.path.realpath(folder)
+                if real in walked:
+                    logger.warning("link_ignored", uri=folder, reason="its folder is listed")
                     folders.clear()
                     continue
-                seen.add((stat.st_dev, stat.st_ino))
+                walked[real] = Path(folder)
                 starts += [Path(folder, name) for name in sorted(links)]
                 yield Path(folder), names
 

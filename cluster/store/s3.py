@@ -62,19 +62,22 @@ class S3Store(Store):
         super().__init__(f"s3://{bucket}/{self._prefix}".rstrip("/"), patience)
 
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
-        found: list[ObjectInfo] = []
+        # By key: there are servers that list a key twice, on neighbouring pages or on one.
+        found: dict[str, ObjectInfo] = {}
         token: str | None = None
+        tokens = set[str]()
         while True:
             # A page is asked for again alone; a listing may have thousands.
             page, following = self._request(prefix, partial(self._list_page, prefix, token))
             # S3 consoles create an empty object "folder/" for a folder, the prefix's own too.
             objects = (info for info in page if info.key and not info.key.endswith("/"))
-            found += (info for info in objects if info.key.endswith(tuple(suffixes) or ""))
+            found |= {i.key: i for i in objects if i.key.endswith(tuple(suffixes) or "")}
             if following is None:
-                return sorted(found, key=lambda info: info.key)
-            if following == token:
+                return [found[key] for key in sorted(found)]
+            if following in tokens:
                 raise StoreError(f"{self.uri}: the server's listing does not go on after a page")
             token = following
+            tokens.add(token)
 
     def head(self, key: str) -> ObjectInfo | None:
         def attempt(client: Any) -> ObjectInfo | None:

@@ -80,6 +80,11 @@ def _content_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_local(name: str) -> bool:
+    """Whether the name is that of an embedded model or a folder, rather than the Hub's."""
+    return TINY_MODELS.get(name, Path(name)).is_dir()
+
+
 def resolve_model(name: str, revision: str | None = None) -> ModelIdentity:
     """Pins an embedded model, a local folder (by content) or a Hub model (by commit).
 

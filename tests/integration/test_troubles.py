@@ -22,7 +22,8 @@ from PIL import Image
 
 from cluster.output.run_output import RunOutput
 from cluster.store import open_store
-from tests.chaos.engine import CALM, KILLS
+from tests.chaos.corpus import PROMPT
+from tests.chaos.engine import CALM, KILLS, expected_text
 from tests.chaos.ground import Ground
 from tests.chaos.places import LocalPlace, Place, S3Place
 from tests.chaos.processes import find_workers, send
@@ -62,6 +63,18 @@ def put_rows(place: Place, images: list[bytes]) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=UNIT_ROWS)
     place.put_corpus({"rows.parquet": buffer.getvalue()})
+
+
+def check_rows(place: Place) -> list[dict[str, Any]]:
+    """The committed rows: each of the corpus once, in its place, with its own text."""
+    rows = committed(place.output)
+    check_every_row_once(rows, ROWS)
+    assert [row["key"] for row in rows] == [f"{number:04}" for number in range(ROWS)]
+    for number, row in enumerate(rows):
+        if row["error_code"] is None:
+            with Image.open(io.BytesIO(picture(number))) as image:
+                assert row["text"] == expected_text(image, PROMPT)
+    return rows
 
 
 class Job:
@@ -134,8 +147,7 @@ def test_a_stopped_replica_is_replaced(
     assert summary["state"] == "completed"
     assert summary["attempt"]["events"]["replica_died"] == 1, job.log()
     assert "1 replica died" in job.log()
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert not any(row["error_code"] for row in rows)
 
 
@@ -150,8 +162,7 @@ def test_a_picture_that_takes_hours_to_decode_costs_its_row(
     assert summary["state"] == "completed_with_errors"
     assert summary["rows_failed"] == {"image_too_slow": 1}
     assert "image_too_slow 1" in job.log()
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert [row["key"] for row in rows if row["error_code"]] == ["0100"]
 
 
@@ -165,8 +176,7 @@ def test_a_row_that_kills_its_replica_is_found(place: S3Place, start: Callable[.
     assert summary["attempt"]["events"]["row_quarantined"] >= 1
     assert 1 < summary["attempt"]["events"]["replica_died"] <= 4
     assert "quarantined" in job.log()
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert [row["key"] for row in rows if row["error_code"]] == ["0100"]
 
 
@@ -185,8 +195,7 @@ def test_a_store_that_is_away_for_two_minutes_costs_time(
     assert summary["state"] == "completed"
     assert summary["attempt"]["events"]["store_waited"] >= _OUTAGE_SECONDS / 2
     assert "store away for" in job.log()
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert not any(row["error_code"] for row in rows)
 
 
@@ -201,8 +210,7 @@ def test_a_driver_whose_cluster_is_gone_ends_and_the_same_command_completes(
     assert ground.forks.wait(job.pid, 180.0) not in (None, 0, 3), job.log()
     ground.start_cluster()
     assert start(place).finish(0, seconds=240.0)["state"] == "completed"
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert not any(row["error_code"] for row in rows)
 
 
@@ -242,8 +250,7 @@ def test_a_node_without_the_mount_costs_no_row(
     assert summary["state"] == "completed"
     assert summary["attempt"]["events"]["unit_moved"] > 0, job.log()
     assert "moved to another node" in job.log()
-    rows = committed(place.output)
-    check_every_row_once(rows, ROWS)
+    rows = check_rows(place)
     assert not any(row["error_code"] for row in rows)
     assert RunOutput.open(place.output).summary() is not None
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.corpus.packed import unpack_units
 from cluster.corpus.parquet import index_parquet, map_parquet_columns
 from cluster.corpus.parquet_rows import Footers, _RowGroup, read_parquet_units
-from cluster.corpus.source import UnitSource, _read_blocks, read_unit
+from cluster.corpus.source import UnitSource, _last_word, _read_blocks, read_unit
 from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit, join_units
 from cluster.errors import ObjectGone, StoreError
@@ -387,6 +387,8 @@ def test_a_unit_that_ends_its_reader_becomes_error_rows(
     assert first["_in_error_code"].to_pylist() == ["read_failed"] * 3
     assert "ends the process" in first["_in_error_message"][0].as_py()
     assert images_of(second) == [b"b"] * 3
+    (last_word,) = _last_word(store, planned.units[:1], planned.manifest.mapping)
+    assert last_word == first, "the node that is asked for a second opinion survives it, too"
 
 
 def test_units_are_left_out_while_the_store_is_away(corpus: Store, tmp_path: Path) -> None:

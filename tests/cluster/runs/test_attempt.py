@@ -7,18 +7,25 @@ import ray
 from ray.data import DataContext
 from rich.console import Console
 
-from cluster.runs.attempt import _set_up_ray_data, _warn_if_starved
+from cluster.errors import FleetUnavailable
+from cluster.runs.attempt import _set_up_ray_data, _wait_for_cpus
 
 
 @pytest.mark.parametrize(("free", "warned"), [(0.75, True), (0.0, True), (0.85, False), (4, False)])
-def test_a_run_that_has_to_wait_for_cpus_warns(
-    free: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_has_to_wait_for_cpus_says_so(
+    local_ray: None, free: float, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free} if free else {})
     console = Console(width=200)
     with console.capture() as captured:
-        _warn_if_starved(console, actors=1)
+        _wait_for_cpus(console, actors=1)  # the cluster has them after all
     assert ("waits until other work ends" in captured.get()) == warned
+
+
+def test_a_run_for_which_there_are_never_cpus_ends(local_ray: None) -> None:
+    with pytest.raises(FleetUnavailable, match=r"this run needs 10\.60 .* fewer --replicas"):
+        _wait_for_cpus(Console(quiet=True), actors=40, patience_seconds=1.0)
+    assert all(g["state"] == "REMOVED" for g in ray.util.placement_group_table().values())
 
 
 def test_ray_data_sets_no_limit_to_the_time_that_a_unit_takes(

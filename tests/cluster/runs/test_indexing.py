@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from cluster.corpus import tar
 from cluster.corpus.index_object import decode_index, encode_index, name_index
 from cluster.corpus.shard_counts import find_shard_counts
 from cluster.corpus.tar_index import index_tar
-from cluster.errors import StoreError
+from cluster.errors import StoreError, UsageError
 from cluster.runs import indexing
 from cluster.store import ObjectInfo, Store, open_store
+from cluster.store.local import LocalStore
 from tests.cluster.corpora import plan, tar_bytes
 
 
@@ -101,3 +103,48 @@ def test_json_files_of_samples_are_not_taken_for_an_index(corpus: Store) -> None
         corpus.put(f"{number}.json", b'{"shardlist": [{"url": "00000.tar", "nsamples": 1}]}')
     corpus.put("list.json", b"[1, 2]")
     assert find_shard_counts(corpus, corpus.list(suffixes=(".tar",))) == {}
+
+
+def test_a_tar_without_a_single_key_and_extension_is_named(corpus: Store, tmp_path: Path) -> None:
+    """Its rows would be missing beside those of the others."""
+    corpus.put("odd.tar", tar_bytes([("000001", b"x"), ("000002", b"x")]))
+    with pytest.raises(UsageError, match=r"odd\.tar: no member is named KEY\.EXTENSION .*000001"):
+        plan(corpus.uri, str(tmp_path / "out"))
+    corpus.put("odd.tar", tar_bytes([(".DS_Store", b"x")]))
+    assert plan(corpus.uri, str(tmp_path / "out")).manifest.rows == 36
+
+
+def test_a_tar_with_too_many_members_is_named(
+    corpus: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar, "MAX_MEMBERS", 5)
+    assert plan(corpus.uri, str(tmp_path / "out")).manifest.rows == 36
+    corpus.put("00007.tar", tar_bytes([(f"{n}.jpg", b"x") for n in range(6)]))
+    with pytest.raises(UsageError, match=r"00007\.tar: more than 5 members .*split it"):
+        plan(corpus.uri, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("name", ["b.PARQUET", "folder/b.TAR"])
+def test_a_file_that_is_known_by_another_name_elsewhere_is_named(
+    corpus: Store, tmp_path: Path, name: str
+) -> None:
+    corpus.put(name, b"x")
+    with pytest.raises(UsageError, match=f"{name}: .* in lower case; rename it"):
+        plan(corpus.uri, str(tmp_path / "out"))
+
+
+def test_the_folder_of_a_single_tar_is_not_looked_through(
+    corpus: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no input: it may be /tmp, or a bucket of millions."""
+    real, asked = LocalStore.list, []
+
+    def listing(store: LocalStore, prefix: str = "", suffixes: Any = ()) -> list[ObjectInfo]:
+        if ".json" in suffixes:
+            asked.append(prefix)
+            raise StoreError("no")
+        return real(store, prefix, suffixes)
+
+    monkeypatch.setattr(LocalStore, "list", listing)
+    assert plan(f"{corpus.uri}/00003.tar", str(tmp_path / "out")).manifest.rows == 3
+    assert asked == ["00003"]

@@ -10,13 +10,14 @@ import pytest
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
 from cluster.errors import UsageError
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Summary, summarise
 from cluster.runs import run
 from cluster.store import open_store
 from sppruner.engine import SamplingParams
 from sppruner.models.loading import EMBEDDED
 from sppruner.spec import DENSE
-from tests.cluster.corpora import plan, put_parquet
+from tests.cluster.corpora import config, plan, put_parquet
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,20 @@ def test_a_retry_says_how_many_rows_its_corpus_gave(tmp_path: Path) -> None:
         "1 of 3 failed rows of 2 units were asked again; the others were mended meanwhile, or "
         f"{tmp_path}/in did not give them"
     )
+
+
+def test_a_run_of_a_hub_model_keeps_the_revision_that_it_began_with(tmp_path: Path) -> None:
+    """Somebody else's commit must not make it another run."""
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0"]}))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out", model="org/vlm")
+
+    def pinned(model: str, *, again: bool = False, output: str = "out") -> str | None:
+        settings = config(f"{tmp_path}/in", f"{tmp_path}/{output}", model=model)
+        return run._planned_revision(settings, RunOutput.open(settings.output), again=again)
+
+    assert planned.manifest.identity.settings["model_revision"] == "r1"
+    assert pinned("org/vlm") == "r1"
+    assert pinned("org/vlm", output="new") is None
+    assert pinned("org/other") is None, "that is another run, and planning says so"
+    assert pinned(EMBEDDED) is None, "the files of a folder are compared"
+    assert pinned(EMBEDDED, again=True) == "r1"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 from rich.console import Console
@@ -11,7 +13,9 @@ from rich.console import Console
 from cluster.errors import UsageError
 from cluster.output.run_output import RunOutput
 from cluster.runs import shared_output
-from cluster.runs.shared_output import check_shared
+from cluster.runs.shared_output import check_corpus, check_shared
+from cluster.store import open_store
+from tests.cluster.corpora import plan, put_parquet
 
 OURS, OTHER = b'{"run_id": "a", "created": "1"', b'{"run_id": "a", "created": "2"'
 
@@ -65,3 +69,38 @@ def test_the_other_nodes_are_asked(
     monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
     assert shared_output._seen_elsewhere(output) == [OURS, OURS]
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("change", "harm"),
+    [
+        (lambda folder: None, False),
+        (lambda folder: (folder / "b.parquet").write_bytes(b"other"), True),
+        (lambda folder: (folder / "b.parquet").unlink(), True),
+    ],
+)
+def test_a_copy_of_the_corpus_that_differs_on_another_node_is_a_usage_error(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, harm: bool
+) -> None:
+    store = open_store(tmp_path / "in")
+    for name in ("a", "b"):
+        put_parquet(store, f"{name}.parquet", pa.table({"image": [b"0"]}))
+    planned = plan(store.uri, f"{tmp_path}/out")
+    check_corpus(planned.manifest)  # this cluster has one node
+    change(tmp_path / "in")
+    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
+    if harm:
+        with pytest.raises(UsageError, match="holds other files on 2 of 2 other nodes"):
+            check_corpus(planned.manifest)
+    else:
+        check_corpus(planned.manifest)
+
+
+def test_a_node_without_the_corpus_is_no_copy_that_differs(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0"]}))
+    planned = plan(f"{tmp_path}/in", f"{tmp_path}/out")
+    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT"])
+    monkeypatch.setattr(shared_output, "_ask_others", lambda *_: [None])
+    check_corpus(planned.manifest)

@@ -14,7 +14,15 @@ import pytest
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 
 from cluster.errors import ObjectGone, StoreError, UsageError
-from cluster.store import LocalStore, Patience, RangedFile, S3Store, Store, open_store
+from cluster.store import (
+    LocalStore,
+    ObjectInfo,
+    Patience,
+    RangedFile,
+    S3Store,
+    Store,
+    open_store,
+)
 from tests.cluster.store.clock import FakeClock
 
 
@@ -368,3 +376,56 @@ def test_linked_folders_are_listed_once_however_links_lead_to_them(tmp_path: Pat
     (tmp_path / "elsewhere" / "back").symlink_to(root)
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)
     assert [info.key for info in LocalStore(root).list()] == ["link/b.txt", "real/a.txt"]
+
+
+def test_folders_that_a_file_system_numbers_alike_are_all_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that unite others, virtiofs and mergerfs, give folders of both one inode."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").write_text(name)
+    real = os.stat
+
+    def stat(path: Any, **more: Any) -> os.stat_result:
+        found = list(real(path, **more))
+        found[1], found[2] = 7, 7
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert [info.key for info in LocalStore(tmp_path).list()] == ["one/a.tar", "two/a.tar"]
+
+
+class Listing(S3Store):
+    """Pages of names, by the token that asks for them."""
+
+    def __init__(self, pages: dict[str | None, tuple[list[str], str | None]]) -> None:
+        super().__init__("bucket", "", patience=Patience(seconds=60, clock=FakeClock()))
+        self._pages = pages
+
+    def _client(self) -> Any:
+        return self
+
+    def _list_page(
+        self, prefix: str, token: str | None, client: Any
+    ) -> tuple[list[ObjectInfo], str | None]:
+        names, following = self._pages[token]
+        return [ObjectInfo(key=name, size=1, etag=name) for name in names], following
+
+
+def test_a_key_that_a_server_lists_twice_is_one_object() -> None:
+    pages: dict[str | None, tuple[list[str], str | None]] = {
+        None: (["b", "a", "b"], "1"),
+        "1": (["b", "c"], None),
+    }
+    assert [info.key for info in Listing(pages).list()] == ["a", "b", "c"]
+
+
+def test_a_listing_that_goes_round_ends() -> None:
+    pages: dict[str | None, tuple[list[str], str | None]] = {
+        None: (["a"], "1"),
+        "1": (["b"], "2"),
+        "2": (["c"], "1"),
+    }
+    with pytest.raises(StoreError, match="does not go on"):
+        Listing(pages).list()

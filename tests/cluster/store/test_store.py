@@ -403,9 +403,6 @@ class Listing(S3Store):
         super().__init__("bucket", "", patience=Patience(seconds=60, clock=FakeClock()))
         self._pages = pages
 
-    def _client(self) -> Any:
-        return self
-
     def _list_page(
         self, prefix: str, token: str | None, client: Any
     ) -> tuple[list[ObjectInfo], str | None]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.accounting.speedup import MeasuredRatio, measured_ratio, nanoseconds
+from cluster.accounting.speedup import CONFIDENCE, MeasuredRatio, measured_ratio, nanoseconds
 from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, PruneSpec
 
@@ -23,15 +23,17 @@ class BreakEven:
     """The ratio of control rows; None where there were too few rows to measure."""
 
     @classmethod
-    def from_results(cls, results: Iterable[Result]) -> BreakEven:
+    def from_results(cls, results: Iterable[Result], *, decisions: int = 1) -> BreakEven:
         """The decision from results of control requests; those without a dense twin (errors) do
-        not count."""
+        not count. decisions: that are made together: all of their intervals hold at once with 95 %
+        (Bonferroni), so that of many sizes and loads none is called faster by chance."""
         pairs = [
             (nanoseconds(result.seconds), nanoseconds(result.control_seconds))
             for result in results
             if result.control_seconds is not None
         ]
-        return cls(measured=measured_ratio(pairs))
+        confidence = 1 - (1 - CONFIDENCE) / decisions
+        return cls(measured=measured_ratio(pairs, confidence=confidence))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BreakEven:
@@ -41,8 +43,7 @@ class BreakEven:
 
     @property
     def pays(self) -> bool:
-        """Whether pruning was faster in all but 2.5 % of the resamples. Pruning costs quality, so
-        it needs certainty."""
+        """Whether the whole interval is above 1. Pruning costs quality, so it needs certainty."""
         return self.measured is not None and (self.measured.low or 0.0) > 1.0
 
     def spec(self, requested: PruneSpec) -> PruneSpec:

@@ -121,9 +121,9 @@ class RunLedger:
     def __add__(self, other: RunLedger) -> RunLedger:
         return RunLedger(units=self.units + other.units, total=self.total + other.total)
 
-    def measured_ratio(self, *, seed: int = 0) -> MeasuredRatio | None:
-        """The measured speed-up with its 95 % bootstrap interval; None without control rows."""
-        return measured_ratio(self.total.control_pairs, seed)
+    def measured_ratio(self) -> MeasuredRatio | None:
+        """The measured speed-up with its 95 % interval; None without control rows."""
+        return measured_ratio(self.total.control_pairs)
 
 
 def unit_ledger(table: pa.Table) -> UnitLedger:

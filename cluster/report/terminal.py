@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.speedup import MeasuredRatio
+from cluster.accounting.speedup import FEWEST_BATCHES, MeasuredRatio
 from cluster.console import open_console
 from cluster.events import describe_events
 from cluster.output.summary import Summary
@@ -138,7 +138,7 @@ def _ratio(ratio: MeasuredRatio) -> str:
     interval = (
         f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
         if ratio.low is not None and ratio.high is not None
-        else "one batch: no interval"
+        else f"fewer than {FEWEST_BATCHES} batches: no interval"
     )
     return (
         f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})"

@@ -76,15 +76,16 @@ async def calibrate_online(
     """Times `spec` beside dense, one request at a time and `full_load` at once. Raises what
     `Replicas.label` raises: Serve then starts the endpoint again."""
     cells = []
+    loads = sorted({1, full_load})
     for side in sides:
-        for load in sorted({1, full_load}):
+        for load in loads:
             results = [
                 result
                 for number in range(1 + _CALLS)
                 for result in await _run_control_call(replicas, spec, side, load, number)
                 if number
             ]
-            decision = BreakEven.from_results(results)
+            decision = BreakEven.from_results(results, decisions=len(sides) * len(loads))
             cells.append(Cell(pixels=side * side, load=load, decision=decision))
             logger.info("break_even", side=side, load=load, **decision.to_dict())
     return OnlineBreakEven(cells=tuple(cells))

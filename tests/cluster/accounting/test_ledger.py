@@ -104,7 +104,7 @@ def test_negative_savings_are_reported_as_negative() -> None:
     assert (ledger.flops, ledger.flops_dense) == ({"pruner": 9}, {"prefill": 2})
     saved = format_saving(sum(ledger.flops_dense.values()), sum(ledger.flops.values()))
     assert saved == "-350.0 %"
-    slower = UnitLedger(control_pairs=((4, 1), (5, 2), (4, 2)))
+    slower = UnitLedger(control_pairs=((40, 10), (40, 11), (40, 12), (41, 10), (41, 11)))
     ratio = RunLedger.of([slower]).measured_ratio()
     assert ratio is not None
     assert ratio.high is not None

@@ -17,6 +17,7 @@ from cluster.protocol import VERSION, rows_held
 from cluster.serving.code_version import code_version
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.http.app import Api, ApiSettings
+from cluster.serving.ray_session import SERVE_SETTINGS
 from cluster.serving.replica import VLMReplica
 from cluster.serving.serve_state import job_application
 from sppruner.adapters import capabilities
@@ -94,6 +95,11 @@ def application(settings: FleetSettings) -> serve.Application:
     """HTTP edge and replicas, which get a GPU each if the cluster has any."""
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
     engine = settings.engine.sized(gpu=gpus > 0)
+    with SERVE_SETTINGS:
+        return _application(settings, engine, gpus)
+
+
+def _application(settings: FleetSettings, engine: EngineSettings, gpus: int) -> serve.Application:
     assert engine.slots is not None
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     replica = serve.deployment(VLMReplica).options(

@@ -70,8 +70,9 @@ def test_a_lease_that_looks_at_serve_does_not_spoil_a_deployment(fleet: Fleet) -
         with ThreadPoolExecutor() as threads:
             looking = [threads.submit(applications) for _ in range(40)]
             deploying = [threads.submit(_deploy, settings("raced")) for _ in range(4)]
-            for look in looking:
-                look.result(timeout=120)
+            building = [threads.submit(application, settings("raced")) for _ in range(40)]
+            for done in looking + building:
+                done.result(timeout=120)
             for deployment in deploying:
                 deployment.result(timeout=120)
         assert settings("raced").app in applications()

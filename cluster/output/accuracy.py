@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -54,11 +54,13 @@ def _answers_of_record(text: str | None) -> list[str]:
     return []
 
 
-def measure(answers: Sequence[str | None], references: Sequence[object]) -> Accuracy:
-    """Mean score over the rows that have references, in any form `references_of` reads."""
-    scores = [
-        score(answer, known)
-        for answer, reference in zip(answers, references, strict=True)
-        if (known := references_of(reference))
-    ]
-    return Accuracy(scored=len(scores), mean=sum(scores) / len(scores) if scores else 0.0)
+def measure(rows: Iterable[tuple[str | None, object]]) -> Accuracy:
+    """Mean score over the rows that have references, from each row's answer and references in any
+    form that `references_of` reads."""
+    scored, total = 0, 0.0
+    for answer, reference in rows:
+        known = references_of(reference)
+        if known:
+            scored += 1
+            total += score(answer, known)
+    return Accuracy(scored=scored, mean=total / scored if scored else 0.0)

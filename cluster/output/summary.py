@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -36,8 +36,8 @@ _T = TypeVar("_T")
 # Above this many rows keys are not compared: the set of them would not fit a driver's memory.
 _KEYS_COMPARED = 5_000_000
 _REASON_CHARACTERS = 300
-# Units whose records are in memory at once.
-_UNITS_OF_RECORDS = 256
+# Units whose answers and references are in memory at once.
+_UNITS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,11 +201,11 @@ def summarise(
             unavailable[part] = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
             return otherwise
 
-    columns = None
+    duplicate_keys = None
     if ledger.total.rows > _KEYS_COMPARED:
-        unavailable["keys and accuracy"] = f"more than {_KEYS_COMPARED:,} rows to compare"
+        unavailable["keys"] = f"more than {_KEYS_COMPARED:,} rows to compare"
     elif done:
-        columns = optional("keys and accuracy", lambda: _read_columns(output, manifest, done), None)
+        duplicate_keys = optional("keys", lambda: _count_duplicates(output, done), None)
     return Summary(
         run_id=manifest.run_id,
         created=manifest.created,
@@ -218,8 +218,8 @@ def summarise(
         unread_bytes=manifest.unread_bytes,
         total=ledger.total,
         measured=ledger.measured_ratio(),
-        duplicate_keys=optional("keys", lambda: _count_duplicates(columns), None),
-        accuracy=optional("accuracy", lambda: _accuracy(columns), None),
+        duplicate_keys=duplicate_keys,
+        accuracy=optional("accuracy", lambda: _accuracy(output, manifest, done), None),
         attempt=attempt,
         break_even=optional("break-even", output.break_even, None),
         generations=_generations(footers),
@@ -267,37 +267,29 @@ def _generations(footers: Sequence[UnitFooter]) -> tuple[Generation, ...]:
     return tuple(found)
 
 
-def _read_columns(output: RunOutput, manifest: Manifest, done: list[str]) -> pa.Table:
-    """Keys and, for VQA, answers and references of the committed rows."""
-    references = reference_column(manifest.mapping) if manifest.kind == "vqa" else None
-    if references == RECORDS:
-        return _read_records(output, done)
-    wanted = ["key"] if references is None else ["key", "answer", references]
-    return pa.concat_tables(output.read_units(done, wanted)).select(wanted)
-
-
-def _read_records(output: RunOutput, done: list[str]) -> pa.Table:
-    """Keys, answers and references, which are a small part of the records that hold them."""
-    tables = []
-    for first in range(0, len(done), _UNITS_OF_RECORDS):
-        units = output.read_units(
-            done[first : first + _UNITS_OF_RECORDS], ["key", "answer", RECORDS]
-        )
-        for table in units:
-            references = answers_of_records(table[RECORDS])
-            tables.append(table.select(["key", "answer"]).append_column("references", references))
-    return pa.concat_tables(tables)
-
-
-def _count_duplicates(columns: pa.Table | None) -> int | None:
-    if columns is None:
-        return None
-    counts = pc.value_counts(columns["key"].combine_chunks()).field("counts")
+def _count_duplicates(output: RunOutput, done: list[str]) -> int:
+    keys = pa.concat_tables(output.read_units(done, ["key"]))["key"]
+    counts = pc.value_counts(keys.combine_chunks()).field("counts")
     return int(pc.sum(pc.if_else(pc.greater(counts, 1), counts, 0)).as_py() or 0)
 
 
-def _accuracy(columns: pa.Table | None) -> Accuracy | None:
-    if columns is None or columns.num_columns < 3:
+def _accuracy(output: RunOutput, manifest: Manifest, done: list[str]) -> Accuracy | None:
+    """Of a VQA run with references, of however many rows."""
+    references = reference_column(manifest.mapping) if manifest.kind == "vqa" else None
+    if references is None:
         return None
-    measured = measure(columns[1].to_pylist(), columns[2].to_pylist())
+    measured = measure(_answers(output, done, references))
     return measured if measured.scored else None
+
+
+def _answers(
+    output: RunOutput, done: list[str], references: str
+) -> Iterator[tuple[str | None, object]]:
+    """Each row's answer and references."""
+    for first in range(0, len(done), _UNITS_AT_ONCE):
+        units = output.read_units(done[first : first + _UNITS_AT_ONCE], ["answer", references])
+        for table in units:
+            known = table[references]
+            if references == RECORDS:
+                known = answers_of_records(known)
+            yield from zip(table["answer"].to_pylist(), known.to_pylist(), strict=True)

@@ -80,7 +80,7 @@ def test_a_score_is_a_share_and_the_order_of_references_does_not_matter(
 
 @given(answers, references)
 def test_a_run_and_an_evaluation_give_the_same_score(answer: str, known: list[str]) -> None:
-    measured = measure([answer], [known])
+    measured = measure([(answer, known)])
     filled = references_of(known)
     assert measured.scored == bool(filled)
     if filled:

@@ -10,17 +10,18 @@ from cluster.output.accuracy import answers_of_records, measure, reference_colum
 
 
 def test_rows_without_references_are_not_scored_and_failed_rows_count_as_wrong() -> None:
-    measured = measure(["red", "x", None, "blue"], ["red", None, ["red"], []])
+    measured = measure([("red", "red"), ("x", None), (None, ["red"]), ("blue", [])])
     assert (measured.scored, measured.mean) == (2, 0.5)
 
 
 def test_no_row_with_references_is_an_accuracy_of_none() -> None:
-    assert (measure(["red"], [None]).scored, measure(["red"], [None]).mean) == (0, 0.0)
+    measured = measure([("red", None)])
+    assert (measured.scored, measured.mean) == (0, 0.0)
 
 
 def test_references_are_numbers_lists_and_annotations_too() -> None:
     annotated = [{"answer": "2", "answer_confidence": "yes"}] * 10
-    measured = measure(["2", "two", "3", "two"], [2.0, ["2"] * 10, [3, 4], annotated])
+    measured = measure([("2", 2.0), ("two", ["2"] * 10), ("3", [3, 4]), ("two", annotated)])
     assert (measured.scored, measured.mean) == (4, 1.0)
 
 

@@ -72,7 +72,7 @@ def test_units_of_another_run_in_the_prefix_are_not_summed(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("part", "broken"),
     [
-        ("keys and accuracy", (RunOutput, "read_units")),
+        ("keys", (RunOutput, "read_units")),
         ("keys", (summary_module, "_count_duplicates")),
         ("accuracy", (summary_module, "_accuracy")),
         ("break-even", (RunOutput, "break_even")),
@@ -146,10 +146,13 @@ def test_keys_of_a_run_with_too_many_rows_are_not_compared(
     monkeypatch.setattr(summary_module, "_KEYS_COMPARED", 1)
     summary = summarise(planned.output)
     assert summary.duplicate_keys is None
-    assert summary.unavailable == {"keys and accuracy": "more than 1 rows to compare"}
+    assert summary.unavailable == {"keys": "more than 1 rows to compare"}
 
 
-def test_a_vqa_run_with_references_has_an_accuracy(tmp_path: Path) -> None:
+def test_a_vqa_run_with_references_has_an_accuracy_however_many_rows_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary_module, "_KEYS_COMPARED", 1)
     columns = {"question": ["q"] * 4, "answers": [["red"], ["blue"], ["red"], ["red"]]}
     planned = plan_two_units(tmp_path, kind="vqa", **columns)
     outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["blue"]]}
@@ -169,7 +172,7 @@ def test_answers_beside_the_questions_of_tars_are_references(
     ]
     open_store(f"{tmp_path}/in").put("a.tar", tar_bytes(members))
     planned = plan(f"{tmp_path}/in", f"{tmp_path}/out", kind="vqa", spec=SPEC, unit_rows=2)
-    monkeypatch.setattr(summary_module, "_UNITS_OF_RECORDS", 1)
+    monkeypatch.setattr(summary_module, "_UNITS_AT_ONCE", 1)
     for number, keys in enumerate((["a", "b"], ["a", "c"])):
         rows = records[2 * number : 2 * number + 2]
         commit(planned, number, UnitLedger(rows=2), key=keys, answer=["red", "red"], json=rows)

@@ -161,6 +161,11 @@ class RunConfig:
                 f"input and output are both {self.input}: give the output its own prefix"
             )
 
+    @property
+    def is_guarded(self) -> bool:
+        """Whether failed rows can stop an attempt."""
+        return self.max_error_share < 1
+
     @classmethod
     def of_identity(
         cls, settings: Mapping[str, Any], *, output: str, **execution: Any

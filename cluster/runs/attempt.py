@@ -71,7 +71,6 @@ def attempt_units(
     actors = actors_for(fleet.target_replicas)
     _wait_for_cpus(console, actors)
     report, committed = partial(report_event, name), partial(report_commit, name)
-    stoppable = config.max_error_share < 1
     sink: CommitSink | RetrySink = (
         RetrySink(manifest, output, on_commit=committed, on_event=report)
         if failed
@@ -80,7 +79,7 @@ def attempt_units(
             output,
             on_commit=committed,
             on_event=report,
-            stop_reason=partial(stop_reason_now, name) if stoppable else None,
+            stop_reason=partial(stop_reason_now, name) if config.is_guarded else None,
         )
     )
     with (

@@ -211,8 +211,7 @@ class Labeller:
         """Labels one unit: the same rows in the same order come out. Raises ErrorShareExceeded once
         the run's controller says so, and FleetUnstable."""
         # One that nothing stops does not ask: the answer would be about another's attempt.
-        stoppable = self._config.max_error_share < 1
-        reason = await stop_reason(self._name) if stoppable else None
+        reason = await stop_reason(self._name) if self._config.is_guarded else None
         if reason is not None:
             raise ErrorShareExceeded(reason)
         rows = [self._unit_row(values) for values in input_rows(table)]

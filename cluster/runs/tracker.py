@@ -113,7 +113,7 @@ class RunTracker:
     def stop_error(self) -> ErrorShareExceeded | None:
         """Why the controller would have this run stopped; None for no reason, where it is
         unreachable, and for an attempt that nothing stops."""
-        if self._config.max_error_share >= 1:
+        if not self._config.is_guarded:
             return None
         try:
             reason: str | None = ray.get(

@@ -33,9 +33,9 @@ from cluster.accounting.ledger import UnitLedger
 from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.output.manifest import Manifest
 from cluster.output.unit_file import UnitFooter, read_footer, write_unit_file
+from cluster.output.unit_names import SUFFIX, UnitNames
 from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_store
 
-_SUFFIX: Final = ".parquet"
 _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
 _INDEX: Final = "_run/index/"
@@ -48,37 +48,6 @@ _THREADS: Final = 16
 _READS: Final = 8
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitNames:
-    """How the objects of a run's units are called."""
-
-    run_id: str
-    """The run."""
-    layout: int = 2
-    """See `Manifest.layout`."""
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> UnitNames:
-        """The names that a run's manifest prescribes."""
-        return cls(run_id=manifest.run_id, layout=manifest.layout)
-
-    @property
-    def prefix(self) -> str:
-        """What stands before the unit id."""
-        return "" if self.layout == 1 else f"{self.run_id}-"
-
-    def key(self, unit_id: str) -> str:
-        """The key of a unit."""
-        return f"{self.prefix}{unit_id}{_SUFFIX}"
-
-    def unit_id(self, key: str) -> str | None:
-        """The unit that is called `key`; None for what no unit of the run is called. Objects in
-        folders are none of ours."""
-        if "/" in key or not (key.startswith(self.prefix) and key.endswith(_SUFFIX)):
-            return None
-        return key.removeprefix(self.prefix).removesuffix(_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +185,7 @@ class RunOutput:
     def first_parquet_object(self) -> str | None:
         """The address of a Parquet object in this prefix, whoever wrote it; None where there is
         none."""
-        listed = self._store.list(suffixes=(_SUFFIX,))
+        listed = self._store.list(suffixes=(SUFFIX,))
         return self._store.uri_of(listed[0].key) if listed else None
 
     # Units
@@ -379,7 +348,7 @@ class RunOutput:
 
     def _listed(self) -> Mapping[str, ObjectInfo]:
         """The objects that are called like units of the run, by unit id."""
-        listed = self._store.list(self._names.prefix, suffixes=(_SUFFIX,))
+        listed = self._store.list(self._names.prefix, suffixes=(SUFFIX,))
         named = ((self._names.unit_id(info.key), info) for info in listed)
         return {unit_id: info for unit_id, info in named if unit_id is not None}
 
@@ -420,5 +389,5 @@ def _read_head(store: Store) -> bytes:
 
 
 def _data_files(prefix: str) -> bytes:
-    config = {"config_name": "default", "data_files": f"{prefix}*{_SUFFIX}"}
+    config = {"config_name": "default", "data_files": f"{prefix}*{SUFFIX}"}
     return yaml.safe_dump({"configs": [config]}).encode()

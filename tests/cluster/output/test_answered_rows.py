@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import UsageError
 from cluster.output.answered_rows import answered_rows
-from cluster.output.run_output import UnitNames
+from cluster.output.unit_names import UnitNames
 from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import SPEC, mask

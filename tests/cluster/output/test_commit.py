@@ -24,8 +24,9 @@ from cluster.corpus.unit import Format, Unit
 from cluster.errors import CommitRefused, ErrorShareExceeded, RowError, StoreError
 from cluster.images import decode_image
 from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
 from cluster.output.unit_file import UnitFooter, write_unit_file
+from cluster.output.unit_names import UnitNames
 from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus

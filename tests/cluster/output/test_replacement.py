@@ -25,7 +25,8 @@ from cluster.errors import CommitRefused, StoreError
 from cluster.output.commit import commit_unit
 from cluster.output.manifest import Manifest
 from cluster.output.replacement import RetrySink, merge_rows, replace_rows
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
+from cluster.output.unit_names import UnitNames
 from cluster.schema import PLANNED_FIELD
 from cluster.store import LocalStore, Store, open_store
 from tests.cluster.labelled_tables import EXPECTED, mask, row, table

@@ -22,9 +22,10 @@ from cluster.accounting.ledger import UnitLedger
 from cluster.accounting.speedup import MeasuredRatio
 from cluster.corpus.columns import ColumnMapping
 from cluster.errors import ObjectGone, StoreError, UsageError
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import summarise
 from cluster.output.unit_file import UnitFooter, write_unit_file
+from cluster.output.unit_names import UnitNames
 from cluster.report.terminal import render
 from cluster.store import LocalStore, ObjectInfo, Store, open_store
 from tests.cluster.corpora import Planned, image, plan, put_parquet

@@ -14,9 +14,10 @@ from cluster.accounting.ledger import UnitLedger
 from cluster.errors import StoreError, UsageError
 from cluster.output import summary as summary_module
 from cluster.output.accuracy import Accuracy
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Generation, is_current, keep_summary, summarise
 from cluster.output.unit_file import Retry, UnitFooter, write_unit_file
+from cluster.output.unit_names import UnitNames
 from cluster.report.terminal import render
 from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet, tar_bytes

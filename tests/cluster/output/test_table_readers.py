@@ -16,8 +16,9 @@ import yaml
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import keep_summary, summarise
+from cluster.output.unit_names import UnitNames
 from cluster.store import open_store
 from tests.cluster.corpora import Planned, plan, put_parquet
 

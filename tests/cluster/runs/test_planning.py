@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 from cluster.corpus.listing import list_corpus
 from cluster.errors import SettingsChanged, StoreError, UsageError
 from cluster.output.manifest import Manifest
-from cluster.output.run_output import RunOutput, UnitNames
+from cluster.output.run_output import RunOutput
+from cluster.output.unit_names import UnitNames
 from cluster.runs.planning import corpus_uri, plan_run
 from cluster.store import Store, open_store
 from sppruner.spec import Budget, PruneSpec

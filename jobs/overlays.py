@@ -155,7 +155,7 @@ def _load_run_model(summary: Summary) -> LoadedModel:
     """The run's model at its revision and precision. Raises UsageError."""
     model, revision = summary.settings["model"], summary.settings["model_revision"]
     try:
-        dtype = summary.settings.get("dtype", "auto")
+        dtype = summary.dtype or "auto"
         loaded = load_model(model, revision=revision, dtype=dtype)
     except SpprunerError as error:
         raise UsageError(f"the run's model is needed to draw its rows: {error}") from error

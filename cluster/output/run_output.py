@@ -3,6 +3,7 @@
     <run id>-<unit id>.parquet   one committed unit: rows, and its ledger in the footer
     _run/manifest.json           what the run is, created once
     _run/break-even.json         whether pruning pays, where the run decides by measurement
+    _run/dtype.json              the replicas' dtype, where the run does not name one
     _run/summary.json            the last attempt's summary
     _run/index/<name>.json       the index of one tar of a large corpus, for planners
     _run/probe                   empty: shows that the store keeps the first of two writers
@@ -39,6 +40,7 @@ from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_s
 _MANIFEST: Final = "_run/manifest.json"
 _BREAK_EVEN: Final = "_run/break-even.json"
 _INDEX: Final = "_run/index/"
+_DTYPE: Final = "_run/dtype.json"
 _SUMMARY: Final = "_run/summary.json"
 _PROBE: Final = "_run/probe"
 _DATA_FILES: Final = ".huggingface.yaml"
@@ -316,6 +318,25 @@ class RunOutput:
         if self._store.put_if_absent(_BREAK_EVEN, data, writer=uuid.uuid4().hex):
             return decision
         kept = self.break_even()
+        assert kept is not None
+        return kept
+
+    def dtype(self) -> str | None:
+        """The dtype of the replicas with which a run of dtype `auto` was begun; None for others,
+        and for one that had no replicas yet."""
+        if self._store.head(_DTYPE) is None:
+            return None
+        try:
+            return str(json.loads(self._store.get(_DTYPE))["dtype"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self._store.uri_of(_DTYPE)}: no dtype ({error!r})") from error
+
+    def keep_dtype(self, dtype: str) -> str:
+        """The dtype that holds from now on: this one, or that of an earlier attempt."""
+        data = json.dumps({"dtype": dtype}).encode()
+        if self._store.put_if_absent(_DTYPE, data, writer=uuid.uuid4().hex):
+            return dtype
+        kept = self.dtype()
         assert kept is not None
         return kept
 

@@ -105,6 +105,8 @@ class Summary:
     """Rows whose key another row has too; None where there are too many rows to compare."""
     accuracy: Accuracy | None
     """Of a VQA run with references; None elsewhere."""
+    dtype: str | None = None
+    """Of the model's weights; None for a run that named none and had no replicas yet."""
     attempt: Attempt | None = None
     """The attempt that wrote this summary; None where it was read from the output."""
     break_even: BreakEven | None = None
@@ -148,6 +150,7 @@ class Summary:
             "input": self.input,
             "output": self.output,
             "settings": dict(self.settings),
+            "dtype": self.dtype,
             "units": self.units,
             "units_done": self.units_done,
             "rows_planned": self.rows_planned,
@@ -210,6 +213,7 @@ def summarise(
         run_id=manifest.run_id,
         created=manifest.created,
         settings=manifest.identity.settings,
+        dtype=optional("dtype", lambda: _dtype(output, manifest), None),
         input=manifest.source,
         output=output.uri,
         units=len(manifest.units),
@@ -265,6 +269,11 @@ def _generations(footers: Sequence[UnitFooter]) -> tuple[Generation, ...]:
             )
         )
     return tuple(found)
+
+
+def _dtype(output: RunOutput, manifest: Manifest) -> str | None:
+    named: str | None = manifest.identity.settings.get("dtype")
+    return named or output.dtype()
 
 
 def _count_duplicates(output: RunOutput, done: list[str]) -> int:

@@ -55,7 +55,8 @@ def _facts(summary: Summary, note: str | None) -> Table:
     facts = _grid()
     state = summary.state.replace("_", " ")
     facts.add_row("run", f"{summary.run_id}  {state}{f' ({note})' if note else ''}")
-    facts.add_row("model", f"{settings['model']}  {settings['model_revision']}")
+    dtype = f"  {summary.dtype}" if summary.dtype else ""
+    facts.add_row("model", f"{settings['model']}  {settings['model_revision']}{dtype}")
     facts.add_row("pruning", _spec(summary))
     if summary.break_even is not None:
         facts.add_row("break-even", _break_even(summary.break_even))

@@ -15,7 +15,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.console import open_console
 from cluster.corpus.unit import Unit
-from cluster.errors import UsageError
+from cluster.errors import SettingsChanged, UsageError
 from cluster.output.failed_rows import ErrorChoice, FailedRows, count_rows, find_failed_rows
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -88,7 +88,7 @@ def run(
         place = corpus_uri(output.require_manifest())
     model = _pin_model(config, _planned_revision(config, output, again=retry is not None))
     manifest = plan_run(
-        config,
+        _as_planned(config, output),
         output,
         model_revision=model.revision,
         image_backend=model.image_backend,
@@ -120,6 +120,7 @@ def run(
                 f"replicas decode with {fleet.image_backend}, this machine with "
                 f"{model.image_backend}: install torchvision on both or on neither"
             )
+        check_dtype(config, manifest, output, fleet.dtype)
         check_corpus(manifest)
         check_shared(output, console)
         if config.replicas > fleet.target_replicas:
@@ -191,6 +192,27 @@ def fleet_settings(
     if config.engine is not None:
         engine = replace(engine, engine=config.engine)
     return FleetSettings(engine=engine, replicas=config.replicas, environment=environment)
+
+
+def _as_planned(config: RunConfig, output: RunOutput) -> RunConfig:
+    """The settings with which the run was begun: one of dtype `auto` goes on with `--dtype` of what
+    that was."""
+    if config.dtype == "auto" or output.manifest() is None or output.dtype() != config.dtype:
+        return config
+    return replace(config, dtype="auto")
+
+
+def check_dtype(config: RunConfig, manifest: Manifest, output: RunOutput, dtype: str) -> None:
+    """Raises SettingsChanged where replicas of this dtype would give a run of `auto` other answers
+    than it was begun with: on a CPU it is another than on a GPU."""
+    if "dtype" in manifest.identity.settings:
+        return
+    kept = output.keep_dtype(dtype)
+    if kept != dtype:
+        raise SettingsChanged(
+            f"{config.output} was begun on replicas in {kept}, and those here run in {dtype}: add "
+            f"--dtype {kept} to go on, or choose another --output"
+        )
 
 
 def _planned_revision(config: RunConfig, output: RunOutput, *, again: bool) -> str | None:

@@ -94,6 +94,8 @@ class Fleet:
     """Content hash or commit."""
     image_backend: str
     """"pil" or "torchvision"."""
+    dtype: str
+    """Of the weights, such as "float32"."""
     deployed_here: bool
     """Whether this process deployed it."""
 
@@ -307,6 +309,7 @@ def _fleet(app: ApplicationDetails, deployment: str, *, deployed_here: bool) -> 
         model=replicas[0].model,
         model_revision=replicas[0].model_revision,
         image_backend=replicas[0].image_backend,
+        dtype=replicas[0].dtype,
         deployed_here=deployed_here,
     )
 

@@ -53,6 +53,8 @@ class ReplicaStats:
     """Content hash or commit."""
     image_backend: str
     """"pil" or "torchvision"."""
+    dtype: str
+    """Of the weights, such as "float32"."""
     slots: int
     """Requests that the engine answers at once."""
     uptime_seconds: float
@@ -171,6 +173,7 @@ class VLMReplica:
             model=self._engine.model_id,
             model_revision=self._engine.model_revision,
             image_backend=self._engine.image_backend,
+            dtype=self._engine.dtype,
             slots=self._engine.slots,
             uptime_seconds=time.monotonic() - self._started,
             busy_seconds=self._engine.busy_seconds,

@@ -12,6 +12,7 @@ class NullEngine(QueuedEngine):
     """Answers each request at once, as if the tokens that its budget allows had been kept."""
 
     image_backend = "pil"
+    dtype = "float32"
 
     def __init__(
         self, *, model: str, device: str, dtype: str, slots: int, revision: str | None = None

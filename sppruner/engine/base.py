@@ -56,6 +56,7 @@ class ModelEngine(ABC):
         self.model_id = loaded.identity.name
         self.model_revision = loaded.identity.revision
         self.image_backend = loaded.image_backend
+        self.dtype = str(loaded.model.dtype).removeprefix("torch.")
         if slots < 1:
             raise SpecError(f"slots {slots}: give at least 1")
         self.slots = slots

@@ -185,6 +185,9 @@ class Engine(Protocol):
     image_backend: str
     """"pil" or "torchvision": their pixels differ slightly, so a run's identity includes it."""
 
+    dtype: str
+    """Of the model's weights, never "auto": answers depend on it, so a run keeps to one."""
+
     busy_seconds: float
     """Wall seconds of prefill and decode since the start, without waiting for requests."""
 

@@ -114,8 +114,10 @@ def _outage(stage: Stage) -> Undo | None:
 
 
 def _hang_requests(stage: Stage) -> Undo | None:
-    stage.ground.proxy.hang_next(stage.draw.choice((1, 2, 4)))
-    return _nothing
+    """Two of them may meet one command in its first request, for which it has half a minute."""
+    stage.drivers.begin_trouble()
+    stage.ground.proxy.hang_next(stage.draw.choice((1, 2)))
+    return stage.drivers.end_trouble
 
 
 def _fill_disk(stage: Stage) -> Undo | None:

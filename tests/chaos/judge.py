@@ -34,7 +34,8 @@ class Attempt:
     signal: str | None
     """KILL or TERM, if it was sent one."""
     excused: bool
-    """Whether something happened that may end a run: the death of a head."""
+    """Whether something happened that may end a run: the death of a head, or a store that does not
+    answer its first requests."""
     commits: int
     """Objects with rows that there were when it ended."""
     was_ready: bool

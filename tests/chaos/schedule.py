@@ -50,6 +50,7 @@ _SECONDS: Final[dict[str, tuple[float, float]]] = {
     "pause_replica": (2, 8),
     "stop_replica": (60, 90),  # longer than its watchdog waits
     "outage": (1, 9),
+    "hung_requests": (60, 60),  # as long as a client waits
     "full_disk": (1, 6),
 }
 

@@ -56,6 +56,7 @@ class FakeEngine(QueuedEngine):
 
     model_revision = "fake-1"
     image_backend = "pil"
+    dtype = "float32"
 
     def __init__(
         self,

@@ -50,12 +50,14 @@ def test_the_keys_of_an_output_are_fixed(tmp_path: Path) -> None:
     manifest, output = plan(f"{tmp_path}/in", f"{tmp_path}/out")
     output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
     output.keep_break_even(BreakEven(measured=None))
+    output.keep_dtype("float32")
     output.put_summary("{}")
     keys = {info.key for info in open_store(f"{tmp_path}/out").list()}
     assert keys == {
         f"{manifest.run_id}-u1.parquet",
         "_run/manifest.json",
         "_run/break-even.json",
+        "_run/dtype.json",
         "_run/summary.json",
     }
     assert pq.read_table(f"{tmp_path}/out").to_pylist() == ROWS.to_pylist()
@@ -152,6 +154,18 @@ def test_the_first_break_even_decision_is_kept(output: RunOutput) -> None:
     assert output.keep_break_even(first) == first
     assert output.keep_break_even(second) == first
     assert output.break_even() == first
+
+
+def test_the_dtype_of_the_first_replicas_holds(output: RunOutput) -> None:
+    assert output.dtype() is None
+    assert output.keep_dtype("bfloat16") == "bfloat16"
+    assert output.keep_dtype("float32") == "bfloat16"
+    assert output.dtype() == "bfloat16"
+    store = open_store(output.uri)
+    for broken in (b"{", b"[]", b"{}"):
+        store.put("_run/dtype.json", broken)
+        with pytest.raises(StoreError, match=r"_run/dtype\.json: no dtype"):
+            output.dtype()
 
 
 def test_a_store_with_conditional_writes_is_taken(output: RunOutput) -> None:

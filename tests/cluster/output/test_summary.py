@@ -78,6 +78,7 @@ def test_units_of_another_run_in_the_prefix_are_not_summed(tmp_path: Path) -> No
         ("accuracy", (summary_module, "_accuracy")),
         ("break-even", (RunOutput, "break_even")),
         ("foreign", (RunOutput, "foreign_objects")),
+        ("dtype", (RunOutput, "dtype")),
     ],
 )
 @pytest.mark.parametrize("error", [StoreError("away"), MemoryError(), TypeError("odd")])
@@ -207,6 +208,7 @@ def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path)
     ledger = UnitLedger(rows=2, control_pairs=((1, 3),), agreements=1)
     commit(planned, 0, ledger, **outputs)
     planned.output.keep_break_even(BreakEven(measured=None))
+    planned.output.keep_dtype("bfloat16")
     attempt = Attempt(
         rows=2,
         wall_seconds=4.0,
@@ -217,6 +219,7 @@ def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path)
     )
     data = json.loads(summarise(planned.output, attempt).to_json())
     assert (data["run_id"], data["state"]) == (planned.manifest.run_id, "incomplete")
+    assert data["dtype"] == "bfloat16"
     assert data["attempt"]["rows_per_second"] == 0.5
     assert data["break_even"] == {"pays": False, "measured": None}
     assert data["accuracy"] == {"scored": 2, "mean": 1.0}

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import RunConfig
-from cluster.errors import UsageError
+from cluster.errors import SettingsChanged, UsageError
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Summary, summarise
 from cluster.runs import run
@@ -80,3 +80,35 @@ def test_a_run_of_a_hub_model_keeps_the_revision_that_it_began_with(tmp_path: Pa
     assert pinned("org/other") is None, "that is another run, and planning says so"
     assert pinned(EMBEDDED) is None, "the files of a folder are compared"
     assert pinned(EMBEDDED, again=True) == "r1"
+
+
+def test_a_run_keeps_the_dtype_of_its_first_replicas(tmp_path: Path) -> None:
+    """Begun on a GPU and gone on with on a CPU, `auto` would be two things in one output."""
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0"]}))
+    places = f"{tmp_path}/in", f"{tmp_path}/out"
+    planned = plan(*places)
+    auto, named = config(*places), config(*places, dtype="bfloat16")
+    output = planned.output
+
+    run.check_dtype(auto, planned.manifest, output, "bfloat16")
+    run.check_dtype(auto, planned.manifest, output, "bfloat16")
+    with pytest.raises(SettingsChanged, match=r"bfloat16, and those here .* add --dtype bfloat16"):
+        run.check_dtype(auto, planned.manifest, output, "float32")
+
+    assert run._as_planned(named, output) == auto, "the same run"
+    run.check_dtype(named, planned.manifest, output, "bfloat16")
+    other = config(*places, dtype="float32")
+    assert run._as_planned(other, output) == other, "which planning refuses"
+    new = config(places[0], f"{tmp_path}/new", dtype="bfloat16")
+    assert run._as_planned(new, RunOutput.open(new.output)) == new
+
+
+def test_a_run_that_names_its_dtype_keeps_it_in_its_identity(tmp_path: Path) -> None:
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0"]}))
+    places = f"{tmp_path}/in", f"{tmp_path}/out"
+    planned = plan(*places, dtype="bfloat16")
+    named = config(*places, dtype="bfloat16")
+    assert run._as_planned(named, planned.output) == named
+    run.check_dtype(named, planned.manifest, planned.output, "bfloat16")
+    assert planned.output.dtype() is None
+    assert summarise(planned.output).dtype == "bfloat16"

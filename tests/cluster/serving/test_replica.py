@@ -454,6 +454,7 @@ def test_stats_count_engine_time_and_rows(journal: Path) -> None:
         assert stats.rows == 6
         assert 0.2 <= stats.busy_seconds <= stats.uptime_seconds
         assert (stats.model, stats.model_revision, stats.image_backend) == ("fake", "fake-1", "pil")
+        assert stats.dtype == "float32"
 
     run(settings(journal, seconds=0.1), scenario)
 

@@ -346,6 +346,7 @@ def test_the_engine_names_its_model_by_content(engine: ModelEngine, loaded: Load
     assert Path(engine.model_id).is_dir()
     assert engine.model_revision == loaded.identity.revision
     assert engine.image_backend == "pil"
+    assert engine.dtype == "float32"
 
 
 def test_the_heart_beats_within_a_step_that_answers_controls(engine: ModelEngine) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.config import RunConfig
 from cluster.console import open_console
@@ -20,6 +21,7 @@ from cluster.errors import RunError
 from cluster.logs import configure_logs
 from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
 from jobs.labelling_cli import report_shown
+from sppruner.engine.interface import DTYPES
 
 _INTERRUPTED = 130
 
@@ -35,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="error codes, comma-separated (all that may succeed over an unchanged corpus)",
     )
     parser.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the replicas, where those here have another by themselves than the run's had",
+    )
     return parser
 
 
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise_on_sigterm()
     try:
         configure_logs()
-        return _retry(arguments.output, arguments.codes, arguments.replicas)
+        return _retry(arguments.output, arguments.codes, arguments.replicas, arguments.dtype)
     except RunError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
         return error.exit_code
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
 
 
-def _retry(place: str, codes: str, replicas: int) -> int:
+def _retry(place: str, codes: str, replicas: int, dtype: str | None) -> int:
     # Imported here, where Ctrl-C is handled: Ray, torch and transformers take many seconds.
     from cluster.output.failed_rows import ErrorChoice
     from cluster.output.run_output import RunOutput
@@ -61,6 +68,7 @@ def _retry(place: str, codes: str, replicas: int) -> int:
 
     settings = RunOutput.open(place).require_manifest().identity.settings
     config = RunConfig.of_identity(settings, output=place, replicas=replicas)
+    config = config if dtype is None else replace(config, dtype=dtype)
     outcome = run(config, console=open_console(stderr=True), retry=ErrorChoice.parse(codes))
     with report_shown(place):
         print_report(outcome.summary, note=outcome.note)

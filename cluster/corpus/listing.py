@@ -26,13 +26,14 @@ _OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, STATS_SUFFIX)
 
 
 def list_corpus(
-    uri: str, output: str, format: CorpusFormat | None = None
+    uri: str, output: str, format: CorpusFormat | None = None, *, begun: bool = False
 ) -> tuple[Store, list[ObjectInfo]]:
     """The store and the objects of the input: all Parquet files or all tars under the prefix, or
     the single file that `uri` names. Raises UsageError where that is not a corpus.
 
     format: the files that count where there are both. Without it, the Parquet files that
-    img2dataset writes beside its tars do not count.
+    img2dataset writes beside its tars do not count. begun: whether there is a run over it, which
+    then has its files.
     """
     source = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
@@ -54,8 +55,9 @@ def list_corpus(
     else:
         parquet = []
     check_no_table(source, found, parquet)
-    odd = [i for i in found if i.key.endswith(_OTHER_CASE) and not _is_hidden(i.key)]
-    if odd:
+    counted = {None: _OTHER_CASE, "parquet": _OTHER_CASE[:2], "webdataset": _OTHER_CASE[2:]}
+    odd = [i for i in found if i.key.endswith(counted[format]) and not _is_hidden(i.key)]
+    if odd and not begun:
         raise UsageError(
             f"{source.uri_of(odd[0].key)}: files are known by .parquet and .tar in lower case; "
             f"rename it{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"

@@ -25,12 +25,12 @@ _MAX_FILES = 8
 _MAX_BYTES = 64 * 2**20
 
 
-def find_shard_counts(store: Store, tars: Sequence[ObjectInfo]) -> dict[str, int]:
-    """Samples by key of the tar, for those that a file beside them counts. What cannot be listed or
-    read counts none: this is for a warning."""
+def find_shard_counts(
+    store: Store, tars: Sequence[ObjectInfo], *, prefix: str = ""
+) -> dict[str, int]:
+    """Samples by key of the tar, for those that a file beside them counts, whose name starts with
+    `prefix`. What cannot be listed or read counts none: this is for a warning."""
     store = store.with_patience(FIRST_CONTACT_S)
-    # Of a single tar, whose folder is no input and may hold anything, only what is named after it.
-    prefix = tars[0].key.removesuffix(".tar") if len(tars) == 1 else ""
     try:
         listed = store.list(prefix, suffixes=(".json",))
     except StoreError as error:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -248,9 +248,14 @@ class RunOutput:
         return self.read_units([unit_id], columns)[0]
 
     def read_units(
-        self, unit_ids: Iterable[str], columns: Collection[str] | None = None
+        self,
+        unit_ids: Iterable[str],
+        columns: Collection[str] | None = None,
+        *,
+        listed: Mapping[str, ObjectInfo] | None = None,
     ) -> list[pa.Table]:
-        """The rows of committed units, in the order given. See `read_unit`."""
+        """The rows of committed units, in the order given. See `read_unit`. listed: their objects,
+        where these are known."""
 
         def read(info: ObjectInfo) -> pa.Table:
             with pq.ParquetFile(RangedFile(self._store, info)) as file:
@@ -262,7 +267,15 @@ class RunOutput:
                     )
                 return file.read(None if columns is None else list(columns))
 
-        return self._each(unit_ids, read)
+        return self._each(unit_ids, read, listed)
+
+    def iterate_units(
+        self, unit_ids: Sequence[str], columns: Collection[str], *, at_once: int
+    ) -> Iterator[pa.Table]:
+        """`read_units`, of which so many are in memory at once. The output is listed once."""
+        listed = self._listed() if len(unit_ids) > _THREADS else None
+        for first in range(0, len(unit_ids), at_once):
+            yield from self.read_units(unit_ids[first : first + at_once], columns, listed=listed)
 
     def unit_columns(self, unit_id: str) -> list[str]:
         """Names of the columns of a committed unit, from its footer."""
@@ -373,11 +386,17 @@ class RunOutput:
         named = ((self._names.unit_id(info.key), info) for info in listed)
         return {unit_id: info for unit_id, info in named if unit_id is not None}
 
-    def _each(self, unit_ids: Iterable[str], read: Callable[[ObjectInfo], _T]) -> list[_T]:
+    def _each(
+        self,
+        unit_ids: Iterable[str],
+        read: Callable[[ObjectInfo], _T],
+        listed: Mapping[str, ObjectInfo] | None = None,
+    ) -> list[_T]:
         """`read` of each unit's object, several at a time, in the order given."""
         wanted = list(unit_ids)
         # One listing gives the sizes of a thousand objects; a few are quicker asked one by one.
-        listed = self._listed() if len(wanted) > _THREADS else None
+        if listed is None and len(wanted) > _THREADS:
+            listed = self._listed()
 
         def read_one(unit_id: str) -> _T:
             key = self._names.key(unit_id)

@@ -295,10 +295,8 @@ def _answers(
     output: RunOutput, done: list[str], references: str
 ) -> Iterator[tuple[str | None, object]]:
     """Each row's answer and references."""
-    for first in range(0, len(done), _UNITS_AT_ONCE):
-        units = output.read_units(done[first : first + _UNITS_AT_ONCE], ["answer", references])
-        for table in units:
-            known = table[references]
-            if references == RECORDS:
-                known = answers_of_records(known)
-            yield from zip(table["answer"].to_pylist(), known.to_pylist(), strict=True)
+    for table in output.iterate_units(done, ["answer", references], at_once=_UNITS_AT_ONCE):
+        known = table[references]
+        if references == RECORDS:
+            known = answers_of_records(known)
+        yield from zip(table["answer"].to_pylist(), known.to_pylist(), strict=True)

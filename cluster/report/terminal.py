@@ -140,6 +140,8 @@ def _ratio(ratio: MeasuredRatio) -> str:
         f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
         if ratio.low is not None and ratio.high is not None
         else f"fewer than {FEWEST_BATCHES} batches: no interval"
+        if ratio.batches < FEWEST_BATCHES
+        else "batches too unequal: no interval"
     )
     return (
         f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})"

@@ -42,6 +42,7 @@ _RAY_DATA_ERRORS: Final = (
 # The sink serialises and uploads; a whole CPU reserved for it would starve the readers.
 _SINK_CPUS: Final = 0.1
 _LABELLER_STARTS: Final = 20
+_CPU_POLL_SECONDS: Final = 2
 
 
 def attempt_units(
@@ -69,7 +70,7 @@ def attempt_units(
     name = RunName(manifest.run_id, output.uri)
     settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed)
     actors = actors_for(fleet.target_replicas)
-    _wait_for_cpus(console, actors)
+    _wait_for_cpus(console)
     report, committed = partial(report_event, name), partial(report_commit, name)
     sink: CommitSink | RetrySink = (
         RetrySink(manifest, output, on_commit=committed, on_event=report)
@@ -195,29 +196,29 @@ def _write(labelled: Dataset, sink: CommitSink | RetrySink, tracker: RunTracker)
         raise cause from error
 
 
-def _wait_for_cpus(
-    console: Console, actors: int, *, patience_seconds: float = PATIENCE_SECONDS
-) -> None:
-    """Ray waits silently, and for ever, where reading, labelling and writing do not fit beside what
-    runs. Says so and raises FleetUnavailable once they did not for the patience."""
-    free = ray.available_resources().get("CPU", 0.0)
-    parts = [READER_CPUS, *[LABELLER_CPUS] * actors, _SINK_CPUS]
-    if free >= sum(parts):
-        return
-    needs = (
-        f"only {free:.2f} CPUs of the cluster are free and this run needs {sum(parts):.2f} beside "
-        "its replicas"
-    )
-    advice = "fewer --replicas leave it more"
-    console.print(
-        f"{needs}: it waits until other work ends or a node joins; {advice}",
-        style="yellow",
-    )
+def _wait_for_cpus(console: Console, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    """Ray waits silently, and for ever, where a labeller and a reader do not fit beside what runs;
+    with these a run goes on. Says so and raises FleetUnavailable once they did not for the
+    patience."""
+    parts = (LABELLER_CPUS, READER_CPUS)
     # A pending one is what an autoscaler starts a node for.
     room = placement_group([{"CPU": cpus} for cpus in parts])
+    deadline = time.monotonic() + patience_seconds
+    told = False
     try:
-        if not room.wait(patience_seconds):
-            raise FleetUnavailable(f"{needs}, for {patience_seconds:.0f} s: {advice}")
+        while not room.wait(_CPU_POLL_SECONDS):  # a signal is heard between two waits
+            free = ray.available_resources().get("CPU", 0.0)
+            needs = (
+                f"{free:.2f} CPUs of the cluster are free, and this run needs {parts[0]} and "
+                f"{parts[1]} on a node beside its replicas"
+            )
+            advice = "fewer --replicas leave it more"
+            if time.monotonic() > deadline:
+                raise FleetUnavailable(f"{needs}, for {patience_seconds:.0f} s: {advice}")
+            if not told:
+                waits = "it waits until other work ends or a node joins"
+                console.print(f"{needs}: {waits}; {advice}", style="yellow")
+            told = True
     finally:
         remove_placement_group(room)
 

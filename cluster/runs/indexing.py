@@ -44,7 +44,7 @@ def index_files(
     large = len(corpus) > _KEPT_ABOVE_FILES or sum(info.size for info in corpus) > _KEPT_ABOVE_BYTES
     index_one = partial(_index_tar, config, source, output if large else None)
     files = _index_each(index_one, corpus, config.limit)
-    _warn_of_damage(source, files)
+    _warn_of_damage(config, source, files)
     return files
 
 
@@ -92,8 +92,11 @@ def _index_tar(
     return found
 
 
-def _warn_of_damage(source: Store, files: Sequence[FileIndex]) -> None:
-    expected = find_shard_counts(source, [file.info for file in files])
+def _warn_of_damage(config: RunConfig, source: Store, files: Sequence[FileIndex]) -> None:
+    # The folder of a single tar is no input and may hold anything, /tmp or a bucket of millions.
+    alone = config.input.endswith(".tar") and len(files) == 1
+    prefix = files[0].info.key.removesuffix(".tar") if alone else ""
+    expected = find_shard_counts(source, [file.info for file in files], prefix=prefix)
     for file in files:
         uri = source.uri_of(file.info.key)
         damaged = sum(len(unit.damaged) for unit in file.units)

@@ -36,7 +36,8 @@ def plan_run(
     Raises UsageError where the corpus cannot be read as one, SettingsChanged where the output
     belongs to another run, StoreError where a store does not answer.
     """
-    source, corpus = list_corpus(place or config.input, config.output, config.format)
+    begun = output.manifest_head() is not None
+    source, corpus = list_corpus(place or config.input, config.output, config.format, begun=begun)
     identity = Identity.of(
         config, corpus, model_revision=model_revision, image_backend=image_backend
     )

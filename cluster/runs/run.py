@@ -197,7 +197,7 @@ def fleet_settings(
 def _as_planned(config: RunConfig, output: RunOutput) -> RunConfig:
     """The settings with which the run was begun: one of dtype `auto` goes on with `--dtype` of what
     that was."""
-    if config.dtype == "auto" or output.manifest() is None or output.dtype() != config.dtype:
+    if config.dtype == "auto" or output.manifest_head() is None or output.dtype() != config.dtype:
         return config
     return replace(config, dtype="auto")
 
@@ -207,7 +207,10 @@ def check_dtype(config: RunConfig, manifest: Manifest, output: RunOutput, dtype:
     than it was begun with: on a CPU it is another than on a GPU."""
     if "dtype" in manifest.identity.settings:
         return
-    kept = output.keep_dtype(dtype)
+    kept = output.dtype()
+    if kept is None and output.committed_units():
+        return  # begun by an earlier version, which kept none
+    kept = kept or output.keep_dtype(dtype)
     if kept != dtype:
         raise SettingsChanged(
             f"{config.output} was begun on replicas in {kept}, and those here run in {dtype}: add "

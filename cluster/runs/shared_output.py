@@ -17,7 +17,7 @@ import structlog
 from ray.exceptions import RayError
 from rich.console import Console
 
-from cluster.errors import UsageError
+from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.other_node import other_nodes
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -29,6 +29,7 @@ _A = TypeVar("_A")
 logger = structlog.get_logger(__name__)
 
 _ANSWER_SECONDS: Final = 60.0
+_LOOK_SECONDS: Final = 10.0
 
 
 def check_shared(output: RunOutput, console: Console) -> None:
@@ -66,14 +67,14 @@ def check_corpus(manifest: Manifest) -> None:
     if "://" in manifest.source:
         return  # a service shows every node the same
     objects = manifest.identity.corpus
-    ends = [objects[0], objects[-1]]
-    seen = _ask_others(_look_at, (open_store(manifest.source), [info.key for info in ends]))
-    others = sum(found is not None and found != ends for found in seen)
+    seen = _ask_others(_holds, (open_store(manifest.source), [objects[0], objects[-1]]))
+    others = sum(holds is False for holds in seen)
     if others:
         raise UsageError(
-            f"{manifest.source} holds other files on {others} of {len(seen)} other nodes: the "
-            "first or last one is missing, or has another size or date. Put the corpus on a "
-            "drive that every node sees or at s3://bucket/prefix, or let one node alone have it"
+            f"{manifest.source} is another folder on {others} of {len(seen)} other nodes: the "
+            f"corpus's {objects[0].key} or {objects[-1].key} is missing there, or has another size "
+            "or date. Put the corpus on a drive that every node sees or at s3://bucket/prefix, or "
+            "into a folder of its own that this node alone has"
         )
 
 
@@ -105,7 +106,19 @@ def _look(output: RunOutput) -> bytes | None:
     return output.manifest_head()
 
 
-def _look_at(question: tuple[Store, list[str]]) -> list[ObjectInfo | None] | None:
-    """The objects of these keys; None where the node does not see their store."""
-    store, keys = question
-    return [store.head(key) for key in keys] if store.is_here() else None
+def _holds(question: tuple[Store, list[ObjectInfo]]) -> bool | None:
+    """Whether the store has these very objects here; None where the node does not see it."""
+    store, objects = question
+    if not store.is_here():
+        return None
+    store = store.with_patience(_LOOK_SECONDS)
+    try:
+        for info in objects:
+            # Opened, since a network drive may answer for seconds with what a file was.
+            store.get_range(info.key, 0, min(1, info.size), etag=info.etag)
+    except ObjectGone:
+        return False
+    except StoreError as error:
+        logger.warning("node_cannot_look", error=str(error))
+        return None
+    return True

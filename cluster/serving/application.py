@@ -46,6 +46,8 @@ class FleetSettings:
     """Model and engine of every replica."""
     replicas: int = 1
     """Replicas, one GPU each if the cluster has any."""
+    gpu: bool | None = None
+    """Whether each needs one; None: if the cluster has any."""
     threads: int | None = None
     """Torch threads of a CPU replica; None divides the machine's cores."""
     api: ApiSettings = field(default_factory=ApiSettings)
@@ -91,9 +93,14 @@ def fingerprint(engine: EngineSettings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def has_gpu() -> bool:
+    """Whether any node of the cluster that is up has a GPU."""
+    return ray.is_initialized() and bool(ray.cluster_resources().get("GPU"))
+
+
 def application(settings: FleetSettings) -> serve.Application:
     """HTTP edge and replicas, which get a GPU each if the cluster has any."""
-    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    gpus = int(has_gpu() if settings.gpu is None else settings.gpu)
     engine = settings.engine.sized(gpu=gpus > 0)
     with SERVE_SETTINGS:
         return _application(settings, engine, gpus)

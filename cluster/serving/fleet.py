@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from ray.serve.schema import (
 )
 
 from cluster.errors import FleetUnavailable
-from cluster.serving.application import FleetSettings, application
+from cluster.serving.application import FleetSettings, application, has_gpu
 from cluster.serving.fleet_lease import FleetLease
 from cluster.serving.ray_session import (
     SERVE_SETTINGS,
@@ -124,7 +124,9 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
         app = _wait(name, settings)
         logger.info("fleet_up", app=app.name, attached=not deployed_here)
         if lease is not None and name == settings.app:
-            lease.after_each_beat(partial(_redeploy_if_gone, settings, lease))
+            # On a CPU in place of a GPU its answers would be others: it waits for one instead.
+            again = replace(settings, gpu=has_gpu())
+            lease.after_each_beat(partial(_redeploy_if_gone, again, lease))
         yield _fleet(app, settings.name, deployed_here=deployed_here)
 
 
@@ -190,7 +192,7 @@ def _find(settings: FleetSettings) -> str | None:
 def _deploy(settings: FleetSettings) -> None:
     details = serve_details()
     assert details is not None
-    if len(ray.nodes()) > 1 and not ray.cluster_resources().get("GPU"):
+    if len(ray.nodes()) > 1 and not has_gpu():
         logger.warning("no_gpu_is_up", app=settings.app, replicas_run_on="CPUs")
     others = [app for name, app in details.applications.items() if name != settings.app]
     route = f"/{settings.app}" if any(app.route_prefix == "/" for app in others) else "/"

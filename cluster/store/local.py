@@ -47,7 +47,7 @@ _File: TypeAlias = tuple[int, int, int]
 
 
 class LocalStore(Store):
-    """Files under `root`, linked files and folders included; a folder that several ways lead to is
+    """Files under `root`, linked files and folders included; a folder that several links lead to is
     listed once. Names that start with `.` are never listed: temporary files have them, also those
     that a killed process left.
 

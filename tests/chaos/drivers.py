@@ -20,7 +20,7 @@ class _Driver:
     pid: int
     log: Path
     excused: bool
-    signal: str | None = None
+    signals: tuple[str, ...] = ()
     was_ready: bool = False
 
 
@@ -88,7 +88,7 @@ class Drivers:
         ready = driver.log.exists() and driver.log.stat().st_size > 0
         if not send(driver.pid, signal.Signals[f"SIG{name}"]):
             return False
-        driver.signal, driver.was_ready = name, ready
+        driver.signals, driver.was_ready = (*driver.signals, name), ready
         return True
 
     def stop_current(self, *, start_another: bool) -> int | None:
@@ -113,7 +113,7 @@ class Drivers:
             attempts.append(
                 Attempt(
                     code=code,
-                    signal=driver.signal,
+                    signals=driver.signals,
                     excused=driver.excused,
                     commits=commits(),
                     was_ready=driver.was_ready,

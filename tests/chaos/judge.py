@@ -31,8 +31,8 @@ class Attempt:
 
     code: int
     """Its exit code; negative for a signal."""
-    signal: str | None
-    """KILL or TERM, if it was sent one."""
+    signals: tuple[str, ...]
+    """KILL and TERM, as they were sent to it."""
     excused: bool
     """Whether something happened that may end a run: the death of a head, or a store that does not
     answer its first requests."""
@@ -265,8 +265,8 @@ def check_exits(
         if attempt.code in (DONE, DONE_WITH_ERRORS):
             right = attempt.code == (DONE_WITH_ERRORS if bad else DONE)
             right = right and attempt.commits == units
-        elif attempt.signal is not None:
-            right = attempt.code in _STOPPED[attempt.signal]
+        elif attempt.signals:
+            right = any(attempt.code in _STOPPED[name] for name in attempt.signals)
             right = right or (attempt.code == _NOT_READY and not attempt.was_ready)
         else:
             right = attempt.excused and attempt.code in (_FAILED, _INCOMPLETE)

@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -172,7 +173,10 @@ def attempt(
     code: int, signal: str | None = None, excused: bool = False, commits: int = 0,
     was_ready: bool = True,
 ) -> Attempt:  # fmt: skip
-    return Attempt(code=code, signal=signal, excused=excused, commits=commits, was_ready=was_ready)
+    signals = () if signal is None else (signal,)
+    return Attempt(
+        code=code, signals=signals, excused=excused, commits=commits, was_ready=was_ready
+    )
 
 
 def _rows(body: bytes) -> list[Row]:
@@ -347,6 +351,7 @@ def test_a_later_generation_may_answer_errors_and_change_nothing_else() -> None:
         ([attempt(3, commits=3), END], ["wrong"]),  # there were units to do
         ([attempt(0, "TERM", commits=4), END], ["wrong"]),
         ([attempt(2, excused=True), END], ["wrong"]),
+        ([replace(attempt(-9), signals=("KILL", "TERM")), END], []),
         ([attempt(-9, "KILL")], ["stuck"]),
         ([], ["stuck"]),
     ],

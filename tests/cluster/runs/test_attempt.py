@@ -1,30 +1,57 @@
-"""Warnings before an attempt starts. Whole attempts are tested in tests/integration."""
+"""What comes before an attempt starts. Whole attempts are tested in tests/integration."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import ray
 from ray.data import DataContext
+from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from cluster.errors import FleetUnavailable
 from cluster.runs.attempt import _set_up_ray_data, _wait_for_cpus
 
 
-@pytest.mark.parametrize(("free", "warned"), [(0.75, True), (0.0, True), (0.85, False), (4, False)])
-def test_a_run_that_has_to_wait_for_cpus_says_so(
-    local_ray: None, free: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def crowded(local_ray: None) -> Iterator[Callable[[], None]]:
+    """A cluster in which other work holds all but half a CPU; what ends that work."""
+    others = []
+    while (group := placement_group([{"CPU": 0.25}])).wait(1):
+        others.append(group)
+    for surplus in (group, others.pop(), others.pop()):
+        remove_placement_group(surplus)
+
+    def end() -> None:
+        for group in others:
+            remove_placement_group(group)
+        others.clear()
+
+    yield end
+    end()
+
+
+def test_a_run_that_has_to_wait_for_cpus_says_so_and_goes_on(
+    crowded: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free} if free else {})
     console = Console(width=200)
+    ended = threading.Timer(4.0, crowded)
+    ended.start()
     with console.capture() as captured:
-        _wait_for_cpus(console, actors=1)  # the cluster has them after all
-    assert ("waits until other work ends" in captured.get()) == warned
+        _wait_for_cpus(console)
+    assert captured.get().count("waits until other work ends") == 1
+    ended.join()
+    with console.capture() as captured:
+        _wait_for_cpus(console)
+    assert captured.get() == ""
 
 
-def test_a_run_for_which_there_are_never_cpus_ends(local_ray: None) -> None:
-    with pytest.raises(FleetUnavailable, match=r"this run needs 10\.60 .* fewer --replicas"):
-        _wait_for_cpus(Console(quiet=True), actors=40, patience_seconds=1.0)
+def test_a_run_for_which_there_are_never_cpus_ends(crowded: Callable[[], None]) -> None:
+    with pytest.raises(FleetUnavailable, match=r"needs 0\.25 and 0\.5 on a node .* fewer --rep"):
+        _wait_for_cpus(Console(quiet=True), patience_seconds=1.0)
+    crowded()
     assert all(g["state"] == "REMOVED" for g in ray.util.placement_group_table().values())
 
 

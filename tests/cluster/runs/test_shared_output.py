@@ -90,7 +90,7 @@ def test_a_copy_of_the_corpus_that_differs_on_another_node_is_a_usage_error(
     change(tmp_path / "in")
     monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
     if harm:
-        with pytest.raises(UsageError, match="holds other files on 2 of 2 other nodes"):
+        with pytest.raises(UsageError, match="another folder on 2 of 2 other nodes"):
             check_corpus(planned.manifest)
     else:
         check_corpus(planned.manifest)

@@ -21,7 +21,8 @@ logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 # Neither read nor passed over: to most systems they are other names than those above.
-_OTHER_CASE = (".PARQUET", ".Parquet", ".TAR", ".Tar")
+_OTHER_PARQUET, _OTHER_TAR = (".PARQUET", ".Parquet"), (".TAR", ".Tar")
+_OTHER_CASE = _OTHER_PARQUET + _OTHER_TAR
 _OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, STATS_SUFFIX)
 
 
@@ -55,7 +56,7 @@ def list_corpus(
     else:
         parquet = []
     check_no_table(source, found, parquet)
-    counted = {None: _OTHER_CASE, "parquet": _OTHER_CASE[:2], "webdataset": _OTHER_CASE[2:]}
+    counted = {None: _OTHER_CASE, "parquet": _OTHER_PARQUET, "webdataset": _OTHER_TAR}
     odd = [i for i in found if i.key.endswith(counted[format]) and not _is_hidden(i.key)]
     if odd and not begun:
         raise UsageError(

@@ -70,10 +70,10 @@ def conclude(reports: Sequence[Report]) -> int:
     planned = Counter(fault.kind for report in reports for fault in report.schedule.faults)
     missed = Counter(_kind(name) for report in reports for name in report.missed)
     idle = Counter(_kind(name) for report in reports for name in report.idle)
-    struck = planned.total() - missed.total() - idle.total()
-    print(f"{struck} of {planned.total()} planned faults met something; missed or idle by kind:",
-          ", ".join(f"{kind} {n} of {planned[kind]}" for kind, n in sorted((missed + idle).items()))
-          or "none")  # fmt: skip
+    without = missed + idle
+    kinds = ", ".join(f"{kind} {n} of {planned[kind]}" for kind, n in sorted(without.items()))
+    struck = planned.total() - without.total()
+    print(f"{struck} of {planned.total()} planned faults met something; the others: {kinds or '-'}")
     print(
         f"{len(reports)} runs, {harms['lost']} lost, {harms['doubled']} doubled, "
         f"{harms['stuck']} stuck, {harms['wrong']} wrong"

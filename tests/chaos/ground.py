@@ -45,6 +45,9 @@ ENVIRONMENT: Final = {
 }
 
 
+_UNKNOWN: Final = object()
+
+
 class Ground:
     """Context manager. `prepare` gives a cluster of a shape, the last one if it is still whole."""
 
@@ -62,7 +65,7 @@ class Ground:
         self._cluster: Any = None
         self._shape: tuple[int, bool] | None = None
         self._dirty = False
-        self._client_before: Any = None
+        self._client_before: Any = _UNKNOWN
 
     def __enter__(self) -> Ground:
         # Short: Ray's sockets lie in it, whose paths are bounded.
@@ -138,7 +141,8 @@ class Ground:
 
         assert self._shape is not None
         nodes, attached = self._shape
-        self._client_before = internal_kv.internal_kv_get_gcs_client()
+        if self._client_before is _UNKNOWN:
+            self._client_before = internal_kv.internal_kv_get_gcs_client()
         head = {"num_cpus": _CPUS[nodes][0], "include_dashboard": False}
         handler = signal.getsignal(signal.SIGTERM)
         self._cluster = Cluster(
@@ -170,7 +174,7 @@ class Ground:
                 cluster.remove_node(node, allow_graceful=False)
         # A node makes its client that of this process. Whoever asks the head that is gone, as Serve
         # does in a later test's cluster, ends the process after a minute.
-        if self._client_before is None:
+        if self._client_before in (None, _UNKNOWN):
             internal_kv._internal_kv_reset()
         else:
             internal_kv._initialize_internal_kv(self._client_before)

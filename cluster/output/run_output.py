@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 import pyarrow as pa
@@ -248,34 +249,28 @@ class RunOutput:
         return self.read_units([unit_id], columns)[0]
 
     def read_units(
-        self,
-        unit_ids: Iterable[str],
-        columns: Collection[str] | None = None,
-        *,
-        listed: Mapping[str, ObjectInfo] | None = None,
+        self, unit_ids: Iterable[str], columns: Collection[str] | None = None
     ) -> list[pa.Table]:
-        """The rows of committed units, in the order given. See `read_unit`. listed: their objects,
-        where these are known."""
-
-        def read(info: ObjectInfo) -> pa.Table:
-            with pq.ParquetFile(RangedFile(self._store, info)) as file:
-                names = file.schema_arrow.names
-                missing = sorted(set(columns or ()).difference(names))
-                if missing:
-                    raise UsageError(
-                        f"{self._store.uri_of(info.key)} has no column {missing}, only {names}"
-                    )
-                return file.read(None if columns is None else list(columns))
-
-        return self._each(unit_ids, read, listed)
+        """The rows of committed units, in the order given. See `read_unit`."""
+        return self._each(unit_ids, partial(self._read_rows, columns))
 
     def iterate_units(
         self, unit_ids: Sequence[str], columns: Collection[str], *, at_once: int
     ) -> Iterator[pa.Table]:
         """`read_units`, of which so many are in memory at once. The output is listed once."""
-        listed = self._listed() if len(unit_ids) > _THREADS else None
+        listed, read = self._listed(), partial(self._read_rows, columns)
         for first in range(0, len(unit_ids), at_once):
-            yield from self.read_units(unit_ids[first : first + at_once], columns, listed=listed)
+            yield from self._each(unit_ids[first : first + at_once], read, listed)
+
+    def _read_rows(self, columns: Collection[str] | None, info: ObjectInfo) -> pa.Table:
+        with pq.ParquetFile(RangedFile(self._store, info)) as file:
+            names = file.schema_arrow.names
+            missing = sorted(set(columns or ()).difference(names))
+            if missing:
+                raise UsageError(
+                    f"{self._store.uri_of(info.key)} has no column {missing}, only {names}"
+                )
+            return file.read(None if columns is None else list(columns))
 
     def unit_columns(self, unit_id: str) -> list[str]:
         """Names of the columns of a committed unit, from its footer."""

@@ -83,10 +83,9 @@ def run(
     began = time.monotonic()
     console = console or open_console(stderr=True)
     output = RunOutput.open(config.output)
-    place = None
-    if retry is not None:
-        place = corpus_uri(output.require_manifest())
-    model = _pin_model(config, _planned_revision(config, output, again=retry is not None))
+    asked = None if retry is None else output.require_manifest()
+    place = None if asked is None else corpus_uri(asked)
+    model = _pin_model(config, _planned_revision(config, output, asked))
     manifest = plan_run(
         _as_planned(config, output),
         output,
@@ -218,16 +217,19 @@ def check_dtype(config: RunConfig, manifest: Manifest, output: RunOutput, dtype:
         )
 
 
-def _planned_revision(config: RunConfig, output: RunOutput, *, again: bool) -> str | None:
+def _planned_revision(config: RunConfig, output: RunOutput, asked: Manifest | None) -> str | None:
     """The revision of a run that was begun before, of a model from the Hub: rows of one run are of
     one model, whatever its name leads to by now. None for the present one, with which planning
-    compares a folder's. again: its failed rows are asked again, of a folder's model too."""
-    if not again and is_local(config.model):
+    compares a folder's. asked: the run whose failed rows are asked again, of a folder's model too.
+    """
+    planned = asked
+    if asked is None and not is_local(config.model):
+        planned = output.manifest()
+    if planned is None:
         return None
-    planned = output.manifest()
-    settings = {} if planned is None else planned.identity.settings
-    revision: str | None = settings.get("model_revision")
-    return revision if again or settings.get("model") == config.model else None
+    settings = planned.identity.settings
+    revision: str = settings["model_revision"]
+    return revision if asked is not None or settings["model"] == config.model else None
 
 
 def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:

@@ -124,8 +124,8 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
         app = _wait(name, settings)
         logger.info("fleet_up", app=app.name, attached=not deployed_here)
         if lease is not None and name == settings.app:
-            # On a CPU in place of a GPU its answers would be others: it waits for one instead.
-            again = replace(settings, gpu=has_gpu())
+            # On a CPU in place of a GPU, or the other way, its answers would be others.
+            again = replace(settings, gpu=_runs_on_gpu(app, settings.name))
             lease.after_each_beat(partial(_redeploy_if_gone, again, lease))
         yield _fleet(app, settings.name, deployed_here=deployed_here)
 
@@ -275,6 +275,10 @@ def _name_others(details: ServeInstanceDetails | None, deployment: str) -> str:
         f", or end {', '.join(sorted(others))}, which serves another model, with other settings, "
         "or with other code than this job has"
     )
+
+
+def _runs_on_gpu(app: ApplicationDetails, deployment: str) -> bool:
+    return bool(app.deployments[deployment].deployment_config.ray_actor_options.num_gpus)
 
 
 def _answers(app: ApplicationDetails, deployment: str) -> bool:

@@ -72,7 +72,8 @@ def test_a_run_of_a_hub_model_keeps_the_revision_that_it_began_with(tmp_path: Pa
 
     def pinned(model: str, *, again: bool = False, output: str = "out") -> str | None:
         settings = config(f"{tmp_path}/in", f"{tmp_path}/{output}", model=model)
-        return run._planned_revision(settings, RunOutput.open(settings.output), again=again)
+        asked = planned.manifest if again else None
+        return run._planned_revision(settings, RunOutput.open(settings.output), asked)
 
     assert planned.manifest.identity.settings["model_revision"] == "r1"
     assert pinned("org/vlm") == "r1"
@@ -99,6 +100,12 @@ def test_a_run_keeps_the_dtype_of_its_first_replicas(tmp_path: Path) -> None:
     run.check_dtype(named, planned.manifest, output, "bfloat16")
     other = config(*places, dtype="float32")
     assert run._as_planned(other, output) == other, "which planning refuses"
+    place = f"{tmp_path}/older"
+    older = plan(places[0], place)
+    unit = older.units[0].unit_id
+    older.output.commit_unit(unit, pa.table({"key": ["a"]}), UnitLedger(rows=1), writer="w")
+    run.check_dtype(config(places[0], place), older.manifest, older.output, "float32")
+    assert older.output.dtype() is None, "an earlier version labelled it, nobody knows in what"
     new = config(places[0], f"{tmp_path}/new", dtype="bfloat16")
     assert run._as_planned(new, RunOutput.open(new.output)) == new
 

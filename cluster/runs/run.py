@@ -23,7 +23,7 @@ from cluster.output.summary import Summary, is_current, keep_summary, summarise
 from cluster.runs.attempt import attempt_units
 from cluster.runs.calibration import calibrate
 from cluster.runs.planning import corpus_uri, plan_run
-from cluster.runs.shared_output import check_corpus, check_shared
+from cluster.runs.shared_storage import check_corpus, check_shared
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import EngineSettings

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from cluster.errors import UsageError
 from cluster.output.run_output import RunOutput
-from cluster.runs import shared_output
-from cluster.runs.shared_output import check_corpus, check_shared
+from cluster.runs import shared_storage
+from cluster.runs.shared_storage import check_corpus, check_shared
 from cluster.store import open_store
 from tests.cluster.corpora import plan, put_parquet
 
@@ -30,7 +30,7 @@ class Output:
 
 def check(seen: list[bytes | None], monkeypatch: pytest.MonkeyPatch, uri: str = "/mnt/out") -> str:
     """What is printed."""
-    monkeypatch.setattr(shared_output, "_seen_elsewhere", lambda _: seen)
+    monkeypatch.setattr(shared_storage, "_seen_elsewhere", lambda _: seen)
     console = Console(width=300)
     with console.capture() as captured:
         check_shared(Output(uri), console)  # type: ignore[arg-type]
@@ -65,9 +65,9 @@ def test_the_other_nodes_are_asked(
     assert output.manifest_head() is None
     manifest.parent.mkdir(parents=True)
     manifest.write_bytes(OURS)
-    assert shared_output._seen_elsewhere(output) == [], "this cluster has one node"
-    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
-    assert shared_output._seen_elsewhere(output) == [OURS, OURS]
+    assert shared_storage._seen_elsewhere(output) == [], "this cluster has one node"
+    monkeypatch.setattr(shared_storage, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
+    assert shared_storage._seen_elsewhere(output) == [OURS, OURS]
     assert ray.is_initialized()
 
 
@@ -88,7 +88,7 @@ def test_a_copy_of_the_corpus_that_differs_on_another_node_is_a_usage_error(
     planned = plan(store.uri, f"{tmp_path}/out")
     check_corpus(planned.manifest)  # this cluster has one node
     change(tmp_path / "in")
-    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
+    monkeypatch.setattr(shared_storage, "other_nodes", lambda: ["DEFAULT", "SPREAD"])
     if harm:
         with pytest.raises(UsageError, match="another folder on 2 of 2 other nodes"):
             check_corpus(planned.manifest)
@@ -101,6 +101,6 @@ def test_a_node_without_the_corpus_is_no_copy_that_differs(
 ) -> None:
     put_parquet(open_store(tmp_path / "in"), "a.parquet", pa.table({"image": [b"0"]}))
     planned = plan(f"{tmp_path}/in", f"{tmp_path}/out")
-    monkeypatch.setattr(shared_output, "other_nodes", lambda: ["DEFAULT"])
-    monkeypatch.setattr(shared_output, "_ask_others", lambda *_: [None])
+    monkeypatch.setattr(shared_storage, "other_nodes", lambda: ["DEFAULT"])
+    monkeypatch.setattr(shared_storage, "_ask_others", lambda *_: [None])
     check_corpus(planned.manifest)

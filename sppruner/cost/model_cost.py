@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sppruner.cost.decoder_cost import DecoderCost
@@ -50,6 +50,8 @@ class RowCost:
     """KV cache in bytes after the last generated token."""
     kv_bytes_dense: int
     """The same without pruning."""
+    flops_cached: Mapping[str, int] = field(default_factory=dict)
+    """FLOPs of `flops` that this row did not cost, since a cache held their result."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""
@@ -58,6 +60,7 @@ class RowCost:
             "flops_dense": dict(self.flops_dense),
             "kv_bytes": self.kv_bytes,
             "kv_bytes_dense": self.kv_bytes_dense,
+            "flops_cached": dict(self.flops_cached),
         }
 
     @classmethod
@@ -83,12 +86,16 @@ class ModelCost:
         prompt_tokens_dense: int,
         new_tokens: int,
         pruner_flops: int,
+        images_cached: bool = False,
+        suffix_tokens: int | None = None,
     ) -> RowCost:
         """The cost of one row.
 
         layer_tokens: prompt tokens at each decoder layer. prompt_tokens_dense: prompt tokens
         without pruning. pruner_flops: `PruneReport.selection_flops`, the work of selecting that is
-        not in `DecoderCost.stages`.
+        not in `DecoderCost.stages`. images_cached: whether the images' features were in a cache.
+        suffix_tokens: prompt tokens behind a prefix whose keys and values were in a cache; None
+        where the whole prompt was read.
 
         Selection follows the projector, so vision and projector cost the same pruned and dense. The
         pruner's own work counts for the pruned row only: `pruner_flops`, and the attention rows
@@ -107,8 +114,17 @@ class ModelCost:
                 "decode": self.decoder.decode(tokens, new_tokens),
             }
 
+        flops = parts(pruner_flops + self.decoder.stages(layer_tokens), layer_tokens)
+        cached: dict[str, int] = {}
+        if suffix_tokens is not None:
+            read = sum(self.decoder.layer(suffix_tokens, tokens) for tokens in layer_tokens)
+            cached = {name: flops[name] for name in ("vision", "projector", "pruner")}
+            cached["prefill"] = flops["prefill"] - self.decoder.head - read
+        elif images_cached:
+            cached = dict(shared)
         return RowCost(
-            flops=parts(pruner_flops + self.decoder.stages(layer_tokens), layer_tokens),
+            flops=flops,
+            flops_cached=cached,
             flops_dense=parts(0, dense_tokens),
             kv_bytes=self.decoder.kv_bytes(layer_tokens, new_tokens),
             kv_bytes_dense=self.decoder.kv_bytes(dense_tokens, new_tokens),

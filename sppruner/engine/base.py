@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final
 
 from PIL import Image
 
@@ -21,8 +19,6 @@ from sppruner.types import PruneReport
 
 _WARM_UP_REQUESTS: Final = 4
 _CHARACTERS_PER_TOKEN: Final = 16  # text has three to five; long runs of one character have more
-
-_R = TypeVar("_R")
 
 
 class ModelEngine(ABC):
@@ -70,6 +66,10 @@ class ModelEngine(ABC):
         eos = loaded.model.generation_config.eos_token_id
         self._eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
         self._context = int(loaded.model.config.get_text_config().max_position_embeddings)
+
+    @abstractmethod
+    def clear_caches(self) -> None:
+        """See `Engine`."""
 
     @abstractmethod
     def submit(self, request: Request) -> int:
@@ -138,9 +138,12 @@ class ModelEngine(ABC):
         seconds: float,
         *,
         text: str | None = None,
+        images_cached: bool = False,
+        suffix_tokens: int | None = None,
     ) -> Result:
         """The result of an answer. tokens: may continue after its end token. text: the answer where
-        it was cut in front of a stop string; None where it was not."""
+        it was cut in front of a stop string; None where it was not. images_cached, suffix_tokens:
+        see `ModelCost.row`."""
         end = next((i for i, token in enumerate(tokens) if token in self._eos_ids), None)
         new_tokens = len(tokens) if end is None else end + 1
         stopped = end is not None or text is not None
@@ -152,6 +155,8 @@ class ModelEngine(ABC):
             prompt_tokens_dense=report.prompt_tokens_dense,
             new_tokens=new_tokens,
             pruner_flops=report.selection_flops,
+            images_cached=images_cached,
+            suffix_tokens=suffix_tokens,
         )
         return Result(
             id=request.id,
@@ -165,26 +170,6 @@ class ModelEngine(ABC):
             seconds=seconds,
             cost=cost,
         )
-
-
-def run_control_pairs(
-    pruned: list[_R], dense: list[_R], answer: Callable[[list[_R]], list[Result]], *, key: str
-) -> list[Result]:
-    """Answers control requests pruned and dense; each pruned result carries its dense twin's text
-    and seconds.
-
-    `key` decides which side runs first, so that neither side always meets the warmer caches.
-    """
-    if zlib.crc32(key.encode()) % 2:
-        dense_results, pruned_results = answer(dense), answer(pruned)
-    else:
-        pruned_results, dense_results = answer(pruned), answer(dense)
-    return [
-        replace(p, control_text=d.text, control_seconds=d.seconds)
-        if p.error_code is None and d.error_code is None
-        else p
-        for p, d in zip(pruned_results, dense_results, strict=True)
-    ]
 
 
 def check_characters(request: Request, context: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, Final
 
 import torch
 
-from sppruner.engine.base import ModelEngine, run_control_pairs
+from sppruner.engine.base import ModelEngine
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
 from sppruner.engine.interface import Request, Result, Update, error_result, unheard
@@ -26,16 +25,13 @@ from sppruner.errors import EngineError, SpecError
 # shares one forward, and running requests wait while it takes place.
 _GROUP_SHARE: Final = 0.25
 _KV_SHARE: Final = 0.6
-# Then no other request is begun until the controls have run.
-_CONTROLS_WAIT_SECONDS: Final = 30.0
 
 
 class ContinuousEngine(ModelEngine):
     """`submit` requests, `step` while any is left, `poll` for updates.
 
     In float32, greedy answers equal those of `generate` on each request alone; in less exact dtypes
-    they depend on the batch. Control requests are prefilled and answered by themselves, pruned and
-    dense, once everything else that runs has finished.
+    they depend on the batch.
 
     limits: of one prefill forward. capacity: tokens of every slot, allocated at once; None to grow
     as needed. kv_bytes: most bytes of keys and values, unbounded by default on a CPU and 60 % of a
@@ -90,12 +86,16 @@ class ContinuousEngine(ModelEngine):
         self._updates: list[Update] = []
         self.busy_seconds = 0.0
         self.heartbeat: Callable[[], None] = unheard
-        self._controls_since: float | None = None
 
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
         return len(self._preparing) + len(self._scheduler) + len(self._running.requests)
+
+    def clear_caches(self) -> None:
+        """See `Engine`; both caches."""
+        self.encoder_cache.clear()
+        self.prefix_cache.clear()
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns the ticket that its updates carry."""
@@ -131,9 +131,7 @@ class ContinuousEngine(ModelEngine):
                 wait([f for _, f in self._preparing.values()], return_when=FIRST_COMPLETED)
             return self.in_flight > 0
         started = time.perf_counter()
-        if group and group[0].exclusive:
-            self._answer_controls(group)
-        elif group:
+        if group:
             self._prefill(group)
         else:
             self._decode()
@@ -164,34 +162,17 @@ class ContinuousEngine(ModelEngine):
                 self._finish(ticket, error_result(request, error))
 
     def _next_group(self) -> list[PreparedRequest]:
-        first = self._overdue_control() or self._scheduler.first()
+        first = self._scheduler.first()
         if first is None:
             return []
         free = self._running.free_slots
         preparing = [request for request, _ in self._preparing.values()]
-        if first.exclusive:
-            # Controls are timed together: none starts while others are being prepared.
-            idle = not self._running.requests
-            ready = idle and not any(request.control for request in preparing)
-            return self._scheduler.take(free, self._running.fits, lead=first) if ready else []
         # A group is worth waiting for among requests of its priority, never for any other.
         waiting = sum(prepared.priority == first.priority for prepared in self._scheduler)
         coming = waiting + sum(request.priority == first.priority for request in preparing)
         if min(free, waiting) < min(coming, _GROUP_SHARE * self._running.cache.slots):
             return []
         return self._scheduler.take(free, self._running.fits)
-
-    def _overdue_control(self) -> PreparedRequest | None:
-        """A control that has waited for long: under urgent requests that never cease the engine is
-        never idle by itself, and every request behind the control would wait with it."""
-        control = next((prepared for prepared in self._scheduler if prepared.exclusive), None)
-        now = time.monotonic()
-        if control is None:
-            self._controls_since = None
-        elif self._controls_since is None:
-            self._controls_since = now
-        waited = 0.0 if self._controls_since is None else now - self._controls_since
-        return control if waited > _CONTROLS_WAIT_SECONDS else None
 
     def _prefill(self, group: Sequence[PreparedRequest]) -> None:
         for finished in run_isolating_failures(
@@ -216,29 +197,6 @@ class ContinuousEngine(ModelEngine):
             return
         self._publish(finished)
 
-    def _answer_controls(self, group: list[PreparedRequest]) -> None:
-        dense = [prepared.dense_twin() for prepared in group]
-        results = run_control_pairs(group, dense, self._answer_exclusively, key=group[0].request.id)
-        for prepared, result in zip(group, results, strict=True):
-            self._finish(prepared.ticket, result)
-        self._controls_since = None
-
-    def _answer_exclusively(self, group: list[PreparedRequest]) -> list[Result]:
-        """Answers a group while nothing else runs."""
-        mark = len(self._updates)
-        started = time.perf_counter()
-        for part in self._scheduler.split(group):
-            self.heartbeat()
-            self._prefill(part)
-        while self._running.requests:
-            self.heartbeat()
-            self._decode()
-        seconds = (time.perf_counter() - started) / len(group)
-        updates = self._updates[mark:]
-        del self._updates[mark:]
-        results = {update.ticket: update.result for update in updates if update.result is not None}
-        return [replace(results[prepared.ticket], seconds=seconds) for prepared in group]
-
     def _publish(self, finished: Sequence[RunningRequest]) -> None:
         """Adds updates of requests with new text to stream, and of those that are finished."""
         for running in self._running.requests:
@@ -250,7 +208,13 @@ class ContinuousEngine(ModelEngine):
             request, detokenizer = running.prepared.request, running.detokenizer
             text = detokenizer.text if detokenizer is not None and running.stopped else None
             result = self._result(
-                request, running.report, running.tokens, running.seconds, text=text
+                request,
+                running.report,
+                running.tokens,
+                running.seconds,
+                text=text,
+                images_cached=running.images_cached,
+                suffix_tokens=running.suffix_tokens,
             )
             pending = running.pending_text if request.stream else ""
             self._finish(running.prepared.ticket, result, pending)

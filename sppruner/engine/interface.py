@@ -92,11 +92,6 @@ class Request:
     generation: SamplingParams = field(default_factory=SamplingParams)
     """How the answer is sampled."""
 
-    control: bool = False
-    """Whether the request is also answered densely and both answers are timed. Control requests
-    share batches with each other only, so that pruned and dense seconds come from the same rows in
-    the same batch."""
-
     priority: int = 0
     """Smaller priorities are served first."""
 
@@ -134,13 +129,7 @@ class Result:
 
     seconds: float = 0.0
     """The request's share of wall seconds: each batch or step it took part in, divided by the
-    requests in it; of a control request, its group's seconds divided by the group's size."""
-
-    control_text: str | None = None
-    """The dense answer of a control request; None for other requests."""
-
-    control_seconds: float | None = None
-    """Seconds of the dense answer, shared out like `seconds`; None for other requests."""
+    requests in it."""
 
     cost: RowCost | None = None
     """Modelled cost, from the model's config alone; None on error."""
@@ -213,6 +202,11 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Answers a few requests before the first real one, so that one-off costs are not measured
         as work. Raises where this engine could answer no request correctly."""
+        ...
+
+    def clear_caches(self) -> None:
+        """Forgets what was kept of earlier requests, so that the next ones find what the first ones
+        found."""
         ...
 
     def submit(self, request: Request) -> int:

@@ -53,6 +53,12 @@ class Prefilled:
     report: PruneReport
     """What was pruned of it."""
 
+    images_cached: bool = False
+    """Whether the features of its images were in the encoder cache."""
+
+    suffix_tokens: int | None = None
+    """Tokens behind a prefix whose keys and values were known; None where it was read whole."""
+
 
 @torch.inference_mode()
 def prefill(
@@ -98,9 +104,9 @@ def _prefill_whole(
     pruner: Pruner, group: Sequence[PreparedRequest], encoder_cache: EncoderCache | None
 ) -> list[Prefilled]:
     """Encodes, selects, re-packs and reads whole prompts."""
-    encoded = None
+    encoded, looked_up = None, frozenset[int]()
     if encoder_cache is not None and group[0].images_hash:
-        encoded = _encode(pruner, group, encoder_cache)
+        encoded, looked_up = _encode(pruner, group, encoder_cache)
     inputs = _collate(pruner, group, without=() if encoded is None else _PIXELS)
     packed = pruner.prepare(
         inputs,
@@ -134,6 +140,7 @@ def _prefill_whole(
                 keys=[la.keys[row, :, at] for la, at in zip(cache.layers, spans, strict=True)],
                 values=[la.values[row, :, at] for la, at in zip(cache.layers, spans, strict=True)],
                 report=report,
+                images_cached=row in looked_up,
             )
         )
     return results
@@ -197,6 +204,7 @@ def _prefill_suffixes(
             keys=[join(layer.keys, row) for layer in cache.layers],
             values=[join(layer.values, row) for layer in cache.layers],
             report=prefix.report_for(len(suffix)),
+            suffix_tokens=len(suffix),
         )
         for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True))
     ]
@@ -213,18 +221,22 @@ def _left_padded(states_HLW: Tensor, length: int) -> Tensor:
 
 def _encode(
     pruner: Pruner, group: Sequence[PreparedRequest], encoder_cache: EncoderCache
-) -> Encoded:
-    """The encoded images of a group; those that the cache lacks go through the tower together."""
+) -> tuple[Encoded, frozenset[int]]:
+    """The encoded images of a group, those that the cache lacks through the tower together; and the
+    prompts whose images did not go through it."""
+    looked_up = set(range(len(group)))
 
     def encode(missing: Sequence[int], signals: frozenset[str]) -> Encoded:
+        looked_up.difference_update(missing)
         inputs = _collate(pruner, [group[i] for i in missing])
         return pruner.adapter.encode(inputs, signals)
 
-    return encoder_cache.get_or_encode(
+    encoded = encoder_cache.get_or_encode(
         [prepared.images_hash for prepared in group],
         [pruner.signals([prepared.resolved]) for prepared in group],
         encode,
     )
+    return encoded, frozenset(looked_up)
 
 
 def _collate(

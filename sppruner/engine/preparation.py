@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from sppruner.engine.interface import Request
 from sppruner.errors import InputError
 from sppruner.prompts import build_inputs
 from sppruner.pruner import Pruner
-from sppruner.resolved_spec import RESOLVED_DENSE, ResolvedSpec
+from sppruner.resolved_spec import ResolvedSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class PreparedRequest:
     """The key of its images in the encoder cache (`hash_images`); empty without images."""
 
     tokens: int
-    """Most prompt tokens that enter the decoder; of a control request, those of its dense twin."""
+    """Most prompt tokens that enter the decoder."""
 
     patches: int
     """Patches that enter the vision tower."""
@@ -63,10 +63,6 @@ class PreparedRequest:
         return self.request.priority
 
     @property
-    def exclusive(self) -> bool:
-        return self.request.control
-
-    @property
     def max_length(self) -> int:
         """Most tokens of its slot, answer included."""
         return self.tokens + self.request.generation.max_new_tokens
@@ -75,11 +71,7 @@ class PreparedRequest:
     def kind(self) -> Hashable:
         """A batch mixes neither prompts with and without pixels, nor policies for positions."""
         spec = self.resolved.spec
-        return self.exclusive, bool(self.request.images), None if spec.is_dense else spec.positions
-
-    def dense_twin(self) -> PreparedRequest:
-        """The same prompt without pruning."""
-        return replace(self, resolved=RESOLVED_DENSE)
+        return bool(self.request.images), None if spec.is_dense else spec.positions
 
 
 class RequestPreparer:
@@ -133,9 +125,7 @@ class RequestPreparer:
         adapter = self._pruner.adapter
         shapes = [shape for _, shape in adapter.shapes(inputs)]
         visual_tokens = sum(shape.tokens for shape in shapes)
-        decoder_tokens = visual_tokens
-        if not request.control:
-            decoder_tokens = _max_decoder_tokens(resolved, visual_tokens, len(shapes))
+        decoder_tokens = _max_decoder_tokens(resolved, visual_tokens, len(shapes))
         images_hash = hash_images(inputs, shapes)
         suffix_tokens = _suffix_tokens(adapter, inputs["input_ids"])
         prefix_ids_S = inputs["input_ids"][0, : prompt_tokens - suffix_tokens]

@@ -24,9 +24,8 @@ class QueuedEngine(ABC):
     """Requests wait in one queue per kind; each step answers a batch of the most urgent priority,
     from the queue whose first request is oldest.
 
-    Only requests of the same priority, control flag and generation settings share a batch: an
-    urgent request must not wait for the seconds of others, control requests are timed against each
-    other, and a batch ends with its longest answer.
+    Only requests of the same priority and generation settings share a batch: an urgent request must
+    not wait for the seconds of others, and a batch ends with its longest answer.
     """
 
     def __init__(self, slots: int) -> None:
@@ -34,7 +33,7 @@ class QueuedEngine(ABC):
         self.kv_token_capacity: int | None = None
         self.busy_seconds = 0.0
         self.heartbeat: Callable[[], None] = unheard
-        self._queues: dict[tuple[int, bool, SamplingParams], deque[tuple[int, Request]]] = {}
+        self._queues: dict[tuple[int, SamplingParams], deque[tuple[int, Request]]] = {}
         self._tickets = count()
         self._updates: list[Update] = []
         self._closed = False
@@ -48,11 +47,14 @@ class QueuedEngine(ABC):
     def in_flight(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def clear_caches(self) -> None:  # noqa: B027 - most have nothing to forget
+        """Nothing is kept here; an engine that keeps something overrides this."""
+
     def submit(self, request: Request) -> int:
         if self._closed:
             raise EngineError("the engine is closed: open another")
         ticket = next(self._tickets)
-        kind = request.priority, request.control, request.generation
+        kind = request.priority, request.generation
         self._queues.setdefault(kind, deque()).append((ticket, request))
         return ticket
 
@@ -96,7 +98,7 @@ class QueuedEngine(ABC):
         return results
 
     def _replace_queue(
-        self, kind: tuple[int, bool, SamplingParams], waiting: deque[tuple[int, Request]]
+        self, kind: tuple[int, SamplingParams], waiting: deque[tuple[int, Request]]
     ) -> None:
         if waiting:
             self._queues[kind] = waiting

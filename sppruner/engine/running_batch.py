@@ -53,6 +53,12 @@ class RunningRequest:
     pending_text: str = ""
     """Text that no update has carried yet."""
 
+    images_cached: bool = False
+    """Whether the features of its images were in the encoder cache."""
+
+    suffix_tokens: int | None = None
+    """Tokens behind a prefix that was in the prefix cache; None where its prompt was read whole."""
+
     @property
     def max_lengths(self) -> list[int]:
         """Most tokens of its slot at each layer, answer included."""
@@ -78,7 +84,7 @@ class RunningBatch:
     """At most `slots` running requests; request i holds slot i of the KV cache.
 
     eos_ids: ids that end an answer. capacity, kv_bytes: see `KVSlots` (its `limit`). compiled: see
-    `DecodeStep`. Control requests, which are prefilled twice to be timed, bypass both caches.
+    `DecodeStep`. Caches of 0 bytes are bypassed.
     """
 
     def __init__(
@@ -139,8 +145,8 @@ class RunningBatch:
         Raises what any of the prompts provokes; then none of the group holds a slot.
         """
         started = time.perf_counter()
-        bypass_caches = group[0].exclusive or self._encoder_cache.limit == 0
-        caches = () if bypass_caches else (self._encoder_cache, self._prefix_cache)
+        cached = self._encoder_cache.limit > 0
+        caches = (self._encoder_cache, self._prefix_cache) if cached else ()
         prompts = prefill(self._pruner, group, *caches)
         joining = [self._start(*pair) for pair in zip(group, prompts, strict=True)]
         finished = self._append_tokens(torch.stack([p.logits_V for p in prompts]), joining)
@@ -213,6 +219,8 @@ class RunningBatch:
             report=prompt.report,
             sampling=SamplingState(request.generation, prompt.ids),
             positions=prompt.positions,
+            images_cached=prompt.images_cached,
+            suffix_tokens=prompt.suffix_tokens,
             detokenizer=(
                 Detokenizer(self._tokenizer, request.generation.stop) if needs_text else None
             ),

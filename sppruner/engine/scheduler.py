@@ -1,7 +1,7 @@
 """The prefill scheduler: waiting requests in order of priority and arrival, taken in groups.
 
 A group is prefilled in one forward, so its tokens and pixels are bounded and its members are of one
-kind: with or without images, under one policy for positions, control requests by themselves.
+kind: with or without images, under one policy for positions.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ class Schedulable(Protocol):
     @property
     def kind(self) -> Hashable:
         """Requests of different kinds never share a group."""
-        ...
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether it runs only with requests of its kind, while nothing else runs."""
         ...
 
     @property
@@ -85,42 +80,28 @@ class Scheduler(Generic[_S]):
     def first(self) -> _S | None:
         return next(iter(self), None)
 
-    def take(
-        self, slots: int, fits: Callable[[list[_S]], bool] = bool, *, lead: _S | None = None
-    ) -> list[_S]:
-        """Removes and returns the first request, or `lead`, and those that can be prefilled with
-        it, at most `slots`; none if that first one does not fit.
+    def take(self, slots: int, fits: Callable[[list[_S]], bool] = bool) -> list[_S]:
+        """Removes and returns the first request and those that can be prefilled with it, at most
+        `slots`; none if that first one does not fit.
 
         fits: whether a group may run beside the requests that are running. A request of another
         kind keeps its place: the first of them leads the next group. A request that does not fit
         blocks those after it, or it would starve.
         """
         group: list[_S] = []
-        first = [] if lead is None else [lead]
-        for request in [*first, *(request for request in self if request is not lead)]:
+        for request in self:
             if len(group) == slots:
                 break
             if group and request.kind != group[0].kind:
                 continue
-            # Exclusive requests are timed together, however many forwards their prefill takes.
-            together = not group or request.exclusive or self._within([*group, request])
-            if not together or not fits([*group, request]):
+            if group and not self._within([*group, request]):
+                break
+            if not fits([*group, request]):
                 break
             group.append(request)
         for request in group:
             self.remove(request)
         return group
-
-    def split(self, group: Sequence[_S]) -> Iterator[list[_S]]:
-        """A group in as few parts as the limits allow, in its order."""
-        part: list[_S] = []
-        for request in group:
-            if part and not self._within([*part, request]):
-                yield part
-                part = []
-            part.append(request)
-        if part:
-            yield part
 
     def _within(self, group: Sequence[_S]) -> bool:
         padded = len(group) * max(request.tokens for request in group)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from sppruner.engine.base import ModelEngine, check_characters, check_length, run_control_pairs
+from sppruner.engine.base import ModelEngine, check_characters, check_length
 from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_inputs
-from sppruner.spec import DENSE
 
 
 class BatchEngine(QueuedEngine, ModelEngine):
@@ -26,8 +24,6 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     Greedy requests with the same generation settings share a batch whatever their specs are. A
     sampled request has a batch of its own, so that a seed gives the same text in any company.
-    Control requests form batches of their own and run twice, pruned and dense, in alternating
-    order.
     """
 
     def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
@@ -40,22 +36,15 @@ class BatchEngine(QueuedEngine, ModelEngine):
         for i, request in enumerate(requests):
             exclusive = i if request.generation.temperature > 0 else -1
             policy = None if request.spec.is_dense else request.spec.positions
-            key = (request.generation, request.control, bool(request.images), policy, exclusive)
+            key = (request.generation, bool(request.images), policy, exclusive)
             groups.setdefault(key, []).append(i)
         for members in groups.values():
             for start in range(0, len(members), self.slots):
                 chunk = members[start : start + self.slots]
                 batch = [requests[i] for i in chunk]
-                answer = self._answer_controls if batch[0].control else self._answer
-                results.update(zip(chunk, answer(batch), strict=True))
+                answers = run_isolating_failures(self._generate, batch, error_result)
+                results.update(zip(chunk, answers, strict=True))
         return [results[i] for i in range(len(requests))]
-
-    def _answer_controls(self, batch: list[Request]) -> list[Result]:
-        dense = [replace(request, spec=DENSE) for request in batch]
-        return run_control_pairs(batch, dense, self._answer, key=batch[0].id)
-
-    def _answer(self, batch: list[Request]) -> list[Result]:
-        return run_isolating_failures(self._generate, batch, error_result)
 
     def _generate(self, batch: Sequence[Request]) -> list[Result]:
         started = time.perf_counter()
@@ -80,12 +69,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
             stops = _StopStrings(self._processor.tokenizer, generation.stop, rows=len(batch))
             criteria.append(stops)
         generate_kwargs["stopping_criteria"] = criteria
-        if batch[0].control:
-            # Both sides of a control encode alike: what a tower skips is not a saving of pruning.
-            prepared = self._pruner.prepare(inputs, specs, prompts)
-            generated = self._pruner.run(prepared, **generate_kwargs)
-        else:
-            generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
+        generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
         rows = generated.tokens_BT.tolist()
         seconds = (time.perf_counter() - started) / len(batch)
         cut = [None] * len(batch) if stops is None else stops.cut

@@ -66,6 +66,10 @@ class EncoderCache:
         """Bytes held."""
         return int(self._entries.currsize)
 
+    def clear(self) -> None:
+        """Drops all entries."""
+        self._entries.clear()
+
     def get_or_encode(
         self,
         keys: Sequence[bytes],

@@ -76,6 +76,10 @@ class PrefixCache:
         """Bytes held."""
         return int(self._entries.currsize)
 
+    def clear(self) -> None:
+        """Drops all entries."""
+        self._entries.clear()
+
     def get(self, key: Hashable) -> Prefix | None:
         """The prefix under a key, which becomes the most recently used one; None if there is
         none."""

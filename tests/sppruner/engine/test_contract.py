@@ -64,8 +64,9 @@ def request(name: str, *, images: int = 1, **changes: Any) -> Request:
 
 
 def facts(result: Result) -> Result:
-    """The result without its seconds."""
-    return replace(result, seconds=0.0, control_seconds=None)
+    """The result without its seconds and what caches spared it."""
+    cost = None if result.cost is None else replace(result.cost, flops_cached={})
+    return replace(result, seconds=0.0, cost=cost)
 
 
 def mixed() -> list[Request]:
@@ -150,29 +151,6 @@ def test_a_failure_of_the_model_is_no_prompt_error(
     results = engine.run([request("a"), request("b", spec=GRID)])
     assert [r.error_code for r in results] == ["inference_failed"] * 2
     assert [r.error_stage for r in results] == ["infer"] * 2
-
-
-def test_control_requests_carry_the_answer_and_seconds_of_their_dense_twin(
-    engine: ModelEngine,
-) -> None:
-    plain = [request(name, spec=SPP) for name in ("cat", "red", "tall", "x", "yes")]
-    controls = engine.run([replace(r, control=True) for r in plain])
-    dense = engine.run([replace(r, spec=DENSE) for r in plain])
-    for control, pruned, twin in zip(controls, engine.run(plain), dense, strict=True):
-        assert control.text == pruned.text
-        assert control.control_text == twin.text
-        assert control.control_seconds is not None
-        assert control.control_seconds > 0
-        assert (pruned.control_text, pruned.control_seconds) == (None, None)
-
-
-def test_a_failed_control_row_leaves_the_other_controls_their_twins(engine: ModelEngine) -> None:
-    bad = request("bad", prompt="<image>", spec=SPP, control=True)
-    good = request("cat", spec=SPP, control=True)
-    failed, kept = engine.run([bad, good])
-    assert failed.error_code == "prompt_invalid"
-    assert failed.control_text is None
-    assert kept.control_text is not None
 
 
 def test_a_seed_samples_the_same_text_in_any_company(engine: ModelEngine) -> None:
@@ -349,16 +327,29 @@ def test_the_engine_names_its_model_by_content(engine: ModelEngine, loaded: Load
     assert engine.dtype == "float32"
 
 
-def test_the_heart_beats_within_a_step_that_answers_controls(engine: ModelEngine) -> None:
+def test_the_heart_beats_with_every_token(engine: ModelEngine) -> None:
     """Whoever watches allows no more silence than the steps of other requests take."""
-    beats = 0
+    beats = steps = 0
 
     def beat() -> None:
         nonlocal beats
         beats += 1
 
     engine.heartbeat = beat
-    controls = [request(name, spec=SPP, control=True) for name in ("cat", "red")]
-    results = engine.run(controls)
-    assert not any(result.error_code for result in results)
-    assert beats >= 2 * NEW.max_new_tokens - 2, "both answers, token by token"
+    for name in ("cat", "red"):
+        engine.submit(request(name, spec=SPP))
+    while engine.step():
+        steps += 1
+    results = [update.result for update in engine.poll() if update.result is not None]
+    assert [result.error_code for result in results] == [None, None]
+    assert beats + steps >= NEW.max_new_tokens - 1, "each step of an engine is a beat too"
+
+
+def test_an_engine_whose_caches_are_cleared_answers_as_before(engine: ModelEngine) -> None:
+    batch = [request("cat", spec=SPP), request("red"), request("cat", spec=SPP)]
+    first = engine.run(batch)
+    engine.run(batch)
+    engine.clear_caches()
+    assert [replace(r, seconds=0.0) for r in engine.run(batch)] == [
+        replace(r, seconds=0.0) for r in first
+    ], "also what was found in the caches"

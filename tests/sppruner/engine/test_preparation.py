@@ -14,7 +14,7 @@ from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
 from sppruner.prompts import build_inputs
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
-from tests.sppruner.engine.requests import drawn, facts
+from tests.sppruner.engine.requests import drawn
 
 SPECS = [
     DENSE,
@@ -53,9 +53,8 @@ def lookups() -> int:
     return info.hits + info.misses
 
 
-@pytest.mark.parametrize("control", [False, True])
-def test_a_method_is_looked_up_once_per_request(engine: ContinuousEngine, control: bool) -> None:
-    batch = [replace(request, control=control) for request in requests()]
+def test_a_method_is_looked_up_once_per_request(engine: ContinuousEngine) -> None:
+    batch = requests()
     before = lookups()
     results = engine.run(batch)
     assert lookups() - before == len(batch)
@@ -73,16 +72,11 @@ def test_a_static_batch_looks_a_method_up_once_for_all_requests_of_a_spec(
     assert not [result.error_message for result in results if result.error_code]
 
 
-def test_a_prepared_request_carries_its_method_and_its_dense_twin_carries_none(
-    engine: ContinuousEngine,
-) -> None:
+def test_a_prepared_request_carries_its_method(engine: ContinuousEngine) -> None:
     request = requests()[2]
     prepared = engine._preparer.prepare(request, 7).result()
     assert (prepared.resolved.spec, prepared.ticket) == (request.spec, 7)
     assert prepared.resolved.selector == selector_for(request.spec)
-    twin = prepared.dense_twin()
-    assert (twin.resolved.spec, twin.resolved.selector) == (DENSE, None)
-    assert twin.request is request
 
 
 def test_resolved_specs_and_plain_ones_are_prepared_alike(engine: ContinuousEngine) -> None:
@@ -93,33 +87,6 @@ def test_resolved_specs_and_plain_ones_are_prepared_alike(engine: ContinuousEngi
         resolved = pruner.prepare(prepared.inputs, prepared.resolved, [prepared.request.prompt])
         assert plain.reports == resolved.reports
         assert pruner.signals([prepared.request.spec]) == pruner.signals([prepared.resolved])
-
-
-def test_controls_get_the_answers_of_plain_requests(engine: ContinuousEngine) -> None:
-    plain = engine.run([replace(request, spec=DENSE) for request in requests()])
-    controls = engine.run([replace(request, control=True) for request in requests()])
-    assert [control.control_text for control in controls] == [result.text for result in plain]
-    pruned = [facts(result) for result in engine.run(requests())]
-    assert [replace(facts(c), control_text=None) for c in controls] == pruned
-
-
-def test_controls_have_their_turn_under_urgent_requests_that_never_cease(
-    engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sppruner.engine.continuous._CONTROLS_WAIT_SECONDS", 0.0)
-    first = requests()[2]
-    control = engine.submit(replace(first, control=True, priority=1))
-    behind = engine.submit(replace(first, id="behind", priority=1))
-    answered: list[int] = []
-    for number in range(300):
-        if number % 2 == 0:  # each takes four steps: one at least is running at any time
-            engine.submit(replace(first, id=f"urgent-{number}", priority=0))
-        engine.step()
-        answered += [update.ticket for update in engine.poll() if update.result is not None]
-        if {control, behind} <= set(answered):
-            break
-    assert control in answered
-    assert behind in answered
 
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, BatchEngine])

@@ -47,13 +47,11 @@ def test_urgent_requests_go_first_and_kinds_never_share_a_batch() -> None:
     answers(
         engine,
         request("a", priority=1),
-        request("b", priority=1, control=True),
         request("c", priority=1, generation=long),
         request("d", priority=1),
         request("urgent", priority=0),
-        request("e", priority=1, control=True),
     )
-    assert engine.batches == [["urgent"], ["a", "d"], ["b", "e"], ["c"]]
+    assert engine.batches == [["urgent"], ["a", "d"], ["c"]]
 
 
 def test_a_request_that_raises_is_found_by_halving() -> None:

@@ -16,7 +16,6 @@ from sppruner.errors import SpecError
 class Waiting:
     number: int
     kind: str = "a"
-    exclusive: bool = False
     priority: int = 1
     tokens: int = 10
     patches: int = 10
@@ -80,14 +79,6 @@ def test_a_request_larger_than_every_limit_is_prefilled_by_itself() -> None:
     assert len(scheduler) == 1
 
 
-def test_exclusive_requests_form_one_group_that_is_prefilled_in_parts() -> None:
-    controls = [Waiting(number=n, exclusive=True) for n in range(5)]
-    scheduler = scheduled(*controls, limits=PrefillLimits(tokens=20, patches=1000))
-    group = scheduler.take(8)
-    assert group == controls
-    assert list(scheduler.split(group)) == [controls[:2], controls[2:4], controls[4:]]
-
-
 def test_a_request_that_does_not_fit_blocks_those_after_it() -> None:
     scheduler = scheduled(Waiting(number=0), Waiting(number=1, tokens=50), Waiting(number=2))
     taken = scheduler.take(8, lambda group: sum(request.tokens for request in group) < 30)
@@ -100,11 +91,3 @@ def test_a_request_that_does_not_fit_blocks_those_after_it() -> None:
 def test_limits_below_1_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(SpecError, match="give at least 1"):
         PrefillLimits(**bad)
-
-
-def test_a_group_can_be_led_by_a_request_that_is_not_the_first() -> None:
-    urgent = [Waiting(number=n, priority=0) for n in range(3)]
-    controls = [Waiting(number=n, kind="control", exclusive=True) for n in (7, 8)]
-    scheduler = scheduled(*urgent, *controls)
-    assert scheduler.take(4, lead=controls[0]) == controls
-    assert scheduler.take(4) == urgent

@@ -218,24 +218,6 @@ def test_equal_tiles_of_other_images_have_another_hash(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_control_requests_bypass_the_encoder_cache_on_both_sides(
-    engine: ContinuousEngine, towers: list[int]
-) -> None:
-    cached, fresh = drawn(random.Random(4)), drawn(random.Random(5))
-    engine.run([question(cached, spec=SPP)])
-    before = (engine.encoder_cache.misses, engine.encoder_cache.hits, engine.encoder_cache.size)
-    towers.clear()
-    for image in (cached, fresh):
-        (result,) = engine.run([question(image, spec=SPP, control=True)])
-        assert result.control_text is not None
-    assert towers == [1] * 4
-    assert (
-        engine.encoder_cache.misses,
-        engine.encoder_cache.hits,
-        engine.encoder_cache.size,
-    ) == before
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_an_entry_keeps_no_memory_of_its_batch_alive(family: str) -> None:

@@ -155,19 +155,6 @@ def test_a_prefix_selected_by_the_question_is_shared_for_that_question_only(
             assert set(keys(spec)) == {None}
 
 
-def test_control_requests_bypass_the_prefix_cache_on_both_sides(engine: ContinuousEngine) -> None:
-    image = drawn(random.Random(4))
-    engine.run([question(image, spec=BY_IMAGE), question(image)])
-    before = engine.prefix_cache.hits, engine.prefix_cache.misses, engine.prefix_cache.size
-    (result,) = engine.run([question(image, spec=BY_IMAGE, control=True)])
-    assert result.control_text is not None
-    assert (
-        engine.prefix_cache.hits,
-        engine.prefix_cache.misses,
-        engine.prefix_cache.size,
-    ) == before
-
-
 def test_bytes_stay_under_the_limit(loaded: LoadedModel, engine: ContinuousEngine) -> None:
     rng = random.Random(6)
     batch = [question(drawn(rng), id=str(n)) for n in range(6)]

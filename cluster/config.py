@@ -19,7 +19,7 @@ IMAGE_FORMATS: Final[tuple[ImageFormat, ...]] = get_args(ImageFormat)
 """Every image format that can be read; HEIC needs the extra `heic`."""
 CorpusFormat: TypeAlias = Literal["parquet", "webdataset"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when committed rows change shape or meaning: an older output is then another run's."""
 
 MAX_ERROR_SHARE = 0.2
@@ -94,8 +94,6 @@ class RunConfig:
     """Longest unit, which is one commit, in rows: 1 to 512."""
     unit_bytes: int = 64 * 2**20
     """Largest unit in bytes as read; a single row may exceed it."""
-    control_share: float = 0.05
-    """Share of rows, in [0, 1], that also run dense: the base of every measured saving."""
     auto: bool = False
     """Measure first whether pruning pays, and label densely where it does not."""
     media: MediaLimits = field(default_factory=MediaLimits)
@@ -121,6 +119,9 @@ class RunConfig:
     1 never stops it."""
     error_share_after: int = 500
     """Rows after which `max_error_share` counts."""
+    control_blocks: int | None = None
+    """Control blocks to measure, which are answered densely too: the base of every measured saving.
+    None: as many as the precision of `ControlPlan` takes, within its cost."""
     max_attempts: int = 3
     """Replica deaths before a call is quarantined."""
 
@@ -141,7 +142,10 @@ class RunConfig:
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give at least 1"),
             (self.replicas >= 1, f"--replicas {self.replicas}: give at least 1"),
             (self.slots is None or self.slots >= 1, f"slots {self.slots}: give at least 1"),
-            (0 <= self.control_share <= 1, f"control_share {self.control_share} outside [0, 1]"),
+            (
+                self.control_blocks is None or self.control_blocks >= 0,
+                f"--control-blocks {self.control_blocks}: give 0 for none, or more",
+            ),
             (
                 0 <= self.max_error_share <= 1,
                 f"--max-error-share {self.max_error_share}: give a share from 0 to 1",
@@ -208,7 +212,6 @@ class RunConfig:
             },
             "unit_rows": self.unit_rows,
             "unit_bytes": self.unit_bytes,
-            "control_share": self.control_share,
             "media": self.media.identity(),
             # JPEGs decoded at reduced scale (`sppruner.models.jpeg_scaling`) have other pixels than
             # in full: a run from before that existed cannot be resumed.

@@ -18,13 +18,14 @@ import structlog
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.error_share import ErrorShare
 from cluster.accounting.ledger import UnitLedger
 from cluster.events import IN_SECONDS, RunEvent
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller-5"
+CONTROLLER_NAME = "run-controller-6"
 """The actor's name. Its number is raised with every change of what is sent to it: the actor
 outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
@@ -93,6 +94,7 @@ class _Run:
     units_total: int
     rows_total: int
     errors: ErrorShare
+    control: ControlPlan | None
     units_done: set[str]
     ledger: UnitLedger
     rows_before: int
@@ -102,6 +104,7 @@ class _Run:
     waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     waited_until: dict[str, float] = field(default_factory=dict)
     finished: float | None = None
+    granted: set[str] = field(default_factory=set)
 
 
 class RunController:
@@ -122,6 +125,7 @@ class RunController:
         max_error_share: float,
         error_share_after: int,
         again: Collection[str] = (),
+        control: ControlPlan | None = None,
     ) -> None:
         """Starts or restarts the view of a run, from what the store says is committed. again: units
         whose failed rows are asked again, perhaps while the run's own job goes on: its guard stays,
@@ -143,6 +147,7 @@ class RunController:
             units_total=units_total,
             rows_total=rows_total,
             errors=errors,
+            control=control,
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
@@ -161,6 +166,7 @@ class RunController:
             return False
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
+            run.granted.discard(unit_id)
             run.ledger += ledger
             if unit_id not in run.again:
                 run.errors.add(ledger)
@@ -201,6 +207,17 @@ class RunController:
         if run is None or run.errors.reason is None:
             return None
         return f"run {name.run_id}: {run.errors.reason}"
+
+    def may_measure(self, name: RunName, unit_id: str) -> bool:
+        """Whether the control block of a unit is to be measured. What is allowed counts as spent
+        until the unit is committed."""
+        run = self._runs.get(name)
+        if run is None or run.control is None or unit_id in run.units_done:
+            return False
+        allowed = unit_id in run.granted or run.control.allows(unit_id, run.ledger, run.granted)
+        if allowed:
+            run.granted.add(unit_id)
+        return allowed
 
     def progress(self, name: RunName) -> RunProgress | None:
         """None for a run that is not registered."""
@@ -285,6 +302,19 @@ async def stop_reason(name: RunName) -> str | None:
         logger.warning("controller_unreachable", run_id=name.run_id, error=type(error).__name__)
         return None
     return reason
+
+
+async def may_measure(name: RunName, unit_id: str) -> bool:
+    """The controller's answer; False where it is unreachable, since rows need no measurement."""
+    controller = _find_controller()
+    if controller is None:
+        return False
+    try:
+        asked = controller.may_measure.remote(name, unit_id)
+        return bool(await asyncio.wait_for(asked, _ANSWER_SECONDS))
+    except (RayError, TimeoutError) as error:
+        logger.warning("controller_unreachable", run_id=name.run_id, error=type(error).__name__)
+        return False
 
 
 def stop_reason_now(name: RunName) -> str | None:

@@ -17,7 +17,7 @@ from cluster.errors import RowError
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Raised with every change of what travels here. Replicas of one version are never found by
 clients of another, which could not read their answers."""
 
@@ -51,10 +51,20 @@ class LabelRequest:
     """The pruning of this request alone."""
     generation: SamplingParams = field(default_factory=SamplingParams)
     """How its tokens are sampled."""
-    control: bool = False
-    """Whether it is answered densely too, and both are timed."""
     media: MediaLimits = field(default_factory=MediaLimits)
     """Limits of its images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockAnswers:
+    """What became of a control block: rows that one replica answered both ways."""
+
+    pruned: list[Result]
+    """The rows' answers under their own spec, in order."""
+    dense: list[Result] | None
+    """Their dense twins; None where the block was spoiled, so that no seconds can be compared."""
+    discarded_seconds: float = 0.0
+    """Replica time of warm-ups, and of the dense twins of a spoiled block."""
 
 
 class Replicas(Protocol):
@@ -69,11 +79,18 @@ class Replicas(Protocol):
 
 
 class BatchReplicas(Replicas, Protocol):
-    """Replicas that also run a call alone."""
+    """Replicas that also run a call alone, and measure."""
 
     def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
         """None once nothing else runs on the replica that took the call, then what `label` returns.
         Raises as `label` does."""
+        ...
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        """The rows answered under their specs and densely, one way after the other, with empty
+        caches at the start of each. Raises as `label` does."""
         ...
 
 
@@ -97,7 +114,7 @@ def row_error_result(id: str, error: RowError) -> Result:
 
 
 def call_rows(slots: int) -> int:
-    """Rows of one call to replicas of `slots` slots; a call of control rows has one per slot."""
+    """Rows of one call to replicas of `slots` slots."""
     return min(_CALL_ROWS, slots)
 
 

@@ -13,6 +13,14 @@ Of a dense row all bits are set. Of a method that replaces several tokens by one
 the bit of that token's position is set. A method that also prunes inside the decoder drops some of
 these tokens there: the set bits count the tokens that entered, `visual_tokens_kept` those that the
 budget counts. Error rows have null.
+
+`seconds` are measured: the row's share of its replica's wall time, which is shared at every moment
+by all rows that the replica has (`serving/row_clock.py`). `is_control` marks the rows of a control
+block; those that were answered densely too have `control_text` and `control_seconds`, which none
+has of a block that was spoiled. `discarded_seconds` went into answers that are not here: of a row
+that was asked again, or, in a control block, of a spoiled dense arm and the warm-up. FLOPs and KV
+bytes are modelled, from the model's config: of the row as its tokens were, `flops_cached` of these
+were spared by caches, `*_dense` without pruning.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from cluster.config import Kind
+from sppruner.cost import PARTS
 
 UNIT_FIELD = pa.field("_in_unit", pa.string())
 """Reader → sink: id of the row's unit."""
@@ -41,8 +50,7 @@ INPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("_in_error_stage", pa.string()),
 )
 
-# Labeller → sink, in addition to OUTPUT_FIELDS: the row's modelled cost as JSON, for the ledger.
-COST_FIELD = pa.field("_out_cost", pa.string())
+_FLOPS = pa.struct([pa.field(part, pa.int64()) for part in PARTS])
 
 OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string()),
@@ -63,6 +71,13 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("is_control", pa.bool_()),
     pa.field("control_text", pa.string()),
     pa.field("control_seconds", pa.float64()),
+    pa.field("discarded_seconds", pa.float64()),
+    pa.field("device", pa.string()),
+    pa.field("flops", _FLOPS),
+    pa.field("flops_dense", _FLOPS),
+    pa.field("flops_cached", _FLOPS),
+    pa.field("kv_bytes", pa.int64()),
+    pa.field("kv_bytes_dense", pa.int64()),
     pa.field("model", pa.string()),
     pa.field("model_revision", pa.string()),
     pa.field("run_id", pa.string()),

@@ -6,12 +6,11 @@ Pruning a short prompt, or a model whose time goes elsewhere, can cost more than
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.accounting.speedup import CONFIDENCE, MeasuredRatio, measured_ratio, nanoseconds
-from sppruner.engine.interface import Result
+from cluster.accounting.speedup import CONFIDENCE, Block, MeasuredRatio, measured_ratio
 from sppruner.spec import DENSE, PruneSpec
 
 
@@ -20,25 +19,23 @@ class BreakEven:
     """One decision."""
 
     measured: MeasuredRatio | None
-    """The ratio of control rows; None where there were too few rows to measure."""
+    """The ratio of control blocks; None where there were too few rows to measure."""
 
     @classmethod
-    def from_results(cls, results: Iterable[Result], *, decisions: int = 1) -> BreakEven:
-        """The decision from results of control requests; those without a dense twin (errors) do
-        not count. decisions: that are made together: all of their intervals hold at once with 95 %
-        (Bonferroni), so that of many sizes and loads none is called faster by chance."""
-        pairs = [
-            (nanoseconds(result.seconds), nanoseconds(result.control_seconds))
-            for result in results
-            if result.control_seconds is not None
-        ]
+    def from_blocks(cls, blocks: Sequence[Block], *, decisions: int = 1) -> BreakEven:
+        """The decision from control blocks. decisions: that are made together: all of their
+        intervals hold at once with 95 % (Bonferroni), so that of many sizes and loads none is
+        called faster by chance."""
         confidence = 1 - (1 - CONFIDENCE) / decisions
-        return cls(measured=measured_ratio(pairs, confidence=confidence))
+        return cls(measured=measured_ratio(blocks, confidence=confidence))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BreakEven:
         """The inverse of `to_dict`. Raises KeyError or TypeError on anything else."""
         measured = data["measured"]
+        if measured is not None and "batches" in measured:  # of schema version 2
+            measured = {**measured, "blocks": measured["batches"]}
+            del measured["batches"]
         return cls(measured=None if measured is None else MeasuredRatio(**measured))
 
     @property

@@ -16,16 +16,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.accounting.speedup import NANO, MeasuredRatio, measured_ratio, nanoseconds
-from cluster.schema import COST_FIELD
+from cluster.accounting.speedup import (
+    NANO,
+    Block,
+    MeasuredRatio,
+    measured_ratio,
+    nanoseconds,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLedger:
     """The account of committed rows: of one unit, or the sum of several.
 
-    Tokens, nanoseconds, FLOPs and KV bytes are of the rows that succeeded, as they ran; `*_dense`
-    of the same rows unpruned. The time of dense twins is in `control_pairs` alone.
+    Tokens, nanoseconds, FLOPs and KV bytes are of the rows that succeeded, with the tokens they ran
+    with; `*_dense` of the same rows unpruned. Nanoseconds are those of the committed answers alone:
+    what measuring and asking again cost is beside them.
     """
 
     rows: int = 0
@@ -54,8 +60,22 @@ class UnitLedger:
     """Modelled bytes of keys and values."""
     kv_bytes_dense: int = 0
     """Modelled bytes of keys and values, unpruned."""
-    control_pairs: tuple[tuple[int, int], ...] = ()
-    """(pruned, dense) nanoseconds of each control row."""
+    flops_cached: Mapping[str, int] = field(default_factory=dict)
+    """Modelled FLOPs of `flops` that caches spared."""
+    images_cached: int = 0
+    """Rows whose images an earlier row had encoded."""
+    prefixes_cached: int = 0
+    """Rows among them whose prompt an earlier row had read up to the question."""
+    nanoseconds_by_device: Mapping[str, int] = field(default_factory=dict)
+    """`nanoseconds` by the kind of device that spent them."""
+    blocks: tuple[Block, ...] = ()
+    """Control blocks that were measured, at most one a unit."""
+    blocks_spoiled: int = 0
+    """Control blocks that an online request or a dead replica spoiled."""
+    control_nanoseconds: int = 0
+    """What measuring cost: dense answers of control blocks, spoiled ones and warm-ups included."""
+    retry_nanoseconds: int = 0
+    """Spent on answers of rows that were asked again, as far as replicas lived to tell."""
     agreements: int = 0
     """Control rows whose pruned and dense texts are equal."""
 
@@ -71,25 +91,21 @@ class UnitLedger:
 
     @property
     def control_rows(self) -> int:
-        """Rows that ran both ways."""
-        return len(self.control_pairs)
+        """Rows that were answered both ways."""
+        return sum(block.rows for block in self.blocks)
 
     @property
     def control_seconds(self) -> float:
-        """Measured seconds spent on dense twins, the price of measuring."""
-        return sum(dense for _, dense in self.control_pairs) / NANO
+        """`control_nanoseconds` in seconds."""
+        return self.control_nanoseconds / NANO
+
+    @property
+    def retry_seconds(self) -> float:
+        """`retry_nanoseconds` in seconds."""
+        return self.retry_nanoseconds / NANO
 
     def __add__(self, other: UnitLedger) -> UnitLedger:
         return _sum([self, other])
-
-    def __sub__(self, other: UnitLedger) -> UnitLedger:
-        """The account without rows that `other` is the account of."""
-        return UnitLedger(
-            **{
-                part.name: _difference(getattr(self, part.name), getattr(other, part.name))
-                for part in fields(UnitLedger)
-            }
-        )
 
     def to_json(self) -> str:
         """For the footer of a unit."""
@@ -99,8 +115,11 @@ class UnitLedger:
     def from_json(cls, text: str | bytes) -> UnitLedger:
         """The inverse of `to_json`. Raises ValueError or TypeError on anything else."""
         data = json.loads(text)
-        pairs = tuple((pruned, dense) for pruned, dense in data.pop("control_pairs", ()))
-        return cls(**data, control_pairs=pairs)
+        blocks = [Block(*block) for block in data.pop("blocks", ())]
+        if pairs := data.pop("control_pairs", ()):  # of schema version 2
+            blocks = _batches(pairs)
+            data["control_nanoseconds"] = sum(block.dense for block in blocks)
+        return cls(**data, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,55 +141,90 @@ class RunLedger:
         return RunLedger(units=self.units + other.units, total=self.total + other.total)
 
     def measured_ratio(self) -> MeasuredRatio | None:
-        """The measured speed-up with its 95 % interval; None without control rows."""
-        return measured_ratio(self.total.control_pairs)
+        """The measured speed-up with its 95 % interval; None without control blocks."""
+        return measured_ratio(self.total.blocks, seconds=self.total.nanoseconds_by_device)
 
 
 def unit_ledger(table: pa.Table) -> UnitLedger:
-    """The account of a labelled table, which still has its `_out_cost`."""
+    """The account of the rows of one unit, from these rows alone, in any order."""
     totals: Counter[str] = Counter()
+    by_name: dict[str, Counter[str]] = {name: Counter() for name in _BY_PART}
     failed: Counter[str] = Counter()
-    flops: Counter[str] = Counter()
-    flops_dense: Counter[str] = Counter()
-    pairs: list[tuple[int, int]] = []
-    for row in table.select([*_COLUMNS, COST_FIELD.name]).to_pylist():
+    by_device: Counter[str] = Counter()
+    pruned = dense = paired = in_block = 0
+    device = ""
+    for row in table.select(_COLUMNS).to_pylist():
         attempts = row["attempts"] or 0
-        totals.update(attempts=attempts, recomputed=int(attempts > 1))
+        discarded = nanoseconds(row["discarded_seconds"] or 0.0)
+        kind = "control_nanoseconds" if row["is_control"] else "retry_nanoseconds"
+        totals.update({"attempts": attempts, "recomputed": int(attempts > 1), kind: discarded})
+        in_block += bool(row["is_control"])
         if row["error_code"] is not None:
             failed[row["error_code"]] += 1
             continue
         totals.update({name: row[name] or 0 for name in _COUNTED})
         spent = nanoseconds(row["seconds"] or 0.0)
         totals.update(nanoseconds=spent)
+        if row["device"] is not None:
+            by_device[row["device"]] += spent
         if row["is_control"] and row["control_seconds"] is not None:
-            pairs.append((spent, nanoseconds(row["control_seconds"])))
-            totals.update(agreements=int(row["text"] == row["control_text"]))
-        if row[COST_FIELD.name] is not None:
-            cost = json.loads(row[COST_FIELD.name])
-            flops.update(cost["flops"])
-            flops_dense.update(cost["flops_dense"])
-            totals.update(kv_bytes=cost["kv_bytes"], kv_bytes_dense=cost["kv_bytes_dense"])
+            twin = nanoseconds(row["control_seconds"])
+            pruned, dense, paired = pruned + spent, dense + twin, paired + 1
+            device = row["device"] or ""
+            agrees = row["text"] == row["control_text"]
+            totals.update(control_nanoseconds=twin, agreements=int(agrees))
+        for name in _BY_PART:
+            parts = row[name] or {}
+            by_name[name].update({part: count for part, count in parts.items() if count})
+        spared = row["flops_cached"] or {}
+        totals.update(
+            images_cached=int(bool(spared.get("vision"))),
+            prefixes_cached=int(bool(spared.get("prefill"))),
+        )
     return UnitLedger(
         rows=table.num_rows,
         failed=dict(failed),
-        flops=dict(flops),
-        flops_dense=dict(flops_dense),
-        control_pairs=tuple(pairs),
+        nanoseconds_by_device=dict(by_device),
+        blocks=(Block(pruned, dense, paired, device),) if paired else (),
+        blocks_spoiled=int(in_block > 0 and not paired),
+        flops=dict(by_name["flops"]),
+        flops_dense=dict(by_name["flops_dense"]),
+        flops_cached=dict(by_name["flops_cached"]),
         **totals,
     )
 
 
-_COUNTED = ("visual_tokens", "visual_tokens_kept", "prompt_tokens", "completion_tokens")
+_BY_PART = ("flops", "flops_dense", "flops_cached")
+_COUNTED = (
+    "visual_tokens",
+    "visual_tokens_kept",
+    "prompt_tokens",
+    "completion_tokens",
+    "kv_bytes",
+    "kv_bytes_dense",
+)
 _COLUMNS = (
     *_COUNTED,
+    *_BY_PART,
     "error_code",
     "attempts",
     "seconds",
     "is_control",
     "control_seconds",
+    "discarded_seconds",
+    "device",
     "text",
     "control_text",
 )
+
+
+def _batches(pairs: Iterable[Sequence[int]]) -> list[Block]:
+    """Control rows of schema version 2 as the batches they ran in: rows of one batch have equal
+    (pruned, dense) nanoseconds."""
+    return [
+        Block(pruned * rows, dense * rows, rows)
+        for (pruned, dense), rows in Counter(map(tuple, pairs)).items()
+    ]
 
 
 def _sum(ledgers: Sequence[UnitLedger]) -> UnitLedger:
@@ -191,13 +245,3 @@ def _total(values: Sequence[Any]) -> Any:
         return tuple(chain.from_iterable(values))
     names = sorted({name for mapping in values for name in mapping})
     return {name: sum(mapping.get(name, 0) for mapping in values) for name in names}
-
-
-def _difference(whole: Any, part: Any) -> Any:
-    """The inverse of `_total`, without names whose sum is zero then."""
-    if isinstance(whole, int):
-        return whole - part
-    if isinstance(whole, tuple):
-        return tuple((Counter(whole) - Counter(part)).elements())
-    left = {name: value - part.get(name, 0) for name, value in whole.items()}
-    return {name: value for name, value in left.items() if value or name not in part}

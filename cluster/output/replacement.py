@@ -19,7 +19,7 @@ import structlog
 from ray.data.block import Block
 from ray.data.datasource import Datasink
 
-from cluster.accounting.ledger import UnitLedger, unit_ledger
+from cluster.accounting.ledger import unit_ledger
 from cluster.errors import StoreError
 from cluster.events import OnEvent, ignore_event
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
@@ -28,7 +28,7 @@ from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_file import Retry, UnitFooter
 from cluster.output.unit_writes import write_units
-from cluster.schema import COST_FIELD, PLANNED_FIELD
+from cluster.schema import PLANNED_FIELD
 
 logger = structlog.get_logger(__name__)
 
@@ -36,6 +36,7 @@ logger = structlog.get_logger(__name__)
 # a few refusals are no race but a store that does not compare.
 _TRIES: Final = 20
 _ERROR_COLUMNS: Final = ("error_code", "error_message", "error_stage")
+_SUMMED: Final = ("attempts", "discarded_seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +45,10 @@ class MergedRows:
 
     table: pa.Table
     """All rows of the unit, in unit order."""
-    removed: UnitLedger
-    """What the replaced rows had in the unit's ledger."""
-    added: UnitLedger
-    """What stands there for them now."""
-
-    @property
-    def asked(self) -> int:
-        """Rows replaced."""
-        return self.added.rows
-
-    @property
-    def mended(self) -> int:
-        """Replaced rows that are answers now."""
-        return self.added.rows - self.added.rows_failed
+    asked: int
+    """Rows replaced."""
+    mended: int
+    """Replaced rows that are answers now."""
 
 
 def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
@@ -65,8 +56,8 @@ def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
     stay, so that of two attempts the first answer counts.
 
     committed: all rows of the unit. labelled: some of them, labelled again, as the sink gets them.
-    A row's attempts are summed. A row that fails again has the newest error; where it could not
-    even be read, it keeps the key and the source columns that it had.
+    A row's attempts and discarded seconds are summed. A row that fails again has the newest error;
+    where it could not even be read, it keeps the key and the source columns that it had.
     """
     open_rows = committed.filter(pc.is_valid(committed["error_code"]))
     # Each row once, whichever copy: a rerun of Ray's may have handed over two.
@@ -74,30 +65,25 @@ def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
     numbers = [n for n in open_rows["unit_row"].to_pylist() if n in by_row]
     before = _rows(open_rows, numbers)
     after = labelled.take(pa.array([by_row[number] for number in numbers], pa.int64()))
-    attempts = pc.add(pc.fill_null(before["attempts"], 0), pc.fill_null(after["attempts"], 0))
-    after = _with_column(after, "attempts", attempts)
-    costs = after[COST_FIELD.name]
+    for name in _SUMMED:
+        both = pc.add(pc.fill_null(before[name], 0), pc.fill_null(after[name], 0))
+        after = _with_column(after, name, both)
     unread = pc.fill_null(pc.equal(after["error_stage"], "read"), False)
     as_before = before
-    for name in (*_ERROR_COLUMNS, "attempts"):
+    for name in (*_ERROR_COLUMNS, *_SUMMED):
         as_before = _with_column(as_before, name, after[name])
     schema = committed.schema
     after = after.select(schema.names).cast(schema)
     changed = pa.concat_tables(
         [after.filter(pc.invert(unread)), as_before.cast(schema).filter(unread)]
     )
-    changed_costs = pa.concat_tables(
-        [pa.table({"c": costs.filter(pc.invert(unread))}), pa.table({"c": costs.filter(unread)})]
-    )["c"]
     same = committed.filter(
         pc.invert(pc.is_in(committed["unit_row"], pa.array(numbers, pa.int32())))
     )
     return MergedRows(
         table=pa.concat_tables([same, changed]).sort_by("unit_row"),
-        removed=unit_ledger(
-            before.append_column(COST_FIELD, pa.nulls(len(before), COST_FIELD.type))
-        ),
-        added=unit_ledger(changed.append_column(COST_FIELD, changed_costs)),
+        asked=len(numbers),
+        mended=changed["error_code"].null_count,
     )
 
 
@@ -124,7 +110,7 @@ def replace_rows(
         check_pruning_claims(merged.table, unit_id)
         retry = Retry(writer=attempt, asked=merged.asked, mended=merged.mended)
         footer = UnitFooter(
-            ledger=unit.footer.ledger - merged.removed + merged.added,
+            ledger=unit_ledger(merged.table),
             run_id=expected.run_id,
             retries=(*unit.footer.retries, retry),
         )

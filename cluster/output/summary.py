@@ -16,7 +16,7 @@ import structlog
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import RunLedger, UnitLedger
-from cluster.accounting.speedup import MeasuredRatio
+from cluster.accounting.speedup import NANO, MeasuredRatio
 from cluster.errors import StoreError
 from cluster.output.accuracy import (
     RECORDS,
@@ -60,6 +60,8 @@ class Attempt:
     events: Mapping[str, int] = field(default_factory=dict)
     """Deaths, retries and waits by kind (`cluster.events.RunEvent`), as far as they were reported:
     telemetry, unlike the rows."""
+    not_measured: str | None = None
+    """Why no saving was measured; None where one was, and for a dense run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class Summary:
     total: UnitLedger
     """Sum over the committed units."""
     measured: MeasuredRatio | None
-    """Dense over pruned seconds; None until a control row is committed."""
+    """Dense over pruned seconds; None until a control block is committed."""
     duplicate_keys: int | None
     """Rows whose key another row has too; None where there are too many rows to compare."""
     accuracy: Accuracy | None
@@ -135,12 +137,21 @@ class Summary:
             "flops_dense": dict(total.flops_dense),
             "kv_bytes": total.kv_bytes,
             "kv_bytes_dense": total.kv_bytes_dense,
+            "flops_cached": dict(total.flops_cached),
         }
         measured = {
             "seconds": total.seconds,
+            "seconds_by_device": {
+                device: spent / NANO for device, spent in total.nanoseconds_by_device.items()
+            },
+            "control_blocks": len(total.blocks),
+            "control_blocks_spoiled": total.blocks_spoiled,
             "control_rows": total.control_rows,
             "control_agreements": total.agreements,
-            "control_dense_seconds": total.control_seconds,
+            "control_seconds": total.control_seconds,
+            "retry_seconds": total.retry_seconds,
+            "images_cached": total.images_cached,
+            "prefixes_cached": total.prefixes_cached,
             "dense_over_pruned": None if self.measured is None else asdict(self.measured),
         }
         return {

@@ -7,13 +7,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.speedup import FEWEST_BATCHES, MeasuredRatio
+from cluster.accounting.speedup import FEWEST_BLOCKS, MeasuredRatio
 from cluster.console import open_console
 from cluster.events import describe_events
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 
 _SHOWN = 5
+# Rows of earlier schema versions were measured with caches bypassed, in shares of engine steps.
+_CACHES_MEASURED = 3
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -139,13 +141,11 @@ def _ratio(ratio: MeasuredRatio) -> str:
     interval = (
         f"95 % interval {ratio.low:.2f} – {ratio.high:.2f}"
         if ratio.low is not None and ratio.high is not None
-        else f"fewer than {FEWEST_BATCHES} batches: no interval"
-        if ratio.batches < FEWEST_BATCHES
-        else "batches too unequal: no interval"
+        else f"fewer than {FEWEST_BLOCKS} blocks: no interval"
+        if ratio.blocks < FEWEST_BLOCKS
+        else "blocks too unequal: no interval"
     )
-    return (
-        f"{ratio.ratio:.2f} × on {ratio.rows} control rows in {ratio.batches} batches ({interval})"
-    )
+    return f"{ratio.ratio:.2f} × on {ratio.rows} rows in {ratio.blocks} control blocks ({interval})"
 
 
 def _modelled(summary: Summary) -> Table:
@@ -160,6 +160,10 @@ def _modelled(summary: Summary) -> Table:
         table.add_row(f"{part} FLOPs", *_compared(dense, pruned, "FLOP"))
     dense, pruned = sum(total.flops_dense.values()), sum(total.flops.values())
     table.add_row("all FLOPs", *_compared(dense, pruned, "FLOP"), style="bold")
+    spared = sum(total.flops_cached.values())
+    if spared:
+        cached = f"{format_quantity(spared, 'FLOP')} of these"
+        table.add_row("spared by caches", "", cached, "")
     table.add_row("KV cache", *_compared(total.kv_bytes_dense, total.kv_bytes, "B"))
     return table
 
@@ -173,14 +177,29 @@ def _measured(summary: Summary) -> RenderableType:
     facts = _grid()
     facts.title = "measured"
     facts.title_justify = "left"
-    facts.add_row("compute", f"{total.seconds:.2f} s for all rows as they ran")
+    facts.add_row("replica time", f"{total.seconds:.2f} s for all rows as they ran")
+    if summary.settings["schema_version"] < _CACHES_MEASURED:
+        facts.add_row("", "an earlier version measured this run: its control rows met no caches")
     if ratio is None:
-        facts.add_row("control", "no control rows: nothing can be said about time saved")
+        facts.add_row("dense / pruned", f"not measured: {_why_not(summary)}")
         return facts
     facts.add_row("dense / pruned", _ratio(ratio))
     saved = total.seconds * (ratio.ratio - 1)
     verb = "saved" if saved >= 0 else "lost"
     facts.add_row(f"time {verb}", f"{abs(saved):.2f} s estimated from that ratio")
-    facts.add_row("spent on control", f"{total.control_seconds:.2f} s (the dense twins)")
+    facts.add_row("spent on control", f"{total.control_seconds:.2f} s, dense answers and warm-ups")
+    if total.blocks_spoiled:
+        facts.add_row(
+            "", f"{total.blocks_spoiled} control blocks were spoiled, and are not counted"
+        )
+    if total.retry_nanoseconds:
+        facts.add_row("spent on retries", f"{total.retry_seconds:.2f} s")
     facts.add_row("agreement", f"{total.agreements} of {ratio.rows} control rows, same text")
     return facts
+
+
+def _why_not(summary: Summary) -> str:
+    reason = summary.attempt.not_measured if summary.attempt else None
+    if reason is None and summary.total.blocks_spoiled:
+        reason = f"{summary.total.blocks_spoiled} control blocks were spoiled"
+    return reason or "no control block is committed"

@@ -16,6 +16,7 @@ from ray.data import DataContext, Dataset
 from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.config import RunConfig
 from cluster.controller import RunName, report_commit, report_event, stop_reason_now
 from cluster.corpus.source import READER_CPUS, read_units
@@ -64,11 +65,16 @@ def attempt_units(
     _set_up_ray_data()
     if failed:
         # A few rows of each unit say nothing about whole batches, and it is known that they fail.
-        config = replace(config, control_share=0.0, max_error_share=1.0)
+        config = replace(config, control_blocks=0, max_error_share=1.0)
     rows = count_rows(failed) or sum(unit.row_count for unit in todo)
     _announce(manifest, todo, rows, fleet, console)
     name = RunName(manifest.run_id, output.uri)
-    settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed)
+    control = _control_plan(config, manifest, fleet)
+    if control.reason is not None and not failed and not config.spec.is_dense:
+        console.print(f"the saving is not measured: {control.reason}", highlight=False)
+    first = set(control.first)
+    todo = sorted(todo, key=lambda unit: unit.unit_id not in first)  # in their order otherwise
+    settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed, control)
     actors = actors_for(fleet.target_replicas)
     _wait_for_cpus(console)
     report, committed = partial(report_event, name), partial(report_commit, name)
@@ -84,7 +90,7 @@ def attempt_units(
         )
     )
     with (
-        RunTracker(config, manifest, output, again=failed) as tracker,
+        RunTracker(config, manifest, output, again=failed, control=control) as tracker,
         hear_outages(report),
     ):
         before = fleet_stats(fleet)
@@ -131,6 +137,7 @@ def attempt_units(
         replicas=fleet.replicas if after is None else len(after.replicas),
         replica_busy_share=busy_share(before, after),
         events=with_deaths(tracker.events, before, after),
+        not_measured=None if config.spec.is_dense else control.reason,
     )
 
 
@@ -151,6 +158,13 @@ def _announce(
         )
 
 
+def _control_plan(config: RunConfig, manifest: Manifest, fleet: Fleet) -> ControlPlan:
+    units = ((unit.unit_id, unit.row_count) for unit in manifest.units)
+    # A dense run is its own control.
+    asked = 0 if config.spec.is_dense else config.control_blocks
+    return ControlPlan.of(manifest.run_id, units, slots=fleet.slots, asked=asked)
+
+
 def _labeller_settings(
     config: RunConfig,
     name: RunName,
@@ -159,6 +173,7 @@ def _labeller_settings(
     rows: int,
     fleet: Fleet,
     failed: FailedRows,
+    control: ControlPlan,
 ) -> LabellerSettings:
     """rows: of `todo`, or its failed ones alone."""
     size = sum(
@@ -168,8 +183,8 @@ def _labeller_settings(
     tokens = fleet.kv_token_capacity
     return LabellerSettings(
         name=name,
-        first_unit=manifest.units[0].unit_id,
         config=config,
+        control=control,
         model_revision=manifest.identity.settings["model_revision"],
         app=fleet.app,
         deployment=fleet.deployment,

@@ -5,13 +5,14 @@ rows and load.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
 
 from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.control_plan import ControlPlan
+from cluster.accounting.speedup import Block, nanoseconds
 from cluster.config import RunConfig
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
@@ -19,19 +20,15 @@ from cluster.corpus.table import input_rows
 from cluster.corpus.unit import Unit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
-from cluster.protocol import BatchReplicas, LabelRequest
+from cluster.protocol import BatchReplicas, LabelRequest, call_rows
 from cluster.runs.admission import Admission
-from cluster.runs.dispatch import Dispatcher
+from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from cluster.store import open_store
-from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
 
-# Timed batches, after one that is not: the first of a shape pays for allocations.
-_BATCHES: Final = 6
-# Share of the rows that measuring takes at most; batches have _MIN_ROWS rows in any case.
-_MAX_SHARE: Final = 0.05
-_MIN_ROWS: Final = 16
+# Blocks, each measured both ways.
+_BLOCKS: Final = 6
 
 
 def calibrate(
@@ -43,53 +40,75 @@ def calibrate(
     *,
     slots: int,
 ) -> BreakEven:
-    """The run's decision: the one in its output, or a new one, measured on rows of `todo` in
-    batches as large as a replica's slots, or smaller for a small corpus. Answers are discarded.
+    """The run's decision: the one in its output, or a new one, measured on control blocks of the
+    run's own rows, of units drawn by hash from all that are left. Answers are discarded.
     """
     decided = output.break_even()
     if decided is not None:
         return decided
-    share = _MAX_SHARE * sum(unit.row_count for unit in todo) / (1 + _BATCHES)
-    batch_rows = min(slots, max(_MIN_ROWS, int(share)))
-    requests = _control_requests(config, manifest, todo)
-    results = asyncio.run(_time_batches(config, requests, replicas, batch_rows))
-    decision = BreakEven.from_results(results)
+    blocks = asyncio.run(_measure(config, manifest, todo, replicas, block_rows=2 * slots))
+    decision = BreakEven.from_blocks(blocks)
     rows = 0 if decision.measured is None else decision.measured.rows
     logger.info("break_even", run_id=manifest.run_id, pays=decision.pays, rows=rows)
     return output.keep_break_even(decision)
 
 
-async def _time_batches(
-    config: RunConfig, requests: Iterator[LabelRequest], replicas: BatchReplicas, batch_rows: int
-) -> list[Result]:
-    """Results of the timed batches, one after another: each has its replica to itself."""
+async def _measure(
+    config: RunConfig,
+    manifest: Manifest,
+    todo: Sequence[Unit],
+    replicas: BatchReplicas,
+    *,
+    block_rows: int,
+) -> list[Block]:
+    """The blocks that were measured, one after another."""
+    plan = ControlPlan.of(
+        f"break-even {manifest.run_id}",
+        ((unit.unit_id, unit.row_count) for unit in todo),
+        slots=block_rows // 2,
+        asked=_BLOCKS,
+    )
+    units = {unit.unit_id: unit for unit in todo}
     dispatcher = Dispatcher(replicas, admission=Admission(rows=1), max_attempts=config.max_attempts)
-    results: list[Result] = []
-    for number in range(1 + _BATCHES):
-        batch = list(islice(requests, batch_rows))
-        if len(batch) < batch_rows:
-            break  # seconds of a partial batch say nothing about full ones
-        attempted = await dispatcher.dispatch(batch)
-        results += [row.result for row in attempted] if number else ()
-    return results
+    blocks: list[Block] = []
+    for unit_id in plan.ranks:  # twice as many as are asked for, since some may be spoiled
+        requests = _requests(config, manifest, units[unit_id])
+        drawn = set(plan.draw(unit_id, range(len(requests))))
+        rows = await dispatcher.dispatch_block(
+            [request for number, request in enumerate(requests) if number in drawn],
+            dense_first=plan.dense_first(unit_id),
+            call_rows=call_rows(block_rows // 2),
+        )
+        blocks += _block(rows)
+        if len(blocks) == _BLOCKS:
+            break
+    return blocks
 
 
-def _control_requests(
-    config: RunConfig, manifest: Manifest, todo: Sequence[Unit]
-) -> Iterator[LabelRequest]:
-    """Rows that can be sent, as control requests."""
-    source = open_store(manifest.source)
-    for unit in todo:
-        for row in input_rows(read_unit(source, unit, manifest.mapping)):
-            prompt = build_prompt(config.kind, config.prompt, row["_in_prompt"])
-            if prompt is None or row["_in_error_code"] is not None:
-                continue
-            yield LabelRequest(
+def _block(rows: Sequence[AttemptedRow]) -> list[Block]:
+    pairs = [(row.result, row.dense) for row in rows if row.dense is not None]
+    if not pairs:
+        return []
+    pruned = sum(nanoseconds(result.seconds) for result, _ in pairs)
+    dense = sum(nanoseconds(twin.seconds) for _, twin in pairs)
+    return [Block(pruned, dense, len(pairs), pairs[0][0].device or "")]
+
+
+def _requests(config: RunConfig, manifest: Manifest, unit: Unit) -> list[LabelRequest]:
+    """The rows of a unit that can be sent."""
+    requests = []
+    for row in input_rows(read_unit(open_store(manifest.source), unit, manifest.mapping)):
+        prompt = build_prompt(config.kind, config.prompt, row["_in_prompt"])
+        if prompt is None or row["_in_error_code"] is not None:
+            continue
+        requests.append(
+            LabelRequest(
                 id=f"break-even:{unit.unit_id}:{row['_in_row']}",
                 prompt=prompt,
                 images=(row["_in_image"],),
                 spec=config.spec,
                 generation=config.generation,
-                control=True,
                 media=config.media,
             )
+        )
+    return requests

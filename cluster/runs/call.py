@@ -6,10 +6,10 @@ Whatever a replica does, a call ends: with one result for each of its rows, or w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 
@@ -18,6 +18,10 @@ from cluster.serving.client import REPLICA_FULL, REPLICA_GONE
 from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
+
+
+Ask: TypeAlias = Callable[[Sequence[LabelRequest]], Coroutine[Any, Any, list[Result]]]
+"""A call of replicas: one result for each row."""
 
 
 class FaultKind(Enum):
@@ -54,19 +58,26 @@ class CallFault:
 
 
 async def send(
-    replicas: BatchReplicas, requests: Sequence[LabelRequest], *, alone: bool, deadline: float
+    replicas: BatchReplicas,
+    requests: Sequence[LabelRequest],
+    *,
+    alone: bool,
+    deadline: float,
+    ask: Ask | None = None,
 ) -> list[Result] | CallFault:
     """The results in the order of the requests, or why there are none. Raises nothing.
 
     alone: on a replica that runs nothing else meanwhile. deadline: seconds; they count again from
-    when the call is alone, since before that it waits for others.
+    when the call is alone, since before that it waits for others. ask: another call that gives
+    their results.
     """
     began = asyncio.Event()
-    answer = (
-        _label_alone(replicas, requests, began)
-        if alone
-        else replicas.label(requests, priority=Priority.BATCH)
-    )
+    if ask is not None:
+        answer = ask(requests)
+    elif alone:
+        answer = _label_alone(replicas, requests, began)
+    else:
+        answer = replicas.label(requests, priority=Priority.BATCH)
     task = asyncio.ensure_future(answer)
     try:
         if alone:

@@ -18,9 +18,9 @@ import structlog
 
 from cluster.errors import InferenceFailed, PoisonRow
 from cluster.events import RunEvent
-from cluster.protocol import BatchReplicas, LabelRequest, row_error_result
+from cluster.protocol import BatchReplicas, BlockAnswers, LabelRequest, row_error_result
 from cluster.runs.admission import Admission
-from cluster.runs.call import KILLS, CallFault, FaultKind, send
+from cluster.runs.call import KILLS, Ask, CallFault, FaultKind, send
 from cluster.runs.death_budget import DeathBudget
 from cluster.serving.deadline import Deadline
 from sppruner.engine.interface import Result, SamplingParams
@@ -48,6 +48,12 @@ class AttemptedRow:
     """The result, or the error that ended the row."""
     attempts: int
     """Calls in which the row was sent."""
+    in_block: bool = False
+    """Whether it was sent as one of a control block."""
+    dense: Result | None = None
+    """Its dense twin; None outside control blocks, and in one that was spoiled."""
+    discarded_seconds: float = 0.0
+    """Replica time that went into answers of the row which are not here."""
 
 
 class Dispatcher:
@@ -83,7 +89,31 @@ class Dispatcher:
     async def dispatch(self, requests: Sequence[LabelRequest]) -> list[AttemptedRow]:
         """One result per request, in order. Raises FleetUnstable once replicas die, hang or answer
         wrongly and hardly answer anything else."""
-        rows = await self._answer(requests)
+        return await self._ask_failed_again(requests, await self._answer(requests))
+
+    async def dispatch_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool, call_rows: int
+    ) -> list[AttemptedRow]:
+        """As `dispatch`, for a control block. Where it finds no replica that measures it, its rows
+        are answered as any others, in calls of `call_rows`. Raises what `dispatch` raises."""
+        measured: list[BlockAnswers] = []
+
+        async def ask(rows: Sequence[LabelRequest]) -> list[Result]:
+            measured[:] = [await self._replicas.label_block(rows, dense_first=dense_first)]
+            return measured[0].pruned
+
+        results = await self._attempt(requests, 1, ask=ask)
+        if isinstance(results, CallFault):
+            calls = [requests[at : at + call_rows] for at in range(0, len(requests), call_rows)]
+            again = await asyncio.gather(*(self._answer(call, attempts=1) for call in calls))
+            answers = [replace(row, in_block=True) for rows in again for row in rows]
+        else:
+            answers = _pair(requests, results, measured[0])
+        return await self._ask_failed_again(requests, answers)
+
+    async def _ask_failed_again(
+        self, requests: Sequence[LabelRequest], rows: list[AttemptedRow]
+    ) -> list[AttemptedRow]:
         failed = [n for n, row in enumerate(rows) if row.result.error_code == InferenceFailed.code]
         if failed:
             # What fails one row of a step fails all of them, and may pass: out of memory does.
@@ -94,13 +124,21 @@ class Dispatcher:
         return rows
 
     async def _ask_again(self, request: LabelRequest, failed: AttemptedRow) -> AttemptedRow:
-        (row,) = await self._answer([_uncontrolled(request)])
-        return replace(row, attempts=row.attempts + failed.attempts)
+        (row,) = await self._answer([request])
+        return replace(
+            row,
+            attempts=row.attempts + failed.attempts,
+            in_block=failed.in_block,
+            discarded_seconds=failed.discarded_seconds + failed.result.seconds,
+        )
 
-    async def _answer(self, requests: Sequence[LabelRequest]) -> list[AttemptedRow]:
-        """First beside other calls, where a fault may be anybody's doing; then in quarantine."""
+    async def _answer(
+        self, requests: Sequence[LabelRequest], attempts: int = 0
+    ) -> list[AttemptedRow]:
+        """First beside other calls, where a fault may be anybody's doing; then in quarantine.
+        attempts: that ended in a fault before."""
         shared = max(1, self._max_attempts - 1)
-        for attempt in range(1, shared + 1):
+        for attempt in range(attempts + 1, shared + 1):
             results = await self._attempt(requests, attempt)
             if not isinstance(results, CallFault):
                 return [AttemptedRow(result=result, attempts=attempt) for result in results]
@@ -120,7 +158,7 @@ class Dispatcher:
 
     async def _examine(self, request: LabelRequest, attempts: int) -> AttemptedRow:
         """The row's result, from calls of its own."""
-        request, answered = _uncontrolled(request), self._answered_rows
+        answered = self._answered_rows
         kills = faults = 0
         while True:
             outcome, attempts = await self._attempt_alone([request], attempts)
@@ -168,9 +206,15 @@ class Dispatcher:
                 return outcome, attempts
 
     async def _attempt(
-        self, requests: Sequence[LabelRequest], attempt: int, *, alone: bool = False
+        self,
+        requests: Sequence[LabelRequest],
+        attempt: int,
+        *,
+        alone: bool = False,
+        ask: Ask | None = None,
     ) -> list[Result] | CallFault:
-        """The results, or why there are none: after a pause, and paid from the budget."""
+        """The results, or why there are none: after a pause, and paid from the budget. ask: see
+        `send`."""
         if alone:
             self._budget.check()
             generation = self._budget.generation
@@ -181,7 +225,7 @@ class Dispatcher:
             async with self._admission.admit(len(requests), size, again=attempt > 1):
                 self._budget.check()
                 generation = self._budget.generation
-                outcome = await self._send(requests, alone=False)
+                outcome = await self._send(requests, alone=False, ask=ask)
         if isinstance(outcome, CallFault):
             self._note(outcome, requests, attempt)
             hung = outcome.kind in (FaultKind.HUNG, FaultKind.REFUSED)
@@ -191,7 +235,7 @@ class Dispatcher:
         return outcome
 
     async def _send(
-        self, requests: Sequence[LabelRequest], *, alone: bool
+        self, requests: Sequence[LabelRequest], *, alone: bool, ask: Ask | None = None
     ) -> list[Result] | CallFault:
         """Sends a call, as often as it is refused: until nothing was answered for as long as a call
         may take."""
@@ -199,10 +243,11 @@ class Dispatcher:
         first, refusals = now(), 0
         while True:
             sent, deadline = now(), self._deadline.seconds
-            outcome = await send(self._replicas, requests, alone=alone, deadline=deadline)
+            outcome = await send(self._replicas, requests, alone=alone, deadline=deadline, ask=ask)
             if not isinstance(outcome, CallFault):
-                if any(result.error_code is None for result in outcome):
-                    # Rows that the model never saw say nothing about how long it takes.
+                if ask is None and any(result.error_code is None for result in outcome):
+                    # Rows that the model never saw say nothing about how long it takes, and blocks
+                    # take longer.
                     self._deadline.observe(now() - sent)
                 self._answered_at = now()
                 self._note_answers(requests, outcome)
@@ -220,7 +265,7 @@ class Dispatcher:
         self._budget.refill(len(results))
         for request, result in zip(requests, results, strict=True):
             if result.error_code is None:
-                self._known_good = _uncontrolled(request)
+                self._known_good = request
                 break
 
     def _note(self, fault: CallFault, requests: Sequence[LabelRequest], attempt: int) -> None:
@@ -245,6 +290,25 @@ class Dispatcher:
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
 
-def _uncontrolled(request: LabelRequest) -> LabelRequest:
-    """The row by itself is no control: its seconds would be those of a batch of one."""
-    return replace(request, control=False)
+def _pair(
+    requests: Sequence[LabelRequest], results: Sequence[Result], block: BlockAnswers
+) -> list[AttemptedRow]:
+    """The rows of a block with their dense twins: those that were answered both ways, if they are
+    half of the block at least."""
+    twins = {result.id: result for result in block.dense or () if result.error_code is None}
+    paired = [result.error_code is None and result.id in twins for result in results]
+    spoiled = block.dense is None or 2 * sum(paired) < len(requests)
+    discarded = block.discarded_seconds
+    discarded += sum(
+        result.seconds for result in block.dense or () if spoiled or result.id not in twins
+    )
+    return [
+        AttemptedRow(
+            result=result,
+            attempts=1,
+            in_block=True,
+            dense=twins[result.id] if both and not spoiled else None,
+            discarded_seconds=discarded / len(requests),
+        )
+        for result, both in zip(results, paired, strict=True)
+    ]

@@ -1,13 +1,12 @@
 """The Ray Data stage between reader and sink: units in, labelled units out, every row once.
 
 One or a few CPU actors run it. Calls of several units overlap, so that replicas stay full from one
-unit to the next. Control rows are sent in calls of their own, to be timed pruned and dense.
+unit to the next. Few units hold a control block, which one replica answers both ways.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,19 +18,24 @@ import structlog
 from ray import serve
 from ray.data import ActorPoolStrategy, Dataset
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.config import RunConfig
-from cluster.controller import RunName, report_event, stop_reason
+from cluster.controller import RunName, may_measure, report_event, stop_reason
 from cluster.corpus.packed import PACKED_SCHEMA, pack_unit, unpack_units
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.table import input_rows
 from cluster.errors import ErrorShareExceeded, PromptInvalid
-from cluster.protocol import BatchReplicas, LabelRequest, call_rows, row_error_result, rows_waiting
+from cluster.protocol import (
+    BatchReplicas,
+    LabelRequest,
+    call_rows,
+    row_error_result,
+    rows_waiting,
+)
 from cluster.runs.admission import Admission
-from cluster.runs.control_sample import ControlSample
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from cluster.runs.replica_wait import ReplicaWait
 from cluster.schema import (
-    COST_FIELD,
     PLANNED_FIELD,
     UNIT_FIELD,
     is_internal,
@@ -39,6 +43,7 @@ from cluster.schema import (
 )
 from cluster.serving.client import ServeReplicas
 from cluster.serving.serve_state import live_replicas
+from sppruner.cost import PARTS, RowCost
 from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
@@ -66,12 +71,12 @@ class LabellerSettings:
 
     name: RunName
     """The run, for logs, control sampling and committed rows."""
-    first_unit: str
-    """Id of the run's first unit, which always has control rows."""
     config: RunConfig
     """The run's settings."""
     model_revision: str
     """Content hash or commit of the model, for committed rows."""
+    control: ControlPlan | None = None
+    """The control blocks that the run may have; None for none."""
     app: str
     """The Serve application of the replicas."""
     deployment: str
@@ -144,12 +149,8 @@ class Labeller:
         self._name = settings.name
         self._config = settings.config
         self._settings = settings
-        self._control = ControlSample(
-            settings.name.run_id,
-            # A dense run is its own control.
-            share=0.0 if settings.config.spec.is_dense else settings.config.control_share,
-            first_unit=settings.first_unit,
-        )
+        # One at a time: while a replica answers a block, other batch rows of it wait.
+        self._measuring = asyncio.Lock()
         if replicas is None:
             handle = serve.get_deployment_handle(settings.deployment, settings.app)
             replicas = ServeReplicas(handle)
@@ -219,12 +220,15 @@ class Labeller:
             return self._labelled_table(table, [], [])
         sendable = [row for row in rows if row.error is None]
         slots = self._settings.slots
-        drawn = self._control.draw(rows[0].unit, [row.number for row in sendable], slots=slots)
+        block = await self._control_block(sendable)
+        drawn = {row.number for row in block}
         plain = [row for row in sendable if row.number not in drawn]
-        control = [row for row in sendable if row.number in drawn]
-        chunks = [*_chunks(plain, call_rows(slots)), *_chunks(control, slots)]
-        calls = [[self._request(row, control=row.number in drawn) for row in c] for c in chunks]
-        attempted = await asyncio.gather(*(self._dispatcher.dispatch(call) for call in calls))
+        chunks = _chunks(plain, call_rows(slots))
+        answers = [self._dispatcher.dispatch([*map(self._request, c)]) for c in chunks]
+        if block:
+            chunks.append(block)
+            answers.append(self._measure(block))
+        attempted = await asyncio.gather(*answers)
         outcomes = {
             row.number: outcome
             for chunk, results in zip(chunks, attempted, strict=True)
@@ -237,6 +241,27 @@ class Labeller:
             "unit_labelled", run_id=self._name.run_id, unit_id=rows[0].unit, rows=len(rows)
         )
         return self._labelled_table(table, rows, [outcomes[row.number] for row in rows])
+
+    async def _control_block(self, rows: Sequence[_UnitRow]) -> Sequence[_UnitRow]:
+        """The rows to be answered both ways; none for most units."""
+        plan = self._settings.control
+        if plan is None or not rows:
+            return []
+        unit = rows[0].unit
+        drawn = set(plan.draw(unit, [row.number for row in rows]))
+        if not drawn or not await may_measure(self._name, unit):
+            return []
+        return [row for row in rows if row.number in drawn]
+
+    async def _measure(self, block: Sequence[_UnitRow]) -> list[AttemptedRow]:
+        plan = self._settings.control
+        assert plan is not None
+        async with self._measuring:
+            return await self._dispatcher.dispatch_block(
+                [*map(self._request, block)],
+                dense_first=plan.dense_first(block[0].unit),
+                call_rows=call_rows(self._settings.slots),
+            )
 
     def _unit_row(self, values: dict[str, Any]) -> _UnitRow:
         id = f"{values['_in_unit']}:{values['_in_row']}"
@@ -261,7 +286,7 @@ class Labeller:
             error=error,
         )
 
-    def _request(self, row: _UnitRow, *, control: bool) -> LabelRequest:
+    def _request(self, row: _UnitRow) -> LabelRequest:
         assert row.prompt is not None
         return LabelRequest(
             id=f"{row.unit}:{row.number}",
@@ -269,7 +294,6 @@ class Labeller:
             images=(row.image,),
             spec=self._config.spec,
             generation=self._config.generation,
-            control=control,
             media=self._config.media,
         )
 
@@ -289,8 +313,7 @@ class Labeller:
             labelled = labelled.append_column(field, output.column(field.name))
         for field in (UNIT_FIELD, PLANNED_FIELD):
             labelled = labelled.append_column(field, table.column(field.name))
-        costs = pa.array([_cost(outcome.result) for outcome in outcomes], COST_FIELD.type)
-        return labelled.append_column(COST_FIELD, costs)
+        return labelled
 
     def _values(self, row: _UnitRow, outcome: AttemptedRow) -> dict[str, Any]:
         result = outcome.result
@@ -301,6 +324,7 @@ class Labeller:
             "error_stage": result.error_stage,
             "attempts": outcome.attempts,
             "is_control": False,
+            "discarded_seconds": outcome.discarded_seconds,
             "model": self._config.model,
             "model_revision": self._settings.model_revision,
             "run_id": self._name.run_id,
@@ -310,22 +334,28 @@ class Labeller:
         if result.error_code is not None:
             # Nothing was generated: token counts and seconds are null rather than zero.
             return common
-        spec = self._config.spec
-        return common | {
-            "text": result.text,
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": result.prompt_tokens,
-            "completion_tokens": result.completion_tokens,
-            "visual_tokens": result.visual_tokens,
-            "visual_tokens_kept": result.visual_tokens_kept,
-            "kept_tokens": result.kept_tokens,
-            "prune_method": spec.method,
-            "prune_spec": spec.to_json(),
-            "seconds": result.seconds,
-            "is_control": result.control_seconds is not None,
-            "control_text": result.control_text,
-            "control_seconds": result.control_seconds,
-        }
+        spec, dense = self._config.spec, outcome.dense
+        cost = {} if result.cost is None else _cost_columns(result.cost)
+        return (
+            common
+            | cost
+            | {
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "prompt_tokens": result.prompt_tokens,
+                "completion_tokens": result.completion_tokens,
+                "visual_tokens": result.visual_tokens,
+                "visual_tokens_kept": result.visual_tokens_kept,
+                "kept_tokens": result.kept_tokens,
+                "prune_method": spec.method,
+                "prune_spec": spec.to_json(),
+                "seconds": result.seconds,
+                "device": result.device,
+                "is_control": outcome.in_block,
+                "control_text": None if dense is None else dense.text,
+                "control_seconds": None if dense is None else dense.seconds,
+            }
+        )
 
 
 def label_units(units: Dataset, settings: LabellerSettings, *, actors: int = 1) -> Dataset:
@@ -355,9 +385,12 @@ def actors_for(replicas: int) -> int:
     return ceil(replicas / _REPLICAS_PER_ACTOR)
 
 
+def _cost_columns(cost: RowCost) -> dict[str, Any]:
+    columns = cost.to_dict()
+    for name in ("flops", "flops_dense", "flops_cached"):
+        columns[name] = {part: columns[name].get(part, 0) for part in PARTS}
+    return columns
+
+
 def _chunks(rows: Sequence[_UnitRow], size: int) -> list[Sequence[_UnitRow]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _cost(result: Result) -> str | None:
-    return None if result.cost is None else json.dumps(result.cost.to_dict())

@@ -77,6 +77,13 @@ def corpus_uri(manifest: Manifest) -> str:
 
 
 def _resume(config: RunConfig, manifest: Manifest, identity: Identity) -> Manifest:
+    begun, now = (each.settings["schema_version"] for each in (manifest.identity, identity))
+    if begun != now:
+        raise SettingsChanged(
+            f"{config.output} holds a run of schema version {begun}, whose rows have other columns "
+            f"and other seconds than those of this version, {now}: finish it with the version that "
+            "began it, or choose another --output"
+        )
     if manifest.run_id != identity.run_id:
         changes = "\n  ".join(manifest.identity.changes(to=identity))
         raise SettingsChanged(

@@ -11,6 +11,7 @@ import ray
 import structlog
 from ray.exceptions import RayTaskError
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import RunConfig
 from cluster.controller import RunName, RunProgress, RunState, get_controller
@@ -44,8 +45,11 @@ class RunTracker:
         output: RunOutput,
         *,
         again: Collection[str] = (),
+        control: ControlPlan | None = None,
     ) -> None:
-        """again: committed units that this attempt labels again; they count as not done."""
+        """again: committed units that this attempt labels again; they count as not done. control:
+        blocks that the run may have."""
+        self._control = control
         self._config = config
         self._again = frozenset(again)
         self._name = RunName(manifest.run_id, output.uri)
@@ -154,6 +158,7 @@ class RunTracker:
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,
             again=sorted(self._again),
+            control=self._control,
         )
         ray.get(call, timeout=_POLL_TIMEOUT_SECONDS * 6)
         self._registered = True

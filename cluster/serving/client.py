@@ -21,7 +21,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import Busy
-from cluster.protocol import LabelRequest, Priority
+from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from sppruner.engine.interface import Result
 
 REPLICA_GONE: Final = (
@@ -65,6 +65,18 @@ class ServeReplicas:
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        """See `BatchReplicas.label_block`."""
+        response = self._handle.label_block.remote(list(requests), dense_first=dense_first)
+        try:
+            answers: BlockAnswers = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return answers
 
     async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """See `Replicas.stream`."""

@@ -98,11 +98,17 @@ class EngineThread:
             if not ended:
                 self._commands.put(partial(self._cancel, subscription))
 
-    async def settled(self) -> None:
-        """Returns once the engine is between two steps, and has dropped what was cancelled."""
+    async def settled(self, command: Callable[[Engine], None] = lambda engine: None) -> None:
+        """Returns once the engine is between two steps, has dropped what was cancelled, and carried
+        out `command`."""
         loop = asyncio.get_running_loop()
         reached = asyncio.Event()
-        self._commands.put(lambda engine: _notify(loop, reached.set))
+
+        def run(engine: Engine) -> None:
+            command(engine)
+            _notify(loop, reached.set)
+
+        self._commands.put(run)
         await reached.wait()
 
     def close(self) -> None:

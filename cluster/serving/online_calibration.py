@@ -1,9 +1,10 @@
 """Online calibration: where pruning pays, measured by an endpoint as it starts.
 
 On one small image a replica may lose more by selecting tokens than it saves in the prefill, and
-gain on a large one, or on several requests at once. The endpoint therefore times control requests
-about drawn images at some sizes and loads. A request without a pruning of its own is answered like
-the nearest of them: under the endpoint's spec where that was faster with certainty, else densely.
+gain on a large one, or on several requests at once. The endpoint therefore answers requests about
+drawn images both ways at some sizes and loads. A request without a pruning of its own is answered
+like the nearest of them: under the endpoint's spec where that was faster with certainty, else
+densely.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from typing import Any, Final
 import structlog
 
 from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.speedup import Block, nanoseconds
 from cluster.images import image_size
 from cluster.protocol import LabelRequest, Priority, Replicas
-from sppruner.engine.interface import Result, SamplingParams
-from sppruner.spec import PruneSpec
+from sppruner.engine.interface import SamplingParams
+from sppruner.spec import DENSE, PruneSpec
 from sppruner.tiny.scenes import HELD_OUT_SEED, encode_scene, sample_scene
 
 logger = structlog.get_logger(__name__)
 
 SIDES: Final = (224, 448, 896)
 """Pixels of the square images that are timed."""
-# Timed calls of each size and load, after one that is not timed.
-_CALLS: Final = 5
+# Of each size and load, after one that is not counted.
+_BLOCKS: Final = 5
 _PROMPT: Final = "Describe the image."
 _GENERATION: Final = SamplingParams(max_new_tokens=16)
 
@@ -79,33 +81,42 @@ async def calibrate_online(
     loads = sorted({1, full_load})
     for side in sides:
         for load in loads:
-            results = [
-                result
-                for number in range(1 + _CALLS)
-                for result in await _run_control_call(replicas, spec, side, load, number)
-                if number
-            ]
-            decision = BreakEven.from_results(results, decisions=len(sides) * len(loads))
+            blocks = []
+            for number in range(1 + _BLOCKS):
+                found = await _measure(replicas, spec, side, load, number)
+                blocks += found if number else []  # the first one pays for allocations
+            decision = BreakEven.from_blocks(blocks, decisions=len(sides) * len(loads))
             cells.append(Cell(pixels=side * side, load=load, decision=decision))
             logger.info("break_even", side=side, load=load, **decision.to_dict())
     return OnlineBreakEven(cells=tuple(cells))
 
 
-async def _run_control_call(
+async def _measure(
     replicas: Replicas, spec: PruneSpec, side: int, load: int, number: int
-) -> list[Result]:
-    calls = [
-        LabelRequest(
-            id=f"break-even:{side}:{load}:{number}:{row}",
-            prompt=_PROMPT,
-            images=(_drawn(side, number * load + row),),
-            spec=spec,
-            generation=_GENERATION,
-            control=True,
-        )
-        for row in range(load)
-    ]
-    return await replicas.label(calls, priority=Priority.ONLINE)
+) -> list[Block]:
+    """One block: `load` requests at once, one way and then the other, in turns. Each is about an
+    image of its own, as strangers' requests are: nothing of it is in a cache."""
+    arms = [spec, DENSE]
+    nanoseconds_of = dict.fromkeys(arms, 0)
+    device = ""
+    for arm in arms if number % 2 else arms[::-1]:
+        first = (2 * number + arms.index(arm)) * load
+        calls = [
+            LabelRequest(
+                id=f"break-even:{side}:{load}:{first + row}",
+                prompt=_PROMPT,
+                images=(_drawn(side, first + row),),
+                spec=arm,
+                generation=_GENERATION,
+            )
+            for row in range(load)
+        ]
+        for result in await replicas.label(calls, priority=Priority.ONLINE):
+            if result.error_code is not None:
+                return []
+            nanoseconds_of[arm] += nanoseconds(result.seconds)
+            device = result.device or ""
+    return [Block(nanoseconds_of[spec], nanoseconds_of[DENSE], load, device)]
 
 
 def _drawn(side: int, number: int) -> bytes:

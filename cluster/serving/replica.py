@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -21,12 +21,22 @@ import torch
 
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
 from cluster.images.decoders import Decoders, DecodingUnavailable
-from cluster.protocol import LabelRequest, Priority, row_error_result, rows_held
+from cluster.protocol import (
+    BlockAnswers,
+    LabelRequest,
+    Priority,
+    call_rows,
+    row_error_result,
+    rows_held,
+)
+from cluster.serving.control_blocks import ControlBlocks
 from cluster.serving.deadline import Deadline
 from cluster.serving.decoded_pictures import DecodedPictures
+from cluster.serving.devices import device_name
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
+from cluster.serving.row_clock import RowClock, RowTimer
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result
 
@@ -104,6 +114,9 @@ class VLMReplica:
             raise
         self._engine = self._thread.engine
         self._occupancy = Occupancy()
+        self._clock = RowClock()
+        self._device = device_name(settings.device)
+        self._control = ControlBlocks(self._answer_arm, self._thread)
         self._closing = False
         self._pictures = DecodedPictures(rows=self._engine.slots, calls=_BATCH_DECODERS)
         self._batch_rows_in_flight = 0
@@ -120,22 +133,32 @@ class VLMReplica:
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         """One result per request, in order. Raises Busy where batch rows exceed what the replica
         holds, and while a call runs alone; online calls wait for that one, and are bounded by
-        Serve's max_ongoing_requests alone."""
+        Serve's max_ongoing_requests alone. Batch calls wait while a control block is answered."""
         if priority is Priority.ONLINE:
-            async with self._occupancy.shared():
-                return await self._label(requests, priority)
+            with self._control.spoiled_by_online():
+                async with self._occupancy.shared():
+                    return await self._label(requests, priority)
         if self._occupancy.taken:
             raise Busy("another call runs alone")
         held, most = self._batch_rows_in_flight, rows_held(self._engine.slots)
         # A call larger than the limit still runs on an idle replica: refusing it for ever is worse.
         if held and held + len(requests) > most:
             raise Busy(f"{held} batch rows in flight of {most}")
-        self._batch_rows_in_flight += len(requests)
-        try:
-            async with self._occupancy.shared():
+        with self._holding(requests):
+            async with self._control.beside(), self._occupancy.shared():
                 return await self._label(requests, priority)
-        finally:
-            self._batch_rows_in_flight -= len(requests)
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        """See `BatchReplicas.label_block`. Online requests are answered meanwhile as ever: one of
+        them spoils the block, whose dense answers are dropped at once. Raises Busy while a call
+        runs alone, or another block is answered."""
+        if self._occupancy.taken:
+            raise Busy("another call runs alone")
+        with self._holding(requests):
+            async with self._control.alone(), self._occupancy.shared():
+                return await self._control.measure(requests, dense_first=dense_first)
 
     async def label_alone(
         self, requests: Sequence[LabelRequest]
@@ -150,21 +173,26 @@ class VLMReplica:
 
     async def stream(self, request: LabelRequest) -> AsyncIterator[str | Result]:
         """The text of an online request piece by piece, then its result."""
-        async with self._occupancy.shared(), aclosing(self._stream(request)) as pieces:
-            async for piece in pieces:
-                yield piece
+        with self._control.spoiled_by_online():
+            async with self._occupancy.shared(), aclosing(self._stream(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def _stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
-        item = await self._decode(request, Priority.ONLINE)
-        if isinstance(item, Result):
-            yield item
-            return
-        async with aclosing(self._thread.updates(replace(item, stream=True))) as updates:
-            async for update in updates:
-                if update.text:
-                    yield update.text
-                if update.result is not None:
-                    yield self._record(update.result)
+        timer = self._clock.start()
+        try:
+            item = await self._decode(request, Priority.ONLINE)
+            if isinstance(item, Result):
+                yield item
+                return
+            async with aclosing(self._thread.updates(replace(item, stream=True))) as updates:
+                async for update in updates:
+                    if update.text:
+                        yield update.text
+                    if update.result is not None:
+                        yield self._record(update.result, timer)
+        finally:
+            timer.stop()
 
     async def stats(self) -> ReplicaStats:
         """Counters as of now."""
@@ -202,22 +230,43 @@ class VLMReplica:
         for decoders in self._decoders.values():
             decoders.close()
 
+    @contextmanager
+    def _holding(self, requests: Sequence[LabelRequest]) -> Iterator[None]:
+        self._batch_rows_in_flight += len(requests)
+        try:
+            yield
+        finally:
+            self._batch_rows_in_flight -= len(requests)
+
+    async def _answer_arm(self, requests: Sequence[LabelRequest]) -> list[Result]:
+        """Rows of a control block, in calls of the length that the replica has otherwise."""
+        size = call_rows(self._engine.slots)
+        calls = [requests[start : start + size] for start in range(0, len(requests), size)]
+        answered = await asyncio.gather(*(self._label(call, Priority.BATCH) for call in calls))
+        return [result for results in answered for result in results]
+
     async def _label(self, requests: Sequence[LabelRequest], priority: Priority) -> list[Result]:
-        if priority is Priority.ONLINE:  # Bounded by Serve, and never waits for batch rows.
-            decoded = await self._decode_call(requests, priority)
-            return await asyncio.gather(*(self._answer(item) for item in decoded))
         with ExitStack() as stack:
+            timers = [self._clock.start() for _ in requests]
+            for timer in timers:
+                stack.callback(timer.stop)  # also of a row whose answer was never begun
+            if priority is Priority.ONLINE:  # Bounded by Serve, and never waits for batch rows.
+                decoded = await self._decode_call(requests, priority)
+                timed = zip(decoded, timers, strict=True)
+                return await asyncio.gather(*(self._answer(item, timer) for item, timer in timed))
             async with self._pictures.turn():
                 decoded = await self._decode_call(requests, priority)
                 releases = [self._pictures.hold(item) for item in decoded]
                 for release in releases:
-                    stack.callback(release)  # also of a row whose answer was never begun
-            held = zip(decoded, releases, strict=True)
-            return await asyncio.gather(*(self._answer_held(item, free) for item, free in held))
+                    stack.callback(release)
+            held = zip(decoded, timers, releases, strict=True)
+            return await asyncio.gather(*(self._answer_held(*one) for one in held))
 
-    async def _answer_held(self, item: Request | Result, release: Callable[[], None]) -> Result:
+    async def _answer_held(
+        self, item: Request | Result, timer: RowTimer, release: Callable[[], None]
+    ) -> Result:
         try:
-            return await self._answer(item)
+            return await self._answer(item, timer)
         finally:
             release()
 
@@ -247,20 +296,20 @@ class VLMReplica:
             system=request.system,
             spec=request.spec,
             generation=request.generation,
-            control=request.control,
             priority=priority,
         )
 
-    async def _answer(self, item: Request | Result) -> Result:
+    async def _answer(self, item: Request | Result, timer: RowTimer) -> Result:
         if isinstance(item, Result):
-            return item
+            return replace(item, seconds=timer.stop())
         result = await self._thread.answer(item)
         if result.id != item.id:  # nobody may get another's answer: this engine mixes them up
             _handle_fault(EngineBroken(f"the engine answered {result.id!r} for {item.id!r}"))
-        return self._record(result)
+        return self._record(result, timer)
 
-    def _record(self, result: Result) -> Result:
+    def _record(self, result: Result, timer: RowTimer) -> Result:
         self._rows += 1
+        result = replace(result, seconds=timer.stop(), device=self._device)
         if result.error_code is not None and result.error_stage is None:
             # An engine of somebody else's, which did not say: the row failed while it had it.
             result = replace(result, error_stage=InferenceFailed.stage)

@@ -1,4 +1,4 @@
-"""The batch job that suites time: captions with 22.2 % of the visual tokens, no control rows."""
+"""The batch job that suites time: captions with 22.2 % of the visual tokens, nothing measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_caption_config(corpus: str, output: str, model: str, **more: Any) -> R
         model=model,
         prompt=CAPTION_PROMPT,
         spec=SPEC,
-        control_share=0.0,
+        control_blocks=0,
         **more,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sppruner.cost.decoder_cost import DecoderCost
+from sppruner.errors import SpecError
 
 PARTS = ("vision", "projector", "pruner", "prefill", "decode")
 """The parts of a row's FLOPs, in the order in which they run."""
@@ -52,6 +53,12 @@ class RowCost:
     """The same without pruning."""
     flops_cached: Mapping[str, int] = field(default_factory=dict)
     """FLOPs of `flops` that this row did not cost, since a cache held their result."""
+
+    def __post_init__(self) -> None:
+        for flops in (self.flops, self.flops_dense, self.flops_cached):
+            unknown = flops.keys() - set(PARTS)
+            if unknown:
+                raise SpecError(f"FLOPs of {sorted(unknown)}: the parts are {', '.join(PARTS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""

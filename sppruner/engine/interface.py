@@ -131,6 +131,9 @@ class Result:
     """The request's share of wall seconds: each batch or step it took part in, divided by the
     requests in it."""
 
+    device: str | None = None
+    """Kind of device that answered, such as "NVIDIA H200"; None where nobody said."""
+
     cost: RowCost | None = None
     """Modelled cost, from the model's config alone; None on error."""
 

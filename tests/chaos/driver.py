@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     def config(*args: Any, **more: Any) -> RunConfig:
         built = build_config(*args, **more)
         return replace(
-            built, unit_rows=given["unit_rows"], slots=SLOTS, control_share=0.1, max_attempts=2
+            built, unit_rows=given["unit_rows"], slots=SLOTS, control_blocks=3, max_attempts=2
         )
 
     run_module.fleet_settings, labelling_cli.build_config = fleet_settings, config

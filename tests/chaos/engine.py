@@ -31,7 +31,7 @@ RETAIN: Final = 0.25
 SLOTS: Final = 4
 """Requests that one of these engines answers at once."""
 COST: Final = RowCost(
-    flops={"vision": 3, "decoder": 5}, flops_dense={"vision": 3, "decoder": 11},
+    flops={"vision": 3, "prefill": 5}, flops_dense={"vision": 3, "prefill": 11},
     kv_bytes=7, kv_bytes_dense=17,
 )  # fmt: skip
 """Modelled cost of every answer."""
@@ -74,11 +74,12 @@ class ChaosEngine(FakeEngine):
     def _answer(self, request: Request) -> Result:
         result = super()._answer(request)
         (image,) = request.images
-        hashed, kept = image_hash(image), result.visual_tokens_kept
-        assert kept is not None
-        control = _control_text(hashed, request.prompt) if request.control else None
-        text = _text(hashed, request.prompt, kept)
-        return replace(result, text=text, control_text=control, cost=COST)
+        hashed = image_hash(image)
+        if request.spec.is_dense:
+            text = _control_text(hashed, request.prompt)
+        else:
+            text = _text(hashed, request.prompt, result.visual_tokens_kept)
+        return replace(result, text=text, cost=COST)
 
     def _take(self, kind: str) -> bool:
         for file in self._signals.glob(f"{kind}-*"):

@@ -43,6 +43,7 @@ def read(row: dict[str, Any]) -> dict[str, Any]:
         "kept_tokens": first_kept(25, 100),
         "attempts": 2 if code == "inference_failed" else 1,
         "is_control": False,
+        "control_text": None,
         "question": row["_in_prompt"],
         "answer": text,
     }

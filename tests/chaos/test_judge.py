@@ -38,7 +38,8 @@ _SCHEMA = pa.schema(
         *[(name, pa.int32()) for name in ("visual_tokens", "visual_tokens_kept", "unit_row")],
         *[(name, pa.string()) for name in ("run_id", "unit_id", "control_text")],
         *[(name, pa.string()) for name in ("question", "answer", "note")],
-        *[(name, pa.float64()) for name in ("seconds", "control_seconds")],
+        *[(name, pa.float64()) for name in ("seconds", "control_seconds", "discarded_seconds")],
+        ("device", pa.string()),
         ("kept_tokens", pa.binary()),
         ("is_control", pa.bool_()),
     ]
@@ -50,7 +51,8 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
     rows = []
     for number, true in enumerate(row for row in corpus.rows if not row.optional):
         answered = TEXT in true.outcomes
-        control = answered and number % 8 == 0
+        control = answered and number % 8 < 2
+        measured = control and number // 8 != 1  # its block is spoiled
         rows.append(
             {
                 "key": true.key,
@@ -58,8 +60,10 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
                 "answer": true.text,
                 "note": true.note,
                 "kept_tokens": first_kept(25, 100) if answered else None,
-                "control_text": true.control if control else None,
-                "control_seconds": 0.02 if control else None,
+                "control_text": true.control if measured else None,
+                "control_seconds": 0.02 if measured else None,
+                "discarded_seconds": 0.0 if measured else 0.5,
+                "device": "cpu" if answered else None,
                 corpus.serial_column: true.serial,
                 "text": true.text if answered else None,
                 "error_code": None if answered else min(true.outcomes),
@@ -81,6 +85,8 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
 
 def ledger(rows: list[Row]) -> dict[str, Any]:
     answered = [row for row in rows if row["error_code"] is None]
+    controls = [row for row in answered if row["is_control"]]
+    measured = [row for row in controls if row["control_seconds"] is not None]
     return {
         "rows": len(rows),
         "failed": dict(Counter(row["error_code"] for row in rows if row["error_code"])),
@@ -88,23 +94,33 @@ def ledger(rows: list[Row]) -> dict[str, Any]:
         "recomputed": sum(row["attempts"] > 1 for row in rows),
         **{name: sum(row[name] or 0 for row in answered) for name in TOKENS},
         "nanoseconds": round(sum(row["seconds"] for row in answered) * 1e9),
-        "control_pairs": [[10_000_000, 20_000_000] for row in answered if row["is_control"]],
+        "blocks": [[10_000_000 * len(measured), 20_000_000 * len(measured), len(measured), "cpu"]]
+        if measured
+        else [],
+        "blocks_spoiled": int(bool(controls) and not measured),
+        "control_nanoseconds": 20_000_000 * len(measured) + discarded(controls),
+        "retry_nanoseconds": discarded([row for row in rows if not row["is_control"]]),
         "agreements": agreements(rows),
         **modelled(len(answered)),
     }
 
 
+def discarded(rows: list[Row]) -> int:
+    return sum(round(row["discarded_seconds"] * 1e9) for row in rows)
+
+
 def agreements(rows: list[Row]) -> int:
-    return sum(row["is_control"] and row["text"] == row["control_text"] for row in rows)
+    measured = [row for row in rows if row["control_seconds"] is not None]
+    return sum(row["text"] == row["control_text"] for row in measured)
 
 
 def modelled(answered: int) -> dict[str, Any]:
-    flops = {"flops": {"vision": 3, "decoder": 5}, "flops_dense": {"vision": 3, "decoder": 11}}
+    flops = {"flops": {"vision": 3, "prefill": 5}, "flops_dense": {"vision": 3, "prefill": 11}}
     sums = {
         name: {part: value * answered for part, value in parts.items()} if answered else {}
         for name, parts in flops.items()
     }
-    return sums | {"kv_bytes": 7 * answered, "kv_bytes_dense": 17 * answered}
+    return sums | {"flops_cached": {}, "kv_bytes": 7 * answered, "kv_bytes_dense": 17 * answered}
 
 
 def summary(corpus: Corpus, rows: list[Row]) -> dict[str, Any]:
@@ -122,7 +138,7 @@ def summary(corpus: Corpus, rows: list[Row]) -> dict[str, Any]:
         "unread_bytes": 600 if corpus.is_damaged else 0,
         "modelled": modelled(len(rows) - sum(total["failed"].values())),
         "measured": {
-            "control_rows": len(total["control_pairs"]),
+            "control_rows": sum(row["control_seconds"] is not None for row in rows),
             "control_agreements": total["agreements"],
         },
         **{name: total[name] for name in TOKENS},
@@ -191,7 +207,10 @@ def change(serial: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
 
 
 def error(code: str) -> dict[str, Any]:
-    gone = dict.fromkeys(("text", "answer", "visual_tokens", "visual_tokens_kept", "seconds"))
+    gone = dict.fromkeys(
+        ("text", "answer", "visual_tokens", "visual_tokens_kept", "seconds", "device",
+         "control_text", "control_seconds")
+    )  # fmt: skip
     return {**gone, "error_code": code, "error_message": "?", "is_control": False}
 
 

@@ -51,7 +51,8 @@ class FakeEngine(QueuedEngine):
     "stageless" one that does not say where the row failed.
 
     seconds: duration of a batch. journal: path of a file that receives one line per batch, the ids
-    of its rows with a * after those of control rows. reduced: the scale of every JPEG.
+    of its rows with a * after those of dense ones, and a line "cleared" where caches were cleared.
+    reduced: the scale of every JPEG.
     """
 
     model_revision = "fake-1"
@@ -84,10 +85,15 @@ class FakeEngine(QueuedEngine):
     def warm_up(self) -> None:
         """Nothing to warm."""
 
+    def clear_caches(self) -> None:
+        if self.journal:
+            with Path(self.journal).open("a") as file:
+                file.write("cleared\n")
+
     def answer_batch(self, requests: list[Request]) -> list[Result]:
         if self.journal:
             with Path(self.journal).open("a") as file:
-                file.write(" ".join(f"{r.id}{'*' * r.control}" for r in requests) + "\n")
+                file.write(" ".join(f"{r.id}{'*' * r.spec.is_dense}" for r in requests) + "\n")
         time.sleep(2.0 if any(r.prompt == "slow" for r in requests) else self.seconds)
         if any(request.prompt == "hang" for request in requests):
             time.sleep(600)
@@ -124,6 +130,4 @@ class FakeEngine(QueuedEngine):
             visual_tokens_kept=kept,
             kept_tokens=first_kept(kept, total),
             seconds=0.01,
-            control_text=f"{system}{hashes} kept {total}" if request.control else None,
-            control_seconds=0.02 if request.control else None,
         )

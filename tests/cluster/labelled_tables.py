@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.output.checks import ExpectedUnits
-from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, output_schema
+from cluster.schema import PLANNED_FIELD, UNIT_FIELD, output_schema
 from sppruner.spec import Budget, PruneSpec
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
@@ -38,6 +38,7 @@ def row(number: int, **values: Any) -> dict[str, Any]:
         "prune_spec": SPEC.to_json(),
         "seconds": 0.5,
         "is_control": False,
+        "discarded_seconds": 0.0,
         "run_id": "run",
         "unit_id": "unit",
         "unit_row": number,
@@ -49,5 +50,5 @@ def row(number: int, **values: Any) -> dict[str, Any]:
 
 def table(*rows: dict[str, Any]) -> pa.Table:
     schema = output_schema(EXPECTED.source_schema, EXPECTED.kind)
-    extra = [UNIT_FIELD, PLANNED_FIELD, COST_FIELD]
+    extra = [UNIT_FIELD, PLANNED_FIELD]
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*schema, *extra]))

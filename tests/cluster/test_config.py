@@ -30,7 +30,6 @@ SETTINGS: dict[str, list[Any]] = {
     "limit": [None, 7],
     "unit_rows": [1, 512],
     "unit_bytes": [5, 2**30],
-    "control_share": [0.0, 1.0],
     "auto": [False, True],
     "dtype": ["auto", "bfloat16"],
     "image_column": [None, "picture"],

@@ -76,14 +76,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec=SPEC,
         generation=SamplingParams(max_new_tokens=2),
         unit_rows=2,
-        control_share=0.0,
     )
     revision = resolve_model(EMBEDDED).revision
     labels = RunOutput.open(run.output)
     plan = plan_run(run, labels, model_revision=revision, image_backend="pil")
     settings = LabellerSettings(
         name=RunName(plan.run_id, labels.uri),
-        first_unit=plan.units[0].unit_id,
         config=run,
         model_revision=revision,
         app="",

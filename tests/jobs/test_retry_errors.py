@@ -55,7 +55,6 @@ def commit_unreadable(corpus: str, labels: str) -> int:
     )
     settings = LabellerSettings(
         name=RunName(manifest.run_id, labels),
-        first_unit=manifest.units[0].unit_id,
         config=config,
         model_revision=model.revision,
         app="",

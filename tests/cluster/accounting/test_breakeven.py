@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.speedup import MeasuredRatio
-from sppruner.engine.interface import Result
+from cluster.accounting.speedup import Block, MeasuredRatio
 from sppruner.spec import DENSE, Budget, PruneSpec
 
 SPEC = PruneSpec(method="grid", budget=Budget(ratio=0.5))
 
 
 def measured_decision(low: float | None, high: float | None = 9.0) -> BreakEven:
-    return BreakEven(measured=MeasuredRatio(ratio=1.5, low=low, high=high, rows=8, batches=2))
+    return BreakEven(measured=MeasuredRatio(ratio=1.5, low=low, high=high, rows=8, blocks=2))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +37,16 @@ def test_a_decision_round_trips_through_json(decision: BreakEven) -> None:
     assert BreakEven.from_dict(decision.to_dict()) == decision
 
 
-def test_control_rows_that_failed_are_not_measured() -> None:
-    answered = Result(id="a", text="x", seconds=1.0, control_seconds=2.0)
-    failed = Result(id="b", text=None, error_code="image_missing")
-    measured = BreakEven.from_results([answered, failed]).measured
-    assert measured is not None
-    assert (measured.ratio, measured.rows) == (2.0, 1)
-    assert BreakEven.from_results([failed]).measured is None
+def test_a_decision_of_an_earlier_version_is_read() -> None:
+    old = {"ratio": 1.5, "low": 1.2, "high": 1.9, "rows": 96, "batches": 6}
+    measured = BreakEven.from_dict({"pays": True, "measured": old}).measured
+    assert measured == MeasuredRatio(ratio=1.5, low=1.2, high=1.9, rows=96, blocks=6)
+
+
+def test_of_several_decisions_each_takes_more() -> None:
+    blocks = [Block(10, 20 + n % 3, 8) for n in range(6)]
+    alone, one_of_six = (BreakEven.from_blocks(blocks, decisions=n).measured for n in (1, 6))
+    assert alone is not None
+    assert one_of_six is not None
+    assert (one_of_six.low or 0) < (alone.low or 0) < (alone.high or 0) < (one_of_six.high or 0)
+    assert BreakEven.from_blocks([]).measured is None

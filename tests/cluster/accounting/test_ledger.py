@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.accounting.ledger import RunLedger, UnitLedger, unit_ledger
+from cluster.accounting.speedup import Block
 from cluster.report.terminal import format_saving
-from cluster.schema import COST_FIELD, OUTPUT_FIELDS
+from cluster.schema import OUTPUT_FIELDS
 from sppruner.cost import RowCost
 
 COST = RowCost(
@@ -21,6 +22,7 @@ COST = RowCost(
     kv_bytes=5,
     kv_bytes_dense=20,
 )
+SLOWER = [(40, 10), (40, 11), (40, 12), (41, 10), (41, 11)]
 NAMES = st.sampled_from(["vision", "prefill", "decode"])
 NUMBERS = st.integers(0, 2**50)
 LEDGERS = st.builds(
@@ -34,7 +36,17 @@ LEDGERS = st.builds(
     flops=st.dictionaries(NAMES, NUMBERS),
     flops_dense=st.dictionaries(NAMES, NUMBERS),
     kv_bytes=NUMBERS,
-    control_pairs=st.lists(st.tuples(st.integers(1, 10**12), st.integers(1, 10**12))).map(tuple),
+    blocks=st.lists(
+        st.builds(
+            Block,
+            st.integers(1, 10**12),
+            st.integers(1, 10**12),
+            st.integers(1, 512),
+            st.sampled_from(["", "cpu", "gpu"]),
+        )
+    ).map(tuple),
+    nanoseconds_by_device=st.dictionaries(st.sampled_from(["cpu", "gpu"]), NUMBERS),
+    control_nanoseconds=NUMBERS,
     agreements=NUMBERS,
 )
 
@@ -49,7 +61,7 @@ def output_row(**values: Any) -> dict[str, Any]:
         "completion_tokens": 12,
         "seconds": 0.25,
         "is_control": False,
-        "_out_cost": json.dumps(COST.to_dict()),
+        **COST.to_dict(),
     }
     return columns | values
 
@@ -59,7 +71,7 @@ def failed_row(code: str, **values: Any) -> dict[str, Any]:
 
 
 def output_table(*rows: dict[str, Any]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=pa.schema([*OUTPUT_FIELDS, COST_FIELD]))
+    return pa.Table.from_pylist(list(rows), schema=pa.schema(OUTPUT_FIELDS))
 
 
 def test_rows_are_counted_by_outcome_and_only_successful_rows_are_summed() -> None:
@@ -83,28 +95,59 @@ def test_rows_are_counted_by_outcome_and_only_successful_rows_are_summed() -> No
     assert sum(ledger.flops_dense.values()) == 2 * 100
 
 
-def test_seconds_of_dense_control_passes_are_separate_from_the_rows_seconds() -> None:
-    control = {"is_control": True, "control_seconds": 0.75}
+def test_what_measuring_and_asking_again_cost_is_beside_the_rows_seconds() -> None:
+    control = {"is_control": True, "control_seconds": 0.75, "device": "H200"}
     ledger = unit_ledger(
         output_table(
             output_row(control_text="a cat", **control),
-            output_row(control_text="a dog", **control),
-            output_row(),
+            output_row(control_text="a dog", discarded_seconds=0.5, **control),
+            output_row(discarded_seconds=0.125, attempts=2),
             failed_row("inference_failed", **control),
         )
     )
     assert ledger.seconds == pytest.approx(0.75)
-    assert ledger.control_seconds == pytest.approx(1.5)
-    assert (ledger.control_rows, ledger.agreements) == (2, 1)
+    assert ledger.blocks == (Block(500_000_000, 1_500_000_000, 2, "H200"),)
+    assert ledger.control_seconds == pytest.approx(1.5 + 0.5)
+    assert ledger.retry_seconds == pytest.approx(0.125)
+    assert (ledger.control_rows, ledger.agreements, ledger.blocks_spoiled) == (2, 1, 0)
+    assert ledger.nanoseconds_by_device == {"H200": 500_000_000}
+
+
+def test_a_block_without_dense_answers_is_spoiled_and_its_cost_counts() -> None:
+    rows = [output_row(is_control=True, discarded_seconds=0.25) for _ in range(4)]
+    ledger = unit_ledger(output_table(*rows, output_row()))
+    assert (ledger.blocks, ledger.blocks_spoiled, ledger.control_rows) == ((), 1, 0)
+    assert ledger.control_seconds == pytest.approx(1.0)
+
+
+def test_rows_that_caches_served_are_counted() -> None:
+    ledger = unit_ledger(
+        output_table(
+            output_row(flops_cached={"vision": 10}),
+            output_row(flops_cached={"vision": 10, "pruner": 3, "prefill": 15}),
+            output_row(flops_cached={}),
+        )
+    )
+    assert ledger.flops_cached == {"vision": 20, "pruner": 3, "prefill": 15}
+    assert (ledger.images_cached, ledger.prefixes_cached) == (2, 1)
+    assert ledger.flops["prefill"] == 60, "as if there were no caches"
+
+
+def test_a_ledger_of_schema_version_2_has_its_batches_as_blocks() -> None:
+    """Rows of one batch had equal seconds, since these were those of the batch shared out."""
+    old = {"rows": 7, "control_pairs": [[40, 100]] * 4 + [[50, 110]] * 2, "agreements": 5}
+    ledger = UnitLedger.from_json(json.dumps(old))
+    assert sorted(ledger.blocks) == [Block(100, 220, 2), Block(160, 400, 4)]
+    assert (ledger.control_rows, ledger.control_nanoseconds) == (6, 620)
 
 
 def test_negative_savings_are_reported_as_negative() -> None:
     cost = RowCost(flops={"pruner": 9}, flops_dense={"prefill": 2}, kv_bytes=0, kv_bytes_dense=0)
-    ledger = unit_ledger(output_table(output_row(_out_cost=json.dumps(cost.to_dict()))))
+    ledger = unit_ledger(output_table(output_row(**cost.to_dict())))
     assert (ledger.flops, ledger.flops_dense) == ({"pruner": 9}, {"prefill": 2})
     saved = format_saving(sum(ledger.flops_dense.values()), sum(ledger.flops.values()))
     assert saved == "-350.0 %"
-    slower = UnitLedger(control_pairs=((40, 10), (40, 11), (40, 12), (41, 10), (41, 11)))
+    slower = UnitLedger(blocks=tuple(Block(p, d, 8) for p, d in SLOWER))
     ratio = RunLedger.of([slower]).measured_ratio()
     assert ratio is not None
     assert ratio.high is not None

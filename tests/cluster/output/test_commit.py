@@ -27,7 +27,7 @@ from cluster.output.commit import CommitOutcome, CommitSink, commit_unit
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_file import UnitFooter, write_unit_file
 from cluster.output.unit_names import UnitNames
-from cluster.schema import COST_FIELD, PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
+from cluster.schema import PLANNED_FIELD, UNIT_FIELD, is_internal, output_schema
 from cluster.store import Store, open_store
 from jobs.make_corpus import make_corpus
 from tests.cluster.corpora import Planned, plan, put_parquet
@@ -126,7 +126,7 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
     rows = []
     for values in table.to_pylist():
         output = {"attempts": 1, "is_control": False, "run_id": run_id, "model": "m"}
-        output |= {"key": values["_in_key"], "_out_cost": None}
+        output |= {"key": values["_in_key"]}
         output |= {name: values[name] for name in (UNIT_FIELD.name, PLANNED_FIELD.name)}
         output |= {"unit_id": values["_in_unit"], "unit_row": values["_in_row"]}
         output |= {f"error_{n}": values[f"_in_error_{n}"] for n in ("code", "message", "stage")}
@@ -142,7 +142,7 @@ def labelled(table: pa.Table, *, run_id: str, kind: Kind) -> pa.Table:
         vqa = {"question": values["_in_prompt"], "answer": None} if kind == "vqa" else {}
         rows.append({**source, **output, **vqa})
     source_schema = pa.schema([field for field in table.schema if not is_internal(field.name)])
-    fields = [*output_schema(source_schema, kind), UNIT_FIELD, PLANNED_FIELD, COST_FIELD]
+    fields = [*output_schema(source_schema, kind), UNIT_FIELD, PLANNED_FIELD]
     schema = pa.schema(fields)
     return pa.Table.from_pylist(rows, schema=schema)
 

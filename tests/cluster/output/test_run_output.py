@@ -148,7 +148,7 @@ def test_a_prefix_without_a_run_has_no_manifest_and_requiring_one_is_a_usage_err
 
 
 def test_the_first_break_even_decision_is_kept(output: RunOutput) -> None:
-    measured = MeasuredRatio(ratio=2.0, low=1.5, high=2.5, rows=8, batches=3)
+    measured = MeasuredRatio(ratio=2.0, low=1.5, high=2.5, rows=8, blocks=3)
     first, second = BreakEven(measured=measured), BreakEven(measured=None)
     assert output.break_even() is None
     assert output.keep_break_even(first) == first

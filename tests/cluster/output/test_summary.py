@@ -11,6 +11,7 @@ import pytest
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.speedup import Block
 from cluster.errors import StoreError, UsageError
 from cluster.output import summary as summary_module
 from cluster.output.accuracy import Accuracy
@@ -47,7 +48,7 @@ def test_a_run_without_commits_is_incomplete_and_has_no_measurements(tmp_path: P
 
 def test_a_summary_sums_committed_units_and_counts_rows_with_shared_keys(tmp_path: Path) -> None:
     planned = plan_two_units(tmp_path)
-    commit(planned, 0, UnitLedger(rows=2, control_pairs=((1, 2),)), key=["a", "b"])
+    commit(planned, 0, UnitLedger(rows=2, blocks=(Block(1, 2, 1),)), key=["a", "b"])
     assert summarise(planned.output).state == "incomplete"
     assert summarise(planned.output).duplicate_keys == 0
 
@@ -205,7 +206,7 @@ def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path)
     columns = {"question": ["q"] * 4, "answers": [["red"]] * 4}
     planned = plan_two_units(tmp_path, kind="vqa", **columns)
     outputs = {"key": ["a", "b"], "answer": ["red", "red"], "answers": [["red"], ["red"]]}
-    ledger = UnitLedger(rows=2, control_pairs=((1, 3),), agreements=1)
+    ledger = UnitLedger(rows=2, blocks=(Block(1, 3, 1),), agreements=1)
     commit(planned, 0, ledger, **outputs)
     planned.output.keep_break_even(BreakEven(measured=None))
     planned.output.keep_dtype("bfloat16")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.accounting.ledger import RunLedger, UnitLedger
-from cluster.accounting.speedup import MeasuredRatio
+from cluster.accounting.speedup import Block, MeasuredRatio
 from cluster.output.accuracy import Accuracy
 from cluster.output.summary import Attempt, Generation, Summary
 from cluster.report.terminal import format_quantity, format_saving, render
@@ -25,7 +25,8 @@ TOTAL = UnitLedger(
     flops_dense={"vision": 100, "projector": 10, "pruner": 0, "prefill": 200, "decode": 12},
     kv_bytes=500_000,
     kv_bytes_dense=2_000_000,
-    control_pairs=((100_000_000, 250_000_000), (100_000_000, 150_000_000)),
+    blocks=(Block(100_000_000, 250_000_000, 1), Block(100_000_000, 150_000_000, 1)),
+    control_nanoseconds=400_000_000,
     agreements=1,
 )
 
@@ -35,6 +36,7 @@ def summary(**more: Any) -> Summary:
         "run_id": "abc",
         "created": "2026-01-01T00:00:00+00:00",
         "settings": {
+            "schema_version": 3,
             "model": "m",
             "model_revision": "r1",
             "spec": {"method": "sppruner", "budget": {"ratio": 0.222}, "options": {}},
@@ -85,7 +87,7 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         "busy 75 %",
         "+77.8 %",  # visual tokens
         "+75.0 %",  # prefill
-        "2.00 × on 2 control rows in 2 batches",
+        "2.00 × on 2 rows in 2 control blocks",
         "10.00 s estimated",
         "1 of 2 control rows, same text",
     ):
@@ -112,7 +114,7 @@ def test_the_report_shows_what_was_mended_what_is_missing_and_what_is_not_ours()
 
 
 def test_a_negative_saving_is_printed_as_a_loss() -> None:
-    slower = MeasuredRatio(ratio=0.8, low=0.7, high=0.9, rows=16, batches=2)
+    slower = MeasuredRatio(ratio=0.8, low=0.7, high=0.9, rows=16, blocks=2)
     report = render_text(summary(measured=slower))
     assert "time lost" in report
     assert "2.00 s estimated" in report
@@ -121,10 +123,8 @@ def test_a_negative_saving_is_printed_as_a_loss() -> None:
 
 
 def test_without_control_rows_no_time_saving_is_printed() -> None:
-    report = render_text(
-        summary(measured=None, total=replace(TOTAL, control_pairs=(), agreements=0))
-    )
-    assert "no control rows" in report
+    report = render_text(summary(measured=None, total=replace(TOTAL, blocks=(), agreements=0)))
+    assert "not measured: no control block is committed" in report
     assert "saved from" not in report
     assert "estimated" not in report
 

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import Busy
-from cluster.protocol import LabelRequest, Priority
+from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.serving.occupancy import Occupancy
 from sppruner.engine.interface import Result
 
@@ -96,6 +96,18 @@ class SimulatedFleet:
         finally:
             if entered.done() and not entered.cancelled() and entered.exception() is None:
                 await entering.__aexit__(None, None, None)
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        replica = await self._route()
+        if replica.occupancy.taken:
+            raise Busy("another call runs alone")
+        async with replica.occupancy.shared():
+            arms = [await self._run(replica, requests) for _ in range(2)]
+        pruned, dense = arms[::-1] if dense_first else arms
+        spoiled = self._random.random() < 0.2
+        return BlockAnswers(pruned=pruned, dense=None if spoiled else dense)
 
     async def _route(self) -> Replica:
         self.calls += 1

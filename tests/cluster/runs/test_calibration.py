@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from cluster.accounting.speedup import MeasuredRatio
 from cluster.console import open_console
 from cluster.errors import UsageError
 from cluster.output.summary import summarise
-from cluster.protocol import LabelRequest, Priority
+from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.report.terminal import render
 from cluster.runs.calibration import calibrate
 from jobs.make_corpus import make_corpus
@@ -26,33 +26,46 @@ SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 
 class TimedReplicas:
     """Replicas that take one second for a pruned row and `dense(number)` seconds for a dense row of
-    batch `number`. The first attempt at each batch in `deaths` ends in the death of a replica."""
+    block `number`. The first attempt at each block in `deaths` ends in the death of a replica;
+    blocks in `spoiled` are."""
 
-    def __init__(self, dense: Callable[[int], float], deaths: Sequence[int] = ()) -> None:
-        self.batches: list[list[LabelRequest]] = []
+    def __init__(
+        self,
+        dense: Callable[[int], float],
+        deaths: Sequence[int] = (),
+        spoiled: Collection[int] = (),
+    ) -> None:
+        self.blocks: list[list[LabelRequest]] = []
+        self.dense_first: list[bool] = []
         self._dense = dense
         self._deaths = set(deaths)
-
-    def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
-        raise AssertionError("calibration never streams")
+        self._spoiled = spoiled
 
     def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
         raise AssertionError("nothing is quarantined here")
 
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
-        assert priority is Priority.BATCH
-        number = len(self.batches)
+        assert self._deaths is not None, "only what a dead replica left is labelled so"
+        return [Result(id=c.id, text="", seconds=1.0) for c in requests]
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        number = len(self.blocks)
+        self.blocks.append(list(requests))
+        self.dense_first.append(dense_first)
         if number in self._deaths:
-            self._deaths.remove(number)
             raise RayActorError
-        self.batches.append(list(requests))
-        pruned, dense = 1 + number / 1e6, self._dense(number)
-        return [Result(id=c.id, text="", seconds=pruned, control_seconds=dense) for c in requests]
+        pruned, dense = (
+            [Result(id=c.id, text="", seconds=seconds) for c in requests]
+            for seconds in (1 + number / 1e6, self._dense(number))
+        )
+        return BlockAnswers(pruned=pruned, dense=None if number in self._spoiled else dense)
 
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Planned:
-    make_corpus(kind="caption", rows=60, output=f"{tmp_path}/in", faults=True)
+    make_corpus(kind="caption", rows=300, output=f"{tmp_path}/in", faults=True)
     return plan(f"{tmp_path}/in", f"{tmp_path}/out", spec=SPEC, unit_rows=20, auto=True)
 
 
@@ -64,7 +77,7 @@ def run_calibration(
     return calibrate(settings, manifest, manifest.units[:units], output, replicas, slots=rows)
 
 
-def test_pruning_is_chosen_if_dense_rows_are_slower_in_all_full_batches(
+def test_pruning_is_chosen_if_dense_rows_are_slower_in_all_blocks(
     planned: Planned,
 ) -> None:
     replicas = TimedReplicas(lambda _: 2.0)
@@ -73,10 +86,15 @@ def test_pruning_is_chosen_if_dense_rows_are_slower_in_all_full_batches(
     assert decision.spec(SPEC) == SPEC
     assert decision.measured is not None
     assert decision.measured.ratio == pytest.approx(2, rel=1e-4)
-    assert [len(batch) for batch in replicas.batches] == [4] * 7
-    requests = [request for batch in replicas.batches for request in batch]
-    assert all(request.control and request.spec == SPEC for request in requests)
+    assert [len(block) for block in replicas.blocks] == [8] * 6
+    requests = [request for block in replicas.blocks for request in block]
+    assert all(request.spec == SPEC for request in requests)
     assert len({request.id for request in requests}) == len(requests)
+    assert sorted(replicas.dense_first) == [False] * 3 + [True] * 3
+    units = [block[0].id.split(":")[1] for block in replicas.blocks]
+    planned_units = [unit.unit_id for unit in planned.manifest.units]
+    assert len(set(units)) == 6
+    assert max(map(planned_units.index, units)) >= 6, "of all units, not of the first ones"
 
 
 @pytest.mark.parametrize(
@@ -91,27 +109,21 @@ def test_a_run_is_dense_unless_pruning_pays_with_certainty(
     assert decision.spec(SPEC) == DENSE
 
 
-def test_the_first_batch_is_not_counted(planned: Planned) -> None:
-    decision = run_calibration(planned, TimedReplicas(lambda number: 2.0 if number else 0.01))
-    assert decision.pays
-
-
-def test_a_replica_death_during_calibration_is_retried(planned: Planned) -> None:
-    replicas = TimedReplicas(lambda _: 2.0, deaths=[0, 3])
+@pytest.mark.parametrize("lost", ["deaths", "spoiled"])
+def test_blocks_that_are_not_measured_are_replaced(planned: Planned, lost: str) -> None:
+    replicas = TimedReplicas(lambda _: 2.0, **{lost: [0, 3]})
     decision = run_calibration(planned, replicas)
+    assert decision.measured is not None
+    assert decision.measured.blocks == 6
+    assert len(replicas.blocks) == 8
     assert decision.pays
-    assert [len(batch) for batch in replicas.batches] == [4] * 7
 
 
-def test_too_few_rows_for_two_full_batches_give_a_dense_run(planned: Planned) -> None:
-    decision = run_calibration(planned, TimedReplicas(lambda _: 2.0), rows=16, units=1)
+def test_too_few_units_for_an_interval_give_a_dense_run(planned: Planned) -> None:
+    decision = run_calibration(planned, TimedReplicas(lambda _: 2.0), units=4)
+    assert decision.measured is not None
+    assert (decision.measured.blocks, decision.measured.low) == (4, None)
     assert not decision.pays
-
-
-def test_a_small_corpus_is_measured_in_small_batches(planned: Planned) -> None:
-    replicas = TimedReplicas(lambda _: 2.0)
-    run_calibration(planned, replicas, rows=64)
-    assert {len(batch) for batch in replicas.batches} == {16}
 
 
 def test_auto_without_a_pruning_method_is_a_usage_error(planned: Planned) -> None:
@@ -124,7 +136,7 @@ def test_a_resumed_run_keeps_the_decision_and_measures_nothing(planned: Planned)
     unused = TimedReplicas(lambda _: 0.1)
     second = run_calibration(planned, unused)
     assert second == first == planned.output.break_even()
-    assert not unused.batches
+    assert not unused.blocks
 
 
 def test_the_report_shows_the_measured_ratio_and_the_decision(planned: Planned) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 import pytest
 import structlog
@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 
 from cluster.errors import Busy, FleetUnstable
 from cluster.events import RunEvent
-from cluster.protocol import LabelRequest, Priority
+from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from sppruner.engine.interface import Result
@@ -40,8 +40,9 @@ def dispatch(
     rows: int = 8,
     max_attempts: int = 3,
     events: Counter[RunEvent] | None = None,
+    blocks: Collection[int] = (),
 ) -> tuple[list[list[AttemptedRow]], float]:
-    """Every chunk's rows, and the hours that it took."""
+    """Every chunk's rows, and the hours that it took. blocks: chunks that are control blocks."""
 
     def report(kind: RunEvent, count: int, subject: str | None) -> None:
         if events is not None:
@@ -52,7 +53,14 @@ def dispatch(
             fleet, admission=Admission(rows=rows), max_attempts=max_attempts, report=report
         )
         calls = [[LabelRequest(id=name, prompt="p") for name in chunk] for chunk in chunks]
-        answered = await asyncio.gather(*(dispatcher.dispatch(chunk) for chunk in calls))
+        answered = await asyncio.gather(
+            *(
+                dispatcher.dispatch_block(call, dense_first=number % 2 == 0, call_rows=3)
+                if number in blocks
+                else dispatcher.dispatch(call)
+                for number, call in enumerate(calls)
+            )
+        )
         return list(answered), asyncio.get_running_loop().time() / HOUR
 
     random.seed(0)
@@ -75,6 +83,7 @@ def codes(attempted: Sequence[Sequence[AttemptedRow]]) -> dict[str, str | None]:
     failing=st.sets(st.integers(0, 63), max_size=3),
     accidents=st.lists(st.sampled_from(ACCIDENTS), max_size=8),
     refusals=st.integers(0, 30),
+    blocks=st.sets(st.integers(0, 7), max_size=3),
     replicas=st.integers(1, 4),
     rows=st.integers(1, 40),
     max_attempts=st.integers(1, 4),
@@ -88,6 +97,7 @@ def test_under_every_schedule_each_row_has_one_result_and_only_guilty_rows_fail(
     failing: set[int],
     accidents: list[str],
     refusals: int,
+    blocks: set[int],
     replicas: int,
     rows: int,
     max_attempts: int,
@@ -111,7 +121,7 @@ def test_under_every_schedule_each_row_has_one_result_and_only_guilty_rows_fail(
         )
     )
 
-    attempted, hours = dispatch(fleet, chunks, rows=rows, max_attempts=max_attempts)
+    attempted, hours = dispatch(fleet, chunks, rows=rows, max_attempts=max_attempts, blocks=blocks)
 
     assert [row.result.id for chunk in attempted for row in chunk] == names
     found = codes(attempted)
@@ -123,6 +133,10 @@ def test_under_every_schedule_each_row_has_one_result_and_only_guilty_rows_fail(
         for row in chunk
         if row.result.error_code is None
     )
+    for number, chunk in enumerate(attempted):
+        assert {row.in_block for row in chunk} == {number in blocks}
+        twins = [row.dense for row in chunk if row.dense is not None]
+        assert 2 * len(twins) >= len(chunk) or not twins, "few twins say nothing"
     assert fleet.deaths_by_rows <= (max_attempts + 2) * len(guilty)
     assert hours < 1.5 * (1 + len(accidents)) + len(guilty)
 
@@ -174,6 +188,60 @@ def test_failed_rows_are_asked_once_more_alone_and_then_believed() -> None:
     assert events[RunEvent.INFER_RETRIED] == 17
 
 
+class MeasuredReplicas(SimulatedFleet):
+    """Answers blocks as given."""
+
+    def __init__(self, answers: BlockAnswers) -> None:
+        super().__init__(Schedule())
+        self.given = answers
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        return self.given
+
+
+def answered(names: str, seconds: float = 1.0, failed: str = "") -> list[Result]:
+    return [
+        Result(id=name, text=None, seconds=seconds, error_code="image_missing")
+        if name in failed
+        else Result(id=name, text=f"text of {name}", seconds=seconds)
+        for name in names
+    ]
+
+
+def dispatch_block(answers: BlockAnswers) -> list[AttemptedRow]:
+    ((rows,), _) = dispatch(MeasuredReplicas(answers), [list("abcd")], blocks={0})
+    return rows
+
+
+def test_rows_of_a_block_have_their_own_twins_and_share_what_was_discarded() -> None:
+    dense = answered("dcba", 3.0)
+    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=dense, discarded_seconds=2.0))
+    assert [row.dense and row.dense.id for row in rows] == list("abcd")
+    assert {row.discarded_seconds for row in rows} == {0.5}
+
+
+@pytest.mark.parametrize(("failed", "twins"), [("a", 3), ("ab", 2), ("abc", 0)])
+def test_a_block_that_is_not_answered_both_ways_by_half_says_nothing(
+    failed: str, twins: int
+) -> None:
+    """Then its dense seconds were for nothing."""
+    dense = answered("abcd", 3.0, failed=failed)
+    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=dense))
+    assert sum(row.dense is not None for row in rows) == twins
+    discarded = sum(row.discarded_seconds for row in rows)
+    assert discarded == pytest.approx(12.0 - 3.0 * twins)
+    assert {row.in_block for row in rows} == {True}
+
+
+def test_a_spoiled_block_has_no_twins_and_its_rows_are_answers() -> None:
+    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=None, discarded_seconds=4.0))
+    assert [row.dense for row in rows] == [None] * 4
+    assert [row.result.text for row in rows] == [f"text of {name}" for name in "abcd"]
+    assert sum(row.discarded_seconds for row in rows) == 4.0
+
+
 class Replicas:
     """Replicas that answer, or not, as the subclass says; alone like beside others."""
 
@@ -187,6 +255,11 @@ class Replicas:
     ) -> AsyncGenerator[list[Result] | None]:
         yield None
         yield await self.label(requests, priority=Priority.BATCH)
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        raise AssertionError("nothing is measured here")
 
 
 class BrokenReplicas(Replicas):

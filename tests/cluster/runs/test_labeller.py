@@ -1,4 +1,4 @@
-"""The labelling stage: calls, control rows, error rows and replica deaths, and the output table."""
+"""The labelling stage: calls, control blocks, error rows, replica deaths, and the output table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ import pytest
 import ray
 import ray.data
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.ledger import UnitLedger
 from cluster.config import Kind, RunConfig
 from cluster.controller import RunName, get_controller, report_commit
 from cluster.corpus.image_values import image_array
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.errors import ErrorShareExceeded, FleetUnavailable
-from cluster.protocol import LabelRequest, Priority
+from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.runs.labeller import Labeller, LabellerSettings, actors_for, label_units
 from cluster.runs.replica_wait import PATIENCE_SECONDS
 from cluster.schema import input_schema, output_schema
@@ -34,7 +34,7 @@ from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import Fleet, open_fleet
 from cluster.serving.replica import VLMReplica
 from sppruner.engine.interface import Result
-from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
 from tests.cluster.runs.virtual_time import run_in_virtual_time
 
@@ -49,7 +49,7 @@ def config(kind: Kind = "caption", **more: object) -> RunConfig:
 
 
 def labeller_settings(run: RunConfig, run_id: str = "run", **more: object) -> LabellerSettings:
-    values = {"first_unit": "first", "app": "", "deployment": "", "slots": 4, **more}
+    values = {"app": "", "deployment": "", "slots": 4, **more}
     name = RunName(run_id, run.output)
     return LabellerSettings(name=name, config=run, model_revision="fake-1", **values)  # type: ignore[arg-type]
 
@@ -82,6 +82,7 @@ class RecordingReplica:
 
     def __init__(self, slots: int | None = None) -> None:
         self.calls: list[Sequence[LabelRequest]] = []
+        self.blocks: list[Sequence[LabelRequest]] = []
         settings = EngineSettings(model="fake", engine=ENGINE, slots=slots)
         self._replica = VLMReplica(settings)
 
@@ -91,6 +92,12 @@ class RecordingReplica:
 
     def label_alone(self, requests: Sequence[LabelRequest]) -> AsyncGenerator[list[Result] | None]:
         raise AssertionError("nothing is quarantined here")
+
+    async def label_block(
+        self, requests: Sequence[LabelRequest], *, dense_first: bool
+    ) -> BlockAnswers:
+        self.blocks.append(requests)
+        return await self._replica.label_block(requests, dense_first=dense_first)
 
 
 def label(
@@ -106,7 +113,7 @@ def label(
 
 
 def test_every_row_is_labelled_once_in_order_with_source_columns_and_pruning_claims() -> None:
-    table, _ = label(config(control_share=0.0), unit("u", 11))
+    table, _ = label(config(), unit("u", 11))
 
     assert table["source_text"].to_pylist() == [f"old {n}" for n in range(11)]
     assert table["text"].to_pylist() == [
@@ -125,12 +132,12 @@ def test_every_row_is_labelled_once_in_order_with_source_columns_and_pruning_cla
 
 
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_the_labelled_table_has_exactly_the_committed_columns_and_three_internal_ones(
+def test_the_labelled_table_has_exactly_the_committed_columns_and_two_internal_ones(
     kind: Kind,
 ) -> None:
     table, _ = label(config(kind), unit("u", 3, prompts=lambda n: "what?"))
     committed = output_schema(SOURCE, kind)
-    assert table.schema.names == [*committed.names, "_in_unit", "_in_unit_rows", "_out_cost"]
+    assert table.schema.names == [*committed.names, "_in_unit", "_in_unit_rows"]
     assert table.select(committed.names).schema == committed
 
 
@@ -148,52 +155,75 @@ def test_a_table_without_rows_keeps_the_schema() -> None:
     assert empty.num_rows == 0
 
 
-def test_control_rows_fill_whole_calls_and_are_the_same_in_every_attempt() -> None:
-    first, replicas = label(config(control_share=0.3), unit("u", 40))
-    again, _ = label(config(control_share=0.3), unit("u", 40))
-    other, _ = label(config(control_share=0.3), unit("u", 40), run_id="other")
-
-    for call in replicas.calls:
-        assert len({request.control for request in call}) == 1
-    assert {len(call) for call in replicas.calls if call[0].control} == {4}
-    chosen = first["is_control"].to_pylist()
-    assert sum(chosen) == 12
-    assert again["is_control"].to_pylist() == chosen != other["is_control"].to_pylist()
-    row = first.to_pylist()[chosen.index(True)]
-    assert row["control_text"].endswith("kept 100")
-    assert row["text"].endswith("kept 50")
-    assert row["control_seconds"] == 0.02
+def plan(*units: str, asked: int = 1, rows: int = 40, slots: int = 4) -> ControlPlan:
+    return ControlPlan.of("run", [(name, rows) for name in units], slots=slots, asked=asked)
 
 
-def count_control_rows(run: RunConfig, name: str, rows: int) -> int:
-    return sum(label(run, unit(name, rows))[0]["is_control"].to_pylist())
+def label_measured(
+    allowed: bool, control: ControlPlan, *tables: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> tuple[pa.Table, RecordingReplica, list[str]]:
+    """The labelled table, the replica, and the units for which the controller was asked."""
+    asked: list[str] = []
+
+    async def may_measure(name: RunName, unit: str) -> bool:
+        asked.append(unit)
+        return allowed
+
+    monkeypatch.setattr("cluster.runs.labeller.may_measure", may_measure)
+
+    async def body() -> tuple[pa.Table, RecordingReplica]:
+        replicas = RecordingReplica()
+        labeller = Labeller(labeller_settings(config(), control=control), replicas)
+        block = pa.concat_tables([pack_unit(table) for table in tables])
+        return pa.concat_tables(unpack_units(await labeller(block))), replicas
+
+    return *asyncio.run(asyncio.wait_for(body(), 30)), asked
 
 
-def count_by_unit(run: RunConfig, *units: pa.Table) -> list[int]:
-    """Control rows of each unit, all labelled by one replica."""
-    labelled = label(run, *units)[0].select(["unit_id", "is_control"]).to_pylist()
-    counts = Counter(row["unit_id"] for row in labelled if row["is_control"])
-    return [counts[name] for name in dict.fromkeys(row["unit_id"] for row in labelled)]
+def test_a_control_block_is_answered_both_ways_and_its_rows_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, replicas, asked = label_measured(
+        True, plan("u"), unit("u", 40), unit("v", 40), monkeypatch=monkeypatch
+    )
+    assert asked == ["u"], "only of units that may have one"
+    (block,) = replicas.blocks
+    numbers = [int(request.id.removeprefix("u:")) for request in block]
+    assert numbers == list(range(numbers[0], numbers[0] + 8)), "contiguous, twice the slots"
+    rows = table.to_pylist()
+    assert [(r["unit_id"], r["unit_row"]) for r in rows if r["is_control"]] == [
+        ("u", n) for n in numbers
+    ]
+    row = rows[numbers[0]]
+    assert row["control_text"] == expected_text(picture(numbers[0]), VISUAL_TOKENS)
+    assert row["text"] == expected_text(picture(numbers[0]), VISUAL_TOKENS // 2)
+    assert row["control_seconds"] > 0
+    assert row["device"]
+    assert row["discarded_seconds"] > 0, "its share of the replica's warm-up"
+    assert {r["text"] is None for r in rows} == {False}
+    assert {r["control_text"] for r in rows if not r["is_control"]} == {None}
 
 
-def test_the_control_share_holds_over_units_smaller_than_a_control_call() -> None:
-    units = [unit(f"unit {n}", 8) for n in range(60)]
-    counts = count_by_unit(config(control_share=0.1), *units)
-    assert len(counts) == 60
-    assert set(counts) == {0, 4}, "a control call is whole or absent"
-    assert 20 <= sum(counts) <= 80  # 10 % of 480 rows, drawn by hash
+def test_a_block_that_is_not_allowed_is_labelled_as_any_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, replicas, asked = label_measured(
+        False, plan("u"), unit("u", 40), monkeypatch=monkeypatch
+    )
+    assert asked == ["u"]
+    assert not replicas.blocks
+    assert not any(table["is_control"].to_pylist())
 
 
-def test_the_first_unit_always_has_control_rows() -> None:
-    assert count_control_rows(config(control_share=0.001), "first", 5) == 4
-    assert count_control_rows(config(control_share=0.001), "first", 2) == 2
-    assert count_control_rows(config(control_share=0.0), "first", 5) == 0
-
-
-def test_a_dense_run_has_no_control_rows() -> None:
-    dense, _ = label(config(spec=DENSE), unit("first", 5))
-    assert not any(dense["is_control"].to_pylist())
-    assert set(dense["prune_method"].to_pylist()) == {"none"}
+def test_rows_that_cannot_be_sent_are_in_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable = frozenset(range(0, 40, 3))
+    _, replicas, _ = label_measured(
+        True, plan("u"), unit("u", 40, errors=unreadable), monkeypatch=monkeypatch
+    )
+    (block,) = replicas.blocks
+    numbers = {int(request.id.removeprefix("u:")) for request in block}
+    assert len(numbers) == 8
+    assert not numbers & unreadable
 
 
 def test_a_row_that_could_not_be_read_is_an_error_row_and_is_not_sent() -> None:
@@ -212,7 +242,7 @@ def test_a_row_that_could_not_be_read_is_an_error_row_and_is_not_sent() -> None:
 def test_questions_become_prompts_and_a_missing_question_is_an_error_row() -> None:
     questions = ["how many?", None, "  ", "what colour?"]
     table_in = unit("u", 4, prompts=lambda n: questions[n])
-    table, replicas = label(config("vqa", prompt="Q: {question} A:", control_share=0), table_in)
+    table, replicas = label(config("vqa", prompt="Q: {question} A:"), table_in)
 
     assert [request.prompt for call in replicas.calls for request in call] == [
         "Q: how many? A:",
@@ -224,26 +254,20 @@ def test_questions_become_prompts_and_a_missing_question_is_an_error_row() -> No
 
 
 def test_a_captions_own_prompt_overrides_the_runs_prompt() -> None:
-    _, replicas = label(
-        config(control_share=0), unit("u", 2, prompts=lambda n: "own prompt" if n else None)
-    )
+    _, replicas = label(config(), unit("u", 2, prompts=lambda n: "own prompt" if n else None))
     assert [request.prompt for call in replicas.calls for request in call] == [
         "describe",
         "own prompt",
     ]
 
 
-def test_calls_are_small_and_control_calls_have_as_many_rows_as_slots() -> None:
+def test_calls_are_small() -> None:
     async def body() -> None:
-        settings = labeller_settings(config(control_share=0.25), first_unit="u", slots=40)
-        await Labeller(settings, replicas).label_unit(unit("u", 160))
+        await Labeller(labeller_settings(config(), slots=40), replicas).label_unit(unit("u", 160))
 
     replicas = RecordingReplica(slots=40)
     asyncio.run(asyncio.wait_for(body(), 30))
-    control = [len(call) for call in replicas.calls if call[0].control]
-    plain = [len(call) for call in replicas.calls if not call[0].control]
-    assert control == [40]
-    assert sorted(plain) == [8] + [16] * 7
+    assert [len(call) for call in replicas.calls] == [16] * 10
 
 
 @pytest.mark.parametrize(("replicas", "unit_rows"), [(1, 256), (8, 256), (8, 16), (1, 0)])
@@ -289,7 +313,7 @@ def test_an_actor_admits_as_much_as_the_live_replicas_hold() -> None:
 
     async def body(live: Callable[[], Awaitable[int | None]]) -> int:
         replicas = MeasuringReplica(slots=64)
-        settings = labeller_settings(config(control_share=0.0), replicas=4)
+        settings = labeller_settings(config(), replicas=4)
         labeller = Labeller(settings, replicas, live)
         await labeller.resize_to_live()
         await labeller.label_unit(unit("u", 100))
@@ -351,7 +375,7 @@ def test_rows_in_flight_are_bounded_in_tokens_once_their_length_is_known() -> No
             return results
 
     async def body() -> None:
-        run = config(control_share=0.0)
+        run = config()
         length = len("describe") + VISUAL_TOKENS // 2 + run.generation.max_new_tokens
         settings = labeller_settings(run, replicas=4, kv_token_capacity=5 * length)
         await Labeller(settings, CountingReplica()).label_unit(unit("u", 200))

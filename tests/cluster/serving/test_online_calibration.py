@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 import httpx
 import pytest
@@ -39,25 +39,29 @@ def square(side: int) -> bytes:
 
 class TimedReplicas:
     """Replicas that take one second for a pruned row, and for a dense row one second per thousand
-    pixels of its image, divided by the rows of the call."""
+    pixels of its image, divided by the rows of the call. Calls in `failing` fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: Collection[int] = ()) -> None:
         self.calls: list[list[LabelRequest]] = []
+        self._failing = failing
 
     def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         raise AssertionError("calibration never streams")
 
     async def label(self, requests: Sequence[LabelRequest], *, priority: Priority) -> list[Result]:
         assert priority is Priority.ONLINE
+        number = len(self.calls)
         self.calls.append(list(requests))
+        if number in self._failing:
+            return [Result(id=r.id, text=None, error_code="inference_failed") for r in requests]
         results = []
         for request in requests:
             with Image.open(io.BytesIO(request.images[0] or b"")) as image:
                 dense = image.width * image.height / 1000 / len(requests)
-            pruned = 1 + len(self.calls) / 1e6
-            is_first = len(self.calls) % 6 == 1
-            seconds = 1e6 if is_first else dense  # the first call of a cell must not count
-            results.append(Result(id=request.id, text="", seconds=pruned, control_seconds=seconds))
+            seconds = dense if request.spec.is_dense else 1 + number / 1e6
+            if number % 12 < 2:
+                seconds = 1e6 if request.spec.is_dense else 1.0  # the first block must not count
+            results.append(Result(id=request.id, text="", seconds=seconds))
         return results
 
 
@@ -69,13 +73,24 @@ def test_every_image_size_is_timed_at_load_one_and_at_full_load() -> None:
     replicas = TimedReplicas()
     found = asyncio.run(calibrate_online(replicas, SPEC, full_load=8, sides=(20, 100)))
     assert [(c.pixels, c.load) for c in found.cells] == [(400, 1), (400, 8), (10**4, 1), (10**4, 8)]
-    assert [len(call) for call in replicas.calls] == [1] * 6 + [8] * 6 + [1] * 6 + [8] * 6
-    requests = [request for call in replicas.calls for request in call]
-    assert all(request.control and request.spec == SPEC for request in requests)
-    assert len({request.images for request in requests[:54]}) == 54 - 6, "new images for each call"
+    assert [len(call) for call in replicas.calls] == ([1] * 12 + [8] * 12) * 2
+    assert all(len({request.spec for request in call}) == 1 for call in replicas.calls)
+    dense_first = [call[0].spec.is_dense for call in replicas.calls[::2]]
+    assert dense_first == [True, False] * 12, "each way first, in turns"
+    at_full_load = [request for call in replicas.calls[12:24] for request in call]
+    assert len({request.images for request in at_full_load}) == 96, "no image is in a cache"
     ratios = [c.decision.measured.ratio for c in found.cells if c.decision.measured is not None]
     assert ratios == pytest.approx([0.4, 0.05, 10, 1.25], rel=1e-3)
     assert [c.decision.pays for c in found.cells] == [False, False, True, True]
+
+
+def test_a_size_that_cannot_be_answered_both_ways_is_dense() -> None:
+    """On a full memory, say: its decision rests on nothing, and others stay."""
+    failing = range(6)  # each ends its block
+    found = asyncio.run(calibrate_online(TimedReplicas(failing), SPEC, full_load=8, sides=(100,)))
+    alone, full = found.cells
+    assert (alone.decision.measured, alone.decision.pays) == (None, False)
+    assert full.decision.measured is not None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,7 @@ def test_requests_without_a_readable_image_keep_their_spec(images: list[bytes | 
 
 
 def cell(side: int, load: int, ratio: float) -> Cell:
-    found = MeasuredRatio(ratio=ratio, low=ratio, high=ratio, rows=5, batches=5)
+    found = MeasuredRatio(ratio=ratio, low=ratio, high=ratio, rows=5, blocks=5)
     return Cell(pixels=side * side, load=load, decision=BreakEven(measured=found))
 
 

@@ -1,0 +1,188 @@
+"""How much is measured: enough for the stated precision, spread over the corpus, within the stated
+cost, and the same blocks in every attempt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.accounting.control_plan import COST_SHARE, HALF_WIDTH, ControlPlan
+from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.speedup import NANO, Block, measured_ratio
+
+SLOTS = 16
+BLOCK = 2 * SLOTS
+
+
+def units(count: int, rows: int = 256) -> list[tuple[str, int]]:
+    return [(f"unit {number}", rows) for number in range(count)]
+
+
+def plan(count: int, rows: int = 256, asked: int | None = None, run: str = "run") -> ControlPlan:
+    return ControlPlan.of(run, units(count, rows), slots=SLOTS, asked=asked)
+
+
+class Run:
+    """A run whose units are labelled one after the other, those that the plan names first."""
+
+    def __init__(
+        self, control: ControlPlan, names: Sequence[str], *, ratio: float, noise: float, seed: int
+    ) -> None:
+        self.draw = np.random.default_rng(seed)
+        self.ledger = UnitLedger()
+        self.measured: list[str] = []
+        first = set(control.first)
+        for name in sorted(names, key=lambda name: name not in first):
+            self.label(control, name, ratio, noise)
+
+    def label(self, control: ControlPlan, name: str, ratio: float, noise: float) -> None:
+        unit = UnitLedger(rows=256, nanoseconds=256 * NANO // 10)
+        if control.draw(name, range(256)) and control.allows(name, self.ledger, ()):
+            pruned, dense = np.exp(noise * self.draw.standard_normal(2)) * BLOCK * NANO / 10
+            block = Block(int(pruned), int(ratio * dense), BLOCK)
+            unit += UnitLedger(blocks=(block,), control_nanoseconds=block.dense)
+            self.measured.append(name)
+        self.ledger += unit
+
+
+def test_ten_million_rows_are_measured_for_less_than_a_thousandth_of_them() -> None:
+    """To the stated precision, on a noisy machine: 30 % either way, block by block."""
+    names = [name for name, _ in units(40_000)]
+    for seed in range(4):
+        control = plan(40_000, run=f"run {seed}")
+        run = Run(control, names, ratio=2.5, noise=0.2, seed=seed)
+        found = measured_ratio(run.ledger.blocks)
+        assert found is not None
+        assert found.half_width is not None
+        assert found.half_width < 2 * HALF_WIDTH
+        assert run.ledger.control_rows <= 1e-3 * 40_000 * 256
+        assert run.ledger.control_nanoseconds <= 1e-3 * run.ledger.nanoseconds
+        places = sorted(int(name.split()[1]) for name in run.measured)
+        assert places[-1] > 30_000, "over the whole corpus"
+
+
+def test_a_steady_machine_is_measured_with_few_blocks_and_a_noisy_one_with_more() -> None:
+    names = [name for name, _ in units(2_000)]
+    counts = [
+        len(Run(plan(2_000), names, ratio=2.0, noise=noise, seed=1).measured)
+        for noise in (0.01, 0.15, 0.6)
+    ]
+    assert counts[0] == 10
+    assert counts[0] < counts[1] < counts[2]
+    assert counts[2] == 64
+
+
+def test_the_interval_of_a_run_that_stops_by_its_own_precision_holds_the_true_ratio() -> None:
+    """Stein's two stages: how many blocks are measured depends on the first ones."""
+    names = [name for name, _ in units(400)]
+    held = 0
+    for seed in range(300):
+        run = Run(plan(400, run=f"run {seed}"), names, ratio=2.5, noise=0.15, seed=seed)
+        found = measured_ratio(run.ledger.blocks)
+        assert found is not None
+        held += (found.low or 0) <= 2.5 <= (found.high or math.inf)
+    assert held / 300 >= 0.93
+
+
+@given(
+    count=st.integers(1, 3_000),
+    rows=st.integers(1, 512),
+    ratio=st.floats(0.5, 3.0),
+    seed=st.integers(0, 100),
+)
+def test_measuring_never_costs_more_than_the_stated_share(
+    count: int, rows: int, ratio: float, seed: int
+) -> None:
+    control = ControlPlan.of(f"run {seed}", units(count, rows), slots=SLOTS)
+    assert bool(control.ranks) == (control.reason is None)
+    ledger, granted = UnitLedger(), set[str]()
+    for name in control.ranks:
+        if not control.allows(name, ledger, granted):
+            continue
+        granted.add(name)
+        if len(granted) == 4:  # four are under way at once
+            blocks = tuple(Block(BLOCK * NANO, int(ratio * BLOCK * NANO), BLOCK) for _ in granted)
+            ledger += UnitLedger(
+                rows=4 * rows,
+                nanoseconds=4 * rows * NANO,
+                blocks=blocks,
+                control_nanoseconds=sum(block.dense for block in blocks),
+            )
+            granted.clear()
+    whole = count * rows * NANO
+    spent = ledger.control_nanoseconds + len(granted) * ratio * BLOCK * NANO
+    assert spent <= COST_SHARE * whole * 1.0001
+
+
+def test_a_small_corpus_is_not_measured_unless_asked_to() -> None:
+    small = plan(8)  # 2,048 rows
+    assert not small.ranks
+    assert small.reason is not None
+    assert "2,048 rows are too few" in small.reason
+    assert "--control-blocks 5 measures anyway" in small.reason
+    asked = plan(8, asked=5)
+    assert asked.reason is None
+    allowed = [name for name, _ in units(8) if asked.allows(name, UnitLedger(), ())]
+    assert len(allowed) == 5
+    assert not asked.first, "spread over the run's time too"
+
+
+def test_units_that_hold_no_whole_block_are_not_measured_unless_asked_to() -> None:
+    short = plan(40_000, rows=20)
+    assert not short.ranks
+    assert "0 units have the 32 rows" in (short.reason or "")
+    asked = plan(40_000, rows=20, asked=5)
+    assert [len(asked.draw(name, range(20))) for name in asked.ranks] == [20] * 10
+
+
+def test_none_are_measured_where_none_are_asked_for() -> None:
+    none = plan(40_000, asked=0)
+    assert not none.ranks
+    assert not none.allows("unit 1", UnitLedger(), ())
+
+
+def test_a_spoiled_block_is_replaced_by_the_next_one() -> None:
+    asked = plan(40, asked=3)
+    order = list(asked.ranks)
+    assert [asked.allows(name, UnitLedger(), ()) for name in order] == [True] * 3 + [False] * 3
+    spoiled = UnitLedger(blocks_spoiled=1)
+    assert [asked.allows(name, spoiled, ()) for name in order] == [True] * 4 + [False] * 2
+
+
+def test_the_block_of_a_unit_is_the_same_in_every_attempt_and_other_runs_have_others() -> None:
+    same, again, other = plan(100, asked=9), plan(100, asked=9), plan(100, asked=9, run="other")
+    assert same == again
+    assert list(same.ranks) != list(other.ranks)
+    name = next(iter(same.ranks))
+    drawn = same.draw(name, range(256))
+    assert (
+        list(drawn) == list(range(drawn[0], drawn[0] + BLOCK)) == list(again.draw(name, range(256)))
+    )
+    starts = {same.draw(unit, range(256))[0] for unit in same.ranks}
+    assert len(starts) > 5, "not always the first rows of a unit"
+    assert same.draw("unit of another run", range(256)) == []
+
+
+def test_each_way_is_first_in_half_of_the_blocks() -> None:
+    control = plan(1_000, asked=20)
+    ways = [control.dense_first(name) for name in list(control.ranks)[:20]]
+    assert sum(ways) == 10
+
+
+def test_too_few_rows_that_can_be_sent_give_no_block() -> None:
+    control = plan(40_000)
+    name = next(iter(control.ranks))
+    assert control.draw(name, range(BLOCK - 1)) == []
+    assert len(control.draw(name, range(BLOCK))) == BLOCK
+
+
+def test_blocks_that_say_nothing_of_their_spread_are_measured_up_to_the_most() -> None:
+    control = plan(40_000)
+    lopsided = (Block(10**18, 10**15, BLOCK), *(Block(1, 1, BLOCK),) * 4)
+    ledger = UnitLedger(rows=10**6, nanoseconds=10**21, blocks=lopsided)
+    allowed = [name for name in control.ranks if control.allows(name, ledger, ())]
+    assert len(allowed) == 64

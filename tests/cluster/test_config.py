@@ -59,7 +59,14 @@ def test_the_settings_that_are_a_run_s_identity_give_that_run(settings: dict[str
 
 def test_every_setting_of_the_identity_is_tried() -> None:
     """A new one must be among SETTINGS, or rebuilding it is not tested."""
-    execution = {"replicas", "slots", "max_error_share", "error_share_after", "max_attempts"}
+    execution = {
+        "replicas",
+        "slots",
+        "max_error_share",
+        "error_share_after",
+        "control_blocks",
+        "max_attempts",
+    }
     places = {"input", "output", "model"}
     assert {part.name for part in fields(RunConfig)} == SETTINGS.keys() | execution | places
 

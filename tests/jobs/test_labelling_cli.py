@@ -39,6 +39,7 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--dtype": "auto",
         "--replicas": 1,
         "--retry-errors": None,
+        "--control-blocks": None,
         "--max-error-share": 0.2,
     }
 

@@ -2,10 +2,12 @@
 
     python jobs/report.py s3://bucket/captions
     python jobs/report.py s3://bucket/captions --json
+    python jobs/report.py s3://bucket/captions --audit
     python jobs/report.py s3://bucket/captions --overlay seen --rows 20
 
---overlay draws the visual tokens that rows kept, one `<number>-<key>.png` per row; it needs the
-run's model and images.
+--audit reads every row, recomputes what the run says of itself, and names what differs; with
+differences the exit code is 1. --overlay draws the visual tokens that rows kept, one
+`<number>-<key>.png` per row; it needs the run's model and images.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from pathlib import Path
 
 from cluster.errors import RunError, UsageError
 from cluster.logs import configure_logs
+from cluster.output.audit import audit
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import Summary, summarise
 from cluster.report.terminal import print_report
 
+EXIT_DIFFERENCES = 1
 _ROWS = 8
 
 
@@ -28,7 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Reports what a run did and saved, from its output only."
     )
     parser.add_argument("output", help="the --output of a job")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the summary as JSON")
+    shown.add_argument(
+        "--audit",
+        action="store_true",
+        help="recompute every total from the rows, and name what differs",
+    )
     parser.add_argument(
         "--overlay",
         type=Path,
@@ -46,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configure_logs()
         _check(arguments.overlay, arguments.rows)
+        if arguments.audit:
+            return _audit(arguments.output)
         summary = summarise(arguments.output)
         if arguments.json:
             print(summary.to_json())
@@ -57,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _audit(output: str) -> int:
+    found = audit(RunOutput.open(output))
+    for difference in found.differences:
+        print(f"{difference.where}: {difference.what}")
+    print(f"{found.units} units, {found.rows} rows, {len(found.differences)} differences")
+    return EXIT_DIFFERENCES if found.differences else 0
 
 
 def _check(overlay: Path | None, rows: int | None) -> None:

@@ -34,7 +34,7 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import UnitLedger
 from cluster.errors import ObjectGone, StoreError, UsageError
 from cluster.output.manifest import Manifest
-from cluster.output.unit_file import UnitFooter, read_footer, write_unit_file
+from cluster.output.unit_file import UnitFooter, has_written_rows, read_footer, write_unit_file
 from cluster.output.unit_names import SUFFIX, UnitNames
 from cluster.store import FIRST_CONTACT_S, ObjectInfo, RangedFile, Store, open_store
 
@@ -234,6 +234,11 @@ class RunOutput:
                 return CommittedUnit(info=info, table=file.read(), footer=footer)
 
         return self._each([unit_id], read)[0]
+
+    def has_written_rows(self, unit_id: str) -> bool:
+        """Whether a committed unit's rows are, byte by byte, those that its writer wrote. Raises as
+        `open_unit` does."""
+        return self._each([unit_id], lambda info: has_written_rows(self._store.get(info.key)))[0]
 
     def replace_unit(
         self, unit: CommittedUnit, table: pa.Table, footer: UnitFooter, *, writer: str

@@ -3,10 +3,13 @@
 sppruner.ledger          the unit's ledger
 sppruner.run             the run it belongs to; versions before wrote it into the rows alone
 sppruner.generation      how often failed rows were asked again, and what that mended
+sppruner.sha256          of all bytes in front of the footer, which are the rows
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +24,8 @@ from cluster.store import RangedFile
 _LEDGER: Final = "sppruner.ledger"
 _RUN: Final = "sppruner.run"
 _GENERATION: Final = "sppruner.generation"
+_SHA256: Final = "sppruner.sha256"
+_FOOTER_END: Final = 8  # bytes: length of the footer, and the format's mark
 _RUN_COLUMN: Final = "run_id"
 
 
@@ -61,11 +66,21 @@ class UnitFooter:
 
 def write_unit_file(table: pa.Table, footer: UnitFooter) -> bytes:
     """The object of a unit."""
-    buffer = pa.BufferOutputStream()
+    buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, table.schema, compression="zstd") as parquet:
         parquet.write_table(table, row_group_size=max(1, table.num_rows))
-        parquet.add_key_value_metadata(footer.to_metadata())
-    return bytes(buffer.getvalue().to_pybytes())
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        parquet.add_key_value_metadata({**footer.to_metadata(), _SHA256: digest})
+    return buffer.getvalue()
+
+
+def has_written_rows(data: bytes) -> bool:
+    """Whether the rows of a unit's object are, byte by byte, those that were written with its
+    footer. Raises ArrowException for what is no Parquet file."""
+    metadata: Mapping[bytes, bytes] = pq.read_metadata(io.BytesIO(data)).metadata or {}
+    footer = int.from_bytes(data[-_FOOTER_END:][:4], "little")
+    rows = memoryview(data)[: len(data) - footer - _FOOTER_END]
+    return metadata.get(_SHA256.encode()) == hashlib.sha256(rows).hexdigest().encode()
 
 
 def read_footer(file: RangedFile) -> UnitFooter | None:

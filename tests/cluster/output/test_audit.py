@@ -1,0 +1,297 @@
+"""The audit: an output that a run wrote has no differences, and what is changed in it is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.ledger import UnitLedger
+from cluster.errors import UsageError
+from cluster.output.audit import Audit, audit
+from cluster.output.checks import ExpectedUnits
+from cluster.output.commit import commit_unit
+from cluster.output.run_output import RunOutput
+from cluster.output.summary import keep_summary, summarise
+from cluster.output.unit_file import has_written_rows, write_unit_file
+from cluster.schema import PLANNED_FIELD, UNIT_FIELD, output_schema
+from cluster.store import open_store
+from sppruner.cost import PARTS
+from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.cluster.corpora import Planned, plan, put_parquet
+from tests.cluster.labelled_tables import mask
+
+SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
+UNITS, ROWS = 3, 4
+Row = dict[str, Any]
+
+
+def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> Row:
+    kept = 100 if spec.is_dense else 25
+    made = {
+        "key": f"k{unit}-{number}",
+        "text": f"text {number}",
+        "attempts": 1,
+        "finish_reason": "stop",
+        "prompt_tokens": kept + 7,
+        "completion_tokens": 5,
+        "visual_tokens": 100,
+        "visual_tokens_kept": kept,
+        "kept_tokens": mask(kept, 100),
+        "prune_method": spec.method,
+        "prune_spec": spec.to_json(),
+        "seconds": 0.25 + number / 64,
+        "is_control": unit == 1,
+        "control_text": f"text {number % 3}" if unit == 1 else None,
+        "control_seconds": 0.75 + number / 32 if unit == 1 else None,
+        "discarded_seconds": 0.125,
+        "device": "cpu",
+        "flops": dict.fromkeys(PARTS, 3 + number),
+        "flops_dense": dict.fromkeys(PARTS, 9 + number),
+        "flops_cached": dict.fromkeys(PARTS, 0) | {"vision": number % 2},
+        "kv_bytes": 11,
+        "kv_bytes_dense": 44,
+        "model": "m",
+        "model_revision": "r1",
+        "run_id": planned.manifest.run_id,
+        "unit_id": planned.units[unit].unit_id,
+        "unit_row": number,
+        "_in_unit": planned.units[unit].unit_id,
+        "_in_unit_rows": ROWS,
+    }
+    if (unit, number) == (2, 3):
+        lost = dict.fromkeys(set(made) & {name for name in made if name not in _OF_EVERY_ROW})
+        error = {"error_code": "image_missing", "error_message": "none", "error_stage": "decode"}
+        return made | lost | error
+    return made
+
+
+_OF_EVERY_ROW = {"key", "attempts", "is_control", "discarded_seconds", "model", "model_revision",
+                 "run_id", "unit_id", "unit_row", "_in_unit", "_in_unit_rows"}  # fmt: skip
+
+
+def run(folder: Path, spec: PruneSpec = SPEC, **settings: Any) -> Planned:
+    """A whole run, as its sink and its command write it."""
+    images = pa.array([b"%d" % n for n in range(UNITS * ROWS)], pa.binary())
+    put_parquet(open_store(f"{folder}/in"), "a.parquet", pa.table({"image": images}))
+    planned = plan(f"{folder}/in", f"{folder}/out", spec=SPEC, unit_rows=ROWS, **settings)
+    expected = ExpectedUnits.of(planned.manifest)
+    schema = output_schema(expected.source_schema, expected.kind)
+    for unit in range(UNITS):
+        rows = [answer(planned, unit, number, spec) for number in range(ROWS)]
+        table = pa.Table.from_pylist(rows, pa.schema([*schema, UNIT_FIELD, PLANNED_FIELD]))
+        commit_unit(table, expected=expected, output=planned.output, writer=f"w{unit}")
+    return planned
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Planned:
+    made = run(tmp_path)
+    keep_summary(made.output, summarise(made.output))
+    return made
+
+
+def look(planned: Planned) -> Audit:
+    return audit(RunOutput.open(planned.output.uri))
+
+
+def path(planned: Planned, unit: int) -> Path:
+    (found,) = Path(planned.output.uri).glob(f"*-{planned.units[unit].unit_id}.parquet")
+    return found
+
+
+def rewrite(planned: Planned, unit: int, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Changes rows as somebody with pyarrow does: footer and digest stay as they were."""
+    place = path(planned, unit)
+    table = pq.read_table(place)
+    rows = pa.Table.from_pylist(change(table.to_pylist()), table.schema)
+    pairs = pq.read_metadata(place).metadata
+    with pq.ParquetWriter(place, table.schema) as writer:
+        writer.write_table(rows)
+        writer.add_key_value_metadata({k: v for k, v in pairs.items() if k.startswith(b"sppruner")})
+
+
+def forge(planned: Planned, unit: int, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Changes rows and writes a digest that fits, with the ledger as it was."""
+    found = planned.output.open_unit(planned.units[unit].unit_id)
+    rows = pa.Table.from_pylist(change(found.table.to_pylist()), found.table.schema)
+    path(planned, unit).write_bytes(write_unit_file(rows, found.footer))
+
+
+def refooter(planned: Planned, unit: int, name: str, value: Any) -> None:
+    """Changes the ledger and leaves the rows, with a digest that fits."""
+    found = planned.output.open_unit(planned.units[unit].unit_id)
+    ledger = json.loads(found.footer.ledger.to_json()) | {name: value}
+    footer = replace(found.footer, ledger=UnitLedger.from_json(json.dumps(ledger)))
+    path(planned, unit).write_bytes(write_unit_file(found.table, footer))
+
+
+def resummarise(planned: Planned, *names: str, value: Any) -> None:
+    place = Path(planned.output.uri) / "_run/summary.json"
+    told = json.loads(place.read_text())
+    part = told
+    for name in names[:-1]:
+        part = part[name]
+    part[names[-1]] = value
+    place.write_text(json.dumps(told))
+
+
+def set_row(number: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [row | values if row["unit_row"] == number else row for row in rows]
+
+
+def test_what_a_run_wrote_has_no_difference(planned: Planned) -> None:
+    found = look(planned)
+    assert (found.units, found.rows, found.differences) == (UNITS, UNITS * ROWS, ())
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
+    "a text, by hand": ("not the bytes", lambda p: rewrite(p, 0, set_row(1, text="other"))),
+    "a byte of the rows": (
+        "",
+        lambda p: path(p, 0).write_bytes(
+            (data := bytearray(path(p, 0).read_bytes()))[:40] + bytes([data[40] ^ 1]) + data[41:]
+        ),
+    ),
+    "seconds of a row": ("nanoseconds", lambda p: forge(p, 0, set_row(1, seconds=0.001))),
+    "negative seconds": ("seconds are negative", lambda p: forge(p, 0, set_row(1, seconds=-1.0))),
+    "dense seconds of a control row": (
+        "blocks",
+        lambda p: forge(p, 1, set_row(0, control_seconds=9.0)),
+    ),
+    "a control row without its twin's text": (
+        "its dense twin is incomplete",
+        lambda p: forge(p, 1, set_row(0, control_text=None)),
+    ),
+    "a twin outside a block": (
+        "none to have",
+        lambda p: forge(p, 0, set_row(0, control_text="x", control_seconds=1.0)),
+    ),
+    "tokens of a row": ("prompt_tokens", lambda p: forge(p, 0, set_row(2, prompt_tokens=1))),
+    "kept tokens of a row": ("kept", lambda p: forge(p, 0, set_row(2, visual_tokens_kept=24))),
+    "the mask of a row": ("", lambda p: forge(p, 0, set_row(2, kept_tokens=mask(24, 100)))),
+    "modelled cost of a row": ("kv_bytes", lambda p: forge(p, 0, set_row(2, kv_bytes=1))),
+    "a row is gone": ("3 rows", lambda p: forge(p, 0, lambda rows: rows[1:])),
+    "a row is there twice": ("planned are 4", lambda p: forge(p, 0, lambda r: [*r[:3], r[2]])),
+    "an error row became an answer": (
+        "an answer without",
+        lambda p: forge(p, 2, set_row(3, error_code=None, text="made up")),
+    ),
+    "an error row has a text": (
+        "an error row with a text",
+        lambda p: forge(p, 2, set_row(3, text="made up")),
+    ),
+    "an answer became an error": (
+        "failed",
+        lambda p: forge(p, 2, set_row(0, error_code="image_missing", text=None)),
+    ),
+    "rows of another run": ("rows have run_id", lambda p: forge(p, 0, set_row(0, run_id="x"))),
+    "rows of another model": ("rows have model", lambda p: forge(p, 0, set_row(0, model="x"))),
+    "rows of another spec": (
+        "is not the run's",
+        lambda p: forge(
+            p,
+            0,
+            set_row(
+                0,
+                prune_spec=PruneSpec(method="grid", budget=Budget(ratio=0.25)).to_json(),
+                prune_method="grid",
+            ),
+        ),
+    ),
+    "the rows of a ledger": ("rows 9", lambda p: refooter(p, 0, "rows", 9)),
+    "the seconds of a ledger": ("nanoseconds 1", lambda p: refooter(p, 0, "nanoseconds", 1)),
+    "the blocks of a ledger": ("blocks", lambda p: refooter(p, 1, "blocks", [[1, 9, 4, "cpu"]])),
+    "the FLOPs of a ledger": ("flops", lambda p: refooter(p, 0, "flops", {"prefill": 1})),
+    "a unit is gone": ("is not committed", lambda p: path(p, 0).unlink()),
+    "a unit is no Parquet file": ("not a Parquet file", lambda p: path(p, 0).write_bytes(b"x")),
+    "a foreign object": (
+        "no unit of this run",
+        lambda p: path(p, 0).with_name("more.parquet").write_bytes(path(p, 0).read_bytes()),
+    ),
+    "the rows of the summary": ("says rows 13", lambda p: resummarise(p, "rows", value=13)),
+    "the ratio of the summary": (
+        "dense_over_pruned.ratio",
+        lambda p: resummarise(p, "measured", "dense_over_pruned", "ratio", value=3.3),
+    ),
+    "the seconds of the summary": (
+        "measured.seconds",
+        lambda p: resummarise(p, "measured", "seconds", value=1.0),
+    ),
+    "the modelled cost of the summary": (
+        "modelled.flops.prefill",
+        lambda p: resummarise(p, "modelled", "flops", "prefill", value=1),
+    ),
+    "a figure that no summary has": (
+        "it says saved '50 %'",
+        lambda p: resummarise(p, "saved", value="50 %"),
+    ),
+    "the summary is no object": (
+        "summary.json",
+        lambda p: (Path(p.output.uri) / "_run/summary.json").write_text("[]"),
+    ),
+    "the summary is no JSON": (
+        "not JSON",
+        lambda p: (Path(p.output.uri) / "_run/summary.json").write_text("{"),
+    ),
+    "the summary is gone": (
+        "no summary",
+        lambda p: (Path(p.output.uri) / "_run/summary.json").unlink(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_what_was_changed_is_found_and_named(planned: Planned, kind: str) -> None:
+    said, tamper = TAMPERED[kind]
+    tamper(planned)
+    found = [f"{one.where}: {one.what}" for one in look(planned).differences]
+    assert found
+    assert any(said in line for line in found), found
+
+
+def test_other_settings_are_another_run_whose_units_are_missing(planned: Planned) -> None:
+    place = Path(planned.output.uri) / "_run/manifest.json"
+    record = json.loads(place.read_text())
+    record["settings"]["prompt"] = "another"
+    place.write_text(json.dumps(record))
+    found = look(planned)
+    assert found.units == 0
+    assert sum(one.what == "this unit is not committed" for one in found.differences) == UNITS
+
+
+@pytest.mark.parametrize(("low", "spec"), [(1.5, SPEC), (0.5, DENSE)])
+def test_a_run_that_decides_has_rows_of_what_it_decided(
+    tmp_path: Path, low: float, spec: PruneSpec
+) -> None:
+    """And not of the other spec, whatever its decision says by now."""
+    planned = run(tmp_path, spec, auto=True)
+    measured = {"ratio": 1.6, "low": low, "high": 1.9, "rows": 64, "blocks": 6}
+    planned.output.keep_break_even(BreakEven.from_dict({"measured": measured}))
+    keep_summary(planned.output, summarise(planned.output))
+    assert not look(planned).differences
+    place = Path(planned.output.uri) / "_run/break-even.json"
+    place.write_text(json.dumps({"pays": True, "measured": measured | {"low": 2.0 - low}}))
+    assert any("is not the run's" in one.what for one in look(planned).differences)
+
+
+def test_a_run_of_an_earlier_schema_version_is_refused(planned: Planned) -> None:
+    place = Path(planned.output.uri) / "_run/manifest.json"
+    record = json.loads(place.read_text())
+    record["settings"]["schema_version"] = 2
+    place.write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="schema version 2"):
+        look(planned)
+
+
+def test_a_digest_is_of_the_rows_alone(planned: Planned) -> None:
+    data = path(planned, 0).read_bytes()
+    assert has_written_rows(data)
+    assert not has_written_rows(data[:4] + bytes([data[4] ^ 1]) + data[5:])

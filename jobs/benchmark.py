@@ -2,18 +2,19 @@
 
     python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
     python jobs/benchmark.py --suite pipeline --shape llava --threads 1 --json pipeline.json
+    python jobs/benchmark.py --suite saving --shape llava
     python jobs/benchmark.py --suite scale
     python jobs/benchmark.py --suite machinery --rows 1000000
     python jobs/benchmark.py --suite online
     python jobs/benchmark.py --suite selection --dtype bfloat16
 
 `engine`: engines side by side, dense and pruned. `pipeline`: the batch job against the bare engine
-on the same images. `scale`: cost of a row as the corpus grows. `machinery`: the
-same without a model, up to a million rows, with memory over time. `online`: the HTTP endpoint under
-load, idle and beside a batch job. `selection`: cost of token selection beside the prefill it
-shortens, at the widths of 7B models. Each file in `jobs/suites/` defines its columns; published
-results are in `jobs/suites/RESULTS.md`. Ratios are medians over the rounds with their smallest and
-largest value.
+on the same images. `saving`: the saving that a run prints against separate runs. `scale`: cost of a
+row as the corpus grows. `machinery`: the same without a model, up to a million rows, with memory
+over time. `online`: the HTTP endpoint under load, idle and beside a batch job. `selection`: cost of
+token selection beside the prefill it shortens, at the widths of 7B models. Each file in
+`jobs/suites/` defines its columns; published results are in `jobs/suites/RESULTS.md`. Ratios are
+medians over the rounds with their smallest and largest value.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from jobs.suites.engine import METHODS, run_engine_suite
 from jobs.suites.machinery import ROWS, run_machinery_suite
 from jobs.suites.online import run_online_suite
 from jobs.suites.pipeline import run_pipeline_suite
+from jobs.suites.saving import run_saving_suite
 from jobs.suites.scale import run_scale_suite
 from jobs.suites.selection import run_selection_suite
 from jobs.suites.shapes import SHAPES
@@ -49,6 +51,7 @@ from sppruner.models.loading import EMBEDDED
 SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
     "pipeline": ("model", "shape", "dtype", "threads"),
+    "saving": ("shape", "dtype"),
     "scale": ("model",),
     "machinery": ("model", "rows", "image_bytes"),
     "online": ("model",),
@@ -117,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=list(SHAPES),
         help=f"{_name_suites('shape')}: tiny is the embedded model; the others are random weights "
         "in the proportions of a 7B model or (*-7b, needs a GPU) of its size; answers have a fixed "
-        "length (engine: llava; pipeline: none, --model is labelled)",
+        "length (engine: llava; saving: tiny; pipeline: none, --model is labelled)",
     )
     parser.add_argument(
         "--methods", help=f"{_name_suites('methods')}: comma-separated ({','.join(METHODS)})"
@@ -204,6 +207,8 @@ def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
             return run_scale_suite(model, **options)
         if arguments.suite == "online":
             return run_online_suite(model, **options)
+        if arguments.suite == "saving":
+            return run_saving_suite(SHAPES[arguments.shape or "tiny"], dtype=dtype, **options)
         random = None if arguments.shape is None else SHAPES[arguments.shape]
         return run_pipeline_suite(
             model, shape=random, dtype=dtype, threads=arguments.threads, **options

@@ -195,7 +195,7 @@ def _pairs(
     if isinstance(told, dict) and isinstance(true, dict):
         for name in sorted(told.keys() | true.keys()):
             yield from _pairs(told.get(name), true.get(name), (*path, name))
-    elif path:
+    else:
         yield path, told, true
 
 

@@ -21,6 +21,7 @@ class RunEvent(StrEnum):
     UNIT_DEFERRED = "unit_deferred"
     UNIT_REREAD = "unit_reread"
     UNIT_MOVED = "unit_moved"
+    COMMIT_LOST = "commit_lost"
     STORE_WAITED = "store_waited"
     REPLICAS_WAITED = "replicas_waited"
 
@@ -47,6 +48,10 @@ _PHRASES: Mapping[str, tuple[str, str]] = {
     RunEvent.UNIT_MOVED: (
         "{n} unit moved to another node, its own lacks the mount",
         "{n} units moved to another node, their own lacks the mount",
+    ),
+    RunEvent.COMMIT_LOST: (
+        "{n} unit labelled twice, the first copy counts",
+        "{n} units labelled twice, the first copies count",
     ),
     # Counted in seconds.
     RunEvent.STORE_WAITED: ("store away for {n} s", "store away for {n} s"),

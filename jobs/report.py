@@ -41,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="recompute every total from the rows, and name what differs",
     )
     parser.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="X",
+        help="of one replica: shows what the run cost and saved in money",
+    )
+    parser.add_argument(
         "--overlay",
         type=Path,
         metavar="DIR",
@@ -57,13 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configure_logs()
         _check(arguments.overlay, arguments.rows)
+        if arguments.price_per_hour is not None and not arguments.price_per_hour > 0:
+            raise UsageError(f"--price-per-hour {arguments.price_per_hour}: give a price above 0")
         if arguments.audit:
             return _audit(arguments.output)
         summary = summarise(arguments.output)
         if arguments.json:
             print(summary.to_json())
         else:
-            print_report(summary)
+            print_report(summary, price=arguments.price_per_hour)
         if arguments.overlay is not None:
             _draw(summary, arguments.overlay, arguments.rows or _ROWS)
     except RunError as error:

@@ -20,6 +20,8 @@ class BreakEven:
 
     measured: MeasuredRatio | None
     """The ratio of control blocks; None where there were too few rows to measure."""
+    evidence: tuple[Block, ...] = ()
+    """The blocks that it rests on; empty of a decision of an earlier version."""
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Block], *, decisions: int = 1) -> BreakEven:
@@ -27,7 +29,7 @@ class BreakEven:
         intervals hold at once with 95 % (Bonferroni), so that of many sizes and loads none is
         called faster by chance."""
         confidence = 1 - (1 - CONFIDENCE) / decisions
-        return cls(measured=measured_ratio(blocks, confidence=confidence))
+        return cls(measured=measured_ratio(blocks, confidence=confidence), evidence=tuple(blocks))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BreakEven:
@@ -36,7 +38,10 @@ class BreakEven:
         if measured is not None and "batches" in measured:  # of schema version 2
             measured = {**measured, "blocks": measured["batches"]}
             del measured["batches"]
-        return cls(measured=None if measured is None else MeasuredRatio(**measured))
+        return cls(
+            measured=None if measured is None else MeasuredRatio(**measured),
+            evidence=tuple(Block(*block) for block in data.get("evidence", ())),
+        )
 
     @property
     def pays(self) -> bool:
@@ -50,4 +55,8 @@ class BreakEven:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         measured = None if self.measured is None else asdict(self.measured)
-        return {"pays": self.pays, "measured": measured}
+        return {
+            "pays": self.pays,
+            "measured": measured,
+            "evidence": [list(block) for block in self.evidence],
+        }

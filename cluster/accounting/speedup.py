@@ -55,6 +55,8 @@ class MeasuredRatio:
     """Control rows measured."""
     blocks: int
     """Blocks that these rows are of."""
+    confidence: float = CONFIDENCE
+    """Of the interval."""
 
     @property
     def half_width(self) -> float | None:
@@ -97,7 +99,9 @@ def measured_ratio(
         if half < _WIDEST:
             low, high = (float(ratio * np.exp(side * half)) for side in (-1, 1))
     rows = sum(block.rows for block in blocks)
-    return MeasuredRatio(ratio=ratio, low=low, high=high, rows=rows, blocks=len(blocks))
+    return MeasuredRatio(
+        ratio=ratio, low=low, high=high, rows=rows, blocks=len(blocks), confidence=confidence
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

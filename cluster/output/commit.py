@@ -18,7 +18,7 @@ from ray.data.datasource import Datasink, WriteResult
 
 from cluster.accounting.ledger import UnitLedger, unit_ledger
 from cluster.errors import CommitRefused, ErrorShareExceeded
-from cluster.events import OnEvent, ignore_event
+from cluster.events import OnEvent, RunEvent, ignore_event
 from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -120,7 +120,7 @@ class CommitSink(Datasink[list[CommitOutcome]]):
             reason = self._stop_reason()
             if reason is not None:
                 raise ErrorShareExceeded(reason)
-        return commit_unit(
+        outcome = commit_unit(
             table,
             expected=self._expected,
             output=self._output,
@@ -128,6 +128,9 @@ class CommitSink(Datasink[list[CommitOutcome]]):
             writer=uuid.uuid4().hex,
             on_commit=self._on_commit,
         )
+        if not outcome.won:
+            self._on_event(RunEvent.COMMIT_LOST, 1)
+        return outcome
 
 
 def _committed_columns(table: pa.Table, expected: ExpectedUnits, unit_id: str) -> pa.Table:

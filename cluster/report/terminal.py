@@ -32,17 +32,20 @@ def format_saving(dense: float, pruned: float) -> str:
     return "–" if not dense else f"{100 * (dense - pruned) / dense:+.1f} %"
 
 
-def render(summary: Summary, *, note: str | None = None) -> RenderableType:
-    """The report of a summary, in reading order. note: what was special about the attempt."""
+def render(
+    summary: Summary, *, note: str | None = None, price: float | None = None
+) -> RenderableType:
+    """The report of a summary, in reading order. note: what was special about the attempt. price:
+    of one hour of one replica, in any currency; None leaves money out."""
     parts: list[RenderableType] = [_facts(summary, note)]
     if summary.total.visual_tokens:
-        parts += [Text(), _modelled(summary), Text(), _measured(summary)]
+        parts += [Text(), _modelled(summary), Text(), _measured(summary, price)]
     return Group(*parts)
 
 
-def print_report(summary: Summary, *, note: str | None = None) -> None:
-    """Prints the report of a summary to stdout. note: what was special about the attempt."""
-    open_console().print(render(summary, note=note))
+def print_report(summary: Summary, *, note: str | None = None, price: float | None = None) -> None:
+    """Prints the report of a summary to stdout; see `render`."""
+    open_console().print(render(summary, note=note, price=price))
 
 
 def _grid() -> Table:
@@ -172,7 +175,7 @@ def _compared(dense: float, pruned: float, unit: str) -> tuple[str, str, str]:
     return format_quantity(dense, unit), format_quantity(pruned, unit), format_saving(dense, pruned)
 
 
-def _measured(summary: Summary) -> RenderableType:
+def _measured(summary: Summary, price: float | None) -> RenderableType:
     total, ratio = summary.total, summary.measured
     facts = _grid()
     facts.title = "measured"
@@ -180,6 +183,14 @@ def _measured(summary: Summary) -> RenderableType:
     facts.add_row("replica time", f"{total.seconds:.2f} s for all rows as they ran")
     if summary.settings["schema_version"] < _CACHES_MEASURED:
         facts.add_row("", "an earlier version measured this run: its control rows met no caches")
+    if total.images_cached:
+        facts.add_row(
+            "caches",
+            f"{total.images_cached} rows found their image encoded, {total.prefixes_cached} of "
+            "them read up to the question",
+        )
+    if price is not None:
+        facts.add_row("money", _money(summary, price))
     if ratio is None:
         facts.add_row("dense / pruned", f"not measured: {_why_not(summary)}")
         return facts
@@ -196,6 +207,20 @@ def _measured(summary: Summary) -> RenderableType:
         facts.add_row("spent on retries", f"{total.retry_seconds:.2f} s")
     facts.add_row("agreement", f"{total.agreements} of {ratio.rows} control rows, same text")
     return facts
+
+
+def _money(summary: Summary, price: float) -> str:
+    """What the replica time cost, measuring and retries apart, and what densely would have."""
+    total, ratio = summary.total, summary.measured
+    hourly = price / 3600
+    beside = hourly * (total.control_seconds + total.retry_seconds)
+    spent = f"{hourly * total.seconds:.4g} for the rows, {beside:.4g} for control and retries"
+    if ratio is None:
+        return spent
+    ends = [ratio.low, ratio.high] if ratio.low is not None and ratio.high is not None else []
+    saved, *interval = [hourly * total.seconds * (end - 1) for end in (ratio.ratio, *ends)]
+    within = f" ({interval[0]:.4g} – {interval[1]:.4g})" if interval else ""
+    return f"{spent}; saved {saved:.4g}{within}, at {price:g} an hour"
 
 
 def _why_not(summary: Summary) -> str:

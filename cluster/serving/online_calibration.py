@@ -65,7 +65,8 @@ class OnlineBreakEven:
         return nearest.decision.spec(requested)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values, for `/v1/models`."""
+        """Plain values, for `/v1/models`. Intervals hold together: each has a confidence above
+        that of a single one."""
         return [
             {"pixels": cell.pixels, "load": cell.load, **cell.decision.to_dict()}
             for cell in self.cells

@@ -32,7 +32,14 @@ def test_rows_are_pruned_only_if_the_whole_interval_is_above_one(
     assert decision.spec(SPEC) == (SPEC if pays else DENSE)
 
 
-@pytest.mark.parametrize("decision", [measured_decision(1.2), BreakEven(measured=None)])
+@pytest.mark.parametrize(
+    "decision",
+    [
+        measured_decision(1.2),
+        BreakEven(measured=None),
+        BreakEven.from_blocks([Block(10, 20 + n, 8, "cpu") for n in range(5)], decisions=3),
+    ],
+)
 def test_a_decision_round_trips_through_json(decision: BreakEven) -> None:
     assert BreakEven.from_dict(decision.to_dict()) == decision
 

@@ -29,7 +29,7 @@ from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.labelled_tables import mask
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-UNITS, ROWS = 3, 4
+UNITS, ROWS, MEASURED = 8, 4, range(1, 7)
 Row = dict[str, Any]
 
 
@@ -48,9 +48,9 @@ def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> 
         "prune_method": spec.method,
         "prune_spec": spec.to_json(),
         "seconds": 0.25 + number / 64,
-        "is_control": unit == 1,
-        "control_text": f"text {number % 3}" if unit == 1 else None,
-        "control_seconds": 0.75 + number / 32 if unit == 1 else None,
+        "is_control": unit in MEASURED,
+        "control_text": f"text {number % 3}" if unit in MEASURED else None,
+        "control_seconds": 0.75 + number / 32 + unit / 16 if unit in MEASURED else None,
         "discarded_seconds": 0.125,
         "device": "cpu",
         "flops": dict.fromkeys(PARTS, 3 + number),
@@ -66,7 +66,7 @@ def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> 
         "_in_unit": planned.units[unit].unit_id,
         "_in_unit_rows": ROWS,
     }
-    if (unit, number) == (2, 3):
+    if (unit, number) == (7, 3):
         lost = dict.fromkeys(set(made) & {name for name in made if name not in _OF_EVERY_ROW})
         error = {"error_code": "image_missing", "error_message": "none", "error_stage": "decode"}
         return made | lost | error
@@ -182,15 +182,15 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
     "a row is there twice": ("planned are 4", lambda p: forge(p, 0, lambda r: [*r[:3], r[2]])),
     "an error row became an answer": (
         "an answer without",
-        lambda p: forge(p, 2, set_row(3, error_code=None, text="made up")),
+        lambda p: forge(p, 7, set_row(3, error_code=None, text="made up")),
     ),
     "an error row has a text": (
         "an error row with a text",
-        lambda p: forge(p, 2, set_row(3, text="made up")),
+        lambda p: forge(p, 7, set_row(3, text="made up")),
     ),
     "an answer became an error": (
         "failed",
-        lambda p: forge(p, 2, set_row(0, error_code="image_missing", text=None)),
+        lambda p: forge(p, 7, set_row(0, error_code="image_missing", text=None)),
     ),
     "rows of another run": ("rows have run_id", lambda p: forge(p, 0, set_row(0, run_id="x"))),
     "rows of another model": ("rows have model", lambda p: forge(p, 0, set_row(0, model="x"))),
@@ -295,3 +295,20 @@ def test_a_digest_is_of_the_rows_alone(planned: Planned) -> None:
     data = path(planned, 0).read_bytes()
     assert has_written_rows(data)
     assert not has_written_rows(data[:4] + bytes([data[4] ^ 1]) + data[5:])
+
+
+def test_an_outsider_checks_a_saving_with_pyarrow(
+    planned: Planned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The snippet of `cluster/README.md`, as it stands there."""
+    page = (Path(__file__).parents[3] / "cluster/README.md").read_text()
+    snippet = page.split("### Check a claimed saving")[1].split("```python\n")[1].split("```")[0]
+    exec(snippet, {"output": planned.output.uri})
+    measured = summarise(planned.output).measured
+    assert measured is not None
+    printed = capsys.readouterr().out
+    assert f"{measured.ratio:.2f} x on 24 rows in 6 blocks" in printed
+    assert f"95 % interval {measured.low:.2f} - {measured.high:.2f}" in printed
+    resummarise(planned, "measured", "seconds", value=99.0)
+    with pytest.raises(AssertionError):
+        exec(snippet, {"output": planned.output.uri})

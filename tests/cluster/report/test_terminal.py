@@ -139,3 +139,44 @@ def test_quantities_have_si_prefixes() -> None:
     assert format_quantity(1_234_567, "B") == "1.23 MB"
     assert format_quantity(3.8e12, "FLOP") == "3.8 TFLOP"
     assert format_quantity(0, "B") == "0 B"
+
+
+def test_money_is_that_of_the_replica_time_and_its_saving_has_the_interval() -> None:
+    measured = MeasuredRatio(ratio=2.5, low=2.0, high=3.0, rows=160, blocks=5)
+    total = replace(TOTAL, nanoseconds=7200 * 10**9, retry_nanoseconds=360 * 10**9)
+    shown = summary(measured=measured, total=replace(total, control_nanoseconds=720 * 10**9))
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(render(shown, price=3.0))
+    assert "6 for the rows, 0.9 for control and retries; saved 9 (6 – 12), at 3 an hour" in (
+        captured.get()
+    )
+    assert "money" not in render_text(shown)
+    with console.capture() as captured:
+        console.print(render(summary(measured=None), price=3.6))
+    assert "0.01 for the rows" in captured.get()
+
+
+def test_what_caches_served_is_shown() -> None:
+    total = replace(TOTAL, images_cached=40, prefixes_cached=30, flops_cached={"vision": 5})
+    report = render_text(summary(total=total))
+    assert "40 rows found their image encoded, 30 of them read up to the question" in report
+    assert "5 FLOP of these" in report
+
+
+def test_why_nothing_was_measured_is_said() -> None:
+    attempt = Attempt(
+        rows=1, wall_seconds=1.0, start_seconds=1.0, rows_per_second=1.0, replicas=1,
+        replica_busy_share=None, not_measured="2,048 rows are too few",
+    )  # fmt: skip
+    nothing = replace(TOTAL, blocks=())
+    report = render_text(summary(measured=None, total=nothing, attempt=attempt))
+    assert "not measured: 2,048 rows are too few" in report
+    spoiled = render_text(summary(measured=None, total=replace(nothing, blocks_spoiled=3)))
+    assert "not measured: 3 control blocks were spoiled" in spoiled
+
+
+def test_a_run_of_an_earlier_schema_version_says_how_it_was_measured() -> None:
+    old = summary()
+    report = render_text(replace(old, settings={**old.settings, "schema_version": 2}))
+    assert "its control rows met no caches" in report

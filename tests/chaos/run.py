@@ -6,12 +6,16 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
+from cluster.errors import RunError
+from cluster.output.audit import audit
+from cluster.output.run_output import RunOutput
 from tests.chaos.corpus import draw_corpus
 from tests.chaos.drivers import Drivers
 from tests.chaos.faults import Stage, Undo, strike
@@ -107,6 +111,22 @@ class _Pending:
             self.idle.append(fault.name)
 
 
+def check_audit(objects: Mapping[str, bytes]) -> list[Finding]:
+    """What the project's own audit finds in an output, which should be nothing."""
+    with TemporaryDirectory() as folder:
+        for key, data in objects.items():
+            place = Path(folder, key)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+        try:
+            found = audit(RunOutput.open(folder))
+        except RunError as error:
+            return [Finding(harm="wrong", text=f"audit: {error}")]
+    return [
+        Finding(harm="wrong", text=f"audit: {one.where}: {one.what}") for one in found.differences
+    ]
+
+
 def run_schedule(
     schedule: Schedule, ground: Ground, *, keep: Path | None = None, patience: float = 1.0
 ) -> Report:
@@ -136,6 +156,7 @@ def run_schedule(
         time.sleep(_SETTLE_SECONDS)  # writes of killed drivers may still arrive
         writes, objects = place.writes(), place.objects()
         findings += check_run(corpus, objects, writes, drivers.attempts)
+        findings += check_audit(objects)
         report = Report(
             schedule=schedule,
             findings=findings,

@@ -10,6 +10,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.ledger import UnitLedger
 from cluster.controller import (
     CONTROLLER_NAME,
@@ -348,3 +349,32 @@ def test_the_controller_keeps_running_runs_and_the_latest_that_ended() -> None:
             controller.finish(name, "completed")
     kept = [run.run_id for run in controller.runs()]
     assert kept == ["r0", *(f"r{n}" for n in range(199, 300))]
+
+
+def test_the_controller_allows_blocks_of_its_run_s_plan_alone_and_again_when_asked_again() -> None:
+    """A call may be sent twice, and a block that was allowed is measured wherever it is retried."""
+    controller = RunController()
+    units = [(f"unit {number}", 40) for number in range(8)]
+    plan = ControlPlan.of("run", units, slots=4, asked=2)
+    first, second, third = list(plan.ranks)[:3]
+    assert not controller.may_measure(RUN, first), "an unknown run's"
+    register(controller)
+    assert not controller.may_measure(RUN, first), "of a run that measures nothing"
+    register(controller, control=plan)
+    allowed = [controller.may_measure(RUN, name) for name in (first, first, second, third, "x")]
+    assert allowed == [True, True, True, False, False]
+    controller.unit_committed(RUN, first, UNIT)
+    assert not controller.may_measure(RUN, first), "its unit is committed"
+    spoiled = UnitLedger(rows=10, blocks_spoiled=1)
+    controller.unit_committed(RUN, second, spoiled)
+    assert controller.may_measure(RUN, third), "in place of the spoiled one"
+
+
+def test_what_is_allowed_counts_as_spent_until_it_is_committed() -> None:
+    controller = RunController()
+    units = [(f"unit {number}", 256) for number in range(60)]
+    plan = ControlPlan.of("run", units, slots=16)  # 15,360 rows: room for eight blocks
+    register(controller, control=plan, rows_total=15_360)
+    assert plan.reason is None
+    allowed = [controller.may_measure(RUN, name) for name in plan.ranks]
+    assert sum(allowed) == 5, "the first ones say how many more"

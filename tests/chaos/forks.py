@@ -88,6 +88,7 @@ class Forks:
             *lines, self._partial = (self._partial + data).split(b"\n")
             for event, pid, *code in map(json.loads, lines):
                 if event == "started":
+                    self._codes.pop(pid, None)  # of an earlier process with this number
                     self._started.append(pid)
                 else:
                     self._codes[pid] = code[0]

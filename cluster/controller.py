@@ -105,6 +105,7 @@ class _Run:
     waited_until: dict[str, float] = field(default_factory=dict)
     finished: float | None = None
     granted: set[str] = field(default_factory=set)
+    unmeasured: set[str] = field(default_factory=set)
 
 
 class RunController:
@@ -126,6 +127,7 @@ class RunController:
         error_share_after: int,
         again: Collection[str] = (),
         control: ControlPlan | None = None,
+        unmeasured: Collection[str] = (),
     ) -> None:
         """Starts or restarts the view of a run, from what the store says is committed. again: units
         whose failed rows are asked again, perhaps while the run's own job goes on: its guard stays,
@@ -148,6 +150,7 @@ class RunController:
             rows_total=rows_total,
             errors=errors,
             control=control,
+            unmeasured=set(unmeasured),
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
@@ -167,6 +170,8 @@ class RunController:
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
             run.granted.discard(unit_id)
+            if not ledger.blocks:
+                run.unmeasured.add(unit_id)
             run.ledger += ledger
             if unit_id not in run.again:
                 run.errors.add(ledger)
@@ -214,7 +219,9 @@ class RunController:
         run = self._runs.get(name)
         if run is None or run.control is None or unit_id in run.units_done:
             return False
-        allowed = unit_id in run.granted or run.control.allows(unit_id, run.ledger, run.granted)
+        allowed = unit_id in run.granted or run.control.allows(
+            unit_id, run.ledger, run.granted, run.unmeasured
+        )
         if allowed:
             run.granted.add(unit_id)
         return allowed

@@ -72,7 +72,7 @@ class ControlPlan:
                 )
             candidates, most = large, 2 * _MOST
         else:
-            reason = "--control-blocks 0" if asked == 0 else None
+            reason = None if asked else "no control blocks were asked for"
             # Smaller units, whose batches are less full, only where there are no others.
             whole = [unit for unit, _ in sorted(units, key=lambda unit: -unit[1])]
             candidates = large if len(large) >= asked else whole[: 2 * asked]
@@ -106,19 +106,27 @@ class ControlPlan:
         always meets the warmer machine."""
         return self.ranks[unit] % 2 == 1
 
-    def allows(self, unit: str, ledger: UnitLedger, granted: Collection[str]) -> bool:
+    def allows(
+        self,
+        unit: str,
+        ledger: UnitLedger,
+        granted: Collection[str] = (),
+        passed: Collection[str] = (),
+    ) -> bool:
         """Whether the unit's block is to be measured.
 
         ledger: of the committed units. granted: units whose blocks were allowed and are not
-        committed yet.
+        committed yet. passed: units that were committed without a measured block, because it was
+        spoiled, had too few rows, or was not wanted by then.
         """
         rank = self.ranks.get(unit)
         if rank is None:
             return False
-        if self.asked is not None:
-            return rank < self.asked + ledger.blocks_spoiled
-        if rank >= self._wanted(ledger) + ledger.blocks_spoiled:
+        wanted = self._wanted(ledger) if self.asked is None else self.asked
+        if rank >= self._limit(wanted, passed):
             return False
+        if self.asked is not None:
+            return True
         answered = ledger.rows - ledger.rows_failed
         of_row = ledger.nanoseconds / answered if answered else 1.0
         of_block = _ASSUMED_RATIO * of_row * self.block_rows
@@ -126,6 +134,14 @@ class ControlPlan:
             of_block = sum(block.dense for block in ledger.blocks) / len(ledger.blocks)
         spent = ledger.control_nanoseconds + (len(granted) + 1) * of_block
         return spent <= COST_SHARE * of_row * self.rows
+
+    def _limit(self, wanted: int, passed: Collection[str]) -> int:
+        """The rank below which so many blocks can still be measured, those in `passed` left out."""
+        lost = {self.ranks[unit] for unit in passed if unit in self.ranks}
+        limit = wanted
+        while (higher := wanted + sum(rank < limit for rank in lost)) > limit:
+            limit = higher
+        return limit
 
     def _wanted(self, ledger: UnitLedger) -> int:
         if len(ledger.blocks) < FEWEST_BLOCKS:

@@ -70,7 +70,7 @@ def attempt_units(
     _announce(manifest, todo, rows, fleet, console)
     name = RunName(manifest.run_id, output.uri)
     control = _control_plan(config, manifest, fleet)
-    if control.reason is not None and not failed and not config.spec.is_dense:
+    if control.reason is not None and config.control_blocks is None and not config.spec.is_dense:
         console.print(f"the saving is not measured: {control.reason}", highlight=False)
     first = set(control.first)
     todo = sorted(todo, key=lambda unit: unit.unit_id not in first)  # in their order otherwise

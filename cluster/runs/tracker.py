@@ -61,10 +61,10 @@ class RunTracker:
 
     def __enter__(self) -> RunTracker:
         """Raises StoreError where a committed unit cannot be read, before anything is labelled."""
-        done, ledger = self._committed()
+        committed = self._committed()
         # A run needs no controller: `progress` registers it once there is one.
         try:
-            self._register(done, ledger)
+            self._register(committed)
         except Exception as error:  # of Ray, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
         return self
@@ -108,7 +108,7 @@ class RunTracker:
             # What is known of a run that this attempt could not register is of an earlier one.
             if known is None or not self._registered:
                 logger.info("controller_restarted", run_id=self._manifest.run_id)
-                self._register(*self._committed())
+                self._register(self._committed())
         except Exception as error:  # of Ray or the store, in any state: this is telemetry
             logger.warning("controller_unreachable", error=type(error).__name__)
             return None
@@ -137,12 +137,13 @@ class RunTracker:
             logger.warning("end_unknown", run_id=self._manifest.run_id, error=str(error))
             return True
 
-    def _committed(self) -> tuple[list[str], UnitLedger]:
+    def _committed(self) -> dict[str, UnitLedger]:
+        """The committed units and their ledgers."""
         planned = {unit.unit_id for unit in self._manifest.units} - self._again
         done = sorted(self._output.committed_units() & planned)
-        return done, RunLedger.of(self._output.ledgers(done)).total
+        return dict(zip(done, self._output.ledgers(done), strict=True))
 
-    def _register(self, done: list[str], ledger: UnitLedger) -> None:
+    def _register(self, committed: Mapping[str, UnitLedger]) -> None:
         call = self._controller.register.remote(
             self._name,
             meta={
@@ -153,8 +154,9 @@ class RunTracker:
             },
             units_total=len(self._manifest.units),
             rows_total=self._manifest.rows,
-            units_done=done,
-            ledger_so_far=ledger,
+            units_done=list(committed),
+            ledger_so_far=RunLedger.of(committed.values()).total,
+            unmeasured=[unit for unit, ledger in committed.items() if not ledger.blocks],
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,
             again=sorted(self._again),

@@ -35,17 +35,20 @@ class Run:
         self.draw = np.random.default_rng(seed)
         self.ledger = UnitLedger()
         self.measured: list[str] = []
+        self.passed: set[str] = set()
         first = set(control.first)
         for name in sorted(names, key=lambda name: name not in first):
             self.label(control, name, ratio, noise)
 
     def label(self, control: ControlPlan, name: str, ratio: float, noise: float) -> None:
         unit = UnitLedger(rows=256, nanoseconds=256 * NANO // 10)
-        if control.draw(name, range(256)) and control.allows(name, self.ledger, ()):
+        if control.draw(name, range(256)) and control.allows(name, self.ledger, (), self.passed):
             pruned, dense = np.exp(noise * self.draw.standard_normal(2)) * BLOCK * NANO / 10
             block = Block(int(pruned), int(ratio * dense), BLOCK)
             unit += UnitLedger(blocks=(block,), control_nanoseconds=block.dense)
             self.measured.append(name)
+        else:
+            self.passed.add(name)
         self.ledger += unit
 
 
@@ -145,12 +148,37 @@ def test_none_are_measured_where_none_are_asked_for() -> None:
     assert not none.allows("unit 1", UnitLedger(), ())
 
 
-def test_a_spoiled_block_is_replaced_by_the_next_one() -> None:
+def test_a_block_that_was_not_measured_is_replaced_by_the_next_one() -> None:
     asked = plan(40, asked=3)
     order = list(asked.ranks)
-    assert [asked.allows(name, UnitLedger(), ()) for name in order] == [True] * 3 + [False] * 3
-    spoiled = UnitLedger(blocks_spoiled=1)
-    assert [asked.allows(name, spoiled, ()) for name in order] == [True] * 4 + [False] * 2
+
+    def allowed(*passed: str) -> list[bool]:
+        return [asked.allows(name, UnitLedger(), (), passed) for name in order]
+
+    assert allowed() == [True] * 3 + [False] * 3
+    assert allowed(order[1]) == [True] * 4 + [False] * 2
+    assert allowed(order[5]) == [True] * 3 + [False] * 3, "it was not wanted"
+    assert allowed(order[1], order[3]) == [True] * 5 + [False]
+    assert allowed("of no plan") == [True] * 3 + [False] * 3
+
+
+@given(order=st.permutations(range(24)), lost=st.sets(st.integers(0, 23)), asked=st.integers(1, 12))
+def test_as_many_blocks_are_measured_as_were_asked_for_in_whatever_order_units_come(
+    order: list[int], lost: set[int], asked: int
+) -> None:
+    """lost: units whose block is spoiled. With enough units left, exactly so many are measured."""
+    control = plan(24, asked=asked)
+    names = [f"unit {number}" for number in range(24)]
+    measured, passed = set[str](), set[str]()
+    for number in order:
+        name = names[number]
+        if control.allows(name, UnitLedger(), (), passed) and number not in lost:
+            measured.add(name)
+        else:
+            passed.add(name)
+    assert len(measured) <= asked
+    if not lost:
+        assert len(measured) == asked
 
 
 def test_the_block_of_a_unit_is_the_same_in_every_attempt_and_other_runs_have_others() -> None:

@@ -35,7 +35,7 @@ def open_store(uri: str | os.PathLike[str], *, patience: Patience | None = None)
 
     patience: how long trouble may last in one call; None for that of work in flight. S3 is
     configured by the usual AWS_* variables, AWS_ENDPOINT_URL among them. Raises UsageError for any
-    other scheme, an invalid bucket name and an empty path.
+    other scheme, another host, an invalid bucket name and an empty path.
     """
     uri = os.fspath(uri)
     if not uri.strip():
@@ -46,7 +46,14 @@ def open_store(uri: str | os.PathLike[str], *, patience: Patience | None = None)
     if not separator:
         return LocalStore(Path(uri).absolute(), patience=patience)
     if scheme == "file":
-        return LocalStore(Path("/" + rest.lstrip("/")), patience=patience)
+        host, _, path = rest.partition("/")
+        # RFC 8089: an empty host and localhost are this machine, and no part of the path.
+        if host.lower() not in ("", "localhost"):
+            raise UsageError(
+                f"{uri}: {host} is the name of a host, and files are read on this one alone; write "
+                "file:///path with three slashes"
+            )
+        return LocalStore(Path("/" + path.lstrip("/")), patience=patience)
     if scheme != "s3":
         raise UsageError(f"{uri}: cannot open {scheme}://; use s3://bucket/prefix or a local path")
     bucket, _, prefix = rest.partition("/")

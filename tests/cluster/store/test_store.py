@@ -243,6 +243,19 @@ def test_a_slip_of_the_pen_is_no_folder_of_that_name(uri: str) -> None:
         open_store(uri)
 
 
+@pytest.mark.parametrize("host", ["", "localhost", "LOCALHOST"])
+@pytest.mark.parametrize("path", ["/", "/a", "/a/b.parquet", "/localhost/a", "//a"])
+def test_a_file_uri_is_a_path_of_this_machine(host: str, path: str) -> None:
+    """RFC 8089: the host is no part of the path."""
+    assert open_store(f"file://{host}{path}").uri == os.path.normpath(path.replace("//", "/"))
+
+
+@pytest.mark.parametrize("host", ["other", "127.0.0.1", "data", ".", "localhost.example.org"])
+def test_files_of_another_host_are_a_usage_error(host: str) -> None:
+    with pytest.raises(UsageError, match=rf"{host} is the name of a host.*file:///path"):
+        open_store(f"file://{host}/a")
+
+
 def test_paths_may_be_path_objects(tmp_path: Path) -> None:
     assert open_store(tmp_path).uri == str(tmp_path)
 

@@ -112,6 +112,7 @@ def replace_rows(
         footer = UnitFooter(
             ledger=unit_ledger(merged.table),
             run_id=expected.run_id,
+            unit_id=unit_id,
             retries=(*unit.footer.retries, retry),
         )
         if output.replace_unit(unit, merged.table, footer, writer=uuid.uuid4().hex):

@@ -11,7 +11,8 @@
 
 Readers of Parquet data sets skip `_run/` and hidden names, so `pyarrow.parquet.read_table(prefix)`
 sees rows alone.
-A unit of another run is never counted as one of ours.
+A unit of another run is never counted as one of ours, nor a unit as another one under whose name
+it lies.
 """
 
 from __future__ import annotations
@@ -220,13 +221,13 @@ class RunOutput:
     ) -> bool:
         """Writes a unit, rows and ledger in one object, unless it is committed already; True if
         the committed object is now this one. writer: unique to this call."""
-        footer = UnitFooter(ledger=ledger, run_id=self._names.run_id)
+        footer = UnitFooter(ledger=ledger, run_id=self._names.run_id, unit_id=unit_id)
         data = write_unit_file(table, footer)
         return self._store.put_if_absent(self._names.key(unit_id), data, writer=writer)
 
     def open_unit(self, unit_id: str) -> CommittedUnit:
         """A committed unit, rows and footer of one version. Raises StoreError where it is not
-        committed, not readable or another run's."""
+        committed, not readable, or another one."""
 
         def read(info: ObjectInfo) -> CommittedUnit:
             footer = self._footer(info)
@@ -291,7 +292,8 @@ class RunOutput:
 
     def footers(self, unit_ids: Iterable[str]) -> list[UnitFooter]:
         """The footers of committed units, in the order given, without their rows. Raises
-        StoreError where a unit is not committed, carries no ledger or is another run's."""
+        StoreError where a unit is not committed, carries no ledger, or is another run's or another
+        unit under its name."""
         return self._each(unit_ids, self._footer)
 
     def _footer(self, info: ObjectInfo) -> UnitFooter:
@@ -308,6 +310,11 @@ class RunOutput:
             raise StoreError(
                 f"{uri}: a unit of run {footer.run_id} where one of run {self._names.run_id} "
                 "belongs: end what still writes for that run, remove the object and resume"
+            )
+        if footer.unit_id not in (None, self._names.unit_id(info.key)):
+            raise StoreError(
+                f"{uri}: it holds unit {footer.unit_id} of the run, whose rows would count twice, "
+                "and the rows of the unit of this name are missing: remove the object and resume"
             )
         return footer
 

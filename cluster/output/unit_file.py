@@ -2,6 +2,7 @@
 
 sppruner.ledger          the unit's ledger
 sppruner.run             the run it belongs to; versions before wrote it into the rows alone
+sppruner.unit            which of its units it is; versions before wrote it into the rows alone
 sppruner.generation      how often failed rows were asked again, and what that mended
 sppruner.sha256          of all bytes in front of the footer, which are the rows
 """
@@ -23,10 +24,12 @@ from cluster.store import RangedFile
 
 _LEDGER: Final = "sppruner.ledger"
 _RUN: Final = "sppruner.run"
+_UNIT: Final = "sppruner.unit"
 _GENERATION: Final = "sppruner.generation"
 _SHA256: Final = "sppruner.sha256"
 _FOOTER_END: Final = 8  # bytes: length of the footer, and the format's mark
 _RUN_COLUMN: Final = "run_id"
+_UNIT_COLUMN: Final = "unit_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class UnitFooter:
     """What its rows cost."""
     run_id: str | None
     """The run that it belongs to; None where it does not say."""
+    unit_id: str | None
+    """Which unit it is, whatever its object is called; None where it does not say."""
     retries: tuple[Retry, ...] = ()
     """Every time its failed rows were asked again; as many generations has the object."""
 
@@ -57,6 +62,8 @@ class UnitFooter:
         pairs = {_LEDGER: self.ledger.to_json()}
         if self.run_id is not None:
             pairs[_RUN] = self.run_id
+        if self.unit_id is not None:
+            pairs[_UNIT] = self.unit_id
         if self.retries:
             retries = [asdict(retry) for retry in self.retries]
             record = {"generation": len(retries), "retries": retries}
@@ -90,11 +97,16 @@ def read_footer(file: RangedFile) -> UnitFooter | None:
     pairs: Mapping[bytes, bytes] = found.metadata or {}
     if _LEDGER.encode() not in pairs:
         return None
-    run_id = pairs[_RUN.encode()].decode() if _RUN.encode() in pairs else _run_of_rows(found)
+
+    def said(key: str, column: str) -> str | None:
+        value = pairs.get(key.encode())
+        return _of_rows(found, column) if value is None else value.decode()
+
     retries = json.loads(pairs.get(_GENERATION.encode(), b'{"retries": []}'))["retries"]
     return UnitFooter(
         ledger=UnitLedger.from_json(pairs[_LEDGER.encode()]),
-        run_id=run_id,
+        run_id=said(_RUN, _RUN_COLUMN),
+        unit_id=said(_UNIT, _UNIT_COLUMN),
         retries=_retries(retries),
     )
 
@@ -103,13 +115,13 @@ def _retries(records: Sequence[Mapping[str, Any]]) -> tuple[Retry, ...]:
     return tuple(Retry(**record) for record in records)
 
 
-def _run_of_rows(found: pq.FileMetaData) -> str | None:
-    """The run in the rows of a unit, from the statistics of that column; None where there are
-    none. Rows of two runs in one unit are refused at the commit."""
+def _of_rows(found: pq.FileMetaData, name: str) -> str | None:
+    """What the rows of a unit have in a column, from its statistics; None where there are none.
+    Rows of two runs or of two units in one object are refused at the commit."""
     for group in range(found.num_row_groups):
         for number in range(found.num_columns):
             column = found.row_group(group).column(number)
-            statistics = column.statistics if column.path_in_schema == _RUN_COLUMN else None
+            statistics = column.statistics if column.path_in_schema == name else None
             if statistics is not None and statistics.has_min_max:
                 return str(statistics.min)
     return None

@@ -64,6 +64,7 @@ def test_the_ledger_is_in_the_parquet_footer(store: Store) -> None:
     assert (ledger.rows, ledger.visual_tokens, ledger.visual_tokens_kept) == (3, 300, 75)
     footer = pq.read_metadata(io.BytesIO(store.get("run-unit.parquet"))).metadata
     assert UnitLedger.from_json(footer[b"sppruner.ledger"]) == ledger
+    assert (footer[b"sppruner.run"], footer[b"sppruner.unit"]) == (b"run", b"unit")
 
 
 def test_the_second_writer_loses_without_an_error_and_changes_nothing(store: Store) -> None:
@@ -76,7 +77,7 @@ def test_the_second_writer_loses_without_an_error_and_changes_nothing(store: Sto
 
 def test_a_race_lost_to_another_run_s_object_is_an_error(store: Store) -> None:
     """Its rows are not ours: the unit would count as done without them."""
-    footer = UnitFooter(ledger=UnitLedger(rows=3), run_id="older")
+    footer = UnitFooter(ledger=UnitLedger(rows=3), run_id="older", unit_id=None)
     store.put("run-unit.parquet", write_unit_file(COMPLETE, footer))
     with pytest.raises(StoreError, match=r"run-unit\.parquet: a unit of run older"):
         commit(COMPLETE, store)

@@ -139,7 +139,7 @@ def test_whatever_is_asked_again_the_unit_is_that_of_its_rows(
         assert unit.table.schema == schema
         assert unit.table.to_pylist() == reference.select(unit.table.column_names).to_pylist()
         assert plain(unit.footer.ledger) == plain(unit_ledger(reference))
-        assert unit.footer.run_id == "run"
+        assert (unit.footer.run_id, unit.footer.unit_id) == ("run", "unit")
         mended = sum(retry.mended for retry in unit.footer.retries)
         failed_first = sum(kind != "answer" for kind, *_ in first)
         assert mended == failed_first - unit.footer.ledger.rows_failed

@@ -42,6 +42,7 @@ def output(store: Store) -> RunOutput:
 
 
 ROWS = pa.table({"key": ["a", "b"], "text": ["x", None]})
+VOICES = ["footer", "rows"]
 
 
 def test_the_keys_of_an_output_are_fixed(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_a_late_writer_of_an_older_run_adds_nothing_to_a_new_one(tmp_path: Path)
     assert new.manifest.run_id not in foreign
 
 
-@pytest.mark.parametrize("says", ["footer", "rows"])
+@pytest.mark.parametrize("says", VOICES)
 def test_in_an_output_of_an_earlier_version_a_unit_of_another_run_is_named(
     tmp_path: Path, says: str
 ) -> None:
@@ -245,13 +246,69 @@ def test_in_an_output_of_an_earlier_version_a_unit_of_another_run_is_named(
     output.commit_unit(second, ROWS, UnitLedger(rows=2), writer="ours")
     assert output.committed_units() == {second}
     rows = ROWS.append_column("run_id", [["older"] * 2])
-    footer = UnitFooter(ledger=UnitLedger(rows=2), run_id="older" if says == "footer" else None)
+    run_id = "older" if says == "footer" else None
+    footer = UnitFooter(ledger=UnitLedger(rows=2), run_id=run_id, unit_id=None)
     store.put(f"{first}.parquet", write_unit_file(rows, footer))
     message = rf"{first}\.parquet: a unit of run older where .* remove the object and resume"
     with pytest.raises(StoreError, match=message):
         output.committed_units()
     with pytest.raises(StoreError, match=message):
         output.ledgers([first])
+
+
+def commit_three(store: Store, says: str) -> tuple[RunOutput, list[str]]:
+    """Three units, which say which they are in their footers, or in their rows alone."""
+    output, names = RunOutput(store, UnitNames(run_id="run")), ["u0", "u1", "u2"]
+    for name in names:
+        footer = UnitFooter(
+            ledger=UnitLedger(rows=2), run_id="run", unit_id=name if says == "footer" else None
+        )
+        rows = ROWS if says == "footer" else ROWS.append_column("unit_id", [[name] * 2])
+        store.put(f"run-{name}.parquet", write_unit_file(rows, footer))
+    return output, names
+
+
+@settings(max_examples=40)
+@given(lying=st.lists(st.integers(0, 2), min_size=3, max_size=3), says=st.sampled_from(VOICES))
+def test_a_unit_counts_under_its_own_name_alone(lying: list[int], says: str) -> None:
+    """Whichever unit's object is copied to whichever name: one that is not its own is named."""
+    with TemporaryDirectory() as folder:
+        store = open_store(folder)
+        output, names = commit_three(store, says)
+        contents = [store.get(f"run-{name}.parquet") for name in names]
+        for name, other in zip(names, lying, strict=True):
+            store.put(f"run-{name}.parquet", contents[other])
+        for number, name in enumerate(names):
+            if lying[number] == number:
+                assert output.ledgers([name]) == [UnitLedger(rows=2)]
+                continue
+            message = rf"run-{name}\.parquet: it holds unit u{lying[number]} .* remove the object"
+            for read in (output.ledgers, output.footers):
+                with pytest.raises(StoreError, match=message):
+                    read([name])
+            with pytest.raises(StoreError, match=message):
+                output.open_unit(name)
+
+
+def test_a_unit_that_does_not_say_which_it_is_is_read_as_before(store: Store) -> None:
+    footer = UnitFooter(ledger=UnitLedger(rows=2), run_id="run", unit_id=None)
+    store.put("run-u1.parquet", write_unit_file(ROWS, footer))
+    output = RunOutput(store, UnitNames(run_id="run"))
+    assert output.footers(["u1"]) == [footer]
+
+
+def test_a_finished_run_with_one_unit_twice_is_not_reported_as_whole(tmp_path: Path) -> None:
+    planned = run_of(tmp_path, f"{tmp_path}/out", "p")
+    for unit in planned.units:
+        planned.output.commit_unit(unit.unit_id, ROWS, UnitLedger(rows=2), writer="w")
+    summarise(planned.output)
+    first, second = (planned.output._names.key(unit.unit_id) for unit in planned.units)
+    store = open_store(planned.output.uri)
+    store.put(second, store.get(first))
+    with pytest.raises(StoreError, match=rf"{second}: it holds unit {planned.units[0].unit_id}"):
+        summarise(planned.output)
+    (tmp_path / "out" / second).unlink()
+    assert summarise(planned.output).state == "incomplete", "which the same command resumes"
 
 
 def test_what_readers_of_the_prefix_would_read_beside_the_rows_is_listed(
@@ -337,7 +394,7 @@ def test_a_unit_that_is_replaced_while_it_is_read_is_read_again(
     output: RunOutput, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output.commit_unit("u1", ROWS, UnitLedger(rows=2), writer="w")
-    newer = write_unit_file(ROWS, UnitFooter(ledger=UnitLedger(rows=9), run_id="run"))
+    newer = write_unit_file(ROWS, UnitFooter(ledger=UnitLedger(rows=9), run_id="run", unit_id="u1"))
     head, calls = store.head, []
 
     def head_and_replace(key: str) -> ObjectInfo | None:

@@ -132,7 +132,12 @@ def test_what_asking_again_did_is_summed_by_generation(tmp_path: Path) -> None:
     names, store = UnitNames.of(planned.manifest), open_store(planned.output.uri)
     twice = (Retry(writer="a", asked=2, mended=1), Retry(writer="b", asked=1, mended=0))
     for unit, retries in zip(planned.units, (twice, twice[1:]), strict=True):
-        footer = UnitFooter(ledger=UnitLedger(rows=2), run_id=names.run_id, retries=retries)
+        footer = UnitFooter(
+            ledger=UnitLedger(rows=2),
+            run_id=names.run_id,
+            unit_id=unit.unit_id,
+            retries=retries,
+        )
         store.put(names.key(unit.unit_id), write_unit_file(pa.table({"key": ["a", "b"]}), footer))
     assert summarise(planned.output).generations == (
         Generation(number=1, units=2, asked=3, mended=1),

@@ -41,6 +41,12 @@ class ErrorChoice:
         return code in self.codes if self.codes else stage not in _FINAL_STAGES
 
 
+def asked_by_default(code: str) -> bool:
+    """Whether rows that failed with this code are asked again where no codes are named; so too for
+    a code that this version does not know."""
+    return code not in {kind.code for kind in _kinds(RowError) if kind.stage in _FINAL_STAGES}
+
+
 def count_rows(failed: FailedRows) -> int:
     """Rows of all units."""
     return sum(map(len, failed.values()))
@@ -60,7 +66,7 @@ def find_failed_rows(output: RunOutput, manifest: Manifest, choice: ErrorChoice)
         if footer.ledger.failed
     }
     present = {code for codes in failed.values() for code in codes}
-    unknown = choice.codes - present - set(_known_codes(RowError))
+    unknown = choice.codes - present - {kind.code for kind in _kinds(RowError)}
     if unknown:
         raise UsageError(
             f"--retry-errors {','.join(sorted(unknown))}: no such error code; the failed rows of "
@@ -93,7 +99,8 @@ def _only(table: pa.Table, failed: FailedRows) -> pa.Table:
     return table.filter(pa.array(wanted, pa.bool_()))
 
 
-def _known_codes(kind: type[RowError]) -> Iterator[str]:
+def _kinds(kind: type[RowError]) -> Iterator[type[RowError]]:
+    """Every kind of a row error."""
     for each in kind.__subclasses__():
-        yield each.code
-        yield from _known_codes(each)
+        yield each
+        yield from _kinds(each)

@@ -10,6 +10,7 @@ from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.speedup import FEWEST_BLOCKS, MeasuredRatio
 from cluster.console import open_console
 from cluster.events import describe_events
+from cluster.output.failed_rows import asked_by_default
 from cluster.output.summary import Summary
 from sppruner.cost import PARTS
 
@@ -69,11 +70,8 @@ def _facts(summary: Summary, note: str | None) -> Table:
     facts.add_row("rows", f"{total.rows} of {summary.rows_planned} done")
     facts.add_row("failed", f"{total.rows_failed}{f'  ({failed})' if failed else ''}")
     if total.rows_failed:
-        facts.add_row(
-            "",
-            "their error_code and error_message say why; python jobs/retry_errors.py "
-            f"{summary.output} asks them again",
-        )
+        why = "their error_code and error_message say why"
+        facts.add_row("", Text(f"{why}; {_how_to_ask_again(summary)}"))
     if summary.unread_bytes:
         facts.add_row(
             "unread",
@@ -121,6 +119,17 @@ def _facts(summary: Summary, note: str | None) -> Table:
             ),
         )
     return facts
+
+
+def _how_to_ask_again(summary: Summary) -> str:
+    """The command that asks the failed rows again, with the codes that it asks only where they are
+    named."""
+    final = sorted(code for code in summary.total.failed if not asked_by_default(code))
+    command = f"python jobs/retry_errors.py {summary.output}"
+    codes = ",".join(final)
+    if len(final) == len(summary.total.failed):
+        return f"over an unchanged corpus they fail again, and {command} --codes {codes} asks them"
+    return f"{command} asks them again" + (f" ({codes} only with --codes {codes})" if final else "")
 
 
 def _spec(summary: Summary) -> str:

@@ -10,9 +10,15 @@ import pytest
 from cluster.accounting.ledger import UnitLedger
 from cluster.corpus.packed import pack_unit, unpack_units
 from cluster.corpus.source import read_unit
-from cluster.errors import UsageError
-from cluster.output.failed_rows import ErrorChoice, find_failed_rows, select_rows
+from cluster.errors import RowError, UsageError
+from cluster.output.failed_rows import (
+    ErrorChoice,
+    asked_by_default,
+    find_failed_rows,
+    select_rows,
+)
 from cluster.store import open_store
+from sppruner.errors import EngineError, SpprunerError
 from tests.cluster.corpora import Planned, plan, put_parquet
 
 ERRORS: list[list[tuple[str, str] | None]] = [
@@ -52,6 +58,15 @@ def test_rows_that_may_succeed_over_an_unchanged_corpus_are_asked_by_default(
     planned: Planned,
 ) -> None:
     assert found(planned) == {0: (1, 2), 2: (0, 1)}
+
+
+@pytest.mark.parametrize("kind", [*RowError.__subclasses__(), SpprunerError, EngineError])
+def test_by_its_code_alone_a_row_is_asked_as_by_its_stage(
+    kind: type[RowError] | type[SpprunerError],
+) -> None:
+    """A ledger counts codes; the report says by them what a command asks."""
+    assert asked_by_default(kind.code) == ErrorChoice().takes(kind.code, kind.stage)
+    assert asked_by_default("of_a_later_version")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cluster.accounting.ledger import RunLedger, UnitLedger
@@ -92,6 +93,29 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         "1 of 2 control rows, same text",
     ):
         assert text in report, text
+
+
+@pytest.mark.parametrize(
+    ("failed", "hint"),
+    [
+        ({"read_failed": 1}, "python jobs/retry_errors.py out asks them again"),
+        (
+            {"prompt_invalid": 2},
+            "they fail again, and python jobs/retry_errors.py out --codes prompt_invalid asks them",
+        ),
+        (
+            {"prompt_invalid": 2, "read_failed": 1},
+            "out asks them again (prompt_invalid only with --codes prompt_invalid)",
+        ),
+    ],
+)
+def test_the_command_that_is_named_asks_the_rows_that_failed(
+    failed: dict[str, int], hint: str
+) -> None:
+    report = " ".join(render_text(summary(total=replace(TOTAL, failed=failed))).split())
+    assert hint in report
+    assert ("--codes" in report) == ("prompt_invalid" in failed)
+    assert "retry_errors" not in render_text(summary(total=replace(TOTAL, failed={})))
 
 
 def test_unread_bytes_are_shown_where_there_are_any() -> None:

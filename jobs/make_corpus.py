@@ -22,7 +22,7 @@ from cluster.config import Kind
 from cluster.corpus.unit import Format
 from cluster.demo import CUT_BYTES, Fault, draw_rows, encode_parquet, encode_tar, plant_faults
 from cluster.errors import RunError, UsageError
-from cluster.store import open_store
+from cluster.store import FIRST_CONTACT_S, open_store
 
 FAULTS_KEY = "_faults.json"
 FILE_ROWS = 1024
@@ -39,15 +39,17 @@ def make_corpus(
 ) -> list[Fault]:
     """Writes the corpus and returns its planted faults; equal arguments give equal corpora.
 
-    Raises UsageError if `output` is not empty, StoreError if it cannot be written. A WebDataset
-    with faults ends with a truncated archive, which adds one row.
+    Raises UsageError if `output` is not empty or no place for files, StoreError if it cannot be
+    written. A WebDataset with faults ends with a truncated archive, which adds one row.
     """
     if rows < 1:
         raise UsageError(f"--rows {rows}: give at least 1")
     if seed < 0:
         raise UsageError(f"--seed {seed}: negative seeds are training scenes; give 0 or more")
     store = open_store(output)
-    found = store.list()
+    at_first = store.with_patience(FIRST_CONTACT_S)
+    at_first.check_place()
+    found = at_first.list()
     if found:
         raise UsageError(f"{store.uri_of(found[0].key)} exists already; give an empty --output")
     *drawn, extra = islice(draw_rows(kind, seed), rows + 1)

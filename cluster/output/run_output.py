@@ -147,6 +147,12 @@ class RunOutput:
             raise UsageError(f"{self.uri} holds no run (no {_MANIFEST}): give a job's --output")
         return manifest
 
+    def check_place(self) -> None:
+        """Raises UsageError where no run can ever be, StoreError where none can be written now. One
+        that is there may lie on a drive that is read alone: a finished run needs no write."""
+        if self.manifest_head() is None:
+            self._store.with_patience(FIRST_CONTACT_S).check_place()
+
     def create_manifest(self, manifest: Manifest) -> bool:
         """Writes the manifest unless there is one; False where another driver was first."""
         created = self._store.put_if_absent(_MANIFEST, manifest.to_json(), writer=uuid.uuid4().hex)

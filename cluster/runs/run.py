@@ -83,7 +83,11 @@ def run(
     began = time.monotonic()
     console = console or open_console(stderr=True)
     output = RunOutput.open(config.output)
-    asked = None if retry is None else output.require_manifest()
+    asked = None
+    if retry is None:
+        output.check_place()  # before a model is downloaded for it
+    else:
+        asked = output.require_manifest()
     place = None if asked is None else corpus_uri(asked)
     model = _pin_model(config, _planned_revision(config, output, asked))
     manifest = plan_run(

@@ -56,6 +56,11 @@ class Store(ABC):
         directory that was there before, on the machine that pickled this object, is not mounted."""
         return True
 
+    def check_place(self) -> None:
+        """Raises UsageError where no object could ever be, StoreError where none can be now. It
+        leaves nothing behind."""
+        return  # a bucket says so at any request
+
     @abstractmethod
     def list(self, prefix: str = "", suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
         """Every object whose key starts with `prefix` and ends with one of `suffixes`, sorted by

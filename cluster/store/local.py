@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import structlog
 
-from cluster.errors import ObjectGone
+from cluster.errors import ObjectGone, UsageError
 from cluster.store.base import ObjectInfo, Store
 from cluster.store.held_calls import HELD_S, LISTING_HELD_S, watched
 from cluster.store.local_errors import (
@@ -33,6 +33,7 @@ from cluster.store.local_errors import (
     store_error,
 )
 from cluster.store.patience import Patience
+from cluster.store.trial import can_never_be, try_folder
 
 logger = structlog.get_logger(__name__)
 
@@ -297,6 +298,17 @@ class LocalStore(Store):
         except FileNotFoundError:
             return None
 
+    def check_place(self) -> None:
+        try:
+            self._repeat(lambda: try_folder(self._root))
+        except OSError as error:
+            if can_never_be(error):
+                raise UsageError(
+                    f"{self.uri} can never be a folder: {error.strerror}; give another path, or "
+                    "s3://bucket/prefix"
+                ) from error
+            raise store_error(error, self._root, self._patience.seconds) from error
+
     # Mounts
 
     def is_here(self) -> bool:
@@ -342,14 +354,19 @@ class LocalStore(Store):
             raise NotMounted("missing, empty or another directory here")
 
     def _call(self, key: str, attempt: Callable[[], _T], *, held_s: float = HELD_S) -> _T:
+        try:
+            return self._repeat(attempt, held_s)
+        except OSError as error:
+            raise store_error(error, self._root / key, self._patience.seconds) from error
+
+    def _repeat(self, attempt: Callable[[], _T], held_s: float = HELD_S) -> _T:
+        """The result of `attempt`, repeated within the store's patience. Raises its last error."""
+
         def seen() -> _T:
             with watched(self.uri, self._patience.seconds, held_s=held_s):
                 return attempt()
 
-        try:
-            return self._patience.retry(self.uri, seen, passing_reason)
-        except OSError as error:
-            raise store_error(error, self._root / key, self._patience.seconds) from error
+        return self._patience.retry(self.uri, seen, passing_reason)
 
 
 def _file(stat: os.stat_result) -> _File:

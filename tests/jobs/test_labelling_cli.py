@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.runs.run import fleet_settings
-from jobs import answer_vqa, caption_corpus, evaluate, report
+from jobs import answer_vqa, caption_corpus, evaluate, make_corpus, report
 from jobs.labelling_cli import Job, build_config, build_parser
 
 JOBS = [caption_corpus.JOB, answer_vqa.JOB]
@@ -128,6 +128,16 @@ def test_a_bad_log_format_is_a_message(
 ) -> None:
     monkeypatch.setenv("SPPRUNER_LOG_FORMAT", "xml")
     assert "SPPRUNER_LOG_FORMAT" in refused([], capsys)
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/etc/passwd/x"])
+def test_an_output_that_can_be_no_folder_is_a_usage_error(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = f"usage: {place} can never be a folder"
+    assert message in refused(["--input", str(tmp_path), "--output", place], capsys)
+    assert make_corpus.main(["--kind", "vqa", "--rows", "3", "--output", place]) == 2
+    assert f"{place} can never be a folder" in capsys.readouterr().err
 
 
 def test_an_empty_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import ray
@@ -172,11 +172,11 @@ def join_serve(*, host: str, port: int | None) -> bool:
     """
     if serve_details() is not None:
         return False
-    chosen = _free_port(host) if port is None else port
-    serve.start(
-        http_options={"host": host, "port": chosen},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    with _held_port(host) if port is None else nullcontext(port) as chosen:
+        serve.start(  # which returns once it listens
+            http_options={"host": host, "port": chosen},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
     logger.info("serve_started", host=host, port=chosen)
     return True
 
@@ -206,14 +206,19 @@ def http_root(details: ServeInstanceDetails) -> str:
     return f"http://{host}:{options.port}"
 
 
-def _free_port(host: str) -> int:
-    """8000, or a free port if it is taken. Serve would share a taken port: it listens with
-    SO_REUSEPORT, and requests would go to either process at random."""
+@contextmanager
+def _held_port(host: str) -> Iterator[int]:
+    """8000, or a free port if it is taken, which no other job is given meanwhile. Serve would share
+    a taken port: it listens with SO_REUSEPORT, and requests go to either process at random."""
     for port in (DEFAULT_PORT, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
             try:
-                probe.bind((host, port))
+                holder.bind((host, port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            # Nobody else had it. From now on Serve may bind it beside this socket, which does not
+            # listen and gets no requests; whoever binds without that option, as above, may not.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            yield int(holder.getsockname()[1])
+            return
     raise FleetUnavailable(f"no free port on {host}")

@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
@@ -161,6 +163,73 @@ def test_the_client_of_a_serve_that_was_shut_down_is_dropped(
     monkeypatch.setattr(ray_session, "_set_global_client", clients.append)
     assert ray_session.serve_details() is None
     assert clients == [None]
+
+
+def listen_as_serve_does(port: int) -> socket.socket:
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    server.bind(("127.0.0.1", port))
+    server.listen()
+    return server
+
+
+@pytest.fixture
+def default_port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Another one than 8000, where somebody's Serve may be."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    monkeypatch.setattr(ray_session, "DEFAULT_PORT", port)
+    return port
+
+
+def test_jobs_that_start_at_once_have_ports_of_their_own(default_port: int) -> None:
+    """Between its choice and the moment at which Serve listens there, nobody else is given a port;
+    nor later."""
+    with ExitStack() as starting, ExitStack() as serving:
+        ports = [starting.enter_context(ray_session._held_port("127.0.0.1")) for _ in range(5)]
+        assert ports[0] == default_port
+        assert len(set(ports)) == 5
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: held_alone(set(ports)), range(64)))
+        servers = [serving.enter_context(listen_as_serve_does(port)) for port in ports]
+        for port, server in zip(ports * 8, servers * 8, strict=True):
+            with socket.create_connection(("127.0.0.1", port), 5):
+                server.settimeout(5)
+                server.accept()[0].close()  # the socket that holds the port gets none
+        starting.close()
+        held_alone(set(ports))
+
+
+def held_alone(taken: set[int]) -> None:
+    with ray_session._held_port("127.0.0.1") as port:
+        assert port not in taken
+
+
+@pytest.mark.parametrize("given", [None, 12_345])
+def test_the_port_is_held_until_serve_listens_there(
+    given: int | None, default_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def start(*, http_options: dict[str, Any], **_: object) -> None:
+        started.append(http_options["port"])
+        if given is None:
+            with pytest.raises(OSError, match="in use"), socket.socket() as other:
+                other.bind(("127.0.0.1", default_port))
+
+    monkeypatch.setattr(ray_session, "serve_details", lambda: None)
+    monkeypatch.setattr("ray.serve.start", start)
+    assert ray_session.join_serve(host="127.0.0.1", port=given)
+    assert started == [given or default_port]
+
+
+def test_a_host_without_a_free_port_is_an_error() -> None:
+    with (
+        pytest.raises(FleetUnavailable, match=r"no free port on 192\.0\.2\.1"),
+        ray_session._held_port("192.0.2.1"),  # no address of this machine
+    ):
+        pass
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])

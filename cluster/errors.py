@@ -26,7 +26,8 @@ ClusterError                     code                 retryable  stops
     ├── ErrorShareExceeded       error_share          no         too many bad rows
     ├── CommitRefused            commit_refused       no         a unit that may not be committed
     ├── RedrawDiffers            redraw_differs       no         a picture it could not back
-    └── LoadFailed               load_failed          no         a benchmark without responses
+    ├── LoadFailed               load_failed          no         a benchmark without responses
+    └── Unexpected               unexpected           no         the run: no other error fits
 
 A row error becomes an error row with its `code`, message and stage. A run error ends the command
 with `exit_code` and a message that says what to type next. Codes are stable: committed rows hold
@@ -239,3 +240,9 @@ class LoadFailed(RunError):
     """A request of a load benchmark got no complete response; a round without any stops it."""
 
     code = "load_failed"
+
+
+class Unexpected(RunError):
+    """Nothing that is foreseen here; the message says what was raised, and where."""
+
+    code = "unexpected"

@@ -33,9 +33,9 @@ from rich.table import Column, Table
 
 from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
-from cluster.errors import RunError, UsageError
-from cluster.logs import configure_logs
+from cluster.errors import UsageError
 from jobs.arguments import check_folders
+from jobs.boundary import run_command
 from jobs.suites.engine import METHODS, run_engine_suite
 from jobs.suites.machinery import ROWS, run_machinery_suite
 from jobs.suites.online import run_online_suite
@@ -222,13 +222,13 @@ def _exit_code(error: SpprunerError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _benchmark(arguments))
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
     try:
-        configure_logs()
         check_folders(arguments.json, arguments.markdown)
         result = run_suite(check_arguments(arguments), open_console(stderr=True))
-    except RunError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        return error.exit_code
     except SpprunerError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return _exit_code(error)

@@ -31,6 +31,7 @@ from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
 from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
+from jobs.boundary import run_command
 from jobs.overlays import make_folder, write_overlays
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
@@ -273,6 +274,10 @@ def write_results(document: dict[str, Any], arguments: argparse.Namespace) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     stderr = open_console(stderr=True)
     try:
         methods = parse_methods(arguments.methods)

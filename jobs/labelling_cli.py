@@ -18,16 +18,14 @@ from typing import Any, get_args
 
 from cluster.config import MAX_ERROR_SHARE, CorpusFormat, Kind, RunConfig
 from cluster.console import open_console
-from cluster.errors import RunError, UsageError
-from cluster.logs import configure_logs
-from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
+from cluster.errors import UsageError
+from jobs.boundary import flush_stdout, run_command
 from sppruner import Budget, PruneSpec
 from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
 from sppruner.errors import SpecError
 from sppruner.tiny import EMBEDDED
 
-_INTERRUPTED = 130  # a shell's status for a command that SIGINT ended
 _DEMO_ROWS = 384
 _DEMO_RESULTS = Path("out")
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
@@ -174,18 +172,10 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
 
 
 def main(job: Job, argv: Sequence[str] | None) -> int:
-    """The process boundary: every RunError becomes its message and its exit code."""
+    """Carries out the command; its exit code."""
     arguments = build_parser(job).parse_args(argv)
-    raise_on_sigterm()
-    try:
-        configure_logs()
-        return _run_job(job, arguments)
-    except RunError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        print("stopped: committed units stay; the same command resumes", file=sys.stderr)
-        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
+    left = "committed units stay; the same command resumes"
+    return run_command(lambda: _run_job(job, arguments), left=left)
 
 
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:
@@ -246,6 +236,7 @@ def report_shown(output: str) -> Iterator[None]:
     """Within it a report is shown. The rows are committed: what fails here fails no run."""
     try:
         yield
+        flush_stdout()
     except Exception as error:
         print(
             f"the run has ended, but its report cannot be shown ({type(error).__name__}: "

@@ -21,8 +21,9 @@ from itertools import islice
 from cluster.config import Kind
 from cluster.corpus.unit import Format
 from cluster.demo import CUT_BYTES, Fault, draw_rows, encode_parquet, encode_tar, plant_faults
-from cluster.errors import RunError, UsageError
+from cluster.errors import UsageError
 from cluster.store import FIRST_CONTACT_S, open_store
+from jobs.boundary import run_command
 
 FAULTS_KEY = "_faults.json"
 FILE_ROWS = 1024
@@ -101,11 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    try:
-        planted = make_corpus(**vars(options))
-    except RunError as error:
-        print(f"make_corpus: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_command(lambda: _make(options))
+
+
+def _make(options: argparse.Namespace) -> int:
+    planted = make_corpus(**vars(options))
     print(f"{options.output}: {options.rows} rows, {options.format}")
     for name, number in sorted(Counter(fault.fault for fault in planted).items()):
         print(f"  planted {name}: {number}")

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.errors import RunError, UsageError
-from cluster.logs import configure_logs
+from cluster.errors import UsageError
 from cluster.output.audit import audit
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import Summary, summarise
 from cluster.report.terminal import print_report
+from jobs.boundary import run_command
 
 EXIT_DIFFERENCES = 1
 _ROWS = 8
@@ -60,23 +60,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        configure_logs()
-        _check(arguments.overlay, arguments.rows)
-        if arguments.price_per_hour is not None and not arguments.price_per_hour > 0:
-            raise UsageError(f"--price-per-hour {arguments.price_per_hour}: give a price above 0")
-        if arguments.audit:
-            return _audit(arguments.output)
-        summary = summarise(arguments.output)
-        if arguments.json:
-            print(summary.to_json())
-        else:
-            print_report(summary, price=arguments.price_per_hour)
-        if arguments.overlay is not None:
-            _draw(summary, arguments.overlay, arguments.rows or _ROWS)
-    except RunError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_command(lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    _check(arguments.overlay, arguments.rows)
+    if arguments.price_per_hour is not None and not arguments.price_per_hour > 0:
+        raise UsageError(f"--price-per-hour {arguments.price_per_hour}: give a price above 0")
+    if arguments.audit:
+        return _audit(arguments.output)
+    summary = summarise(arguments.output)
+    if arguments.json:
+        print(summary.to_json())
+    else:
+        print_report(summary, price=arguments.price_per_hour)
+    if arguments.overlay is not None:
+        _draw(summary, arguments.overlay, arguments.rows or _ROWS)
     return 0
 
 

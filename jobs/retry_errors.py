@@ -17,13 +17,9 @@ from dataclasses import replace
 
 from cluster.config import RunConfig
 from cluster.console import open_console
-from cluster.errors import RunError
-from cluster.logs import configure_logs
-from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
+from jobs.boundary import run_command
 from jobs.labelling_cli import report_shown
 from sppruner.engine.interface import DTYPES
-
-_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,17 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    raise_on_sigterm()
-    try:
-        configure_logs()
-        return _retry(arguments.output, arguments.codes, arguments.replicas, arguments.dtype)
-    except RunError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        print("stopped: what is mended stays; the same command goes on", file=sys.stderr)
-        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
+    given = build_parser().parse_args(argv)
+    return run_command(
+        lambda: _retry(given.output, given.codes, given.replicas, given.dtype),
+        left="what is mended stays; the same command goes on",
+    )
 
 
 def _retry(place: str, codes: str, replicas: int, dtype: str | None) -> int:

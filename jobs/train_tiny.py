@@ -22,6 +22,7 @@ import structlog
 import torch
 from transformers.utils import logging as transformers_logging
 
+from jobs.boundary import run_command
 from jobs.training.card import write_card
 from jobs.training.families import FAMILIES
 from jobs.training.history import History
@@ -153,9 +154,13 @@ def plan_stages(arguments: argparse.Namespace, device: str) -> list[list[list[st
     return [*first, data_parallel("sharpen"), data_parallel("joint")]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs all stages, then exports and evaluates the model and writes its card."""
     arguments = parse_arguments(argv)
+    return run_command(lambda: _train(arguments), left="the same command resumes")
+
+
+def _train(arguments: argparse.Namespace) -> int:
     work: Path = arguments.work
     device = arguments.device
     if device == "auto":
@@ -188,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     history.write(arguments.output)
     write_card(family, arguments.output, arguments.evaluate_scenes)
     log.info("evaluated", card=str(arguments.output / "README.md"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ import numpy as np
 
 from cluster.console import open_console
 from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
+from jobs.boundary import run_command
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, method_label
@@ -135,6 +136,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _tune(arguments))
+
+
+def _tune(arguments: argparse.Namespace) -> int:
     stderr = open_console(stderr=True)
     try:
         check_folders(arguments.json)

@@ -32,7 +32,7 @@ ORDER = {
         pictures evaluation integrations
     """.split(),
     "cluster": """
-        errors termination config events logs console other_node store
+        errors termination unexpected config events logs console other_node store
         protocol schema images
         corpus accounting output
         controller serving runs
@@ -40,7 +40,7 @@ ORDER = {
         fleet
     """.split(),  # fleet: the deprecated name that `serve run cluster.fleet:build` uses
     "jobs": """
-        arguments suites training
+        boundary arguments suites training
         overlays make_corpus demo_results labelling_cli
         answer_vqa benchmark caption_corpus evaluate report retry_errors train_tiny tune
     """.split(),

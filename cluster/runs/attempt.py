@@ -32,9 +32,10 @@ from cluster.runs.labeller import LABELLER_CPUS, LabellerSettings, actors_for, l
 from cluster.runs.progress import ProgressDisplay
 from cluster.runs.replica_figures import busy_share, fleet_stats, with_deaths
 from cluster.runs.replica_wait import PATIENCE_SECONDS
-from cluster.runs.tracker import RunTracker, run_error
+from cluster.runs.tracker import RunTracker
 from cluster.serving.fleet import Fleet
 from cluster.store.patience import hear_outages
+from cluster.unexpected import as_run_error, run_error
 
 _RAY_DATA_ERRORS: Final = (
     "ray.data._internal.execution.streaming_executor_state",
@@ -200,15 +201,12 @@ def _labeller_settings(
 
 
 def _write(labelled: Dataset, sink: CommitSink | RetrySink, tracker: RunTracker) -> None:
-    """Carries out the pipeline. Raises the RunError that ended it, where there is one."""
+    """Carries out the pipeline. Raises the RunError that ended it."""
     try:
         labelled.write_datasink(sink, ray_remote_args={"num_cpus": _SINK_CPUS})
     except Exception as error:
         # Ray wraps what its workers raise, and loses the cause where it pickles it twice.
-        cause = run_error(error) or tracker.stop_error()
-        if cause is None:
-            raise
-        raise cause from error
+        raise run_error(error) or tracker.stop_error() or as_run_error(error) from error
 
 
 def _wait_for_cpus(console: Console, *, patience_seconds: float = PATIENCE_SECONDS) -> None:

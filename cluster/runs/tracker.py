@@ -9,29 +9,19 @@ from types import TracebackType
 
 import ray
 import structlog
-from ray.exceptions import RayTaskError
 
 from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.config import RunConfig
 from cluster.controller import RunName, RunProgress, RunState, get_controller
-from cluster.errors import ErrorShareExceeded, RunError, StoreError
+from cluster.errors import ErrorShareExceeded, StoreError
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
+from cluster.unexpected import run_error
 
 logger = structlog.get_logger(__name__)
 
 _POLL_TIMEOUT_SECONDS = 5.0
-
-
-def run_error(error: BaseException | None) -> RunError | None:
-    """The RunError inside what Ray wrapped around it; None if there is none."""
-    while error is not None:
-        # Ray raises an error that is of its own class and of the cause's, and prints its stack.
-        if isinstance(error, RunError) and not isinstance(error, RayTaskError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 class RunTracker:

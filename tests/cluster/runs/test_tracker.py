@@ -18,7 +18,7 @@ from cluster.events import RunEvent
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.runs.planning import plan_run
-from cluster.runs.tracker import RunTracker, run_error
+from cluster.runs.tracker import RunTracker
 from jobs.make_corpus import make_corpus
 from sppruner.spec import DENSE
 
@@ -132,18 +132,6 @@ def test_what_happened_in_the_attempt_is_known_once_it_ended(
         report_event(name(planned), RunEvent.ROW_QUARANTINED)
         assert tracker.events == {}
     assert tracker.events == {"row_quarantined": 1}
-
-
-def test_the_root_run_error_is_found_in_rays_exception_chain() -> None:
-    wrapped = RuntimeError("outer")
-    raised = ray.exceptions.RayTaskError("f", "trace", StoreError("gone"))
-    for error in (raised, raised.as_instanceof_cause()):
-        wrapped.__cause__ = error
-        for outer in (wrapped, error):
-            found = run_error(outer)
-            assert isinstance(found, StoreError)
-            assert str(found) == "gone", "the message is for people, without Ray's stack"
-    assert run_error(ValueError("x")) is None
 
 
 def test_the_reason_to_stop_is_known_without_the_error_that_ended_the_workers(

@@ -225,7 +225,8 @@ class ErrorShareExceeded(RunError):
 
 
 class CommitRefused(RunError):
-    """A unit that is not whole, or with rows marked as pruned that were not."""
+    """A unit that is not whole, with a value that its column cannot have, or with rows marked as
+    pruned that were not."""
 
     code = "commit_refused"
 

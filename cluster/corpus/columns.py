@@ -120,10 +120,7 @@ def map_table_columns(
     return ColumnMapping(
         columns=columns,
         schema=pa.schema(
-            [
-                pa.field(name, _make_fields_nullable(plain_type(schema.field(source).type)))
-                for source, name in columns
-            ]
+            [(name, plain_type(schema.field(source).type)) for source, name in columns]
         ),
         image=image,
         key=key,
@@ -221,13 +218,6 @@ def _holds_images(kind: pa.DataType) -> bool:
         index = kind.get_field_index("bytes")
         return index >= 0 and is_binary(kind.field(index).type)
     return is_binary(kind)
-
-
-def _make_fields_nullable(kind: pa.DataType) -> pa.DataType:
-    """A struct type with nullable fields: rows that could not be read leave them null."""
-    if not pa.types.is_struct(kind):
-        return kind
-    return pa.struct([field.with_nullable(True) for field in kind])
 
 
 def _can_be_key(kind: pa.DataType) -> bool:

@@ -1,7 +1,7 @@
 """Arrow types of a corpus: what each shard stores, as one plain type that keeps every value.
 
 Writers of one data set disagree: an all-null column has type null, small integers are narrower,
-strings are views or dictionaries. None of that changes a value.
+strings are views or dictionaries, fields are required. None of that changes a value.
 """
 
 from __future__ import annotations
@@ -17,15 +17,26 @@ from cluster.errors import UsageError
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without dictionaries, run ends and views, at every depth."""
+    """The type without dictionaries, run ends, views and required fields, at every depth.
+
+    A row that cannot be read, or a file that lacks a column or a field, is null there, and a null
+    has no values for the required fields in it. An extension that requires some is its storage.
+    """
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return plain_type(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        storage = plain_type(kind.storage_type)
+        return kind if storage == kind.storage_type else storage
     if types.is_string_view(kind):
         return pa.large_string()
     if types.is_binary_view(kind):
         return pa.large_binary()
     if types.is_struct(kind):
-        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+        plain = [field.with_type(plain_type(field.type)) for field in kind]
+        return pa.struct([field.with_nullable(True) for field in plain])
+    if types.is_map(kind):
+        key, item = plain_type(kind.key_type), plain_type(kind.item_type)
+        return pa.map_(key, item, keys_sorted=kind.keys_sorted)
     if types.is_fixed_size_list(kind):
         return pa.list_(plain_type(kind.value_type), kind.list_size)
     if types.is_large_list(kind) or types.is_large_list_view(kind):
@@ -56,13 +67,14 @@ def unify_schemas(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Sche
     """
     unified: dict[str, pa.DataType] = {}
     first_file: dict[str, str] = {}
-    seen: set[tuple[str, pa.DataType]] = set()
+    seen: dict[str, list[pa.DataType]] = {}  # not all types can be hashed
     for schema, file in zip(schemas, names, strict=True):
         for field in schema:
             first_file.setdefault(field.name, file)
-            if (field.name, field.type) in seen:  # a corpus has thousands of files and few types
+            known_types = seen.setdefault(field.name, [])
+            if field.type in known_types:  # a corpus has thousands of files and few types
                 continue
-            seen.add((field.name, field.type))
+            known_types.append(field.type)
             kind = plain_type(field.type)
             known = unified.get(field.name, kind)
             both = _unify(known, kind)
@@ -80,11 +92,14 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
     fit: a time beyond the range of nanoseconds."""
     if array.type == kind:
         return array
-    if types.is_null(array.type):
+    if types.is_null(array.type) or not len(array):
         return pa.nulls(len(array), kind)
+    if isinstance(array.type, pa.BaseExtensionType):
+        return conform(array.storage, kind)
     if types.is_struct(kind) and types.is_struct(array.type):
+        fields = array.flatten()  # null where the struct is: there a required field holds anything
         children = [
-            conform(array.field(field.name), field.type)
+            conform(fields[array.type.get_field_index(field.name)], field.type)
             if array.type.get_field_index(field.name) >= 0
             else pa.nulls(len(array), field.type)
             for field in kind
@@ -96,7 +111,23 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
             list(accumulate(lengths, initial=0)),
             conform(array.flatten(), kind.value_type),
             type=kind,
-            mask=array.is_null() if array.null_count else None,
+            mask=_mask(array),
+        )
+    if types.is_map(kind):
+        offsets = array.offsets
+        first, last = offsets[0].as_py(), offsets[-1].as_py()
+        return pa.MapArray.from_arrays(
+            pc.subtract(offsets, offsets[0]),
+            conform(array.keys.slice(first, last - first), kind.key_type),
+            conform(array.items.slice(first, last - first), kind.item_type),
+            type=kind,
+            mask=_mask(array),
+        )
+    if types.is_fixed_size_list(kind):
+        size = kind.list_size
+        values = array.values.slice(array.offset * size, len(array) * size)
+        return pa.FixedSizeListArray.from_arrays(
+            conform(values, kind.value_type), type=kind, mask=_mask(array)
         )
     return array.cast(kind)
 
@@ -135,6 +166,11 @@ def _keeps(kind: pa.DataType, wider: pa.DataType) -> bool:
         return bool(kind.bit_width + needs_sign <= wider.bit_width)
     pairs = (is_string, is_binary, types.is_floating, types.is_timestamp, types.is_decimal)
     return any(test(kind) and test(wider) for test in pairs)
+
+
+def _mask(array: pa.Array) -> pa.Array | None:
+    """True for each null; None where there is none."""
+    return array.is_null() if array.null_count else None
 
 
 def _lengths(array: pa.Array) -> list[int | None]:

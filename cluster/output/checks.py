@@ -1,4 +1,5 @@
-"""Checks before a commit: complete units of this run, and rows whose pruning claims hold."""
+"""Checks before a commit: complete units of this run, values of the planned types, and rows whose
+pruning claims hold."""
 
 from __future__ import annotations
 
@@ -59,6 +60,20 @@ def check_complete(table: pa.Table, expected: ExpectedUnits) -> str:
     if runs != {expected.run_id}:
         raise CommitRefused(f"unit {unit_id} has rows of other runs than {expected.run_id}: {runs}")
     return unit_id
+
+
+def check_types(table: pa.Table, schema: pa.Schema, unit_id: str) -> pa.Table:
+    """The columns of `schema`, in its types. Raises CommitRefused where a column has a value that
+    is none of its type, or none where one is required."""
+    columns = []
+    for field in schema:
+        try:
+            columns.append(table[field.name].cast(field.type))
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            message = f"unit {unit_id}: column {field.name!r} cannot be committed: {reason}"
+            raise CommitRefused(message[:500]) from error
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def check_pruning_claims(table: pa.Table, unit_id: str) -> None:

@@ -19,7 +19,7 @@ from ray.data.datasource import Datasink, WriteResult
 from cluster.accounting.ledger import UnitLedger, unit_ledger
 from cluster.errors import CommitRefused, ErrorShareExceeded
 from cluster.events import OnEvent, RunEvent, ignore_event
-from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
+from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims, check_types
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.unit_writes import write_units
@@ -57,7 +57,8 @@ def commit_unit(
     """Commits the labelled rows of one unit, in any order.
 
     writer: unique to this call. Raises CommitRefused where the rows are not exactly the planned
-    ones, or where pruning did not do what a row claims; StoreError where the store gave up.
+    ones, where a column has a value that its type has not, or where pruning did not do what a row
+    claims; StoreError where the store gave up.
     """
     unit_id = check_complete(table, expected)
     check_pruning_claims(table, unit_id)
@@ -140,4 +141,4 @@ def _committed_columns(table: pa.Table, expected: ExpectedUnits, unit_id: str) -
     if names != set(schema.names):
         missing, extra = sorted(set(schema.names) - names), sorted(names - set(schema.names))
         raise CommitRefused(f"unit {unit_id}: columns missing {missing}, unknown {extra}")
-    return table.select(schema.names).cast(schema).sort_by("unit_row")
+    return check_types(table, schema, unit_id).sort_by("unit_row")

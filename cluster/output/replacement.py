@@ -22,7 +22,7 @@ from ray.data.datasource import Datasink
 from cluster.accounting.ledger import unit_ledger
 from cluster.errors import StoreError
 from cluster.events import OnEvent, ignore_event
-from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims
+from cluster.output.checks import ExpectedUnits, check_complete, check_pruning_claims, check_types
 from cluster.output.commit import OnCommit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -57,7 +57,8 @@ def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
 
     committed: all rows of the unit. labelled: some of them, labelled again, as the sink gets them.
     A row's attempts and discarded seconds are summed. A row that fails again has the newest error;
-    where it could not even be read, it keeps the key and the source columns that it had.
+    where it could not even be read, it keeps the key and the source columns that it had. Raises
+    CommitRefused for values of other types than the unit has.
     """
     open_rows = committed.filter(pc.is_valid(committed["error_code"]))
     # Each row once, whichever copy: a rerun of Ray's may have handed over two.
@@ -72,11 +73,9 @@ def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
     as_before = before
     for name in (*_ERROR_COLUMNS, *_SUMMED):
         as_before = _with_column(as_before, name, after[name])
-    schema = committed.schema
-    after = after.select(schema.names).cast(schema)
-    changed = pa.concat_tables(
-        [after.filter(pc.invert(unread)), as_before.cast(schema).filter(unread)]
-    )
+    schema, unit_id = committed.schema, committed["unit_id"][0].as_py()
+    after, as_before = (check_types(each, schema, unit_id) for each in (after, as_before))
+    changed = pa.concat_tables([after.filter(pc.invert(unread)), as_before.filter(unread)])
     same = committed.filter(
         pc.invert(pc.is_in(committed["unit_row"], pa.array(numbers, pa.int32())))
     )

@@ -59,9 +59,12 @@ def image(content: bytes | None = b"jpeg", path: str = "a.jpg") -> dict[str, Any
     return {"bytes": content, "path": path}
 
 
-def put_parquet(store: Store, key: str, table: pa.Table, *, group_rows: int = 1_000) -> None:
+def put_parquet(
+    store: Store, key: str, table: pa.Table, *, group_rows: int = 1_000, **options: Any
+) -> None:
+    """options: of `pq.write_table`."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=group_rows)
+    pq.write_table(table, buffer, row_group_size=group_rows, **options)
     store.put(key, buffer.getvalue())
 
 

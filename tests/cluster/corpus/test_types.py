@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.corpus.types import conform, plain_type, unify_schemas
@@ -15,7 +15,22 @@ from cluster.errors import UsageError
 from cluster.store import open_store
 from tests.cluster.corpora import image, plan, put_parquet, read_all
 
-LISTS = st.lists(st.integers(0, 9) | st.none(), max_size=3)
+
+class Tagged(pa.ExtensionType):
+    """An extension over a struct with a required field, which it cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__(REQUIRED, "tests.tagged")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Tagged:
+        return cls()
+
+
+REQUIRED = pa.struct([pa.field("a", pa.int8(), nullable=False)])
 KINDS: list[pa.DataType] = [
     pa.null(), pa.bool_(), pa.int8(), pa.int64(), pa.uint8(), pa.uint32(), pa.uint64(),
     pa.float32(), pa.float64(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(),
@@ -26,7 +41,18 @@ KINDS: list[pa.DataType] = [
     pa.struct([("a", pa.int64()), ("b", pa.string())]),
     pa.list_(pa.struct([("a", pa.int8())])),
     pa.list_(pa.struct([("b", pa.string()), ("a", pa.int64())])),
+    REQUIRED, pa.struct([("a", REQUIRED)]), pa.struct([pa.field("b", REQUIRED, nullable=False)]),
+    pa.list_(pa.field("item", REQUIRED, nullable=False)), pa.list_(REQUIRED, 2),
+    pa.list_(pa.field("item", pa.struct([("a", pa.int64()), ("b", REQUIRED)]), nullable=False), 2),
+    pa.map_(pa.string(), pa.field("value", REQUIRED, nullable=False)),
+    pa.map_(pa.string(), pa.dictionary(pa.int8(), pa.string())),
+    pa.map_(pa.string_view(), pa.list_view(pa.string_view())), Tagged(),
 ]  # fmt: skip
+
+
+def is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in (*tests, pa.types.is_list_view))
 
 
 def values_of(kind: pa.DataType) -> list[Any]:
@@ -41,10 +67,20 @@ def values_of(kind: pa.DataType) -> list[Any]:
         return [0.1, 2.0**100, None]
     if pa.types.is_dictionary(kind):
         return ["x", "y", "x", None]
+    if isinstance(kind, pa.ExtensionType):
+        return values_of(kind.storage_type)
     if pa.types.is_struct(kind):
         return [{field.name: values_of(field.type)[0] for field in kind}, None]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return [values_of(kind.value_type), [], None]
+    if pa.types.is_map(kind):
+        pairs = zip(["k", "j"], values_of(kind.item_type), strict=False)
+        return [[(k, v) for k, v in pairs if v is not None or kind.item_field.nullable], None]
+    if is_list(kind):
+        values = values_of(kind.value_type)
+        if not kind.value_field.nullable:
+            values = [value for value in values if value is not None]
+        if pa.types.is_fixed_size_list(kind):
+            return [(values * 2)[: kind.list_size], None]
+        return [values, [], None]
     if pa.types.is_boolean(kind):
         return [True, None]
     if pa.types.is_decimal(kind):
@@ -67,11 +103,12 @@ def with_nulls(value: Any, kind: pa.DataType) -> Any:
         return None
     if pa.types.is_struct(kind):
         return {field.name: with_nulls(value.get(field.name), field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if is_list(kind):
         return [with_nulls(one, kind.value_type) for one in value]
     return value
 
 
+@settings(max_examples=500, deadline=None)
 @given(first=st.sampled_from(KINDS), second=st.sampled_from(KINDS))
 def test_two_types_become_one_that_keeps_every_value_or_are_refused(
     first: pa.DataType, second: pa.DataType
@@ -89,6 +126,8 @@ def test_two_types_become_one_that_keeps_every_value_or_are_refused(
             held = conform(part, kind)
             held.validate(full=True)
             assert held.type == kind
+            assert pa.nulls(1, kind).cast(kind).null_count == 1, "nothing in it is required"
+            held.cast(kind)
             expected = [with_nulls(value, kind) for value in part.to_pylist()]
             assert held.to_pylist() == expected
 

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from ray.data.datasource import WriteResult
 from structlog.testing import capture_logs
 
@@ -33,6 +35,7 @@ from jobs.make_corpus import make_corpus
 from tests.cluster.corpora import Planned, plan, put_parquet
 from tests.cluster.fake_engine import picture
 from tests.cluster.labelled_tables import EXPECTED, SPEC, mask, row, table
+from tests.cluster.nested_types import MARK, can_be_read, nested_types, values_of
 
 COMPLETE = table(row(2), row(0), row(1))
 NAMES = UnitNames(run_id="run")
@@ -119,6 +122,23 @@ def test_missing_and_unknown_columns_are_refused_by_name(store: Store) -> None:
         commit(COMPLETE.rename_columns(["extra", *COMPLETE.column_names[1:]]), store)
 
 
+REQUIRED = pa.struct([pa.field("a", pa.int8(), nullable=False)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(pa.int8(), pa.array([1, 300, None])), (REQUIRED, pa.nulls(3, REQUIRED))],
+)
+def test_a_value_that_its_column_cannot_have_is_refused_with_unit_and_column(
+    store: Store, kind: pa.DataType, values: pa.Array
+) -> None:
+    expected = dataclasses.replace(EXPECTED, source_schema=pa.schema([("note", kind)]))
+    unfit = COMPLETE.set_column(COMPLETE.column_names.index("note"), "note", values)
+    with pytest.raises(CommitRefused, match="unit unit: column 'note' cannot be committed"):
+        commit_unit(unfit, expected=expected, output=RunOutput(store, NAMES), writer="w")
+    assert store.list() == []
+
+
 # From a corpus to committed units, without Ray.
 
 
@@ -174,6 +194,43 @@ def test_every_unit_of_every_block_is_committed(local_run: Planned) -> None:
     ]
     assert sink.get_name() == "Commit"
     assert local_run.output.committed_units() == {unit.unit_id for unit in local_run.units}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_rows_that_lack_values_of_a_nested_column_are_committed_whatever_its_type_requires(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Rows that cannot be read, files without the column or without a field of it, texts that are
+    not UTF-8: all have nulls where the files of the corpus have none."""
+    folder = tmp_path_factory.mktemp("nested")
+    corpus, images = open_store(str(folder / "in")), {"image": [picture(1)] * 3}
+    field = pa.field("x", data.draw(nested_types()), nullable=data.draw(st.booleans()))
+    more = pa.field("y", data.draw(nested_types(depth=2)), nullable=False)
+    values = data.draw(st.lists(values_of(field), min_size=3, max_size=3))
+    others = data.draw(st.lists(values_of(more), min_size=3, max_size=3))
+    alone = pa.array([{"x": value} for value in values], pa.struct([field]))
+    both = [{"x": x, "y": y} for x, y in zip(values, others, strict=True)]
+    together = pa.array(both, pa.struct([field, more]))
+    assume(can_be_read(pa.table({"alone": alone, "together": together})))
+    for name, columns in {
+        "a": {"nested": alone},
+        "b": {"nested": together},
+        "c": {},
+        "d": {"nested": together},
+    }.items():
+        put_parquet(corpus, f"{name}.parquet", pa.table(images | columns), compression="none")
+        plain = corpus.get(f"{name}.parquet")
+        corpus.put(f"{name}.parquet", plain.replace(MARK.encode(), b"\xff\xff"))
+    planned = plan(corpus.uri, str(folder / "out"), spec=SPEC)
+    corpus.put("d.parquet", b"another file by now")
+    CommitSink(*planned).write(map(pack_unit, label_units(planned)), None)
+
+    expected = [{"x": value, "y": None} for value in values] + both
+    assert pq.read_table(planned.output.uri)["nested"].to_pylist() == [
+        *(None if MARK in str(value) else value for value in expected),
+        *[None] * 6,
+    ]
 
 
 def test_a_unit_that_lacks_rows_is_refused(local_run: Planned) -> None:

@@ -325,3 +325,12 @@ def test_a_row_handed_over_twice_replaces_once() -> None:
     assert merged.table["unit_row"].to_pylist() == [0, 1]
     assert merged.asked == merged.mended == 1
     assert pc.sum(merged.table["attempts"]).as_py() == 3
+
+
+def test_a_value_of_another_type_than_the_unit_has_is_refused_with_unit_and_column() -> None:
+    committed = table(fault(0), answer(1)).drop_columns(["_in_unit", "_in_unit_rows"])
+    labelled = table(answer(0))
+    place = labelled.column_names.index("kv_bytes")
+    unfit = labelled.set_column(place, "kv_bytes", pa.array(["many"]))
+    with pytest.raises(CommitRefused, match="unit unit: column 'kv_bytes' cannot be committed"):
+        merge_rows(committed, unfit)

@@ -15,7 +15,7 @@ from cluster.corpus.unit import FileIndex, Unit
 from cluster.store import ObjectInfo
 
 # Raised when the same bytes and settings give other units.
-_VERSION = 1
+_VERSION = 2
 
 
 def name_index(

@@ -41,7 +41,7 @@ _MAGIC, _MAGIC_AT = b"ustar", 257
 _CHECKSUM = slice(148, 154)
 _NAME = slice(0, 100)
 # The end of an extended header's body, where its own header block was lost.
-_PATH_RECORD = re.compile(rb"\d path=.*\n\0{,511}\Z", re.DOTALL)
+_PATH_RECORD = re.compile(rb"\d (?:path|GNU\.sparse\.\w+)=.*\n\0{,511}\Z", re.DOTALL)
 _PATH_BYTES = 2**13
 
 

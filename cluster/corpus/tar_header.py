@@ -6,6 +6,7 @@ any bytes give a member or raise ArchiveDamaged; links and devices are described
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ EXTENDED = frozenset(
 )
 """Types of the headers that describe the member behind them."""
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
+_SPARSE = "a sparse file; pack again without tar --sparse"
 _REFUSED_TYPES = {
     tarfile.LNKTYPE: "a hard link; pack again with tar --hard-dereference",
     tarfile.SYMTYPE: "a symbolic link; pack again with tar -h",
     tarfile.CHRTYPE: "a device",
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
-    tarfile.GNUTYPE_SPARSE: "a sparse file",
+    tarfile.GNUTYPE_SPARSE: _SPARSE,
 }
 _WITHOUT_DATA = {
     tarfile.DIRTYPE,
@@ -44,6 +46,15 @@ _WITHOUT_DATA = {
     tarfile.BLKTYPE,
     tarfile.FIFOTYPE,
 }
+# A sparse member in the GNU format: further blocks of its map, which its size does not count, stand
+# before its data if this byte of its header, or of such a block, is not zero.
+_MORE_MAP, _MORE_MAP_AGAIN = 482, 504
+# A sparse member in the PAX formats looks like a regular one; its data lacks what is zero in the
+# file, and may begin with the map.
+_SPARSE_RECORDS = (b"GNU.sparse.", b"SUN.holesdata")
+_SPARSE_NAME = b"GNU.sparse.name"
+# In the name that GNU tar puts into the header itself; it tells where the records were lost.
+_SPARSE_FOLDER = re.compile(r"(?:.*/)?GNUSparseFile\.\d+/[^/]*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +106,9 @@ def read_member(read: ReadRange, start: int, stop: int) -> Member | None:
     end = data_start + (pad(size) if header.type not in _WITHOUT_DATA else 0)
     path = extended.get("path") or header.name
     name = _decode_name(path).removeprefix("./")
+    if header.type == tarfile.GNUTYPE_SPARSE and end <= stop:
+        more = _map_bytes(read, position)
+        data_start, end = data_start + more, end + more
     if end > stop:
         raise ArchiveDamaged(position, f"{name[:200]} is truncated", name)
     return Member(
@@ -104,7 +118,7 @@ def read_member(read: ReadRange, start: int, stop: int) -> Member | None:
         size=size,
         stop=end,
         is_folder=header.type == tarfile.DIRTYPE,
-        refused=_refuse_type(header.type) or _refuse_path(path),
+        refused=extended.get("refused") or _refuse_type(header.type) or _refuse_path(path),
     )
 
 
@@ -129,7 +143,8 @@ def _read_header(read: ReadRange, position: int, stop: int) -> tarfile.TarInfo |
 def _read_extended_header(
     read: ReadRange, position: int, stop: int, header: tarfile.TarInfo
 ) -> dict[str, str]:
-    """Path and size of the next member, where a GNU or PAX extended header has them."""
+    """Path and size of the next member, where a GNU or PAX extended header has them; and why it is
+    refused, where it is for what stands there."""
     if header.size > MAX_EXTENDED_HEADER:
         raise ArchiveDamaged(position, f"an extended header of {header.size:,} bytes")
     if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
@@ -141,11 +156,28 @@ def _read_extended_header(
     records = {b"path": body.partition(b"\0")[0]} if is_name else parse_pax(body)
     if not records or records.get(b"path") == b"":
         raise ArchiveDamaged(position, "an extended header is corrupt")
-    return {
+    found = {
         name: records[name.encode()].decode("utf-8", "surrogateescape")
         for name in ("path", "size")
         if name.encode() in records
     }
+    if any(name.startswith(_SPARSE_RECORDS) for name in records):
+        found["refused"] = _SPARSE
+        if records.get(_SPARSE_NAME):
+            found["path"] = records[_SPARSE_NAME].decode("utf-8", "surrogateescape")
+    return found
+
+
+def _map_bytes(read: ReadRange, position: int) -> int:
+    """Bytes of the blocks behind the header of the GNU format at `position` that go on with the map
+    of a sparse member. Raises ArchiveDamaged, with the byte behind those that were looked at, for
+    more than can be meant."""
+    flag = _MORE_MAP
+    for length in range(0, MAX_EXTENDED_HEADER, BLOCK):
+        if not any(read(position + length, position + length + BLOCK)[flag : flag + 1]):
+            return length
+        flag = _MORE_MAP_AGAIN
+    raise ArchiveDamaged(position + MAX_EXTENDED_HEADER, "the map of a sparse file has no end")
 
 
 def parse_pax(body: bytes) -> dict[bytes, bytes] | None:
@@ -186,6 +218,8 @@ def _refuse_type(kind: bytes) -> str | None:
 
 
 def _refuse_path(name: str) -> str | None:
+    if _SPARSE_FOLDER.fullmatch(name):
+        return _SPARSE
     if name.startswith("/") or ".." in name.split("/"):
         return "its path leads outside the archive"
     return None

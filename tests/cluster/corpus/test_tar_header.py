@@ -1,0 +1,173 @@
+"""One member of a tar by its headers: what GNU tar writes beside plain files, from its own archives
+where it is installed and from headers made by hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.corpus.tar import Damage, walk_archive
+from cluster.corpus.tar_header import BLOCK, MAX_EXTENDED_HEADER, Member, pad
+from cluster.corpus.tar_samples import Sample, read_rows
+
+END = bytes(2 * BLOCK)
+SPARSE = "a sparse file; pack again without tar --sparse"
+
+
+def entry(
+    name: str,
+    data: bytes = b"",
+    *,
+    kind: bytes = tarfile.REGTYPE,
+    records: dict[str, str] | None = None,
+    patch: dict[int, bytes] | None = None,
+    between: bytes = b"",
+) -> bytes:
+    """One entry. records: of a PAX header before it. patch: bytes of its own header by position.
+    between: blocks behind its header that its size does not count."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.pax_headers = kind, len(data), records or {}
+    headers = bytearray(info.tobuf(tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT))
+    block = headers[-BLOCK:]
+    for position, value in (patch or {}).items():
+        block[position : position + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(headers[:-BLOCK] + block) + between + data.ljust(pad(len(data)), b"\0")
+
+
+def rows(data: bytes) -> list[tuple[str, list[str], str | None]]:
+    """Key, extensions and refusal of each sample; there is no damage."""
+    found = list(read_rows(lambda start, stop: data[start:stop], len(data)))
+    assert all(isinstance(row, Sample) for row in found), found
+    return [(r.key, list(r.members), r.refused) for r in found if isinstance(r, Sample)]
+
+
+def refused(key: str, *extensions: str) -> tuple[str, list[str], str]:
+    return key, list(extensions), f"refused member {key}.{extensions[0]}: {SPARSE}"
+
+
+NAMES = st.sampled_from(["a", "d/a", "каталог/日本", "d/" * 90 + "a"])
+
+
+@given(
+    name=NAMES,
+    version=st.sampled_from(["0.0", "0.1", "1.0"]),
+    data=st.binary(max_size=1_500),
+    size=st.integers(0, 2**40),
+)
+def test_sparse_members_of_the_pax_formats_are_refused_by_their_real_name(
+    name: str, version: str, data: bytes, size: int
+) -> None:
+    """Their data lacks the zeros of the file: it is no image."""
+    real, folder = f"{name}.jpg", f"{name.rpartition('/')[0] or '.'}/GNUSparseFile.123/"
+    stored = folder + real.rpartition("/")[2]
+    records = {
+        "0.0": {"GNU.sparse.size": f"{size}", "GNU.sparse.numblocks": "0"},
+        "0.1": {"GNU.sparse.name": real, "GNU.sparse.size": f"{size}", "GNU.sparse.map": "0,0"},
+        "1.0": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": real,
+                "GNU.sparse.realsize": f"{size}"},
+    }[version]  # fmt: skip
+    sparse = entry(real if version == "0.0" else stored, data, records=records)
+    archive = entry("0.jpg", b"0") + sparse + entry(f"{name}.txt", b"t", records={"comment": "x"})
+    assert rows(archive + entry("z.jpg", b"z") + END) == [
+        ("0", ["jpg"], None),
+        refused(name, "jpg", "txt"),
+        ("z", ["jpg"], None),
+    ]
+
+
+@given(blocks=st.integers(0, 30), data=st.binary(max_size=1_500))
+def test_the_blocks_of_a_long_map_before_a_sparse_members_data_are_part_of_it(
+    blocks: int, data: bytes
+) -> None:
+    """Its size does not count them."""
+    full = b"00000000001\0" * 42 + b"\1" + bytes(7)
+    between = (full * blocks)[: max(0, blocks * BLOCK - 8)] + bytes(8 if blocks else 0)
+    sparse = entry(
+        "a.jpg", data, kind=tarfile.GNUTYPE_SPARSE, patch={482: bytes([blocks > 0])},
+        between=between,
+    )  # fmt: skip
+    archive = entry("0.jpg", b"0") + sparse + entry("a.txt", b"t") + entry("z.jpg", b"z") + END
+    assert rows(archive) == [
+        ("0", ["jpg"], None),
+        refused("a", "jpg", "txt"),
+        ("z", ["jpg"], None),
+    ]
+    members = [piece for piece in walk(archive) if isinstance(piece, Member)]
+    start = members[1].data_start
+    assert archive[start : start + members[1].size] == data
+
+
+def walk(data: bytes) -> list[object]:
+    return list(walk_archive(lambda start, stop: data[start:stop], len(data)))
+
+
+def test_a_map_without_an_end_is_damage_that_ends_at_the_next_header() -> None:
+    header = entry("a.jpg", kind=tarfile.GNUTYPE_SPARSE, patch={482: b"\1"})
+    archive = header + b"\1" * MAX_EXTENDED_HEADER + entry("z.jpg", b"z") + END
+    damage, *others = walk(archive)
+    assert isinstance(damage, Damage)
+    assert "the map of a sparse file has no end" in damage.reason
+    assert damage.stop == BLOCK + MAX_EXTENDED_HEADER
+    assert isinstance(others[0], Member)
+    assert others[0].name == "z.jpg"
+    assert any(isinstance(piece, Damage) for piece in walk(header + b"\1" * BLOCK))
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [0, 1]])
+def test_a_sparse_member_that_lost_its_real_name_is_no_sample_of_another(lost: list[int]) -> None:
+    records = {"GNU.sparse.name": "b.jpg", "GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    plain = [entry(f"{name}.jpg", b"x") for name in "ac"]
+    sparse = bytearray(entry("./GNUSparseFile.7/b.jpg", b"x" * 600, records=records))
+    for block in lost:
+        sparse[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
+    data = plain[0] * 2 + bytes(sparse) + plain[1] * 2 + END
+    found = list(read_rows(lambda start, stop: data[start:stop], len(data)))
+    used = [row.key for row in found if isinstance(row, Sample) and not row.refused]
+    assert set(used) == {"a", "c"}
+    assert len(found) == len(used) + 1
+
+
+GNU_TAR = shutil.which("tar")
+if GNU_TAR and b"GNU tar" not in subprocess.run([GNU_TAR, "--version"], capture_output=True).stdout:
+    GNU_TAR = None
+
+
+def packed(folder: Path, *options: str) -> bytes:
+    """What GNU tar makes of a folder's samples."""
+    names = sorted(path.name for path in folder.iterdir())
+    command = [str(GNU_TAR), *options, "-cf", "-", "-C", str(folder), *names]
+    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(GNU_TAR is None, reason="GNU tar is not installed")
+@pytest.mark.parametrize("holes", [2, 60])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--format=gnu"],
+        ["--format=pax", "--sparse-version=0.0"],
+        ["--format=pax", "--sparse-version=0.1"],
+        ["--format=pax", "--sparse-version=1.0"],
+    ],
+)
+def test_sparse_files_that_gnu_tar_packs_are_refused_by_their_name(
+    tmp_path: Path, options: list[str], holes: int
+) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        for number in range(holes):
+            file.seek(number * 2**17)
+            file.write(b"x" * 4_096)
+    (tmp_path / "a.txt").write_text("t")
+    (tmp_path / "b.jpg").write_bytes(b"b")
+    archive = packed(tmp_path, *options, "--sparse")
+    if len(archive) > holes * 2**17:
+        pytest.skip("the file system keeps no holes")
+    assert rows(archive) == [refused("a", "jpg", "txt"), ("b", ["jpg"], None)]

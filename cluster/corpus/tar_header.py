@@ -46,6 +46,9 @@ _WITHOUT_DATA = {
     tarfile.BLKTYPE,
     tarfile.FIFOTYPE,
 }
+# Where a PAX header has the beginning of a long name, one of GNU's, told by its magic, has times.
+_GNU_MAGIC, _MAGIC = b"ustar  \0", slice(257, 265)
+_NAME = slice(0, 100)
 # A sparse member in the GNU format: further blocks of its map, which its size does not count, stand
 # before its data if this byte of its header, or of such a block, is not zero.
 _MORE_MAP, _MORE_MAP_AGAIN = 482, 504
@@ -83,6 +86,8 @@ def parse_header(block: bytes) -> tarfile.TarInfo | None:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         return None
+    if block[_MAGIC] == _GNU_MAGIC:
+        header.name = block[_NAME].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return header if 0 <= header.size <= MAX_SIZE else None
 
 

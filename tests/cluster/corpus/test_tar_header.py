@@ -135,6 +135,13 @@ def test_a_sparse_member_that_lost_its_real_name_is_no_sample_of_another(lost: l
     assert len(found) == len(used) + 1
 
 
+@given(name=st.sampled_from(["a", "d/a", "d/" * 30 + "a"]), times=st.binary(max_size=155))
+def test_times_in_a_header_of_the_gnu_format_are_no_part_of_a_name(name: str, times: bytes) -> None:
+    """An incremental dump has them where other formats have the beginning of a long name."""
+    archive = entry(f"{name}.jpg", b"a", patch={345: times}) + entry("b.jpg", b"b") + END
+    assert rows(archive) == [(name, ["jpg"], None), ("b", ["jpg"], None)]
+
+
 GNU_TAR = shutil.which("tar")
 if GNU_TAR and b"GNU tar" not in subprocess.run([GNU_TAR, "--version"], capture_output=True).stdout:
     GNU_TAR = None

@@ -38,6 +38,13 @@ _REFUSED_TYPES = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.GNUTYPE_SPARSE: _SPARSE,
 }
+_NO_FILES = {
+    tarfile.DIRTYPE,
+    tarfile.XGLTYPE,
+    b"D",  # in a dump of GNU tar: a directory, with the names in it as data
+    b"V",  # GNU tar's label of the archive
+    b"A",  # Solaris' access rights of the file behind it
+}
 _WITHOUT_DATA = {
     tarfile.DIRTYPE,
     tarfile.LNKTYPE,
@@ -74,8 +81,8 @@ class Member:
     """Bytes of its data."""
     stop: int
     """Byte after its padded data."""
-    is_folder: bool = False
-    """Whether it is a directory, which has no data."""
+    is_file: bool = True
+    """Whether it stands for a file, of any kind; not a directory or a note about the archive."""
     refused: str | None = None
     """Why its data must not be used, as for a link; None where it may be."""
 
@@ -101,6 +108,8 @@ def read_member(read: ReadRange, start: int, stop: int) -> Member | None:
         return None
     while header.type in EXTENDED:
         extended |= _read_extended_header(read, position, stop, header)
+        if header.type == tarfile.XGLTYPE and position == start:
+            break  # of the archive, not of a member: the end mark may follow
         position += BLOCK + pad(header.size)
         described = _read_header(read, position, stop)
         if described is None:
@@ -114,15 +123,16 @@ def read_member(read: ReadRange, start: int, stop: int) -> Member | None:
     if header.type == tarfile.GNUTYPE_SPARSE and end <= stop:
         more = _map_bytes(read, position)
         data_start, end = data_start + more, end + more
+    is_file = header.type not in _NO_FILES
     if end > stop:
-        raise ArchiveDamaged(position, f"{name[:200]} is truncated", name)
+        raise ArchiveDamaged(position, f"{name[:200]} is truncated", name if is_file else None)
     return Member(
         name=name,
         start=start,
         data_start=data_start,
         size=size,
         stop=end,
-        is_folder=header.type == tarfile.DIRTYPE,
+        is_file=is_file,
         refused=extended.get("refused") or _refuse_type(header.type) or _refuse_path(path),
     )
 

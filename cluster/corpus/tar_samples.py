@@ -88,9 +88,9 @@ def _group_members(
             yield piece
             continue
         key, extension = split_name(piece.name, dotted_keys=dotted_keys)
-        if piece.is_folder:
+        if not piece.is_file:
             continue
-        if not extension and piece.refused is None:
+        if not extension:
             on_nameless(piece)
             continue
         if (
@@ -126,6 +126,8 @@ def _take_incomplete(pieces: Iterable[_Piece], *, dotted_keys: bool) -> Iterator
                 yield piece
             continue
         lost = after.member if isinstance(after, Damage) else None
+        if lost is not None and not split_name(lost, dotted_keys=dotted_keys)[1]:
+            lost = None  # it is in no sample, and more members of this one may be behind it
         ends_whole = lost is not None or not isinstance(after, Damage)
         if lost is not None and _belongs_to(lost, piece, dotted_keys=dotted_keys):
             piece = _as_damage(piece)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.config import RunConfig
 from cluster.corpus.source import read_unit
+from cluster.corpus.tar_header import BLOCK, pad
 from cluster.corpus.unit import Unit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
@@ -76,6 +77,42 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], *, format: int = tarfile.PAX
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def tar_entry(
+    name: str,
+    data: bytes = b"",
+    *,
+    kind: bytes = tarfile.REGTYPE,
+    records: dict[str, str] | None = None,
+    patch: dict[int, bytes] | None = None,
+    between: bytes = b"",
+) -> bytes:
+    """One entry of a tar. records: of a PAX header before it. patch: bytes of its own header by
+    position. between: blocks behind its header that its size does not count."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.pax_headers = kind, len(data), records or {}
+    headers = bytearray(info.tobuf(tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT))
+    block = headers[-BLOCK:]
+    for position, value in (patch or {}).items():
+        block[position : position + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(headers[:-BLOCK] + block) + between + data.ljust(pad(len(data)), b"\0")
+
+
+TAR_NOTES = (
+    tar_entry("label.of.the.archive", kind=b"V"),
+    tar_entry("d/", kind=tarfile.DIRTYPE),
+    tar_entry("d.jpg/", b"Ya.jpg\0Yb.jpg\0\0", kind=b"D"),
+    tar_entry("a.jpg", b"user::rw-", kind=b"A"),
+    tar_entry("pax_global_header", b"20 comment=012345678\n", kind=b"g"),
+    tar_entry("latest", kind=tarfile.SYMTYPE),
+    tar_entry("d/queue", kind=tarfile.FIFOTYPE),
+    tar_entry("/dev/null", kind=tarfile.CHRTYPE),
+    tar_entry("README", b"read me"),
+)
+"""Entries of a tar that are in no sample."""
 
 
 class CountingStore:

@@ -4,6 +4,7 @@ away from the damage are always found."""
 from __future__ import annotations
 
 import tarfile
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cluster.corpus.tar_samples import Sample, read_rows
 from cluster.corpus.unit import FileIndex
 from cluster.corpus.webdataset import map_tar_columns
 from cluster.store import Store, open_store
-from tests.cluster.corpora import tar_bytes
+from tests.cluster.corpora import TAR_NOTES, tar_bytes
 
 
 @pytest.fixture
@@ -183,9 +184,14 @@ def archives(draw: st.DrawFn) -> tuple[bytes, list[tuple[str, int, int, bytes]]]
             content = (f"{key}.{extension}".encode()[-60:] * 120)[:size]
             members.append((f"{key}.{extension}", content))
     data = tar_bytes(members, format=format)
+    notes = draw(st.lists(st.sampled_from([b"", *TAR_NOTES]), max_size=8))
+    edges = [0, *(piece.stop for piece in walk(data) if isinstance(piece, Member))]
+    parts = [data[start:stop] for start, stop in pairwise(edges)]
+    data = b"".join(note + part for note, part in zip_longest(notes, parts, fillvalue=b""))
+    data += bytes(2 * BLOCK + -(len(data) + 2 * BLOCK) % RECORD)
     spans: dict[str, tuple[int, int]] = {}
     for piece in walk(data):
-        if isinstance(piece, Member):
+        if isinstance(piece, Member) and piece.is_file and piece.name.endswith(extensions):
             key = piece.name.rpartition(".")[0]
             start, _ = spans.get(key, (piece.start, 0))
             spans[key] = (start, piece.stop)

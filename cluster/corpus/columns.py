@@ -26,6 +26,7 @@ KEY_COLUMNS: Mapping[Kind, tuple[str, ...]] = {
 key. A key is a string or an integer."""
 QUESTION_COLUMNS = ("question", "text_input", "prompt")
 """Names of question columns, the preferred first."""
+_NO_FOLDERS = pa.schema([])
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 
 
@@ -95,19 +96,21 @@ def map_table_columns(
     kind: Kind,
     prompt: str,
     uri: str,
+    folders: pa.Schema = _NO_FOLDERS,
     choice: ColumnChoice | None = None,
     looks_like_images: Callable[[str], bool] = lambda name: True,
 ) -> ColumnMapping:
     """Maps a corpus of tables. Raises UsageError where a required column is missing, or where
     several could be meant.
 
-    looks_like_images: whether the first values of a column begin as images do; asked where names
-    do not tell. Three columns are not committed: image bytes (of a struct, the other fields stay),
-    the question of a VQA corpus and a string column `key`. The last two are in the output's own
-    `question` and `key`.
+    folders: columns that files have in the names of their folders. Such a value is that of all rows
+    of a file, which tells none of them: it is committed, whatever it is called, and never image,
+    key or question. looks_like_images: whether the first values of a column begin as images do;
+    asked where names do not tell. Three columns of files are not committed: image bytes (of a
+    struct, the other fields stay), the question of a VQA corpus and a string column `key`. The last
+    two are in the output's own `question` and `key`.
     """
     choice = choice or ColumnChoice()
-    names = schema.names
     image = _find_image_column(schema, uri, choice.image, looks_like_images)
     key = _find_key_column(schema, uri, choice.key, kind)
     question = _find_question_column(schema, uri, choice.question) if kind == "vqa" else None
@@ -116,12 +119,13 @@ def map_table_columns(
         dropped.add(key)
     if not pa.types.is_struct(schema.field(image).type):
         dropped.add(image)
-    columns = assign_committed_names([name for name in names if name not in dropped], kind)
+    kept = {field.name: field.type for field in schema if field.name not in dropped}
+    for field in folders:
+        kept[field.name] = field.type
+    columns = assign_committed_names(kept, kind)
     return ColumnMapping(
         columns=columns,
-        schema=pa.schema(
-            [(name, plain_type(schema.field(source).type)) for source, name in columns]
-        ),
+        schema=pa.schema([(name, plain_type(kept[source])) for source, name in columns]),
         image=image,
         key=key,
         question=question,

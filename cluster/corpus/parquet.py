@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import Kind
@@ -17,7 +18,7 @@ from cluster.corpus.columns import ColumnChoice, ColumnMapping, map_table_column
 from cluster.corpus.git_lfs import POINTER_BYTES, check_not_pointer
 from cluster.corpus.image_values import image_values
 from cluster.corpus.parquet_file import open_parquet
-from cluster.corpus.partitions import partition_schema
+from cluster.corpus.partitions import partition_array, partition_schema, partition_values
 from cluster.corpus.types import unify_schemas
 from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import StoreError, UsageError
@@ -96,9 +97,7 @@ def map_parquet_columns(
     schema = unify_schemas(
         [file.schema for file in files], [store.uri_of(file.info.key) for file in files]
     )
-    for field in partition_schema(file.info.key for file in files):
-        if field.name not in schema.names:
-            schema = schema.append(field)
+    folders = _folder_columns(store, files, schema)
 
     def looks_like_images(name: str) -> bool:
         with_column = (file for file in files if name in file.schema.names and file.units)
@@ -110,6 +109,7 @@ def map_parquet_columns(
         kind=kind,
         prompt=prompt,
         uri=store.uri,
+        folders=folders,
         choice=choice,
         looks_like_images=looks_like_images,
     )
@@ -121,6 +121,30 @@ def map_parquet_columns(
                 f"which other files have, only {file.schema.names}; run it as a corpus of its own"
             )
     return mapping
+
+
+def _folder_columns(store: Store, files: Sequence[FileIndex], schema: pa.Schema) -> pa.Schema:
+    """The columns that files have in the names of their folders and not in themselves. Raises
+    UsageError where such a value is none of the column that other files have in themselves."""
+    folders: dict[str, pa.DataType] = {}
+    for field in partition_schema(file.info.key for file in files):
+        name = field.name
+        if name not in schema.names:
+            folders[name] = field.type
+            continue
+        kind = schema.field(name).type
+        for file in files:
+            if name in file.schema.names or name not in partition_values(file.info.key):
+                continue
+            folders[name] = kind
+            try:
+                partition_array(file.info.key, name, kind, 1)
+            except pa.ArrowException as error:
+                raise UsageError(
+                    f"{store.uri_of(file.info.key)}: {name!r} in the folder's name is no {kind}, "
+                    "as it is in other files; run it as a corpus of its own"
+                ) from error
+    return pa.schema(list(folders.items()))
 
 
 def _begins_with_images(store: Store, info: ObjectInfo, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Columns in folder names, as Hive and Spark write them: `split=train/year=2024/a.parquet`.
 
-Guarantees: a name's value is the same for every row of a file; a column of the file itself wins
-over a folder's; all values of a column are integers or all are text.
+Guarantees: a name's value is the same for every row of a file, so it is never a row's key; a column
+of the file itself wins over a folder's; all values of a column are integers or all are text.
 """
 
 from __future__ import annotations

@@ -61,22 +61,37 @@ def references_of(value: object) -> list[str]:
     confidence beside it), a list of these, or the text of a list of strings or mappings: JSON, or
     what Python and NumPy print, which a column of lists becomes in CSV. None, NaN and blank strings
     are dropped.
+
+    Never raises, whatever a row holds: it would cost the accuracy of all rows.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        listed = _listed(value.strip())
-        if listed is not None:
-            return references_of(listed)
-    if isinstance(value, Mapping):
-        return references_of(value.get("answer"))
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in references_of(item)]
-    if isinstance(value, float):
-        if math.isnan(value):
-            return []
+    found: list[str] = []
+    rest: list[object] = [value]  # no recursion: lists may be nested hundreds of levels deep
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str) and item.lstrip().startswith("["):
+            listed = _listed(item.strip())
+            item = item if listed is None else listed
+        if isinstance(item, Mapping):
+            rest.append(item.get("answer"))
+        elif isinstance(item, list | tuple):
+            rest.extend(reversed(item))
+        else:
+            text = _text(item)
+            found += [text] if text.strip() else []
+    return found
+
+
+def _text(value: object) -> str:
+    """A reference as text; empty for None, NaN and a number of thousands of digits, which Python
+    does not print."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
         # A column of whole numbers with gaps is read as floats: 2.0 is the answer "2".
-        value = int(value) if value.is_integer() else value
-    text = "" if value is None else str(value)
-    return [text] if text.strip() else []
+        value = int(value)
+    with suppress(ValueError):
+        return str(value)
+    return ""
 
 
 def _listed(text: str) -> list[object] | None:

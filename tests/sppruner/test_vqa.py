@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sppruner.vqa
@@ -199,6 +199,37 @@ def test_references_may_be_a_list_as_json_text() -> None:
 def test_references_may_be_a_list_as_python_and_numpy_print_it(text: str, known: list[str]) -> None:
     """Columns of lists become that in CSV."""
     assert references_of(text) == known
+
+
+HOSTILE = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(st.characters())
+    | st.integers() | st.integers(4_000, 5_000).map(lambda digits: 10**digits)
+    | st.sampled_from(["[1]", "['", "[{'answer': 'x'}", '["\\ud800"]', "\ud800", "[" * 2_000]),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner)
+    | st.dictionaries(st.sampled_from(["answer", "else"]), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(value=HOSTILE, depth=st.integers(0, 3_000))
+def test_whatever_a_row_holds_its_references_are_texts_and_its_score_a_share(
+    value: object, depth: int
+) -> None:
+    """One row must not cost the accuracy of all."""
+    for _ in range(depth):
+        value = [value] if depth % 2 else {"answer": value}
+    known = references_of(value)
+    assert all(isinstance(text, str) and text.strip() for text in known)
+    measured = measure([("red", value), ("red", "red")])
+    assert 0.0 < measured.mean <= 1.0
+    assert measured.scored == 1 + bool(known)
+
+
+@given(depth=st.integers(0, 3_000), quote=st.sampled_from("'\""))
+@example(depth=400, quote='"')
+def test_a_text_of_lists_in_lists_is_its_innermost_answer_or_itself(depth: int, quote: str) -> None:
+    text = f"[{{{quote}answer{quote}: {'[' * depth}{quote}red{quote}{']' * depth}}}]"
+    assert references_of(text) in (["red"], [text])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -108,11 +108,30 @@ class Unit:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Unit:
-        """The inverse of `to_dict`. Raises TypeError on unknown or missing fields."""
+        """The inverse of `to_dict`. Raises TypeError or ValueError on unknown or missing fields,
+        and on values of other types."""
         if "parts" in data:
+            if not data["parts"]:
+                raise ValueError("a unit without parts")
             return join_units([cls.from_dict(part) for part in data["parts"]])
         damaged = tuple((start, stop, reason) for start, stop, reason in data.get("damaged", ()))
-        return cls(**{**data, "damaged": damaged})
+        unit = cls(**{**data, "damaged": damaged})
+        values = [(name, getattr(unit, name), kinds) for name, kinds in _KINDS.items()]
+        values += [
+            ("damaged", byte, (int,)) for start, stop, _ in damaged for byte in (start, stop)
+        ]
+        for name, value, kinds in values:
+            if type(value) not in kinds:
+                raise TypeError(f"{name} {value!r} of a unit")
+        return unit
+
+
+_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("unit_id", "format", "file", "etag"), (str,)),
+    **dict.fromkeys(("file_size", "row_start", "row_count", "size_bytes"), (int,)),
+    **dict.fromkeys(("row_group", "row_group_start", "byte_start", "byte_stop"), (int, type(None))),
+    "truncated": (bool,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

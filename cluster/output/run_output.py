@@ -110,12 +110,17 @@ class RunOutput:
                 "them another --output"
             )
 
-    def manifest_head(self) -> bytes | None:
-        """The first bytes of the manifest that this machine sees, at once: run id and time of its
-        planning. None where it sees none."""
+    def manifest_head(self, *, patience_s: float = FIRST_CONTACT_S) -> bytes | None:
+        """The first bytes of the manifest that this machine sees: run id and time of its planning.
+        None where it sees none, which is not to be confused with a store that does not answer:
+        that raises StoreError."""
+        store = self._store.with_patience(patience_s)
+        # Asked first: a local store waits for a file that is missing where one is expected.
+        if not store.is_here() or store.head(_MANIFEST) is None:
+            return None
         try:
-            return _read_head(self._store.with_patience(0))
-        except StoreError:
+            return _read_head(store)
+        except ObjectGone:
             return None
 
     def _holds_run(self, store: Store) -> bool:

@@ -34,7 +34,8 @@ _LOOK_SECONDS: Final = 10.0
 
 def check_shared(output: RunOutput, console: Console) -> None:
     """Raises UsageError where another node holds a manifest in the place of this run's. Warns where
-    no other node sees this one. Nodes that do not answer are not waited for."""
+    no other node sees this one. Nodes that do not answer are not waited for. Raises StoreError
+    where the store does not answer here."""
     seen = _seen_elsewhere(output)
     if not seen:
         return
@@ -103,7 +104,11 @@ def _ask_others(look: Callable[[_Q], _A], question: _Q) -> list[_A]:
 
 
 def _look(output: RunOutput) -> bytes | None:
-    return output.manifest_head()
+    try:
+        return output.manifest_head(patience_s=_LOOK_SECONDS)
+    except StoreError as error:
+        logger.warning("node_cannot_look", error=str(error))
+        return None
 
 
 def _holds(question: tuple[Store, list[ObjectInfo]]) -> bool | None:

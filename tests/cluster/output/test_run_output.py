@@ -419,3 +419,32 @@ def test_a_unit_that_is_replaced_at_every_read_is_named(
     monkeypatch.setattr(store, "get_range", gone)
     with pytest.raises(StoreError, match=r"u1\.parquet: replaced 8 times"):
         output.ledgers(["u1"])
+
+
+@pytest.mark.parametrize("broken", ["head", "get_range"])
+def test_a_store_that_does_not_answer_holds_no_other_run(tmp_path: Path, broken: str) -> None:
+    """A run is refused, or begun anew, where its manifest is absent or another: not where one
+    request failed."""
+
+    class Silent(LocalStore):
+        pass
+
+    def fail(*args: object, **more: object) -> None:
+        raise StoreError("no answer")
+
+    store = LocalStore(tmp_path)
+    assert RunOutput(store).manifest_head() is None
+    store.put("_run/manifest.json", b'{"run_id": "a"}')
+    assert RunOutput(store).manifest_head() == b'{"run_id": "a"}'
+    setattr(Silent, broken, fail)
+    with pytest.raises(StoreError, match="no answer"):
+        RunOutput(Silent(tmp_path)).manifest_head()
+
+
+def test_a_manifest_that_goes_while_it_is_read_is_none(tmp_path: Path) -> None:
+    class Emptied(LocalStore):
+        def get_range(self, *args: object, **more: object) -> bytes:
+            raise ObjectGone("removed")
+
+    Emptied(tmp_path).put("_run/manifest.json", b"{}")
+    assert RunOutput(Emptied(tmp_path)).manifest_head() is None

@@ -10,7 +10,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from cluster.errors import UsageError
+from cluster.errors import StoreError, UsageError
 from cluster.output.run_output import RunOutput
 from cluster.runs import shared_storage
 from cluster.runs.shared_storage import check_corpus, check_shared
@@ -50,6 +50,23 @@ def test_a_run_that_others_see_in_its_place_is_a_usage_error(
 ) -> None:
     with pytest.raises(UsageError, match=f"/mnt/out .* on 1 of {len(seen)} other nodes"):
         check(seen, monkeypatch)
+
+
+def test_a_node_whose_store_does_not_answer_has_seen_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One failed request there is no other run there, nor here."""
+
+    class Silent:
+        uri = "s3://bucket/out"
+
+        def manifest_head(self, **patience: float) -> bytes:
+            raise StoreError("no answer")
+
+    assert shared_storage._look(Silent()) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(shared_storage, "_seen_elsewhere", lambda _: [OURS])
+    with pytest.raises(StoreError, match="no answer"):
+        check_shared(Silent(), Console(quiet=True))  # type: ignore[arg-type]
 
 
 def test_an_output_that_no_other_node_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

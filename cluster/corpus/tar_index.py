@@ -7,6 +7,7 @@ key rule would confuse is a UsageError that states the rule.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +24,25 @@ from cluster.corpus.unit import FileIndex, Unit, make_unit
 from cluster.errors import TooManyMembers, UsageError
 from cluster.store import ObjectInfo, Store
 
+_REPACK = "&& tar --sort=name -C files -cf plain.tar ."
 PACKED = {
-    b"\x1f\x8b": ("gzip", "gunzip -c"),
-    b"BZh": ("bzip2", "bunzip2 -c"),
-    b"\xfd7zXZ\0": ("xz", "xz -dc"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
-    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
+    b"\x1f\x8b": ("gzip", "gunzip -c {} > plain.tar"),
+    b"BZh": ("bzip2", "bunzip2 -c {} > plain.tar"),
+    b"\xfd7zXZ\0": ("xz", "xz -dc {} > plain.tar"),
+    b"]\0\0": ("lzma", "xz -dc {} > plain.tar"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc {} > plain.tar"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc {} > plain.tar"),
+    b"\x02\x21\x4c\x18": ("lz4", "lz4 -dc {} > plain.tar"),
+    b"LZIP": ("lzip", "lzip -dc {} > plain.tar"),
+    b"\x89LZO": ("lzop", "lzop -dc {} > plain.tar"),
+    b"\x1f\x9d": ("compress", "uncompress -c {} > plain.tar"),
+    b"PK\3\4": ("zip", f"unzip -q {{}} -d files {_REPACK}"),
+    b"PK\5\6": ("zip", f"unzip -q {{}} -d files {_REPACK}"),
+    b"PK\7\x08": ("zip", f"unzip -q {{}} -d files {_REPACK}"),
+    b"7z\xbc\xaf\x27\x1c": ("7z", f"7z x -ofiles {{}} {_REPACK}"),
+    b"Rar!\x1a\7": ("rar", f"unrar x {{}} files/ {_REPACK}"),
 }
-"""How compressed files begin, the compression, and the command that undoes it."""
+"""How files of other formats begin, the format, and the command that makes a plain tar of one."""
 # Above this share of samples whose key comes back the members are unsorted; a few that do are
 # strays, which are rows of their own.
 _UNSORTED_SHARE = 0.01
@@ -41,7 +53,8 @@ def index_tar(
     store: Store, info: ObjectInfo, *, unit_rows: int, unit_bytes: int, dotted_keys: bool = False
 ) -> FileIndex:
     """Indexes one tar from its headers: its extensions, and its units of up to `unit_rows` rows and
-    `unit_bytes` readable bytes. Raises UsageError for a compressed archive, a pointer of Git LFS,
+    `unit_bytes` readable bytes. Raises UsageError for a compressed file or an archive of
+    another format, a pointer of Git LFS,
     unsorted members, keys with dots, members of which none has a key and an extension, and too many
     of them; StoreError where the store gave up.
 
@@ -174,7 +187,7 @@ def _check_not_packed(block: bytes, uri: str) -> None:
         if block.startswith(magic):
             raise UsageError(
                 f"{uri}: this is {name}, not a plain tar, and cannot be read in parts; unpack it "
-                f"first: {command} {uri.rpartition('/')[2]} > plain.tar"
+                f"first: {command.format(shlex.quote(uri.rpartition('/')[2]))}"
             )
 
 

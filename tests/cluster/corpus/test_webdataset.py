@@ -7,8 +7,10 @@ import io
 import json
 import lzma
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -19,6 +21,7 @@ from structlog.testing import capture_logs
 from cluster.corpus.source import read_unit
 from cluster.corpus.tar import Damage
 from cluster.corpus.tar_header import BLOCK
+from cluster.corpus.tar_index import PACKED, index_tar
 from cluster.corpus.tar_samples import Sample, read_rows
 from cluster.corpus.unit import make_unit
 from cluster.errors import UsageError
@@ -474,6 +477,37 @@ def test_a_compressed_tar_is_refused_with_the_command_to_type(
     corpus.put("a.tar", pack(tar_bytes([("a.png", b"x")])))
     with pytest.raises(UsageError, match=rf"this is {name}.*-d?c a\.tar > plain\.tar"):
         plan(corpus.uri, output)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("names", [["a.png", "b.png"], []])
+def test_a_zip_is_refused_with_the_command_that_makes_a_tar_of_it(
+    corpus: Store, output: str, method: int, names: list[str]
+) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name in names:
+            archive.writestr(name, b"x" * 700)
+    corpus.put("a b.tar", buffer.getvalue())
+    with pytest.raises(UsageError, match=r"this is zip.*unzip -q 'a b\.tar' -d files && tar"):
+        plan(corpus.uri, output)
+
+
+@given(st.sampled_from(sorted(PACKED.items())), st.binary(max_size=1_200))
+def test_a_file_that_begins_as_other_formats_do_is_refused_unless_it_is_a_tar(
+    tmp_path_factory: pytest.TempPathFactory,
+    packed: tuple[bytes, tuple[str, str]],
+    rest: bytes,
+) -> None:
+    magic, (name, _) = packed
+    store = open_store(str(tmp_path_factory.mktemp("packed")))
+    bounds: dict[str, Any] = {"unit_rows": 10, "unit_bytes": 10**6}
+    store.put("a.tar", magic + rest)
+    with pytest.raises(UsageError, match=rf"a\.tar: this is {name}, not a plain tar"):
+        index_tar(store, store.list()[0], **bounds)
+    member = magic.decode("utf-8", "surrogateescape").partition("\0")[0] + ".jpg"
+    store.put("a.tar", tar_bytes([(member, rest)], format=tarfile.GNU_FORMAT))
+    assert index_tar(store, store.list()[0], **bounds).rows == 1
 
 
 def test_damage_is_reported_by_plan_row_and_manifest(corpus: Store, output: str) -> None:

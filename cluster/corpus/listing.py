@@ -1,7 +1,8 @@
 """The objects of a corpus.
 
-Guarantees: all listed objects are of one format and in key order; hidden objects are skipped; input
-and output never overlap. Everything else is a UsageError that names what was found instead.
+Guarantees: all listed objects are of one format and in key order; hidden objects are skipped, and
+what looks like data of another spelling or format is told of; input and output never overlap.
+Everything else is a UsageError that names what was found instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import PurePosixPath
 import structlog
 
 from cluster.config import CorpusFormat
+from cluster.corpus.lookalikes import find_lookalikes, other_cases
 from cluster.corpus.shard_counts import STATS_SUFFIX
 from cluster.corpus.table_logs import LOG_SUFFIXES, check_no_table
 from cluster.errors import UsageError
@@ -21,7 +23,7 @@ logger = structlog.get_logger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.zstd")
 # Neither read nor passed over: to most systems they are other names than those above.
-_OTHER_PARQUET, _OTHER_TAR = (".PARQUET", ".Parquet"), (".TAR", ".Tar")
+_OTHER_PARQUET, _OTHER_TAR = other_cases(".parquet"), other_cases(".tar")
 _OTHER_CASE = _OTHER_PARQUET + _OTHER_TAR
 _OF_CORPORA = (".parquet", ".tar", *_COMPRESSED, STATS_SUFFIX)
 
@@ -36,10 +38,11 @@ def list_corpus(
     img2dataset writes beside its tars do not count. begun: whether there is a run over it, which
     then has its files.
     """
-    source = open_store(uri)
+    source = opened = open_store(uri)
     _check_no_overlap(source.uri, open_store(output).uri)
     first = source.with_patience(FIRST_CONTACT_S)
-    found = first.list(suffixes=(*_OF_CORPORA, *LOG_SUFFIXES, *_OTHER_CASE))
+    refused = () if begun else _OTHER_CASE
+    found = first.list(suffixes=(*_OF_CORPORA, *LOG_SUFFIXES, *refused))
     listed = [info for info in found if info.key.endswith(_OF_CORPORA) and not _is_hidden(info.key)]
     if not listed and source.uri.endswith((".parquet", ".tar", *_COMPRESSED)):
         folder, _, name = source.uri.rpartition("/")
@@ -58,7 +61,7 @@ def list_corpus(
     check_no_table(source, found, parquet)
     counted = {None: _OTHER_CASE, "parquet": _OTHER_PARQUET, "webdataset": _OTHER_TAR}
     odd = [i for i in found if i.key.endswith(counted[format]) and not _is_hidden(i.key)]
-    if odd and not begun:
+    if odd:
         raise UsageError(
             f"{source.uri_of(odd[0].key)}: files are known by .parquet and .tar in lower case; "
             f"rename it{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"
@@ -79,7 +82,21 @@ def list_corpus(
         there = f"{len(others)} objects ({', '.join(suffixes[:8])})" if others else "nothing"
         wanted = {None: "*.parquet and no *.tar", "parquet": "*.parquet", "webdataset": "*.tar"}
         raise UsageError(f"{uri} holds no {wanted[format]}, but {there}; check --input")
+    if source is opened and not begun:
+        _warn_of_lookalikes(source, format)
     return source, parquet or tars
+
+
+def _warn_of_lookalikes(source: Store, format: CorpusFormat | None) -> None:
+    unread = [info for info in find_lookalikes(source, format) if not _is_hidden(info.key)]
+    if unread:
+        logger.warning(
+            "files_of_other_names_not_read",
+            uri=source.uri,
+            files=len(unread),
+            first=unread[0].key,
+            read="*.parquet and *.tar alone",
+        )
 
 
 def _drop_img2dataset_tables(

@@ -12,9 +12,9 @@ terminated.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from jobs.boundary import end_with
 from jobs.labelling_cli import Job
 from jobs.labelling_cli import main as run_job
 
@@ -26,4 +26,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

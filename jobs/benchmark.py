@@ -35,7 +35,7 @@ from cluster.console import open_console
 from cluster.demo.local_s3 import LocalS3
 from cluster.errors import UsageError
 from jobs.arguments import check_folders
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 from jobs.suites.engine import METHODS, run_engine_suite
 from jobs.suites.machinery import ROWS, run_machinery_suite
 from jobs.suites.online import run_online_suite
@@ -241,4 +241,4 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

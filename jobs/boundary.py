@@ -4,16 +4,22 @@ not end by itself, one line on stderr.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, NoReturn
 
-from cluster.errors import RunError, Unexpected
+from cluster.errors import Unexpected
 from cluster.logs import configure_logs
-from cluster.termination import EXIT_TERMINATED, Terminated, raise_on_sigterm
+from cluster.termination import (
+    EXIT_TERMINATED,
+    end_on_sigterm,
+    raise_on_sigterm,
+    was_terminated,
+)
 from cluster.unexpected import as_run_error
 
 _INTERRUPTED: Final = 130
@@ -21,34 +27,63 @@ _INTERRUPTED: Final = 130
 _UNREAD: Final = 1
 
 
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of a command's main, once it has called what was
+    registered for its end. Python's own end is left out: it takes down torch object by object, for
+    seconds in which the system's default would answer SIGTERM."""
+    codes: list[int] = []
+
+    def leave() -> None:  # registered first, and so called last
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        for code in codes:
+            os._exit(code % 256)
+
+    atexit.register(leave)
+    codes.append(main())
+    sys.exit(codes[0])
+
+
 def run_command(work: Callable[[], int], *, left: str = "") -> int:
     """The exit code of a command that does `work`, which returns it or raises.
 
     left: what stays of a command that was ended, and how to go on.
     """
-    raise_on_sigterm()
+    stopped = f"stopped: {left}" if left else "stopped"
+    try:
+        raise_on_sigterm()
+        try:
+            code, line = _carry_out(work, left)
+        except KeyboardInterrupt:
+            code, line = _INTERRUPTED, stopped
+        end_on_sigterm(stopped)
+    except KeyboardInterrupt:  # just behind the end
+        code, line = _INTERRUPTED, stopped
+    if was_terminated():
+        code, line = EXIT_TERMINATED, stopped
+    if line is not None:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _carry_out(work: Callable[[], int], left: str) -> tuple[int, str | None]:
+    """The exit code, and the line that says why it is not the command's own."""
     try:
         configure_logs()
         code = work()
         flush_stdout()
-        return code
-    except KeyboardInterrupt as interrupt:
-        print(f"stopped{left and ': '}{left}", file=sys.stderr)
-        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else _INTERRUPTED
+        return code, None
     except BrokenPipeError:
         _leave_stdout()
-        print("stdout was closed before everything was printed", file=sys.stderr)
-        return _UNREAD
+        return _UNREAD, "stdout was closed before everything was printed"
+    except SystemExit as ended:  # of a process that the command started
+        return ended.code if isinstance(ended.code, int) else 1, None
     except Exception as error:
         told = as_run_error(error)
-        print(_line(told, left), file=sys.stderr)
-        return told.exit_code
-
-
-def _line(error: RunError, left: str) -> str:
-    # The others say themselves how to go on.
-    advice = f"; {left}" if left and isinstance(error, Unexpected) else ""
-    return f"{error.code}: {error}{advice}"
+        # The others say themselves how to go on.
+        advice = f"; {left}" if left and isinstance(told, Unexpected) else ""
+        return told.exit_code, f"{told.code}: {told}{advice}"
 
 
 def flush_stdout() -> None:

@@ -11,9 +11,9 @@ complete yet, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from jobs.boundary import end_with
 from jobs.labelling_cli import Job
 from jobs.labelling_cli import main as run_job
 from sppruner.tiny.questions import CAPTION_PROMPT
@@ -26,4 +26,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from cluster.console import open_console
 from cluster.errors import RowError
 from cluster.images import decode_image
 from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 from jobs.overlays import make_folder, write_overlays
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
@@ -316,4 +315,4 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

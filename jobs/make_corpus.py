@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from cluster.corpus.unit import Format
 from cluster.demo import CUT_BYTES, Fault, draw_rows, encode_parquet, encode_tar, plant_faults
 from cluster.errors import UsageError
 from cluster.store import FIRST_CONTACT_S, open_store
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 
 FAULTS_KEY = "_faults.json"
 FILE_ROWS = 1024
@@ -114,4 +113,4 @@ def _make(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -22,7 +22,7 @@ from cluster.output.audit import audit
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import Summary, summarise
 from cluster.report.terminal import print_report
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 
 EXIT_DIFFERENCES = 1
 _ROWS = 8
@@ -105,4 +105,4 @@ def _draw(summary: Summary, folder: Path, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

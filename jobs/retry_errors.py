@@ -11,13 +11,12 @@ complete.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.config import RunConfig
 from cluster.console import open_console
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 from jobs.labelling_cli import report_shown
 from sppruner.engine.interface import DTYPES
 
@@ -66,4 +65,4 @@ def _retry(place: str, codes: str, replicas: int, dtype: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -22,7 +22,7 @@ import structlog
 import torch
 from transformers.utils import logging as transformers_logging
 
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 from jobs.training.card import write_card
 from jobs.training.families import FAMILIES
 from jobs.training.history import History
@@ -197,4 +197,4 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 
 from cluster.console import open_console
 from jobs.arguments import check_folders, combine_specs, parse_methods, parse_shares
-from jobs.boundary import run_command
+from jobs.boundary import end_with, run_command
 from sppruner import PruneSpec, SpprunerError
 from sppruner.errors import EvaluationError, SpecError
 from sppruner.evaluation import Dataset, compare, drawn_scenes, method_label
@@ -183,4 +182,4 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

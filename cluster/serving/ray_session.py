@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -26,7 +25,7 @@ from ray.serve.schema import ServeInstanceDetails
 
 from cluster.errors import FleetUnavailable
 from cluster.logs import WORKER_HOOK
-from cluster.termination import raise_on_sigterm
+from cluster.termination import call_heard, handler_kept
 
 logger = structlog.get_logger(__name__)
 
@@ -60,18 +59,13 @@ def join_ray(
     """
     if ray.is_initialized():
         return False
-    handler = signal.getsignal(signal.SIGTERM)
-    own = _connect(stack, environment, replicas)
-    # Ray sets a handler of its own, under which a driver counts as failed.
-    if handler is signal.SIG_DFL:
-        raise_on_sigterm()
-    elif threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-    return own
+    with handler_kept():
+        return _connect(stack, environment, replicas)
 
 
 def _connect(stack: ExitStack, environment: Mapping[str, str] | None, replicas: int) -> bool:
     runtime = {**WORKER_HOOK, "env_vars": dict(environment or {})}
+    stack.callback(_leave_ray)  # also of a Ray that was about to start when this process was ended
     named = os.environ.get("RAY_ADDRESS")
     address = named or _current_cluster()
     if address not in (None, "local"):
@@ -88,7 +82,6 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None, replicas: 
                 f"no Ray at {address}: {error}. Set RAY_ADDRESS to another one, or to local; a "
                 "cluster with a token needs RAY_AUTH_MODE=token"
             ) from error
-        stack.callback(_leave_ray)
         return False
     ray.init(
         address="local",
@@ -97,7 +90,6 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None, replicas: 
         logging_level=logging.WARNING,
         runtime_env=runtime,
     )
-    stack.callback(_leave_ray)
     logger.info("ray_started", cpus=ray.cluster_resources().get("CPU"))
     return True
 
@@ -143,8 +135,10 @@ def _leave_ray() -> None:
     Serve reuses the client while the Ray job id stays the same, and every local cluster counts its
     jobs from 1: the next cluster of this process would be given the client of this one.
     """
-    ray.shutdown()
-    _set_global_client(None)
+    try:
+        call_heard(ray.shutdown)
+    finally:
+        _set_global_client(None)
 
 
 def _current_cluster() -> str | None:

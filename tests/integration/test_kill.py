@@ -102,6 +102,37 @@ def test_a_terminated_driver_ends_as_stopped_and_keeps_what_it_committed(
     assert 0 < len(units_committed(s3)) < 5
 
 
+def has_child(pid: int, name: str) -> bool:
+    listed = subprocess.run(
+        ["ps", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    return name in listed.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("moment", ["Ray starts", "Ray ends", "all is reported"])
+def test_a_driver_that_is_told_to_end_at_its_beginning_or_end_says_so(
+    moment: str, s3: str, s3_server: LocalS3
+) -> None:
+    """Ray has handlers of its own for both, and Python none at its very end."""
+    make_corpus(kind="caption", rows=8, output=f"{s3}/corpus")
+    job = start_job(s3)
+    wait_for(lambda: has_child(job.pid, "gcs_server"), 120, "Ray's start")
+    if moment != "Ray starts":
+        wait_for(lambda: len(units_committed(s3)) == 1, 240, "a commit")
+        wait_for(lambda: not has_child(job.pid, "gcs_server"), 60, "Ray's end")
+    if moment == "all is reported":
+        wait_for(lambda: RunOutput.open(f"{s3}/labels").summary() is not None, 60, "a summary")
+    os.kill(job.pid, signal.SIGTERM)
+    printed, _ = job.communicate(timeout=120)
+    if moment == "all is reported" and job.returncode == 0:
+        return  # it had ended
+    assert job.returncode == 143, printed[-3000:]
+    assert printed.count("stopped: committed units stay; the same command resumes") == 1
+    assert "Traceback" not in printed
+    assert "SIGTERM received" not in printed, "Ray dumped its stack"
+
+
 @pytest.mark.timeout(600)
 def test_a_killed_replica_loses_no_row(s3: str, s3_server: LocalS3) -> None:
     make_corpus(kind="caption", rows=ROWS, output=f"{s3}/corpus")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent, indent
 from typing import Any
 
 import pyarrow as pa
@@ -52,8 +53,10 @@ Ended = Callable[[BaseException], tuple[int, list[str]]]
 
 
 def test_every_command_is_here() -> None:
-    files = {p.stem for p in (REPOSITORY / "jobs").glob("*.py") if "__main__" in p.read_text()}
-    assert files == COMMANDS.keys()
+    files = {p.stem: p.read_text() for p in (REPOSITORY / "jobs").glob("*.py")}
+    commands = {name for name, text in files.items() if "__main__" in text}
+    assert commands == COMMANDS.keys()
+    assert all(files[name].endswith("    end_with(main)\n") for name in commands)
 
 
 @pytest.fixture(params=COMMANDS)
@@ -179,3 +182,88 @@ def test_what_cannot_be_printed_for_want_of_room_is_no_success(characters: int) 
     assert "unexpected: OSError: [Errno 28] No space left" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+TOLD = """
+import atexit, os, signal, sys, time
+from jobs.boundary import end_with, run_command
+
+def told():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+def work():
+{work}
+
+class Late:
+    def __del__(self):  # called when Python takes its modules down
+        os.kill(os.getpid(), signal.SIGTERM)
+
+end_with(lambda: run_command(work, left="units stay"))
+"""
+
+MOMENTS = {
+    "while it works": "told(); time.sleep(30)",
+    "where Ray waits, which raises Ctrl-C in its place": """
+        try:
+            told()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None""",
+    "where another error follows": """
+        try:
+            told()
+        finally:
+            raise ValueError("of the clean-up")""",
+    "where nobody hears its exception": """
+        class Thing:
+            def __del__(self):
+                told()
+        Thing()
+        return 0""",
+    "where a process ends with it": """
+        try:
+            told()
+        finally:
+            raise SystemExit(15)""",
+    "while Python ends": "atexit.register(told); return 0",
+    "while Python ends, after an error": "atexit.register(told); raise ValueError",
+    "twice": """
+        try:
+            told()
+        finally:
+            told()""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_command_that_is_told_to_end_at_any_moment_says_so_and_has_one_exit_code(
+    moment: str,
+) -> None:
+    lines = MOMENTS[moment].strip("\n")
+    done = run(TOLD.format(work=indent(dedent(lines), "    ")), stdout=subprocess.PIPE)
+    assert done.returncode == 143, done.stderr
+    told = [line for line in done.stderr.splitlines() if line == "stopped: units stay"]
+    assert told == ["stopped: units stay"]
+    if "nobody hears" not in moment:  # which Python prints, as of any __del__
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_end_of_a_command_is_not_the_end_of_python(code: int) -> None:
+    """Which may take seconds, and in which no handler of Python's answers a signal."""
+    lines = f"""
+        global late
+        late = Late()
+        atexit.register(print, "registered")
+        sys.stdout.write("printed ")
+        return {code}
+    """
+    done = run(TOLD.format(work=indent(dedent(lines), "    ")), stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "printed registered\n", "")
+
+
+def test_a_usage_error_of_the_command_line_ends_as_ever() -> None:
+    script = "from jobs import report; from jobs.boundary import end_with; end_with(report.main)"
+    done = run(script, stdout=subprocess.PIPE)
+    assert done.returncode == 2
+    assert "the following arguments are required: output" in done.stderr

@@ -240,6 +240,50 @@ def test_other_addresses_are_left_to_ray(address: str, monkeypatch: pytest.Monke
     assert asked == []
 
 
+STARTS = """
+import os, signal, sys
+from contextlib import ExitStack
+import ray
+from cluster.errors import FleetUnavailable
+from cluster.serving import ray_session
+from cluster.termination import Terminated, raise_on_sigterm
+
+def init(**_):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    if sys.argv[1] == "during":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if sys.argv[1] == "after a failure":
+        raise ConnectionError("no")
+
+ray.init, ray.cluster_resources = init, dict
+ray.shutdown = lambda: print("left", flush=True)
+os.environ["RAY_ADDRESS"] = "auto" if sys.argv[1] == "after a failure" else "local"
+raise_on_sigterm()
+try:
+    with ExitStack() as stack:
+        try:
+            ray_session.join_ray(stack)
+        except FleetUnavailable:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+except Terminated:
+    print("Terminated")
+"""
+
+
+@pytest.mark.parametrize("moment", ["during", "after", "after a failure"])
+def test_a_process_that_is_told_to_end_while_ray_starts_ends_by_its_own_handler(
+    moment: str,
+) -> None:
+    """Ray's would end it with code 15. Whatever Ray has started by then is ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, moment], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["left", "Terminated"]
+
+
 TWO_CLUSTERS = """
 import ray
 from cluster.serving.fleet import FleetSettings, open_fleet

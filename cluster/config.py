@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from cluster.encoding import is_utf8, shown
 from cluster.errors import UsageError
 from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
@@ -157,6 +158,10 @@ class RunConfig:
             ),
             (self.max_attempts >= 1, f"max_attempts {self.max_attempts}: give at least 1"),
         ]
+        for part in fields(self):
+            text = getattr(self, part.name)
+            valid = not isinstance(text, str) or is_utf8(text)
+            checks.append((valid, f"{part.name} {shown(str(text))}: it is not UTF-8"))
         for ok, message in checks:
             if not ok:
                 raise UsageError(message)

@@ -222,7 +222,7 @@ def _exit_code(error: SpprunerError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _benchmark(arguments))
+    return run_command(lambda: _benchmark(arguments), argv)
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ import atexit
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
+from cluster.encoding import check_process
 from cluster.errors import Unexpected
 from cluster.logs import configure_logs
 from cluster.termination import (
@@ -45,16 +46,19 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     sys.exit(codes[0])
 
 
-def run_command(work: Callable[[], int], *, left: str = "") -> int:
+def run_command(
+    work: Callable[[], int], arguments: Sequence[str] | None = None, *, left: str = ""
+) -> int:
     """The exit code of a command that does `work`, which returns it or raises.
 
-    left: what stays of a command that was ended, and how to go on.
+    arguments: of the command, None for those of the process; where one is not UTF-8, it is a usage
+    error. left: what stays of a command that was ended, and how to go on.
     """
     stopped = f"stopped: {left}" if left else "stopped"
     try:
         raise_on_sigterm()
         try:
-            code, line = _carry_out(work, left)
+            code, line = _carry_out(work, arguments, left)
         except KeyboardInterrupt:
             code, line = _INTERRUPTED, stopped
         end_on_sigterm(stopped)
@@ -67,9 +71,12 @@ def run_command(work: Callable[[], int], *, left: str = "") -> int:
     return code
 
 
-def _carry_out(work: Callable[[], int], left: str) -> tuple[int, str | None]:
+def _carry_out(
+    work: Callable[[], int], arguments: Sequence[str] | None, left: str
+) -> tuple[int, str | None]:
     """The exit code, and the line that says why it is not the command's own."""
     try:
+        check_process(arguments)
         configure_logs()
         code = work()
         flush_stdout()

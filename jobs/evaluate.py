@@ -273,7 +273,7 @@ def write_results(document: dict[str, Any], arguments: argparse.Namespace) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _evaluate(arguments))
+    return run_command(lambda: _evaluate(arguments), argv)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

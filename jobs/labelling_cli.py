@@ -175,7 +175,7 @@ def main(job: Job, argv: Sequence[str] | None) -> int:
     """Carries out the command; its exit code."""
     arguments = build_parser(job).parse_args(argv)
     left = "committed units stay; the same command resumes"
-    return run_command(lambda: _run_job(job, arguments), left=left)
+    return run_command(lambda: _run_job(job, arguments), argv, left=left)
 
 
 def _run_job(job: Job, arguments: argparse.Namespace) -> int:

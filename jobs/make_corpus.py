@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    return run_command(lambda: _make(options))
+    return run_command(lambda: _make(options), argv)
 
 
 def _make(options: argparse.Namespace) -> int:

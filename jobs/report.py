@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _report(arguments))
+    return run_command(lambda: _report(arguments), argv)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(argv)
     return run_command(
         lambda: _retry(given.output, given.codes, given.replicas, given.dtype),
+        argv,
         left="what is mended stays; the same command goes on",
     )
 

@@ -157,7 +157,7 @@ def plan_stages(arguments: argparse.Namespace, device: str) -> list[list[list[st
 def main(argv: list[str] | None = None) -> int:
     """Runs all stages, then exports and evaluates the model and writes its card."""
     arguments = parse_arguments(argv)
-    return run_command(lambda: _train(arguments), left="the same command resumes")
+    return run_command(lambda: _train(arguments), argv, left="the same command resumes")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _tune(arguments))
+    return run_command(lambda: _tune(arguments), argv)
 
 
 def _tune(arguments: argparse.Namespace) -> int:

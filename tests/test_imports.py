@@ -32,7 +32,7 @@ ORDER = {
         pictures evaluation integrations
     """.split(),
     "cluster": """
-        errors termination unexpected config events logs console other_node store
+        errors encoding termination unexpected config events logs console other_node store
         protocol schema images
         corpus accounting output
         controller serving runs

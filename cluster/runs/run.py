@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.config import RunConfig
 from cluster.console import open_console
 from cluster.corpus.unit import Unit
+from cluster.encoding import check_process
 from cluster.errors import SettingsChanged, UsageError
 from cluster.output.failed_rows import ErrorChoice, FailedRows, count_rows, find_failed_rows
 from cluster.output.manifest import Manifest
@@ -81,6 +82,7 @@ def run(
     units stay.
     """
     began = time.monotonic()
+    check_process()
     console = console or open_console(stderr=True)
     output = RunOutput.open(config.output)
     asked = None

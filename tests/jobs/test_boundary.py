@@ -119,6 +119,32 @@ def test_any_other_error_is_one_line_and_no_traceback(ended: Ended, error: Excep
     assert "Traceback" not in "".join(lines)
 
 
+# A flag of each command that takes a text, or none for a place of its own.
+TEXTS = {
+    "caption_corpus": "--prompt",
+    "answer_vqa": "--input",
+    "retry_errors": "--codes",
+    "report": "--overlay",
+    "make_corpus": "--output",
+    "benchmark": "--json",
+    "evaluate": "--data",
+    "tune": "--json",
+    "train_tiny": "--work",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_argument_that_is_not_utf8_is_a_usage_error_before_anything_is_done(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments, module, work = COMMANDS[name]
+    monkeypatch.setattr(module, work, lambda *_: pytest.fail("it began"))
+    flag, bad = TEXTS[name], os.fsdecode(b"caf\xe9")
+    message = rf"{flag} caf\xe9: it is not UTF-8, and Ray takes nothing else"
+    assert main([*arguments, flag, bad]) == 2
+    assert f"usage: {message}" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_a_line(ended: Ended) -> None:
     code, lines = ended(KeyboardInterrupt())
     assert code == 130
@@ -267,3 +293,31 @@ def test_a_usage_error_of_the_command_line_ends_as_ever() -> None:
     done = run(script, stdout=subprocess.PIPE)
     assert done.returncode == 2
     assert "the following arguments are required: output" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["argument", "folder", "gone"])
+def test_a_command_as_it_is_typed_refuses_bytes_that_are_not_utf8(
+    where: str, tmp_path: Path
+) -> None:
+    """Ray would raise them as an error of its own, behind the plan."""
+    folder = os.fsencode(tmp_path) + (b"/caf\xe9" if where == "folder" else b"/ascii")
+    os.mkdir(folder)
+    words: list[bytes] = [b"--prompt", b"caf\xe9" if where == "argument" else b"x"]
+    script = os.fsencode(REPOSITORY / "jobs/caption_corpus.py")
+    places = [b"--input", b"in", b"--output", os.fsencode(tmp_path / "out")]
+    command = [os.fsencode(sys.executable), script, *places, *words]
+    if where == "gone":
+        command = [b"sh", b"-c", b'rmdir "$PWD"; exec "$@"', b"sh", *command]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    named = {
+        "argument": rb"usage: --prompt caf\xe9: it is not UTF-8",
+        "folder": rb"/caf\xe9: it is not UTF-8",
+        "gone": rb"usage: the working directory is gone",
+    }
+    assert done.returncode == 2, done.stderr
+    assert named[where] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

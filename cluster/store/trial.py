@@ -12,14 +12,7 @@ from cluster.store.local_errors import LinkToNothing
 
 # A file is in the way, or no name there can be a folder's. ENOENT: the folder above is there, and
 # one in it can still not be made, as in /proc.
-_NEVER: Final = {
-    errno.EEXIST,
-    errno.EINVAL,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-}
+_NEVER: Final = {errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR}
 
 
 def try_folder(folder: Path) -> None:
@@ -44,11 +37,9 @@ def _make(folder: Path, made: list[Path]) -> None:
     try:
         folder.mkdir()
     except FileExistsError:
-        if folder.is_dir():
-            return
-        if folder.is_symlink():
+        if not folder.is_dir():  # below a file it would be ENOTDIR
             raise LinkToNothing(f"{folder} is a link: No such folder") from None
-        raise
+        return
     except FileNotFoundError:
         _make(folder.parent, made)
         folder.mkdir(exist_ok=True)

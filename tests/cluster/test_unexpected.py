@@ -7,7 +7,7 @@ import pickle
 import pyarrow as pa
 import pytest
 import ray
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ray.exceptions import RayTaskError
 from structlog.testing import capture_logs
@@ -77,6 +77,7 @@ def test_a_task_s_error_of_another_form_is_named_too() -> None:
 
 
 @given(text=st.text(max_size=1000))
+@example(text="x y " * 300)
 def test_whatever_an_error_says_it_is_one_short_line(text: str) -> None:
     told = str(as_run_error(ValueError(text)))
     assert len(told.splitlines()) == 1

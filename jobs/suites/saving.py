@@ -166,10 +166,11 @@ def _run_round(
         "pruned": plain,
         "dense": replace(plain, spec=DENSE),
     }
-    # Neither side pays for the first batches of its shapes.
-    warm = replace(plain, limit=2 * slots)
-    for name, config in (("pruned", warm), ("dense", replace(warm, spec=DENSE))):
-        run_job(replace(config, output=f"{place}/warm-{name}"), console)
+    if number == 0:
+        # No side pays for the first batches of its shapes, nor for the start of Ray's workers, of
+        # which a corpus of this size takes several.
+        for name, spec in (("pruned", SPEC), ("dense", DENSE)):
+            run_job(replace(plain, spec=spec, output=f"{place}/warm-{name}"), console)
     done: dict[str, tuple[Summary, Attempt]] = {}
     for side in alternate(_SIDES, number):
         console.print(f"{asked} questions an image, round {number + 1}: {side}", highlight=False)

@@ -21,7 +21,7 @@ from sppruner.spec import PruneSpec
 
 LAYOUT = 2
 """How units of new runs are called: 2 is `<run id>-<unit id>.parquet`. Outputs of layout 1, with
-`<unit id>.parquet`, are resumed as they are."""
+`<unit id>.parquet`, are read and reported."""
 _SHOWN = 5
 
 

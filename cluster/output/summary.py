@@ -61,7 +61,8 @@ class Attempt:
     """Deaths, retries and waits by kind (`cluster.events.RunEvent`), as far as they were reported:
     telemetry, unlike the rows."""
     not_measured: str | None = None
-    """Why no saving was measured; None where one was, and for a dense run."""
+    """Why no saving was measured; None where one was, for a dense run, and where failed rows were
+    asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,7 +138,7 @@ def attempt_units(
         replicas=fleet.replicas if after is None else len(after.replicas),
         replica_busy_share=busy_share(before, after),
         events=with_deaths(tracker.events, before, after),
-        not_measured=None if config.spec.is_dense else control.reason,
+        not_measured=None if failed or config.spec.is_dense else control.reason,
     )
 
 

@@ -37,7 +37,7 @@ from jobs.suites.random_models import save
 from jobs.suites.result import alternate, describe_machine, summarise_rounds
 from jobs.suites.shapes import ModelShape
 from sppruner.engine import SamplingParams
-from sppruner.models.loading import resolve_model
+from sppruner.models.loading import EMBEDDED, resolve_model
 from sppruner.spec import DENSE
 
 _SIDES: Final = ("measured", "pruned", "dense")
@@ -108,7 +108,7 @@ def run_saving_suite(
         if shape.widths is not None:
             folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
             save(shape, Path(folder), dtype)
-        model = folder or "tiny-llava"
+        model = folder or EMBEDDED
         served = EngineSettings(
             model=model, revision=resolve_model(model).revision, slots=slots, dtype=dtype
         )

@@ -212,6 +212,7 @@ HOSTILE = st.recursive(
 
 
 @given(value=HOSTILE, depth=st.integers(0, 3_000))
+@example(value=10**5_000, depth=0)
 def test_whatever_a_row_holds_its_references_are_texts_and_its_score_a_share(
     value: object, depth: int
 ) -> None:

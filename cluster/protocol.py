@@ -7,7 +7,7 @@ exception. Only `Busy` and a dead replica are exceptions.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Protocol
@@ -63,6 +63,10 @@ class BlockAnswers:
     """The rows' answers under their own spec, in order."""
     dense: list[Result] | None
     """Their dense twins; None where the block was spoiled, so that no seconds can be compared."""
+    pruned_steady: Mapping[str, float] = field(default_factory=dict)
+    """`steady_seconds` of the pruned answers, by row, among rows answered both ways."""
+    dense_steady: Mapping[str, float] = field(default_factory=dict)
+    """The same of their dense twins."""
     discarded_seconds: float = 0.0
     """Replica time of warm-ups, and of the dense twins of a spoiled block."""
 

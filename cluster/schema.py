@@ -17,10 +17,12 @@ budget counts. Error rows have null.
 `seconds` are measured: the row's share of its replica's wall time, which is shared at every moment
 by all rows that the replica has (`serving/row_clock.py`). `is_control` marks the rows of a control
 block; those that were answered densely too have `control_text` and `control_seconds`, which none
-has of a block that was spoiled. `discarded_seconds` went into answers that are not here: of a row
-that was asked again, or, in a control block, of a spoiled dense arm and the warm-up. FLOPs and KV
-bytes are modelled, from the model's config: of the row as its tokens were, `flops_cached` of these
-were spared by caches, `*_dense` without pruning.
+has of a block that was spoiled. A block's ratio is the mean of its `control_steady_seconds` over
+that of its `steady_seconds`: of the answers in the steady part of each arm, the seconds since the
+answer before (`accounting/steady_part.py`). `discarded_seconds` went into answers that are not
+here: of a row that was asked again, or, in a control block, of a spoiled dense arm and the warm-up.
+FLOPs and KV bytes are modelled, from the model's config: of the row as its tokens were,
+`flops_cached` of these were spared by caches, `*_dense` without pruning.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("is_control", pa.bool_()),
     pa.field("control_text", pa.string()),
     pa.field("control_seconds", pa.float64()),
+    pa.field("steady_seconds", pa.float64()),
+    pa.field("control_steady_seconds", pa.float64()),
     pa.field("discarded_seconds", pa.float64()),
     pa.field("device", pa.string()),
     pa.field("flops", _FLOPS),

@@ -17,6 +17,7 @@ from typing import Final
 
 from cluster.accounting.ledger import UnitLedger
 from cluster.accounting.speedup import FEWEST_BLOCKS, NANO, measured_ratio
+from cluster.accounting.steady_part import BLOCK_SLOTS
 
 HALF_WIDTH: Final = 0.1
 """Precision that a run measures to: half of the interval of the ratio's logarithm."""
@@ -36,7 +37,7 @@ class ControlPlan:
     ranks: Mapping[str, int]
     """Units that may hold a block, in order of their hashes: the first ones are measured first."""
     block_rows: int
-    """Rows of a block: twice the slots of a replica, so that its batches are full."""
+    """Rows of a block: four times the slots of a replica, so that half of them run steadily."""
     rows: int
     """Planned rows of the run."""
     asked: int | None
@@ -54,7 +55,7 @@ class ControlPlan:
         """The plan of a run with these units (id, rows). slots: rows that a replica runs at once.
         asked: blocks, 0 for none; None for as many as the stated precision takes."""
         units = list(units)
-        rows, block_rows = sum(count for _, count in units), 2 * slots
+        rows, block_rows = sum(count for _, count in units), BLOCK_SLOTS * slots
         large = [unit for unit, count in units if count >= block_rows]
         reason = None
         if asked is None:
@@ -131,7 +132,7 @@ class ControlPlan:
         of_row = ledger.nanoseconds / answered if answered else 1.0
         of_block = _ASSUMED_RATIO * of_row * self.block_rows
         if ledger.blocks:
-            of_block = sum(block.dense for block in ledger.blocks) / len(ledger.blocks)
+            of_block = ledger.control_nanoseconds / len(ledger.blocks)
         spent = ledger.control_nanoseconds + (len(granted) + 1) * of_block
         return spent <= COST_SHARE * of_row * self.rows
 

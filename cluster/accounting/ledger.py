@@ -151,7 +151,8 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
     by_name: dict[str, Counter[str]] = {name: Counter() for name in _BY_PART}
     failed: Counter[str] = Counter()
     by_device: Counter[str] = Counter()
-    pruned = dense = paired = in_block = 0
+    paired = in_block = 0
+    pruned, dense = list[float | None](), list[float | None]()
     device = ""
     for row in table.select(_COLUMNS).to_pylist():
         attempts = row["attempts"] or 0
@@ -169,7 +170,9 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
             by_device[row["device"]] += spent
         if row["is_control"] and row["control_seconds"] is not None:
             twin = nanoseconds(row["control_seconds"])
-            pruned, dense, paired = pruned + spent, dense + twin, paired + 1
+            paired += 1
+            pruned.append(row["steady_seconds"])
+            dense.append(row["control_steady_seconds"])
             device = row["device"] or ""
             agrees = row["text"] == row["control_text"]
             totals.update(control_nanoseconds=twin, agreements=int(agrees))
@@ -181,12 +184,13 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
             images_cached=int(bool(spared.get("vision"))),
             prefixes_cached=int(bool(spared.get("prefill"))),
         )
+    blocks = Block.at_pace(pruned, dense, rows=paired, device=device)
     return UnitLedger(
         rows=table.num_rows,
         failed=dict(failed),
         nanoseconds_by_device=dict(by_device),
-        blocks=(Block(pruned, dense, paired, device),) if paired else (),
-        blocks_spoiled=int(in_block > 0 and not paired),
+        blocks=tuple(blocks),
+        blocks_spoiled=int(in_block > 0 and not blocks),
         flops=dict(by_name["flops"]),
         flops_dense=dict(by_name["flops_dense"]),
         flops_cached=dict(by_name["flops_cached"]),
@@ -211,6 +215,8 @@ _COLUMNS = (
     "seconds",
     "is_control",
     "control_seconds",
+    "steady_seconds",
+    "control_steady_seconds",
     "discarded_seconds",
     "device",
     "text",

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -32,13 +33,30 @@ class Block(NamedTuple):
     """Contiguous rows of the corpus that one replica answered both ways, one after the other."""
 
     pruned: int
-    """Nanoseconds of the pruned answers."""
+    """Nanoseconds of the pruned answers, at the pace of the steady part."""
     dense: int
-    """Nanoseconds of the dense answers."""
+    """Nanoseconds of the dense answers, at the pace of theirs."""
     rows: int
     """Rows that were answered both ways."""
     device: str = ""
     """The replica's kind of device."""
+
+    @classmethod
+    def at_pace(
+        cls,
+        pruned: Iterable[float | None],
+        dense: Iterable[float | None],
+        *,
+        rows: int,
+        device: str,
+    ) -> list[Block]:
+        """A block of so many rows that were answered both ways; nothing where none were. pruned,
+        dense: their `steady_seconds`, None of an answer that is not in its arm's steady part."""
+        arms = [[seconds for seconds in arm if seconds is not None] for arm in (pruned, dense)]
+        if not all(arms):
+            return []
+        of_rows = [nanoseconds(rows * fsum(arm) / len(arm)) for arm in arms]
+        return [cls(pruned=of_rows[0], dense=of_rows[1], rows=rows, device=device)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from sppruner.spec import PruneSpec
 # Of a summary: what is not of the rows, but of the command that wrote it or of the moment.
 _NOT_OF_ROWS: Final = frozenset({"attempt", "unavailable", "foreign_objects", "output"})
 _RELATIVE: Final = 1e-9
+_STEADY: Final = ("steady_seconds", "control_steady_seconds")
 # Of an answered row.
 _NEVER_NULL: Final = ("text", "seconds", "prompt_tokens", "completion_tokens", "kv_bytes", "flops")
 
@@ -126,7 +127,9 @@ def _column_differences(unit: Unit, table: pa.Table, manifest: Manifest) -> Iter
 def _row_differences(unit: Unit, table: pa.Table, specs: frozenset[str]) -> Iterator[Difference]:
     """Rows that no replica gives."""
     columns = [*_NEVER_NULL, "unit_row", "error_code", "prune_spec", "is_control"]
-    for row in table.select([*columns, "control_seconds", "control_text"]).to_pylist():
+    columns += ["control_seconds", "control_text", *_STEADY]
+    twins, steady = 0, set[str]()
+    for row in table.select(columns).to_pylist():
         where = f"{unit.unit_id} row {row['unit_row']}"
         if row["error_code"] is not None:
             if row["text"] is not None:
@@ -138,13 +141,20 @@ def _row_differences(unit: Unit, table: pa.Table, specs: frozenset[str]) -> Iter
         if row["prune_spec"] not in specs:
             what = f"its spec {row['prune_spec']} is not the run's, {' or '.join(sorted(specs))}"
             yield Difference(where=where, what=what)
-        if min(row["seconds"] or 0.0, row["control_seconds"] or 0.0) < 0:
+        if min(row[name] or 0.0 for name in ("seconds", "control_seconds", *_STEADY)) < 0:
             yield Difference(where=where, what="its seconds are negative")
         twin = row["control_seconds"] is not None
-        if twin != (row["control_text"] is not None) or (twin and not row["is_control"]):
+        paced = [name for name in _STEADY if row[name] is not None]
+        twins += twin
+        steady.update(paced)
+        incomplete = twin != (row["control_text"] is not None)
+        if incomplete or ((twin or paced) and not (twin and row["is_control"])):
             yield Difference(
                 where=where, what="its dense twin is incomplete, or it has none to have"
             )
+    if twins and steady != set(_STEADY):
+        lacking = ", ".join(name for name in _STEADY if name not in steady)
+        yield Difference(where=unit.unit_id, what=f"no row of its block has {lacking}")
 
 
 def _specs(manifest: Manifest, output: RunOutput) -> frozenset[str]:

@@ -12,7 +12,7 @@ import structlog
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.control_plan import ControlPlan
-from cluster.accounting.speedup import Block, nanoseconds
+from cluster.accounting.speedup import Block
 from cluster.config import RunConfig
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
@@ -46,7 +46,7 @@ def calibrate(
     decided = output.break_even()
     if decided is not None:
         return decided
-    blocks = asyncio.run(_measure(config, manifest, todo, replicas, block_rows=2 * slots))
+    blocks = asyncio.run(_measure(config, manifest, todo, replicas, slots=slots))
     decision = BreakEven.from_blocks(blocks)
     rows = 0 if decision.measured is None else decision.measured.rows
     logger.info("break_even", run_id=manifest.run_id, pays=decision.pays, rows=rows)
@@ -59,13 +59,13 @@ async def _measure(
     todo: Sequence[Unit],
     replicas: BatchReplicas,
     *,
-    block_rows: int,
+    slots: int,
 ) -> list[Block]:
     """The blocks that were measured, one after another."""
     plan = ControlPlan.of(
         f"break-even {manifest.run_id}",
         ((unit.unit_id, unit.row_count) for unit in todo),
-        slots=block_rows // 2,
+        slots=slots,
         asked=_BLOCKS,
     )
     units = {unit.unit_id: unit for unit in todo}
@@ -77,7 +77,7 @@ async def _measure(
         rows = await dispatcher.dispatch_block(
             [request for number, request in enumerate(requests) if number in drawn],
             dense_first=plan.dense_first(unit_id),
-            call_rows=call_rows(block_rows // 2),
+            call_rows=call_rows(slots),
         )
         blocks += _block(rows)
         if len(blocks) == _BLOCKS:
@@ -86,12 +86,13 @@ async def _measure(
 
 
 def _block(rows: Sequence[AttemptedRow]) -> list[Block]:
-    pairs = [(row.result, row.dense) for row in rows if row.dense is not None]
-    if not pairs:
-        return []
-    pruned = sum(nanoseconds(result.seconds) for result, _ in pairs)
-    dense = sum(nanoseconds(twin.seconds) for _, twin in pairs)
-    return [Block(pruned, dense, len(pairs), pairs[0][0].device or "")]
+    paired = [row for row in rows if row.dense is not None]
+    return Block.at_pace(
+        [row.steady_seconds for row in paired],
+        [row.dense_steady_seconds for row in paired],
+        rows=len(paired),
+        device=(paired[0].result.device or "") if paired else "",
+    )
 
 
 def _requests(config: RunConfig, manifest: Manifest, unit: Unit) -> list[LabelRequest]:

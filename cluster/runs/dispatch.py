@@ -52,6 +52,10 @@ class AttemptedRow:
     """Whether it was sent as one of a control block."""
     dense: Result | None = None
     """Its dense twin; None outside control blocks, and in one that was spoiled."""
+    steady_seconds: float | None = None
+    """What it took in the steady part of a block that was measured; None outside of it."""
+    dense_steady_seconds: float | None = None
+    """The same of its dense twin."""
     discarded_seconds: float = 0.0
     """Replica time that went into answers of the row which are not here."""
 
@@ -298,6 +302,8 @@ def _pair(
     twins = {result.id: result for result in block.dense or () if result.error_code is None}
     paired = [result.error_code is None and result.id in twins for result in results]
     spoiled = block.dense is None or 2 * sum(paired) < len(requests)
+    pruned_steady = {} if spoiled else block.pruned_steady
+    dense_steady = {} if spoiled else block.dense_steady
     discarded = block.discarded_seconds
     discarded += sum(
         result.seconds for result in block.dense or () if spoiled or result.id not in twins
@@ -308,6 +314,8 @@ def _pair(
             attempts=1,
             in_block=True,
             dense=twins[result.id] if both and not spoiled else None,
+            steady_seconds=pruned_steady.get(result.id),
+            dense_steady_seconds=dense_steady.get(result.id),
             discarded_seconds=discarded / len(requests),
         )
         for result, both in zip(results, paired, strict=True)

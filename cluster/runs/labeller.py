@@ -354,6 +354,8 @@ class Labeller:
                 "is_control": outcome.in_block,
                 "control_text": None if dense is None else dense.text,
                 "control_seconds": None if dense is None else dense.seconds,
+                "steady_seconds": outcome.steady_seconds,
+                "control_steady_seconds": outcome.dense_steady_seconds,
             }
         )
 

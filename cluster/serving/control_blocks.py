@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
+from cluster.accounting.steady_part import steady_seconds
 from cluster.protocol import BlockAnswers, LabelRequest
 from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
@@ -25,15 +27,38 @@ from sppruner.spec import DENSE
 logger = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arm:
+    """A block's answers one way."""
+
+    results: list[Result]
+    began: float
+    ended: dict[str, float] = field(default_factory=dict)
+    """When each answer came, by row."""
+
+    def steady(self, rows: Set[str]) -> dict[str, float]:
+        """See `steady_seconds`; of the answers to `rows`."""
+        ended = {row: at for row, at in self.ended.items() if row in rows}
+        return steady_seconds(ended, self.began)
+
+    @property
+    def answered(self) -> set[str]:
+        """Rows that did not fail."""
+        return {result.id for result in self.results if result.error_code is None}
+
+
 class ControlBlocks:
     """One event loop owns an instance."""
 
     def __init__(
         self,
-        answer: Callable[[Sequence[LabelRequest]], Awaitable[list[Result]]],
+        answer: Callable[
+            [Sequence[LabelRequest], Callable[[str], None]], Coroutine[Any, Any, list[Result]]
+        ],
         thread: EngineThread,
     ) -> None:
-        """answer: the rows' results, by the replica's ordinary way. thread: of its engine."""
+        """answer: the rows' results, by the replica's ordinary way; it is told of each row as soon
+        as that is answered. thread: of the replica's engine."""
         self._answer = answer
         self._thread = thread
         self._batch = Occupancy()
@@ -69,38 +94,51 @@ class ControlBlocks:
         if not self._warm:  # kernels are chosen and memory is taken at the first dense rows' shapes
             warmed, discarded = await self._answer_densely(twins[: self._thread.engine.slots])
             self._warm = warmed is not None
-        pruned: list[Result] = []
-        dense: list[Result] | None = None
+        dense: _Arm | None = None
         spent = 0.0
-        for is_dense in (dense_first, not dense_first):
-            if is_dense:
-                dense, spent = await self._answer_densely(twins)
-            else:
-                await self._thread.settled(_clear_caches)
-                pruned = await self._answer(requests)
-        if self._spoiled.is_set():
+        if dense_first:
+            dense, spent = await self._answer_densely(twins)
+        pruned = await self._answer_arm(requests)
+        if not dense_first:
+            dense, spent = await self._answer_densely(twins)
+        if dense is None or self._spoiled.is_set():
             logger.info("control_block_spoiled", first_row=requests[0].id, rows=len(requests))
-            return BlockAnswers(pruned=pruned, dense=None, discarded_seconds=discarded + spent)
-        return BlockAnswers(pruned=pruned, dense=dense, discarded_seconds=discarded)
+            return BlockAnswers(
+                pruned=pruned.results, dense=None, discarded_seconds=discarded + spent
+            )
+        both = pruned.answered & dense.answered
+        return BlockAnswers(
+            pruned=pruned.results,
+            dense=dense.results,
+            pruned_steady=pruned.steady(both),
+            dense_steady=dense.steady(both),
+            discarded_seconds=discarded,
+        )
 
-    async def _answer_densely(
-        self, requests: Sequence[LabelRequest]
-    ) -> tuple[list[Result] | None, float]:
+    async def _answer_arm(self, requests: Sequence[LabelRequest]) -> _Arm:
+        await self._thread.settled(_clear_caches)
+        began, ended = time.perf_counter(), dict[str, float]()
+
+        def note(row: str) -> None:
+            ended[row] = time.perf_counter()
+
+        return _Arm(results=await self._answer(requests, note), began=began, ended=ended)
+
+    async def _answer_densely(self, requests: Sequence[LabelRequest]) -> tuple[_Arm | None, float]:
         """The answers, or None as soon as the block is spoiled; and the seconds that were spent."""
         if self._spoiled.is_set():
             return None, 0.0
-        await self._thread.settled(_clear_caches)
         began = time.perf_counter()
-        answering = asyncio.ensure_future(self._answer(requests))
+        answering = asyncio.ensure_future(self._answer_arm(requests))
         spoiling = asyncio.ensure_future(self._spoiled.wait())
         try:
             await asyncio.wait({answering, spoiling}, return_when=asyncio.FIRST_COMPLETED)
-            results = answering.result() if answering.done() else None
+            arm = answering.result() if answering.done() else None
         finally:
             spoiling.cancel()
             if answering.cancel():
                 await asyncio.wait({answering})
-        return results, time.perf_counter() - began
+        return arm, time.perf_counter() - began
 
 
 def _clear_caches(engine: Engine) -> None:

@@ -238,14 +238,23 @@ class VLMReplica:
         finally:
             self._batch_rows_in_flight -= len(requests)
 
-    async def _answer_arm(self, requests: Sequence[LabelRequest]) -> list[Result]:
-        """Rows of a control block, in calls of the length that the replica has otherwise."""
+    async def _answer_arm(
+        self, requests: Sequence[LabelRequest], note: Callable[[str], None]
+    ) -> list[Result]:
+        """Rows of a control block, in calls of the length that the replica has otherwise. note: is
+        told of each row as soon as it is answered."""
         size = call_rows(self._engine.slots)
         calls = [requests[start : start + size] for start in range(0, len(requests), size)]
-        answered = await asyncio.gather(*(self._label(call, Priority.BATCH) for call in calls))
+        arm = (self._label(call, Priority.BATCH, note) for call in calls)
+        answered = await asyncio.gather(*arm)
         return [result for results in answered for result in results]
 
-    async def _label(self, requests: Sequence[LabelRequest], priority: Priority) -> list[Result]:
+    async def _label(
+        self,
+        requests: Sequence[LabelRequest],
+        priority: Priority,
+        note: Callable[[str], None] = lambda row: None,
+    ) -> list[Result]:
         with ExitStack() as stack:
             timers = [self._clock.start() for _ in requests]
             for timer in timers:
@@ -260,13 +269,19 @@ class VLMReplica:
                 for release in releases:
                     stack.callback(release)
             held = zip(decoded, timers, releases, strict=True)
-            return await asyncio.gather(*(self._answer_held(*one) for one in held))
+            return await asyncio.gather(*(self._answer_held(*one, note) for one in held))
 
     async def _answer_held(
-        self, item: Request | Result, timer: RowTimer, release: Callable[[], None]
+        self,
+        item: Request | Result,
+        timer: RowTimer,
+        release: Callable[[], None],
+        note: Callable[[str], None],
     ) -> Result:
         try:
-            return await self._answer(item, timer)
+            result = await self._answer(item, timer)
+            note(item.id)
+            return result
         finally:
             release()
 

@@ -3,12 +3,13 @@
 The same corpus is labelled three times in turn: pruned and measured, as jobs do it; pruned without
 measuring; and densely. What the first prints should be what the others took: the ratio of the
 replica time of their rows. One case asks one question an image, the other five, of which caches
-spare four images. Every round has its own images, and every second one the reverse order. Columns:
+spare four images. Every second round has the reverse order. Each run has new replicas, which other
+rows have warmed up: on those of the run before it would find its images in the cache. Columns:
 
 - printed: dense over pruned of the measured run, over the rounds. low, high: its interval in each
   round, lowest and highest end.
 - separate: replica seconds of the dense run over those of the pruned one. wall: the same of their
-  seconds from first read to last commit, the start of the actors included.
+  seconds from first read to last commit, the start of the labelling actors included.
 - held: rounds whose interval holds `separate`.
 - measuring: seconds spent on control over the replica time of the rows.
 """
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from cluster.accounting.steady_part import BLOCK_SLOTS
 from cluster.config import RunConfig
 from cluster.demo import DrawnRow, encode_parquet
 from cluster.output.summary import Attempt, Summary
@@ -38,7 +40,7 @@ from jobs.suites.result import alternate, describe_machine, summarise_rounds
 from jobs.suites.shapes import ModelShape
 from sppruner.engine import SamplingParams
 from sppruner.models.loading import EMBEDDED, resolve_model
-from sppruner.spec import DENSE
+from sppruner.spec import DENSE, PruneSpec
 
 _SIDES: Final = ("measured", "pruned", "dense")
 _QUESTIONS: Final = (
@@ -100,31 +102,31 @@ def run_saving_suite(
     """root: URI prefix of corpora and labels. environment: variables with which Ray's workers reach
     it. Raises RunErrors as `run` does, and EngineError for rows that failed."""
     machine = describe_machine() | {"torch_threads": count_replica_threads()}
-    slots = 4 if shape.widths else 16
-    rows = 2 * _BLOCKS * 2 * slots  # half of the rows are of blocks
     rounds = 1 if quick else 2
     with ExitStack() as stack:
-        folder = None
+        model = EMBEDDED
         if shape.widths is not None:
-            folder = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
-            save(shape, Path(folder), dtype)
-        model = folder or EMBEDDED
-        served = EngineSettings(
-            model=model, revision=resolve_model(model).revision, slots=slots, dtype=dtype
+            model = stack.enter_context(TemporaryDirectory(prefix=f"{shape.name}-"))
+            save(shape, Path(model), dtype)
+        work = _Workload(
+            shape=shape,
+            model=model,
+            dtype=dtype,
+            slots=4 if shape.widths else 16,
+            root=root,
+            environment=environment or {},
+            console=console,
         )
-        stack.enter_context(open_fleet(FleetSettings(engine=served, environment=environment or {})))
         rounds_of = {
-            asked: [
-                _run_round(shape, model, asked, rows, slots, dtype, number, root, console)
-                for number in range(rounds)
-            ]
-            for asked in _ASKED
+            asked: [work.run_round(asked, number) for number in range(rounds)] for asked in _ASKED
         }
     return {
         "suite": "saving",
         "machine": machine
-        | {"model": shape.name, "dtype": dtype, "slots": slots, "rounds": rounds},
-        "cases": [asdict(_make_case(asked, rows, found)) for asked, found in rounds_of.items()],
+        | {"model": shape.name, "dtype": dtype, "slots": work.slots, "rounds": rounds},
+        "cases": [
+            asdict(_make_case(asked, work.rows, found)) for asked, found in rounds_of.items()
+        ],
         "ratios": {
             f"printed_vs_separate_{asked}_questions": summarise_rounds(
                 [_printed(one) / one.separate for one in found]
@@ -134,53 +136,87 @@ def run_saving_suite(
     }
 
 
-def _run_round(
-    shape: ModelShape,
-    model: str,
-    asked: int,
-    rows: int,
-    slots: int,
-    dtype: str,
-    number: int,
-    root: str,
-    console: Console,
-) -> SavingRound:
-    place = f"{root}/{asked}-{number}"
-    seed = number * len(_ASKED) + _ASKED.index(asked)
-    _write_corpus(f"{place}/corpus", _draw(shape, rows, asked, seed), file_rows=4 * slots)
-    plain = RunConfig(
-        kind="vqa",
-        input=f"{place}/corpus",
-        output="unset",
-        model=model,
-        prompt="{question}",
-        spec=SPEC,
-        dtype=dtype,
-        generation=SamplingParams(max_new_tokens=_NEW_TOKENS),
-        unit_rows=4 * slots,
-        slots=slots,
-        control_blocks=0,
-    )
-    configs = {
-        "measured": replace(plain, control_blocks=_BLOCKS),
-        "pruned": plain,
-        "dense": replace(plain, spec=DENSE),
-    }
-    if number == 0:
-        # No side pays for the first batches of its shapes, nor for the start of Ray's workers, of
-        # which a corpus of this size takes several.
-        for name, spec in (("pruned", SPEC), ("dense", DENSE)):
-            run_job(replace(plain, spec=spec, output=f"{place}/warm-{name}"), console)
-    done: dict[str, tuple[Summary, Attempt]] = {}
-    for side in alternate(_SIDES, number):
-        console.print(f"{asked} questions an image, round {number + 1}: {side}", highlight=False)
-        done[side] = run_job(replace(configs[side], output=f"{place}/{side}"), console)
-    (dense, slow), (pruned, fast) = done["dense"], done["pruned"]
-    return SavingRound(
-        measured=done["measured"][0],
-        separate=dense.total.seconds / pruned.total.seconds,
-        wall=slow.wall_seconds / fast.wall_seconds,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Workload:
+    """What all runs of the suite share."""
+
+    shape: ModelShape
+    model: str
+    dtype: str
+    slots: int
+    root: str
+    environment: Mapping[str, str]
+    console: Console
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a control block, and of a unit."""
+        return BLOCK_SLOTS * self.slots
+
+    @property
+    def rows(self) -> int:
+        """Rows of a corpus."""
+        return _BLOCKS * self.block_rows
+
+    def run_round(self, asked: int, number: int) -> SavingRound:
+        """Three runs of a corpus of the round's own, with so many questions an image."""
+        place = f"{self.root}/{asked}-{number}"
+        seed = 1 + number * len(_ASKED) + _ASKED.index(asked)
+        self._write(f"{place}/corpus", self.rows, asked, seed)
+        self._write(f"{place}/others", 2 * self.block_rows, asked, 0)
+        pruned = self._config(f"{place}/corpus", SPEC)
+        configs = {
+            "measured": replace(pruned, control_blocks=_BLOCKS),
+            "pruned": pruned,
+            "dense": replace(pruned, spec=DENSE),
+        }
+        done: dict[str, tuple[Summary, Attempt]] = {}
+        for side in alternate(_SIDES, number):
+            what = f"{asked} questions an image, round {number + 1}: {side}"
+            self.console.print(what, highlight=False)
+            with open_fleet(self._fleet()):
+                for spec in (SPEC, DENSE):
+                    warm = self._config(f"{place}/others", spec)
+                    output = f"{place}/{side}-others-{spec.method}"
+                    run_job(replace(warm, output=output), self.console)
+                config = replace(configs[side], output=f"{place}/{side}")
+                done[side] = run_job(config, self.console)
+        (dense, slow), (fast_rows, fast) = done["dense"], done["pruned"]
+        return SavingRound(
+            measured=done["measured"][0],
+            separate=dense.total.seconds / fast_rows.total.seconds,
+            wall=slow.wall_seconds / fast.wall_seconds,
+        )
+
+    def _fleet(self) -> FleetSettings:
+        revision = resolve_model(self.model).revision
+        engine = EngineSettings(
+            model=self.model, revision=revision, slots=self.slots, dtype=self.dtype
+        )
+        return FleetSettings(engine=engine, environment=self.environment)
+
+    def _config(self, corpus: str, spec: PruneSpec) -> RunConfig:
+        return RunConfig(
+            kind="vqa",
+            input=corpus,
+            output="unset",
+            model=self.model,
+            prompt="{question}",
+            spec=spec,
+            dtype=self.dtype,
+            generation=SamplingParams(max_new_tokens=_NEW_TOKENS),
+            unit_rows=self.block_rows,
+            slots=self.slots,
+            control_blocks=0,
+        )
+
+    def _write(self, uri: str, rows: int, asked: int, seed: int) -> None:
+        """A corpus whose files are one unit each."""
+        store = open_store(uri)
+        drawn = _draw(self.shape, rows, asked, seed)
+        for number, first in enumerate(range(0, rows, self.block_rows)):
+            data = encode_parquet(drawn[first : first + self.block_rows], "vqa")
+            store.put(f"{number:05}.parquet", data)
 
 
 def _draw(shape: ModelShape, rows: int, asked: int, seed: int) -> list[DrawnRow]:
@@ -191,13 +227,6 @@ def _draw(shape: ModelShape, rows: int, asked: int, seed: int) -> list[DrawnRow]
         for n in range(asked)
     ]
     return asking[:rows]
-
-
-def _write_corpus(uri: str, rows: Sequence[DrawnRow], *, file_rows: int) -> None:
-    store = open_store(uri)
-    for number, first in enumerate(range(0, len(rows), file_rows)):
-        data = encode_parquet(rows[first : first + file_rows], "vqa")
-        store.put(f"{number:05}.parquet", data)
 
 
 def _printed(one: SavingRound) -> float:

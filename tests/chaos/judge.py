@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,15 @@ def _nanoseconds(rows: Sequence[Mapping[str, Any]], column: str) -> int:
     return sum(round((row[column] or 0.0) * 1e9) for row in rows)
 
 
+_STEADY = ("steady_seconds", "control_steady_seconds")
+
+
+def _at_pace(rows: Sequence[Mapping[str, Any]], column: str) -> int:
+    """Nanoseconds of so many rows, each with the mean of the column."""
+    known = [row[column] for row in rows if row[column] is not None]
+    return round(len(rows) * math.fsum(known) / len(known) * 1e9)
+
+
 def check_ledger(key: str, body: bytes) -> list[Finding]:
     """The ledger in an object's footer against the object's rows."""
     metadata = pq.read_metadata(io.BytesIO(body)).metadata or {}
@@ -204,13 +214,13 @@ def check_ledger(key: str, body: bytes) -> list[Finding]:
         "agreements": sum(row["text"] == row["control_text"] for row in measured),
         "blocks": [
             [
-                _nanoseconds(measured, "seconds"),
-                _nanoseconds(measured, "control_seconds"),
+                _at_pace(measured, "steady_seconds"),
+                _at_pace(measured, "control_steady_seconds"),
                 len(measured),
                 measured[0]["device"],
             ]
         ]
-        if measured
+        if all(any(row[name] is not None for row in measured) for name in _STEADY)
         else [],
         "blocks_spoiled": int(bool(controls) and not measured),
         "control_nanoseconds": _nanoseconds(measured, "control_seconds")

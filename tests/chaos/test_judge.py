@@ -39,6 +39,7 @@ _SCHEMA = pa.schema(
         *[(name, pa.string()) for name in ("run_id", "unit_id", "control_text")],
         *[(name, pa.string()) for name in ("question", "answer", "note")],
         *[(name, pa.float64()) for name in ("seconds", "control_seconds", "discarded_seconds")],
+        *[(name, pa.float64()) for name in ("steady_seconds", "control_steady_seconds")],
         ("device", pa.string()),
         ("kept_tokens", pa.binary()),
         ("is_control", pa.bool_()),
@@ -62,6 +63,8 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
                 "kept_tokens": first_kept(25, 100) if answered else None,
                 "control_text": true.control if measured else None,
                 "control_seconds": 0.02 if measured else None,
+                "steady_seconds": 0.01 if measured else None,
+                "control_steady_seconds": 0.02 if measured and number % 8 else None,
                 "discarded_seconds": 0.0 if measured else 0.5,
                 "device": "cpu" if answered else None,
                 corpus.serial_column: true.serial,
@@ -209,7 +212,7 @@ def change(serial: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
 def error(code: str) -> dict[str, Any]:
     gone = dict.fromkeys(
         ("text", "answer", "visual_tokens", "visual_tokens_kept", "seconds", "device",
-         "control_text", "control_seconds")
+         "control_text", "control_seconds", "steady_seconds", "control_steady_seconds")
     )  # fmt: skip
     return {**gone, "error_code": code, "error_message": "?", "is_control": False}
 

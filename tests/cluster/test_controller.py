@@ -372,9 +372,9 @@ def test_the_controller_allows_blocks_of_its_run_s_plan_alone_and_again_when_ask
 
 def test_what_is_allowed_counts_as_spent_until_it_is_committed() -> None:
     controller = RunController()
-    units = [(f"unit {number}", 256) for number in range(60)]
-    plan = ControlPlan.of("run", units, slots=16)  # 15,360 rows: room for eight blocks
-    register(controller, control=plan, rows_total=15_360)
+    units = [(f"unit {number}", 256) for number in range(120)]
+    plan = ControlPlan.of("run", units, slots=16)  # 30,720 rows: room for eight blocks
+    register(controller, control=plan, rows_total=30_720)
     assert plan.reason is None
     allowed = [controller.may_measure(RUN, name) for name in plan.ranks]
     assert sum(allowed) == 5, "the first ones say how many more"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from cluster.accounting.control_plan import COST_SHARE, HALF_WIDTH, ControlPlan
 from cluster.accounting.ledger import UnitLedger
 from cluster.accounting.speedup import NANO, Block, measured_ratio
+from cluster.accounting.steady_part import BLOCK_SLOTS
 
 SLOTS = 16
-BLOCK = 2 * SLOTS
+BLOCK = BLOCK_SLOTS * SLOTS
 
 
 def units(count: int, rows: int = 256) -> list[tuple[str, int]]:
@@ -137,7 +138,7 @@ def test_a_small_corpus_is_not_measured_unless_asked_to() -> None:
 def test_units_that_hold_no_whole_block_are_not_measured_unless_asked_to() -> None:
     short = plan(40_000, rows=20)
     assert not short.ranks
-    assert "0 units have the 32 rows" in (short.reason or "")
+    assert "0 units have the 64 rows" in (short.reason or "")
     asked = plan(40_000, rows=20, asked=5)
     assert [len(asked.draw(name, range(20))) for name in asked.ranks] == [20] * 10
 

@@ -96,17 +96,19 @@ def test_rows_are_counted_by_outcome_and_only_successful_rows_are_summed() -> No
 
 
 def test_what_measuring_and_asking_again_cost_is_beside_the_rows_seconds() -> None:
+    """A block's seconds are its rows times the pace of either arm's steady part."""
     control = {"is_control": True, "control_seconds": 0.75, "device": "H200"}
+    steady = {"steady_seconds": 0.375, "control_steady_seconds": 0.5}
     ledger = unit_ledger(
         output_table(
-            output_row(control_text="a cat", **control),
-            output_row(control_text="a dog", discarded_seconds=0.5, **control),
+            output_row(control_text="a cat", steady_seconds=0.125, **control),
+            output_row(control_text="a dog", discarded_seconds=0.5, **control, **steady),
             output_row(discarded_seconds=0.125, attempts=2),
             failed_row("inference_failed", **control),
         )
     )
     assert ledger.seconds == pytest.approx(0.75)
-    assert ledger.blocks == (Block(500_000_000, 1_500_000_000, 2, "H200"),)
+    assert ledger.blocks == (Block(500_000_000, 1_000_000_000, 2, "H200"),)
     assert ledger.control_seconds == pytest.approx(1.5 + 0.5)
     assert ledger.retry_seconds == pytest.approx(0.125)
     assert (ledger.control_rows, ledger.agreements, ledger.blocks_spoiled) == (2, 1, 0)

@@ -51,6 +51,8 @@ def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> 
         "is_control": unit in MEASURED,
         "control_text": f"text {number % 3}" if unit in MEASURED else None,
         "control_seconds": 0.75 + number / 32 + unit / 16 if unit in MEASURED else None,
+        "steady_seconds": 0.5 + number / 64 if unit in MEASURED and number % 3 else None,
+        "control_steady_seconds": 1.5 + unit / 16 if unit in MEASURED and number % 2 else None,
         "discarded_seconds": 0.125,
         "device": "cpu",
         "flops": dict.fromkeys(PARTS, 3 + number),
@@ -164,7 +166,23 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
     "negative seconds": ("seconds are negative", lambda p: forge(p, 0, set_row(1, seconds=-1.0))),
     "dense seconds of a control row": (
         "blocks",
+        lambda p: forge(p, 1, set_row(1, control_steady_seconds=9.0)),
+    ),
+    "pruned seconds of a control row": (
+        "blocks",
+        lambda p: forge(p, 1, set_row(1, steady_seconds=0.001)),
+    ),
+    "what a block cost": (
+        "control_nanoseconds",
         lambda p: forge(p, 1, set_row(0, control_seconds=9.0)),
+    ),
+    "a block whose dense arm has no steady part": (
+        "no row of its block has control_steady_seconds",
+        lambda p: forge(p, 1, lambda rows: [r | {"control_steady_seconds": None} for r in rows]),
+    ),
+    "a place in the steady part outside a block": (
+        "none to have",
+        lambda p: forge(p, 0, set_row(0, steady_seconds=1.0)),
     ),
     "a control row without its twin's text": (
         "its dense twin is incomplete",

@@ -52,6 +52,7 @@ def answer(number: int, text: str = "", **values: Any) -> dict[str, Any]:
     made = row(number, text=text or f"t{number}", device="cpu", **cost)
     if number % 3 == 2:
         made |= {"is_control": True, "control_text": "t2", "control_seconds": 0.25 + number}
+        made |= {"steady_seconds": 0.125, "control_steady_seconds": 0.25}
     return made | values
 
 

@@ -17,6 +17,7 @@ from cluster.errors import Busy
 from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.serving.occupancy import Occupancy
 from sppruner.engine.interface import Result
+from tests.cluster.measured_blocks import even_block
 
 Accident: TypeAlias = Literal["die", "stop", "lose", "late", "wrong", "raise", "fail"]
 ACCIDENTS: Final[tuple[Accident, ...]] = ("die", "stop", "lose", "late", "wrong", "raise", "fail")
@@ -107,7 +108,7 @@ class SimulatedFleet:
             arms = [await self._run(replica, requests) for _ in range(2)]
         pruned, dense = arms[::-1] if dense_first else arms
         spoiled = self._random.random() < 0.2
-        return BlockAnswers(pruned=pruned, dense=None if spoiled else dense)
+        return even_block(pruned, None if spoiled else dense)
 
     async def _route(self) -> Replica:
         self.calls += 1

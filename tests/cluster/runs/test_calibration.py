@@ -20,6 +20,7 @@ from jobs.make_corpus import make_corpus
 from sppruner.engine.interface import Result
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.cluster.corpora import Planned, config, plan
+from tests.cluster.measured_blocks import even_block
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 
@@ -60,7 +61,7 @@ class TimedReplicas:
             [Result(id=c.id, text="", seconds=seconds) for c in requests]
             for seconds in (1 + number / 1e6, self._dense(number))
         )
-        return BlockAnswers(pruned=pruned, dense=None if number in self._spoiled else dense)
+        return even_block(pruned, None if number in self._spoiled else dense)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_pruning_is_chosen_if_dense_rows_are_slower_in_all_blocks(
     assert decision.spec(SPEC) == SPEC
     assert decision.measured is not None
     assert decision.measured.ratio == pytest.approx(2, rel=1e-4)
-    assert [len(block) for block in replicas.blocks] == [8] * 6
+    assert [len(block) for block in replicas.blocks] == [16] * 6
     requests = [request for block in replicas.blocks for request in block]
     assert all(request.spec == SPEC for request in requests)
     assert len({request.id for request in requests}) == len(requests)

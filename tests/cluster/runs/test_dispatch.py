@@ -21,6 +21,7 @@ from cluster.protocol import BlockAnswers, LabelRequest, Priority
 from cluster.runs.admission import Admission
 from cluster.runs.dispatch import AttemptedRow, Dispatcher
 from sppruner.engine.interface import Result
+from tests.cluster.measured_blocks import even_block
 from tests.cluster.runs.simulated_fleet import ACCIDENTS, Schedule, SimulatedFleet
 from tests.cluster.runs.virtual_time import run_in_virtual_time
 
@@ -217,7 +218,7 @@ def dispatch_block(answers: BlockAnswers) -> list[AttemptedRow]:
 
 def test_rows_of_a_block_have_their_own_twins_and_share_what_was_discarded() -> None:
     dense = answered("dcba", 3.0)
-    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=dense, discarded_seconds=2.0))
+    rows = dispatch_block(even_block(answered("abcd"), dense, discarded_seconds=2.0))
     assert [row.dense and row.dense.id for row in rows] == list("abcd")
     assert {row.discarded_seconds for row in rows} == {0.5}
 
@@ -228,7 +229,7 @@ def test_a_block_that_is_not_answered_both_ways_by_half_says_nothing(
 ) -> None:
     """Then its dense seconds were for nothing."""
     dense = answered("abcd", 3.0, failed=failed)
-    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=dense))
+    rows = dispatch_block(even_block(answered("abcd"), dense))
     assert sum(row.dense is not None for row in rows) == twins
     discarded = sum(row.discarded_seconds for row in rows)
     assert discarded == pytest.approx(12.0 - 3.0 * twins)
@@ -236,7 +237,7 @@ def test_a_block_that_is_not_answered_both_ways_by_half_says_nothing(
 
 
 def test_a_spoiled_block_has_no_twins_and_its_rows_are_answers() -> None:
-    rows = dispatch_block(BlockAnswers(pruned=answered("abcd"), dense=None, discarded_seconds=4.0))
+    rows = dispatch_block(even_block(answered("abcd"), None, discarded_seconds=4.0))
     assert [row.dense for row in rows] == [None] * 4
     assert [row.result.text for row in rows] == [f"text of {name}" for name in "abcd"]
     assert sum(row.discarded_seconds for row in rows) == 4.0

@@ -189,7 +189,7 @@ def test_a_control_block_is_answered_both_ways_and_its_rows_say_so(
     assert asked == ["u"], "only of units that may have one"
     (block,) = replicas.blocks
     numbers = [int(request.id.removeprefix("u:")) for request in block]
-    assert numbers == list(range(numbers[0], numbers[0] + 8)), "contiguous, twice the slots"
+    assert numbers == list(range(numbers[0], numbers[0] + 16)), "contiguous, four for each slot"
     rows = table.to_pylist()
     assert [(r["unit_id"], r["unit_row"]) for r in rows if r["is_control"]] == [
         ("u", n) for n in numbers
@@ -198,6 +198,10 @@ def test_a_control_block_is_answered_both_ways_and_its_rows_say_so(
     assert row["control_text"] == expected_text(picture(numbers[0]), VISUAL_TOKENS)
     assert row["text"] == expected_text(picture(numbers[0]), VISUAL_TOKENS // 2)
     assert row["control_seconds"] > 0
+    for name in ("steady_seconds", "control_steady_seconds"):
+        steady = [r["unit_row"] for r in rows if r[name] is not None]
+        assert steady
+        assert set(steady) <= set(numbers), "of the block alone"
     assert row["device"]
     assert row["discarded_seconds"] > 0, "its share of the replica's warm-up"
     assert {r["text"] is None for r in rows} == {False}
@@ -222,7 +226,7 @@ def test_rows_that_cannot_be_sent_are_in_no_block(monkeypatch: pytest.MonkeyPatc
     )
     (block,) = replicas.blocks
     numbers = {int(request.id.removeprefix("u:")) for request in block}
-    assert len(numbers) == 8
+    assert len(numbers) == 16
     assert not numbers & unreadable
 
 

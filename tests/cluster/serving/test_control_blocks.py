@@ -76,6 +76,22 @@ def test_the_seconds_of_an_arm_are_the_replica_s_time(journal: Path) -> None:
         assert {bool(result.device) for result in results} == {True}
 
 
+def test_the_steady_part_of_an_arm_is_the_pace_of_full_batches(journal: Path) -> None:
+    """Four batches a side, each of 0.2 s, of four rows; decoding of the first one is not in it."""
+    rows = [row(number) for number in range(16)]
+    answers = run(settings(journal, seconds=0.2), lambda r: r.label_block(rows, dense_first=True))
+    for steady in (answers.pruned_steady, answers.dense_steady):
+        assert len(steady) == 8, "two batches of four"
+        assert sum(steady.values()) == pytest.approx(0.4, abs=0.05)
+
+
+def test_a_row_that_failed_has_no_part_in_the_pace(journal: Path) -> None:
+    rows = [*block()[:-1], row(7, "bad")]
+    answers = run(settings(journal), lambda r: r.label_block(rows, dense_first=False))
+    assert answers.pruned_steady
+    assert not {"r7"} & {*answers.pruned_steady, *answers.dense_steady}
+
+
 def test_other_batch_rows_wait_for_the_block_and_it_for_those_that_run(journal: Path) -> None:
     async def scenario(replica: VLMReplica) -> None:
         before = asyncio.create_task(replica.label([row(90)], priority=Priority.BATCH))

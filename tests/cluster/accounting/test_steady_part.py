@@ -1,0 +1,119 @@
+"""The steady part of an arm gives the pace of a full replica, whatever it takes to fill it and
+to empty it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.accounting.steady_part import BLOCK_SLOTS, steady_seconds
+
+SLOTS = 16
+
+
+def pace(ended: dict[str, float], began: float = 0.0) -> float:
+    steady = steady_seconds(ended, began)
+    return math.fsum(steady.values()) / len(steady)
+
+
+def answer(
+    lengths: list[int], *, prefill: float, step: float, delay: float = 0.0, slots: int = SLOTS
+) -> list[float]:
+    """When rows of so many tokens are answered, after a delay, by an engine with continuous
+    batching: a prefill per row that takes a slot, one step of whatever is running per token."""
+    now, waiting, running = delay, list(enumerate(lengths)), dict[int, int]()
+    ended = [0.0] * len(lengths)
+    while waiting or running:
+        if waiting and len(running) < slots:
+            number, length = waiting.pop(0)
+            running[number] = length
+            now += prefill
+            continue
+        now += step
+        for number in [number for number, left in running.items() if left == 1]:
+            ended[number] = now
+        running = {number: left - 1 for number, left in running.items() if left > 1}
+    return ended
+
+
+def named(times: list[float]) -> dict[str, float]:
+    return {f"r{number}": time for number, time in enumerate(times)}
+
+
+@pytest.mark.parametrize("spread", [0, 6, 12], ids="equal mixed varied".split())
+@pytest.mark.parametrize("delay", [0.0, 3.0])
+def test_the_ratio_of_short_blocks_is_that_of_a_long_run(spread: int, delay: float) -> None:
+    """Thirty blocks of four rows a slot against a run of 5,000 rows. By the time of whole arms the
+    ratio would be off by up to a quarter."""
+    draw = np.random.default_rng(spread)
+
+    def lengths(rows: int) -> list[int]:
+        return [int(n) for n in draw.integers(16 - spread, 16 + spread + 1, rows)]
+
+    costs = {"pruned": 0.05, "dense": 0.25}
+    whole = lengths(5_000)
+    taken = {arm: answer(whole, prefill=cost, step=0.1) for arm, cost in costs.items()}
+    true = max(taken["dense"]) / max(taken["pruned"])
+    paces, totals = dict.fromkeys(costs, 0.0), dict.fromkeys(costs, 0.0)
+    for _ in range(30):
+        block = lengths(BLOCK_SLOTS * SLOTS)
+        for arm, cost in costs.items():
+            ended = named(answer(block, prefill=cost, step=0.1, delay=delay))
+            paces[arm] += pace(ended)
+            totals[arm] += max(ended.values())
+    assert paces["dense"] / paces["pruned"] == pytest.approx(true, rel=0.04)
+    if spread or delay:
+        assert totals["dense"] / totals["pruned"] < 0.97 * true
+
+
+@given(
+    batches=st.lists(st.integers(1, 16), min_size=3, max_size=20),
+    seconds=st.floats(0.05, 5.0),
+    jitter=st.floats(0.0, 0.004),
+)
+def test_batches_count_whole(batches: list[int], seconds: float, jitter: float) -> None:
+    """However the boundaries fall, in an arm whose batches all take one time a row. Its answers
+    arrive within a moment, not all at once."""
+    ended, now, row = dict[str, float](), 0.0, 0
+    for size in batches:
+        now += seconds * size
+        for place in range(size):
+            ended[f"r{row}"] = now + jitter * seconds * place / size
+            row += 1
+    assert pace(ended) == pytest.approx(seconds, rel=0.02)
+
+
+@given(st.lists(st.floats(0.0, 1e6), max_size=40), st.permutations(range(40)))
+def test_every_arm_has_a_steady_part_of_its_own_answers(
+    times: list[float], order: list[int]
+) -> None:
+    ended = {f"r{order[number]}": time for number, time in enumerate(times)}
+    steady = steady_seconds(ended, began=0.0)
+    assert bool(steady) == bool(ended)
+    assert set(steady) <= set(ended)
+    assert all(seconds >= 0 for seconds in steady.values())
+    assert math.fsum(steady.values()) <= max(ended.values(), default=0.0) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([], []),
+        ([2.0], [2.0]),
+        ([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]),
+        ([9.0] * 8, [9.0] + [0.0] * 7),  # one batch: all of it, from the arm's beginning
+        ([5.0, 6.0, 8.0, 9.0], [1.0, 2.0]),
+        ([5.0] * 4 + [7.0] * 4, [2.0] + [0.0] * 3),
+    ],
+)
+def test_the_middle_half_of_an_arm_is_steady(times: list[float], expected: list[float]) -> None:
+    assert list(steady_seconds(named(times), began=0.0).values()) == pytest.approx(expected)
+
+
+def test_a_long_delay_at_the_start_is_nobody_s() -> None:
+    early, late = (named([at + number for number in range(1, 17)]) for at in (0.0, 50.0))
+    assert steady_seconds(early, 0.0) == steady_seconds(late, 0.0)

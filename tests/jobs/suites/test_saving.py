@@ -51,6 +51,7 @@ def test_three_runs_of_each_case_are_compared(
     serving: str, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.suites.saving._NEW_TOKENS", 2)
+    monkeypatch.setattr("jobs.suites.saving._LONGER", 1)
     found = run_saving_suite(SHAPES["tiny"], quick=True, root=s3, console=Console(quiet=True))
     one, five = found["cases"]
     assert (one["rows"], five["rows"]) == (384, 384)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from cluster.accounting.speedup import NANO, Block, measured_ratio
+from cluster.accounting.steady_part import BLOCK_SLOTS, steady_seconds
+from tests.cluster.accounting.simulated_replica import Pace, answer_rows
 
 Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
 RUNS, RATIO = 2_000, 2.5
@@ -84,3 +86,50 @@ def test_pruning_that_saves_nothing_is_hardly_ever_called_faster(
         for _ in range(RUNS)
     )
     assert wrong / RUNS <= 0.025 + 3 * (0.025 / RUNS) ** 0.5
+
+
+def slow_machine(draw: np.random.Generator) -> Pace:
+    """A machine whose speed changes by up to 20 % in the course of minutes, and by 5 % within one
+    second: neighbours come and go."""
+    phases = draw.uniform(0, 2 * math.pi, 3)
+    waves = list(zip((180.0, 47.0, 1.3), (0.12, 0.08, 0.05), phases, strict=True))
+    return lambda now: (
+        1
+        + sum(size * math.sin(2 * math.pi * now / period + phase) for period, size, phase in waves)
+    )
+
+
+def test_the_interval_of_a_run_holds_what_separate_runs_take() -> None:
+    """200 simulated runs with ten blocks each, on a machine whose speed changes, of rows of 4 to 28
+    tokens; against the same corpus at one speed, dense and pruned, without anything measured."""
+    slots, costs = 8, {"pruned": 0.02, "dense": 0.12}
+    held, off = 0, list[float]()
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        lengths = [int(tokens) for tokens in draw.integers(4, 29, 1_500)]
+        runs = {
+            arm: max(answer_rows(lengths, prefill=cost, step=0.02, slots=slots))
+            for arm, cost in costs.items()
+        }
+        separate = runs["dense"] / runs["pruned"]
+        pace, now, blocks = slow_machine(draw), 0.0, []
+        for number in draw.permutation(10):
+            rows = BLOCK_SLOTS * slots
+            block = lengths[150 * number : 150 * number + rows]
+            steady = {}
+            for arm in sorted(costs, reverse=bool(number % 2)):
+                times = answer_rows(
+                    block, prefill=costs[arm], step=0.02, slots=slots, began=now + 0.3, pace=pace
+                )
+                ended = {f"r{row}": time for row, time in enumerate(times)}
+                steady[arm] = steady_seconds(ended, began=now).values()
+                now = max(times)
+            blocks += Block.at_pace(steady["pruned"], steady["dense"], rows=rows, device="")
+            now += draw.uniform(5, 60)
+        found = measured_ratio(blocks)
+        assert found is not None
+        held += (found.low or 0.0) <= separate <= (found.high or math.inf)
+        off.append(found.ratio / separate - 1)
+    assert held / 200 >= 0.93
+    assert abs(np.mean(off)) < 0.01, "no bias"
+    assert np.quantile(np.abs(off), 0.95) < 0.1

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.accounting.steady_part import BLOCK_SLOTS, steady_seconds
+from tests.cluster.accounting.simulated_replica import answer_rows
 
 SLOTS = 16
 
@@ -18,26 +19,6 @@ SLOTS = 16
 def pace(ended: dict[str, float], began: float = 0.0) -> float:
     steady = steady_seconds(ended, began)
     return math.fsum(steady.values()) / len(steady)
-
-
-def answer(
-    lengths: list[int], *, prefill: float, step: float, delay: float = 0.0, slots: int = SLOTS
-) -> list[float]:
-    """When rows of so many tokens are answered, after a delay, by an engine with continuous
-    batching: a prefill per row that takes a slot, one step of whatever is running per token."""
-    now, waiting, running = delay, list(enumerate(lengths)), dict[int, int]()
-    ended = [0.0] * len(lengths)
-    while waiting or running:
-        if waiting and len(running) < slots:
-            number, length = waiting.pop(0)
-            running[number] = length
-            now += prefill
-            continue
-        now += step
-        for number in [number for number, left in running.items() if left == 1]:
-            ended[number] = now
-        running = {number: left - 1 for number, left in running.items() if left > 1}
-    return ended
 
 
 def named(times: list[float]) -> dict[str, float]:
@@ -56,13 +37,16 @@ def test_the_ratio_of_short_blocks_is_that_of_a_long_run(spread: int, delay: flo
 
     costs = {"pruned": 0.05, "dense": 0.25}
     whole = lengths(5_000)
-    taken = {arm: answer(whole, prefill=cost, step=0.1) for arm, cost in costs.items()}
+    taken = {
+        arm: answer_rows(whole, prefill=cost, step=0.1, slots=SLOTS) for arm, cost in costs.items()
+    }
     true = max(taken["dense"]) / max(taken["pruned"])
     paces, totals = dict.fromkeys(costs, 0.0), dict.fromkeys(costs, 0.0)
     for _ in range(30):
         block = lengths(BLOCK_SLOTS * SLOTS)
         for arm, cost in costs.items():
-            ended = named(answer(block, prefill=cost, step=0.1, delay=delay))
+            times = answer_rows(block, prefill=cost, step=0.1, slots=SLOTS, began=delay)
+            ended = named(times)
             paces[arm] += pace(ended)
             totals[arm] += max(ended.values())
     assert paces["dense"] / paces["pruned"] == pytest.approx(true, rel=0.04)

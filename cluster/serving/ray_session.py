@@ -55,7 +55,7 @@ def join_ray(
     environment: variables for this job's workers. Everyone with access to the cluster sees them,
     so secrets belong on the nodes. replicas: that a new one has room for. SIGTERM raises Terminated
     from now on, unless this process has a handler of its own. Raises FleetUnavailable where
-    RAY_ADDRESS does not answer.
+    RAY_ADDRESS does not answer, or none starts here.
     """
     if ray.is_initialized():
         return False
@@ -83,13 +83,19 @@ def _connect(stack: ExitStack, environment: Mapping[str, str] | None, replicas: 
                 "cluster with a token needs RAY_AUTH_MODE=token"
             ) from error
         return False
-    ray.init(
-        address="local",
-        num_cpus=max(replicas + _CPUS_BESIDE, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        runtime_env=runtime,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(replicas + _CPUS_BESIDE, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env=runtime,
+        )
+    except RuntimeError as error:  # one of its processes did not come up
+        raise FleetUnavailable(
+            f"Ray did not start on this machine: {error}. Run it again; its logs are below "
+            "/tmp/ray, or RAY_TMPDIR"
+        ) from error
     logger.info("ray_started", cpus=ray.cluster_resources().get("CPU"))
     return True
 

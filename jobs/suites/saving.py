@@ -32,6 +32,7 @@ from cluster.output.summary import Attempt, Summary
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.fleet import open_fleet
+from cluster.serving.ray_session import join_ray
 from cluster.store import open_store
 from jobs.suites.corpora import draw_squares
 from jobs.suites.labelling import SPEC, count_replica_threads, run_job
@@ -118,6 +119,7 @@ def run_saving_suite(
             environment=environment or {},
             console=console,
         )
+        join_ray(stack, environment)  # one for all runs; replicas come and go
         rounds_of = {
             asked: [work.run_round(asked, number) for number in range(rounds)] for asked in _ASKED
         }

@@ -57,6 +57,17 @@ def test_a_named_cluster_that_does_not_listen_is_an_error_and_not_a_long_wait(
         ray_session._connect(ExitStack(), None, 1)
 
 
+def test_a_ray_that_does_not_start_is_an_error_that_says_what_to_do(
+    address_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**settings: Any) -> None:
+        raise RuntimeError("Timed out waiting for file gcs_server_port")
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    with pytest.raises(FleetUnavailable, match=r"did not start.*gcs_server_port.*again"):
+        ray_session._connect(ExitStack(), None, 1)
+
+
 def test_a_head_that_listens_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

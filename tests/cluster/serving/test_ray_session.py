@@ -63,7 +63,7 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_what_to_do(
     def init(**settings: Any) -> None:
         raise RuntimeError("Timed out waiting for file gcs_server_port")
 
-    monkeypatch.setattr(ray_session.ray, "init", init)
+    monkeypatch.setattr("ray.init", init)
     with pytest.raises(FleetUnavailable, match=r"did not start.*gcs_server_port.*again"):
         ray_session._connect(ExitStack(), None, 1)
 

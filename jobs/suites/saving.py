@@ -167,7 +167,7 @@ class _Workload:
         place = f"{self.root}/{asked}-{number}"
         seed = 1 + number * len(_ASKED) + _ASKED.index(asked)
         self._write(f"{place}/corpus", self.rows, asked, seed)
-        self._write(f"{place}/others", 2 * self.block_rows, asked, 0)
+        self._write(f"{place}/others", self.block_rows, asked, 0)
         pruned = self._config(f"{place}/corpus", SPEC)
         configs = {
             "measured": replace(pruned, control_blocks=_BLOCKS),

@@ -15,8 +15,8 @@ from typing import Final
 BLOCK_SLOTS: Final = 4
 """Rows of a control block for each slot of its replica: the steady part, which is the middle half
 of an arm's answers, begins once every slot has answered and ends while all are taken."""
-# Answers of one step of the engine arrive within this share of the steady part.
-_TOGETHER: Final = 0.02
+# Answers of one step of the engine arrive within this share of the arm's time.
+_TOGETHER: Final = 0.01
 
 
 def steady_seconds(ended: Mapping[str, float], began: float) -> dict[str, float]:
@@ -32,7 +32,7 @@ def steady_seconds(ended: Mapping[str, float], began: float) -> dict[str, float]
     lead = len(times) // 4
     first, last = 0, len(times)
     if lead:
-        together = _TOGETHER * (times[-lead - 1] - times[lead - 1])
+        together = _TOGETHER * (times[-1] - began)
         # How many answers had come by the end of the batch that each boundary falls into.
         ends = [bisect_right(times, times[n - 1] + together) for n in (lead, len(times) - lead)]
         if ends[0] < ends[1]:

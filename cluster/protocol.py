@@ -17,7 +17,7 @@ from cluster.errors import RowError
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Raised with every change of what travels here. Replicas of one version are never found by
 clients of another, which could not read their answers."""
 

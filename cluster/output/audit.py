@@ -57,14 +57,14 @@ class Audit:
 
 def audit(output: RunOutput) -> Audit:
     """Reads every committed unit of the run in an output. Raises UsageError for a prefix that holds
-    no run, and for one of an earlier schema version, whose rows do not hold their cost; StoreError
+    no run, and for one of another schema version, whose rows hold something else; StoreError
     where the manifest cannot be read."""
     manifest = output.require_manifest()
     version = manifest.identity.settings.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UsageError(
             f"{output.uri} was written in schema version {version}, whose rows do not hold what "
-            f"they cost: only runs of version {SCHEMA_VERSION} can be audited"
+            f"this version adds up: only runs of version {SCHEMA_VERSION} can be audited"
         )
     differences: list[Difference] = []
     ledgers: list[UnitLedger] = []

@@ -17,6 +17,8 @@ from sppruner.cost import PARTS
 _SHOWN = 5
 # Rows of earlier schema versions were measured with caches bypassed, in shares of engine steps.
 _CACHES_MEASURED = 3
+# In earlier ones whole arms of blocks were timed, idle beginnings and ends included.
+_STEADILY_MEASURED = 4
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -190,8 +192,10 @@ def _measured(summary: Summary, price: float | None) -> RenderableType:
     facts.title = "measured"
     facts.title_justify = "left"
     facts.add_row("replica time", f"{total.seconds:.2f} s for all rows as they ran")
-    if summary.settings["schema_version"] < _CACHES_MEASURED:
+    if (version := summary.settings["schema_version"]) < _CACHES_MEASURED:
         facts.add_row("", "an earlier version measured this run: its control rows met no caches")
+    elif version < _STEADILY_MEASURED:
+        facts.add_row("", "an earlier version measured this run: its ratio is too close to 1")
     if total.images_cached:
         facts.add_row(
             "caches",

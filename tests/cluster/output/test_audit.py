@@ -300,12 +300,13 @@ def test_a_run_that_decides_has_rows_of_what_it_decided(
     assert any("is not the run's" in one.what for one in look(planned).differences)
 
 
-def test_a_run_of_an_earlier_schema_version_is_refused(planned: Planned) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_run_of_an_earlier_schema_version_is_refused(planned: Planned, version: int) -> None:
     place = Path(planned.output.uri) / "_run/manifest.json"
     record = json.loads(place.read_text())
-    record["settings"]["schema_version"] = 2
+    record["settings"]["schema_version"] = version
     place.write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="schema version 2"):
+    with pytest.raises(UsageError, match=f"schema version {version}"):
         look(planned)
 
 

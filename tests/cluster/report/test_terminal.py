@@ -37,7 +37,7 @@ def summary(**more: Any) -> Summary:
         "run_id": "abc",
         "created": "2026-01-01T00:00:00+00:00",
         "settings": {
-            "schema_version": 3,
+            "schema_version": 4,
             "model": "m",
             "model_revision": "r1",
             "spec": {"method": "sppruner", "budget": {"ratio": 0.222}, "options": {}},
@@ -200,7 +200,13 @@ def test_why_nothing_was_measured_is_said() -> None:
     assert "not measured: 3 control blocks were spoiled" in spoiled
 
 
-def test_a_run_of_an_earlier_schema_version_says_how_it_was_measured() -> None:
+@pytest.mark.parametrize(
+    ("version", "said"), [(2, "met no caches"), (3, "too close to 1"), (4, "")]
+)
+def test_a_run_of_an_earlier_schema_version_says_how_it_was_measured(
+    version: int, said: str
+) -> None:
     old = summary()
-    report = render_text(replace(old, settings={**old.settings, "schema_version": 2}))
-    assert "its control rows met no caches" in report
+    report = render_text(replace(old, settings={**old.settings, "schema_version": version}))
+    assert said in report
+    assert ("an earlier version measured" in report) == bool(said)

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format lock clean
+.PHONY: demo test test-slow search check format lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -20,6 +20,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Generated inputs that no run had before; a failure prints how to replay it.
+search: $(READY)
+	$(BIN)/python -m pytest --hypothesis-profile=search $$(grep -rl "import.*given" tests)
 
 check: $(READY)
 	$(BIN)/ruff check .

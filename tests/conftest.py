@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from cluster.serving.fleet import Fleet
 
 # A slow machine is no failure: what hangs is ended by pytest-timeout.
-settings.register_profile("repository", deadline=None)
+# Generated inputs are the same in each run, so that a red run is the change's; `make search` has
+# new ones.
+settings.register_profile("repository", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("repository")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

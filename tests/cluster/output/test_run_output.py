@@ -385,6 +385,16 @@ def test_a_manifest_with_settings_of_another_type_is_named(
         RunOutput(store).require_manifest()
 
 
+def test_a_manifest_of_a_later_layout_is_named(tmp_path: Path) -> None:
+    planned = run_of(tmp_path, f"{tmp_path}/out", "describe")
+    store = open_store(planned.output.uri)
+    record = json.loads(store.get("_run/manifest.json"))
+    record["layout"] = 99
+    store.put("_run/manifest.json", json.dumps(record).encode())
+    with pytest.raises(StoreError, match="not a manifest"):
+        RunOutput(store).require_manifest()
+
+
 def test_a_version_that_knows_layout_one_alone_cannot_read_the_manifest(tmp_path: Path) -> None:
     """It would see no committed unit, and write each a second time."""
     planned = run_of(tmp_path, f"{tmp_path}/out", "describe")

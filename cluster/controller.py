@@ -21,11 +21,12 @@ from ray.exceptions import RayError
 from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.error_share import ErrorShare
 from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.speedup import Block
 from cluster.events import IN_SECONDS, RunEvent
 
 logger = structlog.get_logger(__name__)
 
-CONTROLLER_NAME = "run-controller-6"
+CONTROLLER_NAME = "run-controller-7"
 """The actor's name. Its number is raised with every change of what is sent to it: the actor
 outlives its creator, with that one's code."""
 CONTROLLER_NAMESPACE = "sppruner"
@@ -74,7 +75,7 @@ class RunProgress:
     visual_tokens_kept: int
     """Of the committed rows, after pruning."""
     seconds: float
-    """Measured compute of the committed rows."""
+    """Replica time of the committed rows."""
     flops: int
     """Modelled FLOPs of the committed rows."""
     flops_dense: int
@@ -105,7 +106,8 @@ class _Run:
     waited_until: dict[str, float] = field(default_factory=dict)
     finished: float | None = None
     granted: set[str] = field(default_factory=set)
-    unmeasured: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    measured: dict[str, Block] = field(default_factory=dict)
 
 
 class RunController:
@@ -127,11 +129,13 @@ class RunController:
         error_share_after: int,
         again: Collection[str] = (),
         control: ControlPlan | None = None,
-        unmeasured: Collection[str] = (),
+        lost: Collection[str] = (),
+        measured: Mapping[str, Block] | None = None,
     ) -> None:
         """Starts or restarts the view of a run, from what the store says is committed. again: units
         whose failed rows are asked again, perhaps while the run's own job goes on: its guard stays,
-        and what becomes of these units is nothing that the guard counts."""
+        and what becomes of these units is nothing that the guard counts. lost, measured: of the
+        committed units, for `ControlPlan.allows`."""
         errors = ErrorShare(most=max_error_share, after=error_share_after, run_rows=rows_total)
         before = self._runs.get(name)
         beside = None
@@ -150,7 +154,8 @@ class RunController:
             rows_total=rows_total,
             errors=errors,
             control=control,
-            unmeasured=set(unmeasured),
+            lost=set(lost),
+            measured=dict(measured or {}),
             units_done=set(units_done),
             ledger=ledger_so_far,
             rows_before=ledger_so_far.rows,
@@ -170,8 +175,10 @@ class RunController:
         if unit_id not in run.units_done:
             run.units_done.add(unit_id)
             run.granted.discard(unit_id)
-            if not ledger.blocks:
-                run.unmeasured.add(unit_id)
+            if ledger.blocks:
+                run.measured[unit_id] = ledger.blocks[0]
+            elif run.control is not None and run.control.loses(ledger):
+                run.lost.add(unit_id)
             run.ledger += ledger
             if unit_id not in run.again:
                 run.errors.add(ledger)
@@ -220,7 +227,7 @@ class RunController:
         if run is None or run.control is None or unit_id in run.units_done:
             return False
         allowed = unit_id in run.granted or run.control.allows(
-            unit_id, run.ledger, run.granted, run.unmeasured
+            unit_id, run.ledger, run.granted, run.lost, run.measured
         )
         if allowed:
             run.granted.add(unit_id)

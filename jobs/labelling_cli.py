@@ -148,6 +148,11 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
     except SpecError as error:
         raise UsageError(str(error)) from error
     blocks = arguments.control_blocks
+    if blocks and spec.is_dense:
+        raise UsageError(
+            f"--control-blocks {blocks}: a dense run has nothing to compare; leave it out, or name "
+            "a --method"
+        )
     return RunConfig(
         kind=job.kind,
         input=arguments.input,

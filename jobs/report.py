@@ -6,13 +6,14 @@
     python jobs/report.py s3://bucket/captions --overlay seen --rows 20
 
 --audit reads every row, recomputes what the run says of itself, and names what differs; with
-differences the exit code is 1. --overlay draws the visual tokens that rows kept, one
-`<number>-<key>.png` per row; it needs the run's model and images.
+differences the exit code is 1, and 5 without any in a run that has not ended. --overlay draws the
+visual tokens that rows kept, one `<number>-<key>.png` per row; it needs the run's model and images.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from cluster.output.summary import Summary, summarise
 from cluster.report.terminal import print_report
 from jobs.boundary import end_with, run_command
 
-EXIT_DIFFERENCES = 1
+EXIT_DIFFERENCES, EXIT_OPEN = 1, 5
 _ROWS = 8
 
 
@@ -65,15 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     _check(arguments.overlay, arguments.rows)
-    if arguments.price_per_hour is not None and not arguments.price_per_hour > 0:
-        raise UsageError(f"--price-per-hour {arguments.price_per_hour}: give a price above 0")
+    price = arguments.price_per_hour
+    if price is not None and not 0 < price < math.inf:
+        raise UsageError(f"--price-per-hour {price}: give a price above 0")
+    if price is not None and (arguments.audit or arguments.json):
+        raise UsageError("--price-per-hour goes with the report: leave out --audit and --json")
+    if arguments.audit and arguments.overlay is not None:
+        raise UsageError("--audit draws no pictures: leave out --overlay")
     if arguments.audit:
         return _audit(arguments.output)
     summary = summarise(arguments.output)
     if arguments.json:
         print(summary.to_json())
     else:
-        print_report(summary, price=arguments.price_per_hour)
+        print_report(summary, price=price)
     if arguments.overlay is not None:
         _draw(summary, arguments.overlay, arguments.rows or _ROWS)
     return 0
@@ -83,8 +89,12 @@ def _audit(output: str) -> int:
     found = audit(RunOutput.open(output))
     for difference in found.differences:
         print(f"{difference.where}: {difference.what}")
+    if found.open:
+        print(f"not ended: {found.open} of {found.open + found.units} units are not committed")
     print(f"{found.units} units, {found.rows} rows, {len(found.differences)} differences")
-    return EXIT_DIFFERENCES if found.differences else 0
+    if found.differences:
+        return EXIT_DIFFERENCES
+    return EXIT_OPEN if found.open else 0
 
 
 def _check(overlay: Path | None, rows: int | None) -> None:

@@ -22,14 +22,22 @@ class BreakEven:
     """The ratio of control blocks; None where there were too few rows to measure."""
     evidence: tuple[Block, ...] = ()
     """The blocks that it rests on; empty of a decision of an earlier version."""
+    seconds: float = 0.0
+    """Replica time that measuring took, before the run began."""
 
     @classmethod
-    def from_blocks(cls, blocks: Sequence[Block], *, decisions: int = 1) -> BreakEven:
+    def from_blocks(
+        cls, blocks: Sequence[Block], *, decisions: int = 1, seconds: float = 0.0
+    ) -> BreakEven:
         """The decision from control blocks. decisions: that are made together: all of their
         intervals hold at once with 95 % (Bonferroni), so that of many sizes and loads none is
-        called faster by chance."""
+        called faster by chance. seconds: of replica time that measuring took."""
         confidence = 1 - (1 - CONFIDENCE) / decisions
-        return cls(measured=measured_ratio(blocks, confidence=confidence), evidence=tuple(blocks))
+        return cls(
+            measured=measured_ratio(blocks, confidence=confidence),
+            evidence=tuple(blocks),
+            seconds=seconds,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BreakEven:
@@ -41,6 +49,7 @@ class BreakEven:
         return cls(
             measured=None if measured is None else MeasuredRatio(**measured),
             evidence=tuple(Block(*block) for block in data.get("evidence", ())),
+            seconds=float(data.get("seconds", 0.0)),
         )
 
     @property
@@ -59,4 +68,5 @@ class BreakEven:
             "pays": self.pays,
             "measured": measured,
             "evidence": [list(block) for block in self.evidence],
+            "seconds": self.seconds,
         }

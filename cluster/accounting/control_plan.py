@@ -2,8 +2,10 @@
 
 Measuring costs a dense answer for each row of a block. It is worth a stated precision and no more:
 the first blocks, of units drawn by hash from the whole corpus, say how many more it takes (Stein's
-two-stage procedure, 1945), and these are spread over the run. What all of them cost stays below a
-stated share of the run's seconds; a corpus too small for that is not measured unless asked to.
+two-stage procedure, 1945), and these are spread over the run. Later blocks have no say: a run that
+measured on wherever blocks differ would measure some parts of its corpus more densely than others.
+What all of them cost stays below a stated share of the run's seconds; a corpus too small for that
+is not measured unless asked to.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from math import ceil
 from typing import Final
 
 from cluster.accounting.ledger import UnitLedger
-from cluster.accounting.speedup import FEWEST_BLOCKS, NANO, measured_ratio
+from cluster.accounting.speedup import FEWEST_BLOCKS, NANO, Block, measured_ratio
 from cluster.accounting.steady_part import BLOCK_SLOTS
 
 HALF_WIDTH: Final = 0.1
@@ -28,6 +30,11 @@ _FEWEST: Final = 10
 _MOST: Final = 64
 # Before anything is measured a dense row is taken for so many pruned ones.
 _ASSUMED_RATIO: Final = 3.0
+# Rows of the smallest block that is measured unasked, for each slot: its arms count whole, which
+# draws its ratio towards 1, but every slot has answered.
+_FEWEST_SLOTS: Final = 2
+# Units drawn for each block that was asked for: others may be spoiled, or labelled already.
+_SPARE: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +44,10 @@ class ControlPlan:
     ranks: Mapping[str, int]
     """Units that may hold a block, in order of their hashes: the first ones are measured first."""
     block_rows: int
-    """Rows of a block: four times the slots of a replica, so that half of them run steadily."""
+    """Rows of a block: four times the slots of a replica, so that half of them run steadily. A
+    smaller unit is a block as a whole."""
+    fewest_rows: int
+    """Rows that a block has at least."""
     rows: int
     """Planned rows of the run."""
     asked: int | None
@@ -46,7 +56,7 @@ class ControlPlan:
     seed: str
     """The run's id."""
     reason: str | None = None
-    """Why nothing is measured, and what measures anyway; None where something is."""
+    """Why nothing, or less than was asked for, is measured; None elsewhere."""
 
     @classmethod
     def of(
@@ -56,7 +66,8 @@ class ControlPlan:
         asked: blocks, 0 for none; None for as many as the stated precision takes."""
         units = list(units)
         rows, block_rows = sum(count for _, count in units), BLOCK_SLOTS * slots
-        large = [unit for unit, count in units if count >= block_rows]
+        fewest = _FEWEST_SLOTS * slots
+        candidates = [unit for unit, count in units if count >= fewest]
         reason = None
         if asked is None:
             few = FEWEST_BLOCKS * block_rows
@@ -64,24 +75,31 @@ class ControlPlan:
                 reason = (
                     f"{rows:,} rows are too few: {FEWEST_BLOCKS} blocks of {block_rows} rows, "
                     f"answered densely too, may take more than {COST_SHARE:.0%} of the run's "
-                    f"seconds; --control-blocks {FEWEST_BLOCKS} measures anyway"
+                    f"seconds; {_advice(len(units))}"
                 )
-            elif len(large) < FEWEST_BLOCKS:
+            elif len(candidates) < FEWEST_BLOCKS:
                 reason = (
-                    f"{len(large)} units have the {block_rows} rows of a control block; "
-                    f"--control-blocks {FEWEST_BLOCKS} measures on smaller ones"
+                    f"{len(candidates)} of {len(units)} units have the {fewest} rows of a control "
+                    f"block, twice what a replica answers at once; {_advice(len(units))}"
                 )
-            candidates, most = large, 2 * _MOST
+            most = 0 if reason else 2 * _MOST
         else:
-            reason = None if asked else "no control blocks were asked for"
-            # Smaller units, whose batches are less full, only where there are no others.
-            whole = [unit for unit, _ in sorted(units, key=lambda unit: -unit[1])]
-            candidates = large if len(large) >= asked else whole[: 2 * asked]
-            most = 2 * asked  # some may be spoiled
+            # Smaller units, whose batches are less full, only where there are too few others.
+            if len(candidates) < asked:
+                by_size = sorted(units, key=lambda unit: -unit[1])
+                candidates, fewest = [unit for unit, _ in by_size[: _SPARE * asked]], 1
+            most = _SPARE * asked
+            if not asked:
+                reason = "no control blocks were asked for"
+            elif len(candidates) < asked:
+                reason = (
+                    f"{asked} control blocks were asked for: each of {len(units)} units has one"
+                )
         drawn = nsmallest(most, candidates, key=lambda unit: _hash(run_id, unit))
         return cls(
-            ranks={} if reason else {unit: rank for rank, unit in enumerate(drawn)},
+            ranks={unit: rank for rank, unit in enumerate(drawn)},
             block_rows=block_rows,
+            fewest_rows=fewest,
             rows=rows,
             asked=asked,
             seed=run_id,
@@ -96,8 +114,8 @@ class ControlPlan:
     def draw(self, unit: str, rows: Sequence[int]) -> Sequence[int]:
         """The rows of the unit's block, one after the other; empty where there are too few. rows:
         numbers of those that can be answered."""
-        size = self.block_rows if self.asked is None else min(self.block_rows, len(rows))
-        if unit not in self.ranks or not 0 < size <= len(rows):
+        size = min(self.block_rows, len(rows))
+        if unit not in self.ranks or size < self.fewest_rows:
             return []
         start = int(_hash(self.seed, "start", unit) * (len(rows) - size + 1))
         return rows[start : start + size]
@@ -112,22 +130,23 @@ class ControlPlan:
         unit: str,
         ledger: UnitLedger,
         granted: Collection[str] = (),
-        passed: Collection[str] = (),
+        lost: Collection[str] = (),
+        measured: Mapping[str, Block] | None = None,
     ) -> bool:
         """Whether the unit's block is to be measured.
 
         ledger: of the committed units. granted: units whose blocks were allowed and are not
-        committed yet. passed: units that were committed without a measured block, because it was
-        spoiled, had too few rows, or was not wanted by then.
+        committed yet. lost: committed units with `loses`. measured: blocks of committed units.
         """
         rank = self.ranks.get(unit)
         if rank is None:
             return False
-        wanted = self._wanted(ledger) if self.asked is None else self.asked
-        if rank >= self._limit(wanted, passed):
-            return False
         if self.asked is not None:
-            return True
+            return rank < self._limit(self.asked, lost)
+        if rank < self._limit(FEWEST_BLOCKS, lost):
+            return True  # what these cost was known when the run began
+        if rank >= self._limit(self._wanted(ledger, measured or {}), lost):
+            return False
         answered = ledger.rows - ledger.rows_failed
         of_row = ledger.nanoseconds / answered if answered else 1.0
         of_block = _ASSUMED_RATIO * of_row * self.block_rows
@@ -136,24 +155,42 @@ class ControlPlan:
         spent = ledger.control_nanoseconds + (len(granted) + 1) * of_block
         return spent <= COST_SHARE * of_row * self.rows
 
-    def _limit(self, wanted: int, passed: Collection[str]) -> int:
-        """The rank below which so many blocks can still be measured, those in `passed` left out."""
-        lost = {self.ranks[unit] for unit in passed if unit in self.ranks}
+    def loses(self, ledger: UnitLedger) -> bool:
+        """Whether a unit with this ledger was committed without a block that is wanted: another
+        unit takes its place. Of blocks that were asked for, also one that was committed before."""
+        if ledger.blocks:
+            return False
+        answered = ledger.rows - ledger.rows_failed
+        spoiled = ledger.blocks_spoiled > 0 or answered < self.fewest_rows
+        return spoiled or self.asked is not None
+
+    def _limit(self, wanted: int, lost: Collection[str]) -> int:
+        """The rank below which so many blocks can still be measured, those in `lost` left out."""
+        ranks = {self.ranks[unit] for unit in lost if unit in self.ranks}
         limit = wanted
-        while (higher := wanted + sum(rank < limit for rank in lost)) > limit:
+        while (higher := wanted + sum(rank < limit for rank in ranks)) > limit:
             limit = higher
         return limit
 
-    def _wanted(self, ledger: UnitLedger) -> int:
-        if len(ledger.blocks) < FEWEST_BLOCKS:
+    def _wanted(self, ledger: UnitLedger, measured: Mapping[str, Block]) -> int:
+        """As the first blocks say, in the order of the ranks: the same in every attempt."""
+        first = sorted(measured.keys() & self.ranks.keys(), key=self.ranks.__getitem__)
+        if len(first) < FEWEST_BLOCKS:
             return FEWEST_BLOCKS
         seconds = {kind: spent / NANO for kind, spent in ledger.nanoseconds_by_device.items()}
-        found = measured_ratio(ledger.blocks, seconds=seconds)
+        pilot = [measured[unit] for unit in first[:FEWEST_BLOCKS]]
+        found = measured_ratio(pilot, seconds=seconds)
         if found is None or found.half_width is None:
             return _MOST
         # The half-width falls with the root of the number of blocks.
         enough = ceil(found.blocks * (found.half_width / HALF_WIDTH) ** 2)
         return min(max(enough, _FEWEST), _MOST)
+
+
+def _advice(units: int) -> str:
+    blocks = min(units, FEWEST_BLOCKS)
+    without = "" if units >= FEWEST_BLOCKS else ", without an interval"
+    return f"a run with --control-blocks {blocks} measures anyway{without}"
 
 
 def _hash(*what: str) -> float:

@@ -51,7 +51,7 @@ class UnitLedger:
     completion_tokens: int = 0
     """Generated tokens."""
     nanoseconds: int = 0
-    """Measured compute."""
+    """Measured replica time: of the wall time that a replica had rows, the part of each of them."""
     flops: Mapping[str, int] = field(default_factory=dict)
     """Modelled FLOPs by part of the model."""
     flops_dense: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +72,14 @@ class UnitLedger:
     """Control blocks that were measured, at most one a unit."""
     blocks_spoiled: int = 0
     """Control blocks that an online request or a dead replica spoiled."""
+    ordinary_rows: Mapping[str, int] = field(default_factory=dict)
+    """Answered rows that are in no block, by kind of device."""
+    ordinary_nanoseconds: Mapping[str, int] = field(default_factory=dict)
+    """Their `nanoseconds`."""
+    steady_flops: int = 0
+    """Modelled FLOPs of the rows that blocks measure by."""
+    steady_flops_cached: int = 0
+    """Those that caches spared of them."""
     control_nanoseconds: int = 0
     """What measuring cost: dense answers of control blocks, spoiled ones and warm-ups included."""
     retry_nanoseconds: int = 0
@@ -86,7 +94,7 @@ class UnitLedger:
 
     @property
     def seconds(self) -> float:
-        """Measured seconds of the rows as they ran, without the dense twins of control rows."""
+        """Replica time of the rows as they ran, without the dense twins of control rows."""
         return self.nanoseconds / NANO
 
     @property
@@ -151,6 +159,7 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
     by_name: dict[str, Counter[str]] = {name: Counter() for name in _BY_PART}
     failed: Counter[str] = Counter()
     by_device: Counter[str] = Counter()
+    ordinary, ordinary_time = Counter[str](), Counter[str]()
     paired = in_block = 0
     pruned, dense = list[float | None](), list[float | None]()
     device = ""
@@ -168,6 +177,9 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
         totals.update(nanoseconds=spent)
         if row["device"] is not None:
             by_device[row["device"]] += spent
+            if not row["is_control"]:
+                ordinary[row["device"]] += 1
+                ordinary_time[row["device"]] += spent
         if row["is_control"] and row["control_seconds"] is not None:
             twin = nanoseconds(row["control_seconds"])
             paired += 1
@@ -184,11 +196,18 @@ def unit_ledger(table: pa.Table) -> UnitLedger:
             images_cached=int(bool(spared.get("vision"))),
             prefixes_cached=int(bool(spared.get("prefill"))),
         )
+        if row["steady_seconds"] is not None:
+            totals.update(
+                steady_flops=sum(filter(None, (row["flops"] or {}).values())),
+                steady_flops_cached=sum(filter(None, spared.values())),
+            )
     blocks = Block.at_pace(pruned, dense, rows=paired, device=device)
     return UnitLedger(
         rows=table.num_rows,
         failed=dict(failed),
         nanoseconds_by_device=dict(by_device),
+        ordinary_rows=dict(ordinary),
+        ordinary_nanoseconds=dict(ordinary_time),
         blocks=tuple(blocks),
         blocks_spoiled=int(in_block > 0 and not blocks),
         flops=dict(by_name["flops"]),

@@ -4,6 +4,9 @@ before it runs empty.
 An arm begins at an idle replica, whose first images are still to be decoded, and ends with slots
 that fall empty one after the other. A run of millions of rows does either once; a block of a few
 hundred pays for both twice, by equal amounts, which would draw every measured ratio towards 1.
+
+A short block has no such part: once every slot has answered, some are empty for good, and what is
+left is decoding without any prefill, whose ratio is none that a run has. Its arms count whole.
 """
 
 from __future__ import annotations
@@ -15,21 +18,25 @@ from typing import Final
 BLOCK_SLOTS: Final = 4
 """Rows of a control block for each slot of its replica: the steady part, which is the middle half
 of an arm's answers, begins once every slot has answered and ends while all are taken."""
+FAILED_SHARE: Final = 1 / 16
+"""Most rows of a block that may fail one way alone: their time is in its arm, their answers are
+not."""
 # Answers of one step of the engine arrive within this share of the arm's time.
 _TOGETHER: Final = 0.01
 
 
-def steady_seconds(ended: Mapping[str, float], began: float) -> dict[str, float]:
+def steady_seconds(ended: Mapping[str, float], began: float, *, slots: int) -> dict[str, float]:
     """Seconds that each answer of the steady part came after the one before it.
 
     ended: when each answer of an arm came, by row, in seconds by the clock of `began`, when the arm
-    began. The sum over the result is the time that as many rows take of a full replica. Answers
-    that come together, as those of one batch, are in the steady part together or not at all. An arm
-    of one batch has no steady part of its own: all of it counts.
+    began. slots: rows that its replica runs at once. The sum over the result is the time that as
+    many rows take of a full replica. Answers that come together, as those of one batch, are in the
+    steady part together or not at all. All of an arm counts where it is one batch, or has fewer
+    than four rows a slot.
     """
     order = sorted(ended, key=ended.__getitem__)
     times = [ended[row] for row in order]
-    lead = len(times) // 4
+    lead = len(times) // 4 if len(times) >= BLOCK_SLOTS * slots * (1 - FAILED_SHARE) else 0
     first, last = 0, len(times)
     if lead:
         together = _TOGETHER * (times[-1] - began)

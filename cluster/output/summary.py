@@ -16,6 +16,7 @@ import structlog
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import RunLedger, UnitLedger
+from cluster.accounting.saving import Saving, saving_of
 from cluster.accounting.speedup import NANO, MeasuredRatio
 from cluster.errors import StoreError
 from cluster.output.accuracy import (
@@ -61,8 +62,8 @@ class Attempt:
     """Deaths, retries and waits by kind (`cluster.events.RunEvent`), as far as they were reported:
     telemetry, unlike the rows."""
     not_measured: str | None = None
-    """Why no saving was measured; None where one was, for a dense run, and where failed rows were
-    asked again."""
+    """Why no saving was measured, or on fewer blocks than were asked for; None elsewhere, for a
+    dense run, and where failed rows were asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ class Summary:
     """Of the model's weights; None for a run that named none and had no replicas yet."""
     attempt: Attempt | None = None
     """The attempt that wrote this summary; None where it was read from the output."""
+    not_measured: str | None = None
+    """Why the latest attempt measured no saving, or less than was asked for."""
     break_even: BreakEven | None = None
     """The decision of a run that decides by measurement, once made."""
     unread_bytes: int = 0
@@ -129,6 +132,11 @@ class Summary:
         if self.units_done < self.units:
             return "incomplete"
         return "completed_with_errors" if self.total.rows_failed else "completed"
+
+    @property
+    def saving(self) -> Saving | None:
+        """The replica time that pruning saved; None where `measured` is."""
+        return None if self.measured is None else saving_of(self.measured, self.total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `_run/summary.json` and `report.py --json` have them."""
@@ -154,6 +162,7 @@ class Summary:
             "images_cached": total.images_cached,
             "prefixes_cached": total.prefixes_cached,
             "dense_over_pruned": None if self.measured is None else asdict(self.measured),
+            "saving": None if self.saving is None else asdict(self.saving),
         }
         return {
             "run_id": self.run_id,
@@ -180,6 +189,7 @@ class Summary:
             "break_even": None if self.break_even is None else self.break_even.to_dict(),
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "attempt": None if self.attempt is None else asdict(self.attempt),
+            "not_measured": self.not_measured,
             "generations": [asdict(generation) for generation in self.generations],
             "foreign_objects": list(self.foreign),
             "unavailable": dict(self.unavailable),
@@ -237,11 +247,23 @@ def summarise(
         duplicate_keys=duplicate_keys,
         accuracy=optional("accuracy", lambda: _accuracy(output, manifest, done), None),
         attempt=attempt,
+        not_measured=(
+            optional("not_measured", lambda: _told_reason(output), None)
+            if attempt is None
+            else attempt.not_measured
+        ),
         break_even=optional("break-even", output.break_even, None),
         generations=_generations(footers),
         foreign=optional("foreign", lambda: tuple(output.foreign_objects(planned)), ()),
         unavailable=unavailable,
     )
+
+
+def _told_reason(output: RunOutput) -> str | None:
+    """What the summary of the latest attempt says of it."""
+    stored = output.summary()
+    reason = None if stored is None else json.loads(stored).get("not_measured")
+    return reason if isinstance(reason, str) else None
 
 
 def is_current(stored: bytes | None, summary: Summary) -> bool:

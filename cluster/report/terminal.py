@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.accounting.breakeven import BreakEven
+from cluster.accounting.saving import Saving
 from cluster.accounting.speedup import FEWEST_BLOCKS, MeasuredRatio
 from cluster.console import open_console
 from cluster.events import describe_events
@@ -159,7 +160,8 @@ def _ratio(ratio: MeasuredRatio) -> str:
         if ratio.blocks < FEWEST_BLOCKS
         else "blocks too unequal: no interval"
     )
-    return f"{ratio.ratio:.2f} × on {ratio.rows} rows in {ratio.blocks} control blocks ({interval})"
+    blocks = f"{ratio.blocks} control block{'' if ratio.blocks == 1 else 's'}"
+    return f"{ratio.ratio:.2f} × on {ratio.rows} rows in {blocks} ({interval})"
 
 
 def _modelled(summary: Summary) -> Table:
@@ -206,38 +208,66 @@ def _measured(summary: Summary, price: float | None) -> RenderableType:
         facts.add_row("money", _money(summary, price))
     if ratio is None:
         facts.add_row("dense / pruned", f"not measured: {_why_not(summary)}")
-        return facts
-    facts.add_row("dense / pruned", _ratio(ratio))
-    saved = total.seconds * (ratio.ratio - 1)
-    verb = "saved" if saved >= 0 else "lost"
-    facts.add_row(f"time {verb}", f"{abs(saved):.2f} s estimated from that ratio")
-    facts.add_row("spent on control", f"{total.control_seconds:.2f} s, dense answers and warm-ups")
-    if total.blocks_spoiled:
-        facts.add_row(
-            "", f"{total.blocks_spoiled} control blocks were spoiled, and are not counted"
-        )
+    else:
+        facts.add_row("dense / pruned", _ratio(ratio))
+        if summary.not_measured is not None:
+            facts.add_row("", summary.not_measured)
+    if (saving := summary.saving) is not None:
+        _add_saving(facts, saving)
+    if total.control_nanoseconds:
+        spent = f"{total.control_seconds:.2f} s, dense answers and warm-ups"
+        facts.add_row("spent on control", spent)
+    if total.blocks_spoiled and ratio is not None:
+        facts.add_row("", f"{_count_of_spoiled(summary)}, no part of the ratio")
+    if summary.break_even is not None and summary.break_even.seconds:
+        facts.add_row("spent on break-even", f"{summary.break_even.seconds:.2f} s, before the run")
     if total.retry_nanoseconds:
         facts.add_row("spent on retries", f"{total.retry_seconds:.2f} s")
-    facts.add_row("agreement", f"{total.agreements} of {ratio.rows} control rows, same text")
+    if ratio is not None:
+        facts.add_row("agreement", f"{total.agreements} of {ratio.rows} control rows, same text")
     return facts
+
+
+def _add_saving(facts: Table, saving: Saving) -> None:
+    """What was saved or lost, with what makes it uncertain."""
+    if saving.seconds is None:
+        facts.add_row("time saved", "not known: the blocks do not speak for all rows")
+        for doubt in saving.doubts:
+            facts.add_row("", doubt)
+        return
+    verb, sign = ("saved", 1) if saving.seconds >= 0 else ("lost", -1)
+    text = f"{abs(saving.seconds):.2f} s estimated from that ratio"
+    if saving.low is not None and saving.high is not None:
+        low, high = sorted(sign * end for end in (saving.low, saving.high))
+        text = f"{abs(saving.seconds):.2f} s ({low:.2f} – {high:.2f}), estimated from that ratio"
+    if not saving.shown:
+        text += f": not shown, it may be {'no saving' if sign > 0 else 'no loss'}"
+    facts.add_row(f"time {verb}", text)
 
 
 def _money(summary: Summary, price: float) -> str:
     """What the replica time cost, measuring and retries apart, and what densely would have."""
-    total, ratio = summary.total, summary.measured
+    total, saving = summary.total, summary.saving
     hourly = price / 3600
-    beside = hourly * (total.control_seconds + total.retry_seconds)
-    spent = f"{hourly * total.seconds:.4g} for the rows, {beside:.4g} for control and retries"
-    if ratio is None:
-        return spent
-    ends = [ratio.low, ratio.high] if ratio.low is not None and ratio.high is not None else []
-    saved, *interval = [hourly * total.seconds * (end - 1) for end in (ratio.ratio, *ends)]
-    within = f" ({interval[0]:.4g} – {interval[1]:.4g})" if interval else ""
-    return f"{spent}; saved {saved:.4g}{within}, at {price:g} an hour"
+    decided = 0.0 if summary.break_even is None else summary.break_even.seconds
+    beside = hourly * (total.control_seconds + total.retry_seconds + decided)
+    text = f"{hourly * total.seconds:.4g} for the rows, {beside:.4g} for measuring and retries"
+    if saving is not None and saving.seconds is not None:
+        text += f"; saved {hourly * saving.seconds:.4g}"
+        if saving.low is not None and saving.high is not None:
+            text += f" ({hourly * saving.low:.4g} – {hourly * saving.high:.4g})"
+    return f"{text}, at {price:g} an hour"
 
 
 def _why_not(summary: Summary) -> str:
-    reason = summary.attempt.not_measured if summary.attempt else None
+    if summary.settings["spec"]["method"] == "none":
+        return "a dense run"
+    reason = summary.not_measured
     if reason is None and summary.total.blocks_spoiled:
-        reason = f"{summary.total.blocks_spoiled} control blocks were spoiled"
+        reason = _count_of_spoiled(summary)
     return reason or "no control block is committed"
+
+
+def _count_of_spoiled(summary: Summary) -> str:
+    count = summary.total.blocks_spoiled
+    return "1 control block was spoiled" if count == 1 else f"{count} control blocks were spoiled"

@@ -71,8 +71,11 @@ def attempt_units(
     _announce(manifest, todo, rows, fleet, console)
     name = RunName(manifest.run_id, output.uri)
     control = _control_plan(config, manifest, fleet)
-    if control.reason is not None and config.control_blocks is None and not config.spec.is_dense:
-        console.print(f"the saving is not measured: {control.reason}", highlight=False)
+    if control.reason is not None and config.control_blocks != 0 and not config.spec.is_dense:
+        little = (
+            "is not measured" if not control.ranks else "is measured on less than was asked for"
+        )
+        console.print(f"the saving {little}: {control.reason}", highlight=False)
     first = set(control.first)
     todo = sorted(todo, key=lambda unit: unit.unit_id not in first)  # in their order otherwise
     settings = _labeller_settings(config, name, manifest, todo, rows, fleet, failed, control)

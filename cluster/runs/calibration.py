@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from math import fsum
 from typing import Final
 
 import structlog
 
 from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.control_plan import ControlPlan
-from cluster.accounting.speedup import Block
+from cluster.accounting.speedup import FEWEST_BLOCKS, Block
 from cluster.config import RunConfig
 from cluster.corpus.prompts import build_prompt
 from cluster.corpus.source import read_unit
@@ -41,13 +42,14 @@ def calibrate(
     slots: int,
 ) -> BreakEven:
     """The run's decision: the one in its output, or a new one, measured on control blocks of the
-    run's own rows, of units drawn by hash from all that are left. Answers are discarded.
+    run's own rows, of units drawn by hash from all that are left. Answers are discarded. Where
+    fewer units are left than an interval has blocks, the run is dense without measuring.
     """
     decided = output.break_even()
     if decided is not None:
         return decided
-    blocks = asyncio.run(_measure(config, manifest, todo, replicas, slots=slots))
-    decision = BreakEven.from_blocks(blocks)
+    blocks, seconds = asyncio.run(_measure(config, manifest, todo, replicas, slots=slots))
+    decision = BreakEven.from_blocks(blocks, seconds=seconds)
     rows = 0 if decision.measured is None else decision.measured.rows
     logger.info("break_even", run_id=manifest.run_id, pays=decision.pays, rows=rows)
     return output.keep_break_even(decision)
@@ -60,8 +62,8 @@ async def _measure(
     replicas: BatchReplicas,
     *,
     slots: int,
-) -> list[Block]:
-    """The blocks that were measured, one after another."""
+) -> tuple[list[Block], float]:
+    """The blocks that were measured, one after another, and the replica time of all answers."""
     plan = ControlPlan.of(
         f"break-even {manifest.run_id}",
         ((unit.unit_id, unit.row_count) for unit in todo),
@@ -70,8 +72,10 @@ async def _measure(
     )
     units = {unit.unit_id: unit for unit in todo}
     dispatcher = Dispatcher(replicas, admission=Admission(rows=1), max_attempts=config.max_attempts)
-    blocks: list[Block] = []
-    for unit_id in plan.ranks:  # twice as many as are asked for, since some may be spoiled
+    blocks, seconds = list[Block](), 0.0
+    if len(plan.ranks) < FEWEST_BLOCKS:
+        return blocks, seconds
+    for unit_id in list(plan.ranks)[: 2 * _BLOCKS]:  # some may be spoiled
         requests = _requests(config, manifest, units[unit_id])
         drawn = set(plan.draw(unit_id, range(len(requests))))
         rows = await dispatcher.dispatch_block(
@@ -80,9 +84,11 @@ async def _measure(
             call_rows=call_rows(slots),
         )
         blocks += _block(rows)
+        seconds += fsum(row.result.seconds + row.discarded_seconds for row in rows)
+        seconds += fsum(row.dense.seconds for row in rows if row.dense is not None)
         if len(blocks) == _BLOCKS:
             break
-    return blocks
+    return blocks, seconds
 
 
 def _block(rows: Sequence[AttemptedRow]) -> list[Block]:

@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 
 import structlog
 
+from cluster.accounting.steady_part import FAILED_SHARE
 from cluster.errors import InferenceFailed, PoisonRow
 from cluster.events import RunEvent
 from cluster.protocol import BatchReplicas, BlockAnswers, LabelRequest, row_error_result
@@ -297,26 +298,32 @@ class Dispatcher:
 def _pair(
     requests: Sequence[LabelRequest], results: Sequence[Result], block: BlockAnswers
 ) -> list[AttemptedRow]:
-    """The rows of a block with their dense twins: those that were answered both ways, if they are
-    half of the block at least."""
+    """The rows of a block with their dense twins: those that were answered both ways, unless they
+    are less than half of the block, or too many were answered one way alone."""
     twins = {result.id: result for result in block.dense or () if result.error_code is None}
-    paired = [result.error_code is None and result.id in twins for result in results]
-    spoiled = block.dense is None or 2 * sum(paired) < len(requests)
+    answered = {result.id for result in results if result.error_code is None}
+    both = answered & twins.keys()
+    one_way = len(answered ^ twins.keys())
+    spoiled = (
+        block.dense is None
+        or 2 * len(both) < len(requests)
+        or one_way > max(1, FAILED_SHARE * len(requests))
+    )
     pruned_steady = {} if spoiled else block.pruned_steady
     dense_steady = {} if spoiled else block.dense_steady
     discarded = block.discarded_seconds
     discarded += sum(
-        result.seconds for result in block.dense or () if spoiled or result.id not in twins
+        result.seconds for result in block.dense or () if spoiled or result.id not in both
     )
     return [
         AttemptedRow(
             result=result,
             attempts=1,
             in_block=True,
-            dense=twins[result.id] if both and not spoiled else None,
+            dense=twins[result.id] if result.id in both and not spoiled else None,
             steady_seconds=pruned_steady.get(result.id),
             dense_steady_seconds=dense_steady.get(result.id),
             discarded_seconds=discarded / len(requests),
         )
-        for result, both in zip(results, paired, strict=True)
+        for result in results
     ]

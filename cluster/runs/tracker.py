@@ -134,6 +134,7 @@ class RunTracker:
         return dict(zip(done, self._output.ledgers(done), strict=True))
 
     def _register(self, committed: Mapping[str, UnitLedger]) -> None:
+        control = self._control
         call = self._controller.register.remote(
             self._name,
             meta={
@@ -146,11 +147,12 @@ class RunTracker:
             rows_total=self._manifest.rows,
             units_done=list(committed),
             ledger_so_far=RunLedger.of(committed.values()).total,
-            unmeasured=[unit for unit, ledger in committed.items() if not ledger.blocks],
+            lost=[unit for unit, led in committed.items() if control and control.loses(led)],
+            measured={unit: led.blocks[0] for unit, led in committed.items() if led.blocks},
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,
             again=sorted(self._again),
-            control=self._control,
+            control=control,
         )
         ray.get(call, timeout=_POLL_TIMEOUT_SECONDS * 6)
         self._registered = True

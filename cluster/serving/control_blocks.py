@@ -36,10 +36,14 @@ class _Arm:
     ended: dict[str, float] = field(default_factory=dict)
     """When each answer came, by row."""
 
-    def steady(self, rows: Set[str]) -> dict[str, float]:
-        """See `steady_seconds`; of the answers to `rows`."""
-        ended = {row: at for row, at in self.ended.items() if row in rows}
-        return steady_seconds(ended, self.began)
+    def steady(self, rows: Set[str], other: _Arm, slots: int) -> dict[str, float]:
+        """See `steady_seconds`; of `rows`, which were answered both ways. Rows that failed both
+        ways, for want of an image say, took no slot either way. Those that failed one way alone
+        took what they took: they are in the arm, and none of its answers."""
+        tried = self.answered | other.answered
+        ended = {row: at for row, at in self.ended.items() if row in tried}
+        steady = steady_seconds(ended, self.began, slots=slots)
+        return {row: seconds for row, seconds in steady.items() if row in rows}
 
     @property
     def answered(self) -> set[str]:
@@ -106,12 +110,12 @@ class ControlBlocks:
             return BlockAnswers(
                 pruned=pruned.results, dense=None, discarded_seconds=discarded + spent
             )
-        both = pruned.answered & dense.answered
+        both, slots = pruned.answered & dense.answered, self._thread.engine.slots
         return BlockAnswers(
             pruned=pruned.results,
             dense=dense.results,
-            pruned_steady=pruned.steady(both),
-            dense_steady=dense.steady(both),
+            pruned_steady=pruned.steady(both, dense, slots),
+            dense_steady=dense.steady(both, pruned, slots),
             discarded_seconds=discarded,
         )
 

@@ -3,21 +3,22 @@
 On one small image a replica may lose more by selecting tokens than it saves in the prefill, and
 gain on a large one, or on several requests at once. The endpoint therefore answers requests about
 drawn images both ways at some sizes and loads. A request without a pruning of its own is answered
-like the nearest of them: under the endpoint's spec where that was faster with certainty, else
-densely.
+under the endpoint's spec where that was faster with certainty at all of the nearest sizes and
+loads, below and above; else densely, as are images smaller than any that was measured. Above the
+largest size and load the largest one decides.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.speedup import Block, nanoseconds
+from cluster.accounting.speedup import NANO, Block, nanoseconds
 from cluster.images import image_size
 from cluster.protocol import LabelRequest, Priority, Replicas
 from sppruner.engine.interface import SamplingParams
@@ -58,11 +59,10 @@ class OnlineBreakEven:
         pixels = sum(map(_pixels, images))
         if not pixels:
             return requested
-        nearest = min(
-            self.cells,
-            key=lambda c: math.hypot(math.log(pixels / c.pixels), math.log(load / c.load)),
-        )
-        return nearest.decision.spec(requested)
+        sizes = _around(pixels, [cell.pixels for cell in self.cells])
+        loads = _around(load, [cell.load for cell in self.cells])
+        near = [c for c in self.cells if c.pixels in sizes and c.load in loads]
+        return requested if near and all(cell.decision.pays for cell in near) else DENSE
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values, for `/v1/models`. Intervals hold together: each has a confidence above
@@ -78,39 +78,42 @@ async def calibrate_online(
 ) -> OnlineBreakEven:
     """Times `spec` beside dense, one request at a time and `full_load` at once. Raises what
     `Replicas.label` raises: Serve then starts the endpoint again."""
-    cells = []
+    cells, scenes = [], itertools.count()
     loads = sorted({1, full_load})
     for side in sides:
         for load in loads:
-            blocks = []
+            blocks, spent = list[Block](), 0
             for number in range(1 + _BLOCKS):
-                found = await _measure(replicas, spec, side, load, number)
+                found = await _measure(replicas, spec, side, load, number, scenes)
                 blocks += found if number else []  # the first one pays for allocations
-            decision = BreakEven.from_blocks(blocks, decisions=len(sides) * len(loads))
+                spent += sum(block.pruned + block.dense for block in found)
+            decision = BreakEven.from_blocks(
+                blocks, decisions=len(sides) * len(loads), seconds=spent / NANO
+            )
             cells.append(Cell(pixels=side * side, load=load, decision=decision))
             logger.info("break_even", side=side, load=load, **decision.to_dict())
     return OnlineBreakEven(cells=tuple(cells))
 
 
 async def _measure(
-    replicas: Replicas, spec: PruneSpec, side: int, load: int, number: int
+    replicas: Replicas, spec: PruneSpec, side: int, load: int, number: int, scenes: Iterator[int]
 ) -> list[Block]:
     """One block: `load` requests at once, one way and then the other, in turns. Each is about an
-    image of its own, as strangers' requests are: nothing of it is in a cache."""
+    image of its own, the next of `scenes`, as strangers' requests are: nothing of it is in a
+    cache."""
     arms = [spec, DENSE]
     nanoseconds_of = dict.fromkeys(arms, 0)
     device = ""
     for arm in arms if number % 2 else arms[::-1]:
-        first = (2 * number + arms.index(arm)) * load
         calls = [
             LabelRequest(
-                id=f"break-even:{side}:{load}:{first + row}",
+                id=f"break-even:{side}:{load}:{scene}",
                 prompt=_PROMPT,
-                images=(_drawn(side, first + row),),
+                images=(_drawn(side, scene),),
                 spec=arm,
                 generation=_GENERATION,
             )
-            for row in range(load)
+            for scene in itertools.islice(scenes, load)
         ]
         for result in await replicas.label(calls, priority=Priority.ONLINE):
             if result.error_code is not None:
@@ -118,6 +121,13 @@ async def _measure(
             nanoseconds_of[arm] += nanoseconds(result.seconds)
             device = result.device or ""
     return [Block(nanoseconds_of[spec], nanoseconds_of[DENSE], load, device)]
+
+
+def _around(at: float, measured: Collection[int]) -> set[int]:
+    """The measured values next below and above; the largest above all of them, none below them."""
+    below = [value for value in measured if value <= at]
+    above = [value for value in measured if value >= at]
+    return {max(below), min(above, default=max(below))} if below else set()
 
 
 def _drawn(side: int, number: int) -> bytes:

@@ -36,7 +36,7 @@ _UNAVAILABLE = (*REPLICA_FULL, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
 _RETRY_AFTER_SECONDS = "1"
 # Concurrent requests in calibration at most: an endpoint must start in time.
-_FULL_LOAD = 16
+_FULL_LOAD = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,9 @@ def test_rows_are_pruned_only_if_the_whole_interval_is_above_one(
     [
         measured_decision(1.2),
         BreakEven(measured=None),
-        BreakEven.from_blocks([Block(10, 20 + n, 8, "cpu") for n in range(5)], decisions=3),
+        BreakEven.from_blocks(
+            [Block(10, 20 + n, 8, "cpu") for n in range(5)], decisions=3, seconds=1.5
+        ),
     ],
 )
 def test_a_decision_round_trips_through_json(decision: BreakEven) -> None:

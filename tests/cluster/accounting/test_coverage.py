@@ -122,7 +122,7 @@ def test_the_interval_of_a_run_holds_what_separate_runs_take() -> None:
                     block, prefill=costs[arm], step=0.02, slots=slots, began=now + 0.3, pace=pace
                 )
                 ended = {f"r{row}": time for row, time in enumerate(times)}
-                steady[arm] = steady_seconds(ended, began=now).values()
+                steady[arm] = steady_seconds(ended, began=now, slots=slots).values()
                 now = max(times)
             blocks += Block.at_pace(steady["pruned"], steady["dense"], rows=rows, device="")
             now += draw.uniform(5, 60)

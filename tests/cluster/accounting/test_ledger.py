@@ -48,6 +48,8 @@ LEDGERS = st.builds(
     nanoseconds_by_device=st.dictionaries(st.sampled_from(["cpu", "gpu"]), NUMBERS),
     control_nanoseconds=NUMBERS,
     agreements=NUMBERS,
+    ordinary_rows=st.dictionaries(st.sampled_from(["cpu", "gpu"]), NUMBERS),
+    steady_flops=NUMBERS,
 )
 
 
@@ -103,16 +105,18 @@ def test_what_measuring_and_asking_again_cost_is_beside_the_rows_seconds() -> No
         output_table(
             output_row(control_text="a cat", steady_seconds=0.125, **control),
             output_row(control_text="a dog", discarded_seconds=0.5, **control, **steady),
-            output_row(discarded_seconds=0.125, attempts=2),
-            failed_row("inference_failed", **control),
+            output_row(discarded_seconds=0.125, attempts=2, device="H200"),
+            failed_row("inference_failed", **control | {"discarded_seconds": 0.25}),
         )
     )
     assert ledger.seconds == pytest.approx(0.75)
     assert ledger.blocks == (Block(500_000_000, 1_000_000_000, 2, "H200"),)
-    assert ledger.control_seconds == pytest.approx(1.5 + 0.5)
+    assert ledger.control_seconds == pytest.approx(1.5 + 0.5 + 0.25), "a failed row's share too"
     assert ledger.retry_seconds == pytest.approx(0.125)
     assert (ledger.control_rows, ledger.agreements, ledger.blocks_spoiled) == (2, 1, 0)
-    assert ledger.nanoseconds_by_device == {"H200": 500_000_000}
+    assert ledger.nanoseconds_by_device == {"H200": 750_000_000}
+    assert ledger.ordinary_rows == {"H200": 1}
+    assert ledger.ordinary_nanoseconds == {"H200": 250_000_000}
 
 
 def test_a_block_without_dense_answers_is_spoiled_and_its_cost_counts() -> None:
@@ -133,6 +137,19 @@ def test_rows_that_caches_served_are_counted() -> None:
     assert ledger.flops_cached == {"vision": 20, "pruner": 3, "prefill": 15}
     assert (ledger.images_cached, ledger.prefixes_cached) == (2, 1)
     assert ledger.flops["prefill"] == 60, "as if there were no caches"
+
+
+def test_what_caches_spared_in_the_steady_parts_is_apart() -> None:
+    control = {"is_control": True, "control_seconds": 0.75, "control_text": "a cat"}
+    ledger = unit_ledger(
+        output_table(
+            output_row(steady_seconds=0.1, flops_cached={"vision": 10}, **control),
+            output_row(control_steady_seconds=0.1, flops_cached={"vision": 10}, **control),
+            output_row(flops_cached={"vision": 10}),
+        )
+    )
+    assert ledger.steady_flops == sum(COST.flops.values())
+    assert ledger.steady_flops_cached == 10
 
 
 def test_a_ledger_of_schema_version_2_has_its_batches_as_blocks() -> None:

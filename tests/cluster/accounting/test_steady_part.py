@@ -16,8 +16,8 @@ from tests.cluster.accounting.simulated_replica import answer_rows
 SLOTS = 16
 
 
-def pace(ended: dict[str, float], began: float = 0.0) -> float:
-    steady = steady_seconds(ended, began)
+def pace(ended: dict[str, float], began: float = 0.0, slots: int = 1) -> float:
+    steady = steady_seconds(ended, began, slots=slots)
     return math.fsum(steady.values()) / len(steady)
 
 
@@ -47,7 +47,7 @@ def test_the_ratio_of_short_blocks_is_that_of_a_long_run(spread: int, delay: flo
         for arm, cost in costs.items():
             times = answer_rows(block, prefill=cost, step=0.1, slots=SLOTS, began=delay)
             ended = named(times)
-            paces[arm] += pace(ended)
+            paces[arm] += pace(ended, slots=SLOTS)
             totals[arm] += max(ended.values())
     assert paces["dense"] / paces["pruned"] == pytest.approx(true, rel=0.04)
     if spread or delay:
@@ -77,7 +77,7 @@ def test_every_arm_has_a_steady_part_of_its_own_answers(
     times: list[float], order: list[int]
 ) -> None:
     ended = {f"r{order[number]}": time for number, time in enumerate(times)}
-    steady = steady_seconds(ended, began=0.0)
+    steady = steady_seconds(ended, began=0.0, slots=1)
     assert bool(steady) == bool(ended)
     assert set(steady) <= set(ended)
     assert all(seconds >= 0 for seconds in steady.values())
@@ -96,9 +96,40 @@ def test_every_arm_has_a_steady_part_of_its_own_answers(
     ],
 )
 def test_the_middle_half_of_an_arm_is_steady(times: list[float], expected: list[float]) -> None:
-    assert list(steady_seconds(named(times), began=0.0).values()) == pytest.approx(expected)
+    steady = steady_seconds(named(times), began=0.0, slots=1)
+    assert list(steady.values()) == pytest.approx(expected)
 
 
 def test_a_long_delay_at_the_start_is_nobody_s() -> None:
     early, late = (named([at + number for number in range(1, 17)]) for at in (0.0, 50.0))
-    assert steady_seconds(early, 0.0) == steady_seconds(late, 0.0)
+    assert steady_seconds(early, 0.0, slots=4) == steady_seconds(late, 0.0, slots=4)
+
+
+@pytest.mark.parametrize("rows_a_slot", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("pruned", "dense", "step"), [(0.05, 0.25, 0.1), (0.3, 1.0, 0.1), (0.015, 0.009, 0.047)]
+)
+def test_the_ratio_of_a_block_that_is_too_short_is_too_close_to_one(
+    rows_a_slot: int, pruned: float, dense: float, step: float
+) -> None:
+    """And by no more than a fifth, whether pruning is faster or slower. Its middle half would be
+    up to two thirds off, since it holds no prefill."""
+    draw = np.random.default_rng(0)
+    costs = {"pruned": pruned, "dense": dense}
+
+    def lengths(rows: int) -> list[int]:
+        return [int(n) for n in draw.integers(4, 29, rows)]
+
+    def taken(lengths: list[int], cost: float) -> list[float]:
+        return answer_rows(lengths, prefill=cost, step=step, slots=SLOTS)
+
+    whole = lengths(3_000)
+    true = max(taken(whole, dense)) / max(taken(whole, pruned))
+    paces = dict.fromkeys(costs, 0.0)
+    for _ in range(30):
+        block = lengths(rows_a_slot * SLOTS)
+        for arm, cost in costs.items():
+            paces[arm] += pace(named(taken(block, cost)), slots=SLOTS)
+    log_ratio, log_true = math.log(paces["dense"] / paces["pruned"]), math.log(true)
+    assert 0 <= log_ratio / log_true <= 1.01
+    assert abs(log_ratio - log_true) < 0.2

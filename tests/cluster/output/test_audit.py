@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.accounting.breakeven import BreakEven
-from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.ledger import UnitLedger, unit_ledger
+from cluster.accounting.speedup import Block
 from cluster.errors import UsageError
 from cluster.output.audit import Audit, audit
 from cluster.output.checks import ExpectedUnits
@@ -38,6 +39,7 @@ def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> 
     made = {
         "key": f"k{unit}-{number}",
         "text": f"text {number}",
+        "answer": f"text {number}",
         "attempts": 1,
         "finish_reason": "stop",
         "prompt_tokens": kept + 7,
@@ -51,14 +53,14 @@ def answer(planned: Planned, unit: int, number: int, spec: PruneSpec = SPEC) -> 
         "is_control": unit in MEASURED,
         "control_text": f"text {number % 3}" if unit in MEASURED else None,
         "control_seconds": 0.75 + number / 32 + unit / 16 if unit in MEASURED else None,
-        "steady_seconds": 0.5 + number / 64 if unit in MEASURED and number % 3 else None,
-        "control_steady_seconds": 1.5 + unit / 16 if unit in MEASURED and number % 2 else None,
+        "steady_seconds": 0.25 + number / 64 if unit in MEASURED and number % 3 else None,
+        "control_steady_seconds": 0.75 + unit / 16 if unit in MEASURED and number % 2 else None,
         "discarded_seconds": 0.125,
         "device": "cpu",
-        "flops": dict.fromkeys(PARTS, 3 + number),
+        "flops": dict.fromkeys(PARTS, 9 + number if spec.is_dense else 3 + number),
         "flops_dense": dict.fromkeys(PARTS, 9 + number),
         "flops_cached": dict.fromkeys(PARTS, 0) | {"vision": number % 2},
-        "kv_bytes": 11,
+        "kv_bytes": 44 if spec.is_dense else 11,
         "kv_bytes_dense": 44,
         "model": "m",
         "model_revision": "r1",
@@ -82,7 +84,8 @@ _OF_EVERY_ROW = {"key", "attempts", "is_control", "discarded_seconds", "model", 
 def run(folder: Path, spec: PruneSpec = SPEC, **settings: Any) -> Planned:
     """A whole run, as its sink and its command write it."""
     images = pa.array([b"%d" % n for n in range(UNITS * ROWS)], pa.binary())
-    put_parquet(open_store(f"{folder}/in"), "a.parquet", pa.table({"image": images}))
+    corpus = {"image": images, "question": ["what is it?"] * len(images)}
+    put_parquet(open_store(f"{folder}/in"), "a.parquet", pa.table(corpus))
     planned = plan(f"{folder}/in", f"{folder}/out", spec=SPEC, unit_rows=ROWS, **settings)
     expected = ExpectedUnits.of(planned.manifest)
     schema = output_schema(expected.source_schema, expected.kind)
@@ -133,6 +136,41 @@ def refooter(planned: Planned, unit: int, name: str, value: Any) -> None:
     ledger = json.loads(found.footer.ledger.to_json()) | {name: value}
     footer = replace(found.footer, ledger=UnitLedger.from_json(json.dumps(ledger)))
     path(planned, unit).write_bytes(write_unit_file(found.table, footer))
+
+
+def agree(planned: Planned, unit: int, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Changes rows, and writes digest, ledger and summary that fit."""
+    found = planned.output.open_unit(planned.units[unit].unit_id)
+    rows = pa.Table.from_pylist(change(found.table.to_pylist()), found.table.schema)
+    footer = replace(found.footer, ledger=unit_ledger(rows))
+    path(planned, unit).write_bytes(write_unit_file(rows, footer))
+    keep_summary(planned.output, summarise(planned.output))
+
+
+def replan(planned: Planned, change: Callable[[list[Any]], list[Any]]) -> None:
+    """Changes the units of the manifest, with a summary that fits."""
+    place = Path(planned.output.uri) / "_run/manifest.json"
+    record = json.loads(place.read_text())
+    place.write_text(json.dumps(record | {"units": change(record["units"])}))
+    output = RunOutput.open(planned.output.uri)
+    keep_summary(output, summarise(output))
+
+
+def without_unit(planned: Planned, unit: int) -> None:
+    path(planned, unit).unlink()
+    replan(planned, lambda units: [*units[:unit], *units[unit + 1 :]])
+
+
+def refooter_raw(planned: Planned, unit: int, name: str, value: Any) -> None:
+    """Writes what no ledger has."""
+    place = path(planned, unit)
+    table = pq.read_table(place)
+    pairs = dict(pq.read_metadata(place).metadata)
+    ledger = json.loads(pairs[b"sppruner.ledger"])
+    pairs[b"sppruner.ledger"] = json.dumps(ledger | {name: value} if name else value).encode()
+    with pq.ParquetWriter(place, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({k: v for k, v in pairs.items() if k.startswith(b"sppruner")})
 
 
 def resummarise(planned: Planned, *names: str, value: Any) -> None:
@@ -191,6 +229,127 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
     "a twin outside a block": (
         "none to have",
         lambda p: forge(p, 0, set_row(0, control_text="x", control_seconds=1.0)),
+    ),
+    "seconds that are no number, in rows and ledgers": (
+        "cannot be read",
+        lambda p: forge(p, 0, set_row(0, seconds=float("nan"))),
+    ),
+    "infinite seconds of a twin": (
+        "cannot be read",
+        lambda p: forge(p, 1, set_row(0, control_seconds=float("inf"))),
+    ),
+    "a steady part of no number": (
+        "not finite",
+        lambda p: agree(p, 0, set_row(0, steady_seconds=float("nan"))),
+    ),
+    "a saving three times as large, in rows, ledger and summary": (
+        "the control_steady_seconds of its block are",
+        lambda p: agree(
+            p,
+            1,
+            lambda rows: [
+                row | {"control_steady_seconds": 3 * (row["control_steady_seconds"] or 0)}
+                for row in rows
+            ],
+        ),
+    ),
+    "slow rows that are no longer in their block": (
+        "not of rows one after the other",
+        lambda p: agree(
+            p,
+            1,
+            set_row(
+                1,
+                is_control=False,
+                control_text=None,
+                control_seconds=None,
+                steady_seconds=None,
+                control_steady_seconds=None,
+            ),
+        ),
+    ),
+    "a block of one row": (
+        "1 of the 4 rows of its block",
+        lambda p: agree(
+            p,
+            1,
+            lambda rows: [
+                row
+                | (
+                    {"steady_seconds": 0.1, "control_steady_seconds": 0.5}
+                    if row["unit_row"] == 1
+                    else {
+                        "control_text": None,
+                        "control_seconds": None,
+                        "steady_seconds": None,
+                        "control_steady_seconds": None,
+                    }
+                )
+                for row in rows
+            ],
+        ),
+    ),
+    "a cost of measuring below nothing": (
+        "seconds are negative",
+        lambda p: agree(p, 1, set_row(0, discarded_seconds=-7.0)),
+    ),
+    "an error row's cost below nothing": (
+        "seconds are negative",
+        lambda p: agree(p, 7, set_row(3, discarded_seconds=-7.0)),
+    ),
+    "more in caches than there is": (
+        "caches spared more",
+        lambda p: agree(p, 0, set_row(1, flops_cached=dict.fromkeys(PARTS, 99))),
+    ),
+    "a dense row with a dense cost of its own": (
+        "dense cost is another",
+        lambda p: agree(
+            p,
+            0,
+            set_row(
+                0,
+                prune_spec=DENSE.to_json(),
+                prune_method="none",
+                visual_tokens_kept=100,
+                kept_tokens=mask(100, 100),
+            ),
+        ),
+    ),
+    "a unit that was cut out of the plan": (
+        "the plan goes on at row 16 after 12 rows",
+        lambda p: without_unit(p, 3),
+    ),
+    "the first unit was cut out": (
+        "the plan goes on at row 4 after 0 rows",
+        lambda p: without_unit(p, 0),
+    ),
+    "a unit that is planned twice": ("planned twice", lambda p: replan(p, lambda u: [*u, u[2]])),
+    "a unit of other rows under its name": (
+        "the plan of unit",
+        lambda p: replan(p, lambda u: [u[0] | {"row_count": 3}, *u[1:]]),
+    ),
+    "a ledger of words": ("cannot be read", lambda p: refooter_raw(p, 0, "asked", "x")),
+    "a ledger of nothing": ("cannot be read", lambda p: refooter_raw(p, 0, "", None)),
+    "numbers of a ledger as words": ("rows 4", lambda p: refooter_raw(p, 0, "rows", "9")),
+    "a column is gone": (
+        "cannot be read",
+        lambda p: path(p, 0).write_bytes(
+            write_unit_file(
+                (found := p.output.open_unit(p.units[0].unit_id)).table.drop_columns(["unit_row"]),
+                found.footer,
+            )
+        ),
+    ),
+    "the saving of the summary": (
+        "measured.saving.seconds",
+        lambda p: resummarise(p, "measured", "saving", "seconds", value=99.0),
+    ),
+    "a part of the summary that is said to be unknown": (
+        "says rows 13",
+        lambda p: (
+            resummarise(p, "rows", value=13),
+            resummarise(p, "unavailable", value={"rows": "too many"}),
+        ),
     ),
     "tokens of a row": ("prompt_tokens", lambda p: forge(p, 0, set_row(2, prompt_tokens=1))),
     "kept tokens of a row": ("kept", lambda p: forge(p, 0, set_row(2, visual_tokens_kept=24))),
@@ -256,7 +415,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
         lambda p: (Path(p.output.uri) / "_run/summary.json").write_text("[]"),
     ),
     "the summary is no JSON": (
-        "not JSON",
+        "summary.json: cannot be read",
         lambda p: (Path(p.output.uri) / "_run/summary.json").write_text("{"),
     ),
     "the summary is gone": (
@@ -275,6 +434,53 @@ def test_what_was_changed_is_found_and_named(planned: Planned, kind: str) -> Non
     assert any(said in line for line in found), found
 
 
+def test_an_answer_that_is_not_the_text_is_found(tmp_path: Path) -> None:
+    """Accuracy is that of the answers, and every other figure that of the texts."""
+    planned = run(tmp_path, kind="vqa", prompt="{question}")
+    keep_summary(planned.output, summarise(planned.output))
+    assert not look(planned).differences
+    agree(planned, 0, set_row(1, answer="the reference"))
+    (found,) = look(planned).differences
+    assert "an answer that is not their text" in found.what
+
+
+def test_all_that_differs_is_named_whatever_else_cannot_be_read(planned: Planned) -> None:
+    forge(planned, 0, set_row(1, seconds=float("nan")))
+    refooter_raw(planned, 2, "", None)
+    path(planned, 4).write_bytes(b"x")
+    forge(planned, 5, set_row(1, seconds=9.0))
+    named = {one.where.split()[0] for one in look(planned).differences}
+    assert named >= {planned.units[number].unit_id for number in (0, 2, 4, 5)}
+
+
+def test_a_run_that_has_not_ended_differs_in_nothing(planned: Planned) -> None:
+    """Its summary says so; one that was stopped has none, or that of the attempt before."""
+    path(planned, 2).unlink()
+    keep_summary(planned.output, summarise(planned.output))
+    found = look(planned)
+    assert (found.units, found.open, found.differences) == (UNITS - 1, 1, ())
+    (Path(planned.output.uri) / "_run/summary.json").unlink()
+    found = look(planned)
+    assert (found.units, found.open, found.differences) == (UNITS - 1, 1, ())
+
+
+def test_a_figure_that_was_not_available_is_no_difference(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resummarise(planned, "duplicate_keys", value=None)
+    assert look(planned).differences
+    resummarise(planned, "unavailable", value={"keys": "too many"})
+    assert not look(planned).differences
+    keep_summary(planned.output, summarise(planned.output))
+
+    def fails(*_: object) -> int:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("cluster.output.summary._count_duplicates", fails)
+    (found,) = look(planned).differences
+    assert "duplicate_keys, which cannot be made anew: MemoryError: no room" in found.what
+
+
 def test_other_settings_are_another_run_whose_units_are_missing(planned: Planned) -> None:
     place = Path(planned.output.uri) / "_run/manifest.json"
     record = json.loads(place.read_text())
@@ -291,13 +497,19 @@ def test_a_run_that_decides_has_rows_of_what_it_decided(
 ) -> None:
     """And not of the other spec, whatever its decision says by now."""
     planned = run(tmp_path, spec, auto=True)
-    measured = {"ratio": 1.6, "low": low, "high": 1.9, "rows": 64, "blocks": 6}
-    planned.output.keep_break_even(BreakEven.from_dict({"measured": measured}))
+    blocks = [Block(100, round(100 * low) + n % 3, 64, "cpu") for n in range(6)]
+    planned.output.keep_break_even(BreakEven.from_blocks(blocks, seconds=2.0))
     keep_summary(planned.output, summarise(planned.output))
     assert not look(planned).differences
     place = Path(planned.output.uri) / "_run/break-even.json"
-    place.write_text(json.dumps({"pays": True, "measured": measured | {"low": 2.0 - low}}))
-    assert any("is not the run's" in one.what for one in look(planned).differences)
+    decision = json.loads(place.read_text())
+    decision["measured"]["low"] = 2.0 - low
+    place.write_text(json.dumps(decision))
+    found = [one.what for one in look(planned).differences]
+    assert any("is not the run's" in what for what in found)
+    assert any("says measured.low" in what for what in found), "its blocks say other"
+    place.write_text("{")
+    assert any("cannot be read" in one.what for one in look(planned).differences)
 
 
 @pytest.mark.parametrize("version", [2, 3])

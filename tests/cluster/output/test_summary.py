@@ -227,7 +227,12 @@ def test_the_json_of_a_summary_has_attempt_decision_and_accuracy(tmp_path: Path)
     assert (data["run_id"], data["state"]) == (planned.manifest.run_id, "incomplete")
     assert data["dtype"] == "bfloat16"
     assert data["attempt"]["rows_per_second"] == 0.5
-    assert data["break_even"] == {"pays": False, "measured": None, "evidence": []}
+    assert data["break_even"] == {
+        "pays": False,
+        "measured": None,
+        "evidence": [],
+        "seconds": 0.0,
+    }
     assert data["accuracy"] == {"scored": 2, "mean": 1.0}
     assert data["measured"]["dense_over_pruned"]["ratio"] == 3.0
     assert data["measured"]["control_agreements"] == 1

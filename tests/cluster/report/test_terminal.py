@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.accounting.breakeven import BreakEven
 from cluster.accounting.ledger import RunLedger, UnitLedger
 from cluster.accounting.speedup import Block, MeasuredRatio
 from cluster.output.accuracy import Accuracy
@@ -89,7 +90,7 @@ def test_the_report_shows_all_figures_of_a_run() -> None:
         "+77.8 %",  # visual tokens
         "+75.0 %",  # prefill
         "2.00 × on 2 rows in 2 control blocks",
-        "10.00 s estimated",
+        "10.00 s estimated from that ratio: not shown, it may be no saving",
         "1 of 2 control rows, same text",
     ):
         assert text in report, text
@@ -141,7 +142,8 @@ def test_a_negative_saving_is_printed_as_a_loss() -> None:
     slower = MeasuredRatio(ratio=0.8, low=0.7, high=0.9, rows=16, blocks=2)
     report = render_text(summary(measured=slower))
     assert "time lost" in report
-    assert "2.00 s estimated" in report
+    assert "2.00 s (1.00 – 3.00), estimated" in report
+    assert "not shown" not in report
     assert "time saved" not in report
     assert format_saving(100, 125) == "-25.0 %"
 
@@ -151,6 +153,47 @@ def test_without_control_rows_no_time_saving_is_printed() -> None:
     assert "not measured: no control block is committed" in report
     assert "saved from" not in report
     assert "estimated" not in report
+    assert "spent on control  0.40 s" in report, "it was spent all the same"
+
+
+def test_a_saving_that_may_be_none_is_not_shown() -> None:
+    close = MeasuredRatio(ratio=1.1, low=0.9, high=1.3, rows=320, blocks=5)
+    report = render_text(summary(measured=close))
+    assert "1.00 s (-1.00 – 3.00), estimated from that ratio: not shown" in report
+    slower = MeasuredRatio(ratio=0.9, low=0.7, high=1.1, rows=320, blocks=5)
+    assert "not shown, it may be no loss" in render_text(summary(measured=slower))
+
+
+def test_a_saving_that_blocks_do_not_speak_for_is_not_known() -> None:
+    total = replace(
+        TOTAL, ordinary_rows={"": 90}, ordinary_nanoseconds={"": 90 * 10**9}, blocks_spoiled=1
+    )
+    shown = summary(total=total)
+    report = " ".join(render_text(shown).split())
+    assert "not known: the blocks do not speak for all rows" in report
+    assert "10.0 times as long as those of full replicas" in report
+    assert "1 control block was spoiled, no part of the ratio" in report
+    assert "estimated" not in report
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(render(shown, price=3.0))
+    assert "saved" not in captured.get().split("money")[1].split("dense / pruned")[0]
+
+
+def test_what_a_decision_cost_is_shown_and_paid_for() -> None:
+    decided = BreakEven.from_blocks([Block(10, 20, 8)] * 5, seconds=3600.0)
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(render(summary(break_even=decided, measured=None), price=2.0))
+    report = captured.get()
+    assert "spent on break-even  3600.00 s, before the run" in report
+    assert "2 for measuring and retries" in report
+
+
+def test_a_dense_run_is_named_as_one() -> None:
+    settings = summary().settings | {"spec": {"method": "none"}}
+    report = render_text(summary(settings=settings, measured=None, total=replace(TOTAL, blocks=())))
+    assert "not measured: a dense run" in report
 
 
 def test_the_state_follows_from_the_committed_units() -> None:
@@ -172,7 +215,7 @@ def test_money_is_that_of_the_replica_time_and_its_saving_has_the_interval() -> 
     console = Console(width=140)
     with console.capture() as captured:
         console.print(render(shown, price=3.0))
-    assert "6 for the rows, 0.9 for control and retries; saved 9 (6 – 12), at 3 an hour" in (
+    assert "6 for the rows, 0.9 for measuring and retries; saved 9 (6 – 12), at 3 an hour" in (
         captured.get()
     )
     assert "money" not in render_text(shown)
@@ -189,15 +232,14 @@ def test_what_caches_served_is_shown() -> None:
 
 
 def test_why_nothing_was_measured_is_said() -> None:
-    attempt = Attempt(
-        rows=1, wall_seconds=1.0, start_seconds=1.0, rows_per_second=1.0, replicas=1,
-        replica_busy_share=None, not_measured="2,048 rows are too few",
-    )  # fmt: skip
     nothing = replace(TOTAL, blocks=())
-    report = render_text(summary(measured=None, total=nothing, attempt=attempt))
+    why = "2,048 rows are too few"
+    report = render_text(summary(measured=None, total=nothing, not_measured=why))
     assert "not measured: 2,048 rows are too few" in report
     spoiled = render_text(summary(measured=None, total=replace(nothing, blocks_spoiled=3)))
     assert "not measured: 3 control blocks were spoiled" in spoiled
+    fewer = render_text(summary(not_measured="each of 2 units has one"))
+    assert "each of 2 units has one" in fewer
 
 
 @pytest.mark.parametrize(

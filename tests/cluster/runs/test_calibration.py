@@ -121,10 +121,17 @@ def test_blocks_that_are_not_measured_are_replaced(planned: Planned, lost: str) 
 
 
 def test_too_few_units_for_an_interval_give_a_dense_run(planned: Planned) -> None:
-    decision = run_calibration(planned, TimedReplicas(lambda _: 2.0), units=4)
-    assert decision.measured is not None
-    assert (decision.measured.blocks, decision.measured.low) == (4, None)
-    assert not decision.pays
+    """Without measuring: whatever it gave, it could not show that pruning pays."""
+    replicas = TimedReplicas(lambda _: 2.0)
+    decision = run_calibration(planned, replicas, units=4)
+    assert (decision.measured, decision.pays, decision.seconds) == (None, False, 0.0)
+    assert not replicas.blocks
+
+
+def test_what_measuring_took_is_kept(planned: Planned) -> None:
+    """Six blocks of sixteen rows, a second each pruned and two densely."""
+    decision = run_calibration(planned, TimedReplicas(lambda _: 2.0))
+    assert decision.seconds == pytest.approx(6 * 16 * 3.0, rel=1e-4)
 
 
 def test_auto_without_a_pruning_method_is_a_usage_error(planned: Planned) -> None:

@@ -223,13 +223,23 @@ def test_rows_of_a_block_have_their_own_twins_and_share_what_was_discarded() -> 
     assert {row.discarded_seconds for row in rows} == {0.5}
 
 
-@pytest.mark.parametrize(("failed", "twins"), [("a", 3), ("ab", 2), ("abc", 0)])
-def test_a_block_that_is_not_answered_both_ways_by_half_says_nothing(
-    failed: str, twins: int
+@pytest.mark.parametrize(
+    ("failed", "failed_densely", "twins"),
+    [
+        ("", "a", 3),
+        ("a", "", 3),
+        ("ab", "ab", 2),  # both ways, for want of an image say
+        ("abc", "abc", 0),  # less than half is left
+        ("", "ab", 0),  # too many one way alone
+        ("a", "b", 0),
+    ],
+)
+def test_a_block_that_is_not_answered_both_ways_says_nothing(
+    failed: str, failed_densely: str, twins: int
 ) -> None:
-    """Then its dense seconds were for nothing."""
-    dense = answered("abcd", 3.0, failed=failed)
-    rows = dispatch_block(even_block(answered("abcd"), dense))
+    """Then its dense seconds were for nothing, as are those of a row whose pruned twin failed."""
+    dense = answered("abcd", 3.0, failed=failed_densely)
+    rows = dispatch_block(even_block(answered("abcd", failed=failed), dense))
     assert sum(row.dense is not None for row in rows) == twins
     discarded = sum(row.discarded_seconds for row in rows)
     assert discarded == pytest.approx(12.0 - 3.0 * twins)

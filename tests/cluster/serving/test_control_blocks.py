@@ -10,7 +10,9 @@ import pytest
 
 from cluster.errors import Busy
 from cluster.protocol import BlockAnswers, LabelRequest, Priority
+from cluster.serving.control_blocks import _Arm
 from cluster.serving.replica import VLMReplica
+from sppruner.engine.interface import Result
 from sppruner.spec import Budget, PruneSpec
 from tests.cluster.fake_engine import VISUAL_TOKENS, expected_text, picture
 from tests.cluster.serving.test_replica import run, settings, start_decoding
@@ -90,6 +92,37 @@ def test_a_row_that_failed_has_no_part_in_the_pace(journal: Path) -> None:
     answers = run(settings(journal), lambda r: r.label_block(rows, dense_first=False))
     assert answers.pruned_steady
     assert not {"r7"} & {*answers.pruned_steady, *answers.dense_steady}
+
+
+def arm(times: dict[str, float], failed: str = "") -> _Arm:
+    results = [
+        Result(
+            id=name, text=None if name in failed else "", error_code="x" if name in failed else None
+        )
+        for name in times
+    ]
+    return _Arm(results=results, began=0.0, ended=times)
+
+
+@pytest.mark.parametrize("failed", ["", "b", "bf", "bdfh"])
+def test_rows_that_fail_one_way_leave_the_pace_of_the_others_as_it_is(failed: str) -> None:
+    """In the arm where they were answered their time is theirs. Taken from the order, it would be
+    that of the next row, and the arm as slow as its failed rows are many."""
+    names = "abcdefghijklmnop"
+    whole = arm({name: 1.0 + number for number, name in enumerate(names)})
+    other = arm({name: 1.0 for name in names}, failed=failed)
+    both = whole.answered & other.answered
+    steady = whole.steady(both, other, 4)
+    assert set(steady) == set("efghijkl") - set(failed)
+    assert set(steady.values()) == {1.0}
+
+
+def test_rows_that_fail_both_ways_are_in_no_arm() -> None:
+    """They fail before they have a slot, at once."""
+    times = {"x": 0.1, "y": 0.1} | {name: 1.0 + n for n, name in enumerate("abcdefghijklmnop")}
+    one, other = arm(times, failed="xy"), arm(times, failed="xy")
+    steady = one.steady(one.answered & other.answered, other, 4)
+    assert list(steady) == list("efghijkl")
 
 
 def test_other_batch_rows_wait_for_the_block_and_it_for_those_that_run(journal: Path) -> None:

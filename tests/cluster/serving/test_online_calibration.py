@@ -77,8 +77,8 @@ def test_every_image_size_is_timed_at_load_one_and_at_full_load() -> None:
     assert all(len({request.spec for request in call}) == 1 for call in replicas.calls)
     dense_first = [call[0].spec.is_dense for call in replicas.calls[::2]]
     assert dense_first == [True, False] * 12, "each way first, in turns"
-    at_full_load = [request for call in replicas.calls[12:24] for request in call]
-    assert len({request.images for request in at_full_load}) == 96, "no image is in a cache"
+    images = [request.images for call in replicas.calls for request in call]
+    assert len(set(images)) == len(images), "no image is in a cache"
     ratios = [c.decision.measured.ratio for c in found.cells if c.decision.measured is not None]
     assert ratios == pytest.approx([0.4, 0.05, 10, 1.25], rel=1e-3)
     assert [c.decision.pays for c in found.cells] == [False, False, True, True]
@@ -95,10 +95,28 @@ def test_a_size_that_cannot_be_answered_both_ways_is_dense() -> None:
 
 @pytest.mark.parametrize(
     ("side", "load", "pays"),
-    [(20, 1, False), (10, 1, False), (30, 1, False), (90, 1, True), (400, 30, True)],
+    [
+        (20, 1, False),
+        (90, 1, False),  # between a size where it pays and one where it does not
+        (100, 1, True),
+        (150, 4, True),
+        (400, 30, True),
+    ],
 )
-def test_the_decision_is_that_of_the_nearest_timed_cell(side: int, load: float, pays: bool) -> None:
+def test_pruning_must_pay_at_the_sizes_and_loads_around(side: int, load: float, pays: bool) -> None:
     assert calibrated().spec(SPEC, [square(side)], load) == (SPEC if pays else DENSE)
+
+
+def test_images_smaller_than_any_that_was_timed_are_answered_densely() -> None:
+    decisions = OnlineBreakEven(cells=(cell(100, 1, 2.0), cell(100, 8, 2.0)))
+    assert decisions.spec(SPEC, [square(99)], 1) == DENSE
+    assert decisions.spec(SPEC, [square(100)], 1) == SPEC
+
+
+def test_between_two_loads_pruning_must_pay_at_both() -> None:
+    decisions = OnlineBreakEven(cells=(cell(100, 1, 0.9), cell(100, 8, 2.0)))
+    chosen = [decisions.spec(SPEC, [square(100)], load).is_dense for load in (1, 2, 7.9, 8, 9)]
+    assert chosen == [True, True, True, False, False]
 
 
 def test_pixels_of_a_requests_images_are_summed() -> None:

@@ -31,6 +31,8 @@ class ExpectedUnits:
     """caption or vqa: decides the output columns."""
     source_schema: pa.Schema
     """The committed source columns."""
+    plan: str | None = None
+    """See `Manifest.plan`; None where it is not known."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> ExpectedUnits:
@@ -39,6 +41,7 @@ class ExpectedUnits:
             run_id=manifest.run_id,
             kind=manifest.kind,
             source_schema=manifest.mapping.schema,
+            plan=manifest.plan,
         )
 
 

@@ -63,9 +63,8 @@ def commit_unit(
     unit_id = check_complete(table, expected)
     check_pruning_claims(table, unit_id)
     ledger = unit_ledger(table)
-    won = output.commit_unit(
-        unit_id, _committed_columns(table, expected, unit_id), ledger, writer=writer
-    )
+    rows = _committed_columns(table, expected, unit_id)
+    won = output.commit_unit(unit_id, rows, ledger, writer=writer, plan=expected.plan)
     if not won:
         logger.info("commit_lost", run_id=expected.run_id, unit_id=unit_id)
         (ledger,) = output.ledgers([unit_id])

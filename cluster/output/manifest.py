@@ -114,6 +114,11 @@ class Manifest:
         return sum(unit.row_count for unit in self.units)
 
     @property
+    def plan(self) -> str:
+        """The SHA-256 of the ids of all units, in order: which units a run has is no setting."""
+        return hashlib.sha256("\n".join(unit.unit_id for unit in self.units).encode()).hexdigest()
+
+    @property
     def unread_bytes(self) -> int:
         """Damaged bytes of the corpus; each damaged range is one error row."""
         return sum(unit.unread_bytes for unit in self.units)

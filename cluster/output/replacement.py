@@ -70,6 +70,8 @@ def merge_rows(committed: pa.Table, labelled: pa.Table) -> MergedRows:
         both = pc.add(pc.fill_null(before[name], 0), pc.fill_null(after[name], 0))
         after = _with_column(after, name, both)
     unread = pc.fill_null(pc.equal(after["error_stage"], "read"), False)
+    # What it was in a block is what the block has measured.
+    after = _with_column(after, "is_control", before["is_control"])
     as_before = before
     for name in (*_ERROR_COLUMNS, *_SUMMED):
         as_before = _with_column(as_before, name, after[name])
@@ -113,6 +115,7 @@ def replace_rows(
             run_id=expected.run_id,
             unit_id=unit_id,
             retries=(*unit.footer.retries, retry),
+            plan=expected.plan,
         )
         if output.replace_unit(unit, merged.table, footer, writer=uuid.uuid4().hex):
             logger.info("unit_replaced", unit_id=unit_id, asked=retry.asked, mended=retry.mended)

@@ -228,11 +228,17 @@ class RunOutput:
         ]
 
     def commit_unit(
-        self, unit_id: str, table: pa.Table, ledger: UnitLedger, *, writer: str
+        self,
+        unit_id: str,
+        table: pa.Table,
+        ledger: UnitLedger,
+        *,
+        writer: str,
+        plan: str | None = None,
     ) -> bool:
         """Writes a unit, rows and ledger in one object, unless it is committed already; True if
-        the committed object is now this one. writer: unique to this call."""
-        footer = UnitFooter(ledger=ledger, run_id=self._names.run_id, unit_id=unit_id)
+        the committed object is now this one. writer: unique to this call. plan: of its run."""
+        footer = UnitFooter(ledger=ledger, run_id=self._names.run_id, unit_id=unit_id, plan=plan)
         data = write_unit_file(table, footer)
         return self._store.put_if_absent(self._names.key(unit_id), data, writer=writer)
 

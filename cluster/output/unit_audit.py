@@ -62,6 +62,8 @@ def unit_differences(
     if sorted(numbers, key=str) != sorted(range(unit.row_count), key=str):
         what = f"{len(numbers)} rows, {len(set(numbers))} of them different, planned are "
         yield Difference(where=unit.unit_id, what=f"{what}{unit.row_count}")
+    if found.footer.plan not in (None, manifest.plan):
+        yield Difference(where=unit.unit_id, what="it was committed in a plan of other units")
     yield from _column_differences(unit, found.table, manifest)
     try:
         check_pruning_claims(found.table, unit.unit_id)

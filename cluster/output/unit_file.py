@@ -3,6 +3,7 @@
 sppruner.ledger          the unit's ledger
 sppruner.run             the run it belongs to; versions before wrote it into the rows alone
 sppruner.unit            which of its units it is; versions before wrote it into the rows alone
+sppruner.plan            which units its run has, itself among them: the digest of their ids
 sppruner.generation      how often failed rows were asked again, and what that mended
 sppruner.sha256          of all bytes in front of the footer, which are the rows
 """
@@ -25,6 +26,7 @@ from cluster.store import RangedFile
 _LEDGER: Final = "sppruner.ledger"
 _RUN: Final = "sppruner.run"
 _UNIT: Final = "sppruner.unit"
+_PLAN: Final = "sppruner.plan"
 _GENERATION: Final = "sppruner.generation"
 _SHA256: Final = "sppruner.sha256"
 _FOOTER_END: Final = 8  # bytes: length of the footer, and the format's mark
@@ -56,6 +58,8 @@ class UnitFooter:
     """Which unit it is, whatever its object is called; None where it does not say."""
     retries: tuple[Retry, ...] = ()
     """Every time its failed rows were asked again; as many generations has the object."""
+    plan: str | None = None
+    """See `Manifest.plan`; None where it does not say."""
 
     def to_metadata(self) -> dict[str, str]:
         """The pairs in the object's footer."""
@@ -64,6 +68,8 @@ class UnitFooter:
             pairs[_RUN] = self.run_id
         if self.unit_id is not None:
             pairs[_UNIT] = self.unit_id
+        if self.plan is not None:
+            pairs[_PLAN] = self.plan
         if self.retries:
             retries = [asdict(retry) for retry in self.retries]
             record = {"generation": len(retries), "retries": retries}
@@ -108,6 +114,7 @@ def read_footer(file: RangedFile) -> UnitFooter | None:
         run_id=said(_RUN, _RUN_COLUMN),
         unit_id=said(_UNIT, _UNIT_COLUMN),
         retries=_retries(retries),
+        plan=pairs[_PLAN.encode()].decode() if _PLAN.encode() in pairs else None,
     )
 
 

@@ -123,6 +123,12 @@ def test_a_prompt_that_leaves_out_the_question_is_refused(
     assert "write {question}" in capsys.readouterr().err
 
 
+def test_control_blocks_of_a_dense_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--input", "in", "--output", "out", "--model", "m", "--prompt", "p"]
+    said = refused([*places, "--method", "none", "--control-blocks", "5"], capsys)
+    assert "--control-blocks 5: a dense run has nothing to compare" in said
+
+
 def test_a_bad_log_format_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

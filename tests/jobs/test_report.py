@@ -19,10 +19,12 @@ from PIL import Image
 from cluster.controller import RunName
 from cluster.corpus.source import read_unit
 from cluster.images import decode_image
+from cluster.output.audit import Audit
 from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
+from cluster.output.unit_audit import Difference
 from cluster.runs.labeller import Labeller, LabellerSettings
 from cluster.runs.planning import plan_run
 from cluster.serving.engine_settings import EngineSettings
@@ -259,6 +261,12 @@ def test_missing_images_models_and_masks_are_named(
         (["--rows", "3"], "--rows goes with --overlay"),
         (["--overlay", "x", "--rows", "0"], "give at least 1"),
         (["--overlay", __file__], "not a folder to write to"),
+        (["--overlay", "x", "--audit"], "--audit draws no pictures"),
+        (["--price-per-hour", "inf"], "give a price above 0"),
+        (["--price-per-hour", "nan"], "give a price above 0"),
+        (["--price-per-hour", "-1"], "give a price above 0"),
+        (["--price-per-hour", "1", "--json"], "goes with the report"),
+        (["--price-per-hour", "1", "--audit"], "goes with the report"),
     ],
 )
 def test_bad_options_are_named(
@@ -266,3 +274,32 @@ def test_bad_options_are_named(
 ) -> None:
     assert report.main([str(output), *options]) == 2
     assert message in read_errors(capsys)
+
+
+@pytest.mark.parametrize(
+    ("open_units", "what", "code", "printed"),
+    [
+        (0, [], 0, ["7 units, 28 rows, 0 differences"]),
+        (
+            2,
+            [],
+            5,
+            ["not ended: 2 of 9 units are not committed", "7 units, 28 rows, 0 differences"],
+        ),
+        (0, ["its rows 3"], 1, ["u1: its rows 3", "7 units, 28 rows, 1 differences"]),
+    ],
+)
+def test_an_audit_says_what_differs_and_ends_with_the_sum(
+    open_units: int,
+    what: list[str],
+    code: int,
+    printed: list[str],
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    differences = tuple(Difference(where="u1", what=each) for each in what)
+    found = Audit(units=7, rows=28, differences=differences, open=open_units)
+    monkeypatch.setattr(report, "audit", lambda _: found)
+    assert report.main([str(output), "--audit"]) == code
+    assert capsys.readouterr().out.splitlines() == printed

@@ -183,6 +183,16 @@ def resummarise(planned: Planned, *names: str, value: Any) -> None:
     place.write_text(json.dumps(told))
 
 
+def claim_rows_unknown(planned: Planned) -> None:
+    resummarise(planned, "rows", value=13)
+    resummarise(planned, "unavailable", value={"rows": "too many"})
+
+
+def cut_off(planned: Planned, *numbers: int) -> None:
+    for number in sorted(numbers, reverse=True):
+        without_unit(planned, number)
+
+
 def set_row(number: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
     return lambda rows: [row | values if row["unit_row"] == number else row for row in rows]
 
@@ -323,6 +333,10 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
         "the plan goes on at row 4 after 0 rows",
         lambda p: without_unit(p, 0),
     ),
+    "the last units were cut out of the plan": (
+        "in a plan of other units",
+        lambda p: cut_off(p, 6, 7),
+    ),
     "a unit that is planned twice": ("planned twice", lambda p: replan(p, lambda u: [*u, u[2]])),
     "a unit of other rows under its name": (
         "the plan of unit",
@@ -346,10 +360,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Planned], object]]] = {
     ),
     "a part of the summary that is said to be unknown": (
         "says rows 13",
-        lambda p: (
-            resummarise(p, "rows", value=13),
-            resummarise(p, "unavailable", value={"rows": "too many"}),
-        ),
+        claim_rows_unknown,
     ),
     "tokens of a row": ("prompt_tokens", lambda p: forge(p, 0, set_row(2, prompt_tokens=1))),
     "kept tokens of a row": ("kept", lambda p: forge(p, 0, set_row(2, visual_tokens_kept=24))),

@@ -57,7 +57,8 @@ def answer(number: int, text: str = "", **values: Any) -> dict[str, Any]:
 
 
 def fault(number: int, error: dict[str, Any] = FAULT, **values: Any) -> dict[str, Any]:
-    lost = {"note": None, "key": f"file#{number}"} if error is UNREAD else {}
+    lost: dict[str, Any] = {"note": None, "key": f"file#{number}"} if error is UNREAD else {}
+    lost["is_control"] = number % 3 == 2
     return row(number, **NOTHING, **error, **lost) | values
 
 
@@ -93,7 +94,7 @@ def after(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     if again["error_code"] is not None and again["error_stage"] == "read":
         errors = {name: again[name] for name in FAULT}
         return before | errors | summed
-    return again | summed
+    return again | summed | {"is_control": before["is_control"]}
 
 
 def with_errors(made: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +301,7 @@ class _Planned:
     """The part of a manifest that a sink reads."""
 
     run_id, kind = "run", "caption"
-    mapping = type("Mapping", (), {"schema": EXPECTED.source_schema})
+    mapping, plan = type("Mapping", (), {"schema": EXPECTED.source_schema}), None
 
 
 def test_a_sink_replaces_the_rows_of_packed_units(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_what_a_decision_cost_is_shown_and_paid_for() -> None:
 
 
 def test_a_dense_run_is_named_as_one() -> None:
-    settings = summary().settings | {"spec": {"method": "none"}}
+    settings = {**summary().settings} | {"spec": {"method": "none"}}
     report = render_text(summary(settings=settings, measured=None, total=replace(TOTAL, blocks=())))
     assert "not measured: a dense run" in report
 

@@ -11,6 +11,7 @@ rows have warmed up: on those of the run before it would find its images in the 
 - separate: replica seconds of the dense run over those of the pruned one. wall: the same of their
   seconds from first read to last commit, the start of the labelling actors included.
 - held: rounds whose interval holds `separate`.
+- doubts: rounds whose blocks do not speak for the run's rows, so that no time saved is stated.
 - measuring: seconds spent on control over the replica time of the rows.
 """
 
@@ -76,6 +77,12 @@ class SavingRound:
             return False
         return found.low <= self.separate <= found.high
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the run states no saving, since its blocks do not speak for its rows."""
+        saving = self.measured.saving
+        return saving is not None and bool(saving.doubts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavingCase:
@@ -89,6 +96,7 @@ class SavingCase:
     separate: dict[str, float]
     wall: dict[str, float]
     held: str
+    doubts: str
     measuring: dict[str, float]
 
 
@@ -249,6 +257,7 @@ def _make_case(asked: int, rows: int, rounds: Sequence[SavingRound]) -> SavingCa
         separate=summarise_rounds([one.separate for one in rounds]),
         wall=summarise_rounds([one.wall for one in rounds]),
         held=f"{sum(one.holds for one in rounds)} of {len(rounds)}",
+        doubts=f"{sum(one.doubted for one in rounds)} of {len(rounds)}",
         measuring=summarise_rounds(
             [one.measured.total.control_seconds / one.measured.total.seconds for one in rounds]
         ),

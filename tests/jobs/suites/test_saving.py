@@ -57,6 +57,7 @@ def test_three_runs_of_each_case_are_compared(
     assert (one["rows"], five["rows"]) == (384, 384)
     assert one["interval_low"] < one["printed"]["value"] < one["interval_high"]
     assert five["measuring"]["value"] > 0
+    assert one["doubts"] == five["doubts"] == "0 of 1"
     for asked in (1, 5):
         ratio = found["ratios"][f"printed_vs_separate_{asked}_questions"]
         assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]

@@ -73,7 +73,7 @@ def unit_differences(
     for row in rows:
         for what in _row_differences(row, specs):
             yield Difference(where=f"{unit.unit_id} row {row['unit_row']}", what=what)
-    for what in _block_differences(rows):
+    for what in _block_differences(rows, mended=bool(found.footer.retries)):
         yield Difference(where=unit.unit_id, what=what)
 
 
@@ -120,15 +120,16 @@ def _row_differences(row: Mapping[str, Any], specs: frozenset[str] | None) -> It
         yield "its dense twin is incomplete, or it has none to have"
 
 
-def _block_differences(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _block_differences(rows: Sequence[Mapping[str, Any]], *, mended: bool) -> Iterator[str]:
     """What no control block is: at most one of a unit, of rows one after the other, half of which
-    were answered both ways, within the time that they took."""
+    were answered both ways, within the time that they took. mended: failed rows were asked again;
+    one that could not be sent with the block may be an answer by now."""
     ordered = sorted(rows, key=lambda row: row["unit_row"] or 0)
     places = [place for place, row in enumerate(ordered) if row["is_control"]]
     if not places:
         return
     block = ordered[places[0] : places[-1] + 1]
-    if any(not row["is_control"] and row["error_code"] is None for row in block):
+    if not mended and any(not row["is_control"] and row["error_code"] is None for row in block):
         yield "its block is not of rows one after the other"
     block = [row for row in block if row["is_control"]]
     twins = [row for row in block if row["control_seconds"] is not None]

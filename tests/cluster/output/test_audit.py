@@ -21,7 +21,7 @@ from cluster.output.checks import ExpectedUnits
 from cluster.output.commit import commit_unit
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import keep_summary, summarise
-from cluster.output.unit_file import has_written_rows, write_unit_file
+from cluster.output.unit_file import Retry, has_written_rows, write_unit_file
 from cluster.schema import PLANNED_FIELD, UNIT_FIELD, output_schema
 from cluster.store import open_store
 from sppruner.cost import PARTS
@@ -31,6 +31,7 @@ from tests.cluster.labelled_tables import mask
 
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
 UNITS, ROWS, MEASURED = 8, 4, range(1, 7)
+STEADY = ("steady_seconds", "control_steady_seconds")
 Row = dict[str, Any]
 
 
@@ -453,6 +454,23 @@ def test_an_answer_that_is_not_the_text_is_found(tmp_path: Path) -> None:
     agree(planned, 0, set_row(1, answer="the reference"))
     (found,) = look(planned).differences
     assert "an answer that is not their text" in found.what
+
+
+def test_a_row_that_was_mended_amid_a_block_is_no_difference(planned: Planned) -> None:
+    """It could not be read when the block was sent."""
+    found = planned.output.open_unit(planned.units[0].unit_id)
+    before = found.table.to_pylist()
+    measured = planned.output.open_unit(planned.units[1].unit_id).table.to_pylist()
+    block = ("is_control", "control_text", "control_seconds", *STEADY)
+    for number in (0, 2, 3):
+        before[number] |= {name: measured[number][name] for name in block}
+    rows = pa.Table.from_pylist(before, found.table.schema)
+    retried = (Retry(writer="w", asked=1, mended=1),)
+    for retries in ((), retried):
+        footer = replace(found.footer, ledger=unit_ledger(rows), retries=retries)
+        path(planned, 0).write_bytes(write_unit_file(rows, footer))
+        keep_summary(planned.output, summarise(planned.output))
+        assert bool(look(planned).differences) == (not retries)
 
 
 def test_all_that_differs_is_named_whatever_else_cannot_be_read(planned: Planned) -> None:

@@ -102,6 +102,16 @@ def test_each_kind_of_device_is_compared_with_itself() -> None:
         nanoseconds_by_device={"gpu": 250 * NANO, "cpu": 6_600 * NANO},
     )
     assert not saving(total).doubts
+    slower = {"gpu": 400 * NANO, "cpu": 12_800 * NANO}
+    assert saving(replace(total, ordinary_nanoseconds=slower)).doubts
+    # A kind without a block is compared with nothing.
+    assert not saving(
+        replace(
+            total,
+            ordinary_rows={"gpu": 2_000, "cpu": 8_000, "H200": 9_000},
+            ordinary_nanoseconds=dict(total.ordinary_nanoseconds) | {"H200": 50 * NANO},
+        )
+    ).doubts
 
 
 @pytest.mark.parametrize(

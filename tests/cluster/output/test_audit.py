@@ -473,6 +473,13 @@ def test_a_row_that_was_mended_amid_a_block_is_no_difference(planned: Planned) -
         assert bool(look(planned).differences) == (not retries)
 
 
+def test_a_spoiled_block_is_no_difference(planned: Planned) -> None:
+    nothing = dict.fromkeys(("control_text", "control_seconds", *STEADY))
+    agree(planned, 1, lambda rows: [row | nothing for row in rows])
+    assert not look(planned).differences
+    assert summarise(planned.output).total.blocks_spoiled == 1
+
+
 def test_all_that_differs_is_named_whatever_else_cannot_be_read(planned: Planned) -> None:
     forge(planned, 0, set_row(1, seconds=float("nan")))
     refooter_raw(planned, 2, "", None)

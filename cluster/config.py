@@ -20,7 +20,7 @@ IMAGE_FORMATS: Final[tuple[ImageFormat, ...]] = get_args(ImageFormat)
 """Every image format that can be read; HEIC needs the extra `heic`."""
 CorpusFormat: TypeAlias = Literal["parquet", "webdataset"]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised when committed rows change shape or meaning: an older output is then another run's."""
 
 MAX_ERROR_SHARE = 0.2

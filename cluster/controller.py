@@ -163,6 +163,8 @@ class RunController:
         )
         if beside is not None:  # the job's own attempt goes on
             run.started, run.rows_before = beside.started, beside.rows_before
+            run.control, run.granted = beside.control, beside.granted
+            run.lost, run.measured = beside.lost, beside.measured
             run.events, run.told = beside.events, beside.told
             run.waited, run.waited_until = beside.waited, beside.waited_until
 
@@ -177,7 +179,7 @@ class RunController:
             run.granted.discard(unit_id)
             if ledger.blocks:
                 run.measured[unit_id] = ledger.blocks[0]
-            elif run.control is not None and run.control.loses(ledger):
+            elif run.control is not None and run.control.loses(unit_id, ledger):
                 run.lost.add(unit_id)
             run.ledger += ledger
             if unit_id not in run.again:

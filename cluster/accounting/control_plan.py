@@ -136,14 +136,15 @@ class ControlPlan:
         """Whether the unit's block is to be measured.
 
         ledger: of the committed units. granted: units whose blocks were allowed and are not
-        committed yet. lost: committed units with `loses`. measured: blocks of committed units.
+        committed yet. lost: committed units that `loses` named. measured: blocks of committed
+        units.
         """
         rank = self.ranks.get(unit)
         if rank is None:
             return False
         if self.asked is not None:
             return rank < self._limit(self.asked, lost)
-        if rank < self._limit(FEWEST_BLOCKS, lost):
+        if rank < FEWEST_BLOCKS:
             return True  # what these cost was known when the run began
         if rank >= self._limit(self._wanted(ledger, measured or {}), lost):
             return False
@@ -155,14 +156,16 @@ class ControlPlan:
         spent = ledger.control_nanoseconds + (len(granted) + 1) * of_block
         return spent <= COST_SHARE * of_row * self.rows
 
-    def loses(self, ledger: UnitLedger) -> bool:
-        """Whether a unit with this ledger was committed without a block that is wanted: another
-        unit takes its place. Of blocks that were asked for, also one that was committed before."""
+    def loses(self, unit: str, ledger: UnitLedger) -> bool:
+        """Whether a unit was committed with this ledger, without a block that was wanted: another
+        unit takes its place. One of those that are measured first, or of blocks that were asked
+        for, was wanted whatever became of it: it may have been committed before."""
         if ledger.blocks:
             return False
         answered = ledger.rows - ledger.rows_failed
         spoiled = ledger.blocks_spoiled > 0 or answered < self.fewest_rows
-        return spoiled or self.asked is not None
+        first = self.ranks.get(unit, FEWEST_BLOCKS) < FEWEST_BLOCKS
+        return spoiled or first or self.asked is not None
 
     def _limit(self, wanted: int, lost: Collection[str]) -> int:
         """The rank below which so many blocks can still be measured, those in `lost` left out."""

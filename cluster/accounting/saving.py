@@ -19,7 +19,9 @@ from cluster.accounting.speedup import MeasuredRatio
 
 # Rows outside blocks may take so many times as long as those of the steady parts: their replicas
 # fill and empty too, when a run begins and ends and around each block.
-_WAITING: Final = 1.3
+_LONGER: Final = 1.3
+# What they take beyond that matters from this share of the replica time on.
+_EXCESS: Final = 0.1
 # Share of the modelled FLOPs that caches spare: so much more or less of it in all rows.
 _CACHED: Final = 0.1
 # Of the blocks that were tried.
@@ -61,10 +63,10 @@ def saving_of(measured: MeasuredRatio, total: UnitLedger) -> Saving:
 
 def _doubts(total: UnitLedger) -> Iterator[str]:
     taken, expected = _pace(total)
-    if taken > _WAITING * expected:
+    if taken > _LONGER * expected and taken - expected > _EXCESS * total.nanoseconds:
         yield (
             f"rows outside the blocks took {taken / expected:.1f} times as long as those of full "
-            "replicas: what replicas wait for, pruning does not save"
+            "replicas: they were waited for, which pruning does not save, or are other rows"
         )
     shares = [
         _share(sum(total.flops_cached.values()), sum(total.flops.values())),
@@ -89,15 +91,13 @@ def _doubts(total: UnitLedger) -> Iterator[str]:
 
 
 def _pace(total: UnitLedger) -> tuple[float, float]:
-    """Time of the rows outside the blocks, and what so many take on full replicas of their kinds.
-    Zero where they are fewer than those of the blocks: these are most of the run themselves."""
+    """Time of the rows outside the blocks, and what so many take on full replicas of their kinds,
+    as the blocks say."""
     pruned, rows = defaultdict[str, int](int), defaultdict[str, int](int)
     for block in total.blocks:
         pruned[block.device] += block.pruned
         rows[block.device] += block.rows
     taken = expected = 0.0
-    if sum(total.ordinary_rows.values()) < total.control_rows:
-        return taken, expected
     for device, count in sorted(total.ordinary_rows.items()):
         if rows[device]:
             taken += total.ordinary_nanoseconds[device]

@@ -24,7 +24,7 @@ from cluster.errors import UsageError
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import RunOutput
 from cluster.output.summary import summarise
-from cluster.output.unit_audit import Difference, unit_differences
+from cluster.output.unit_audit import Difference, RunClaims, unit_differences
 from sppruner.spec import PruneSpec
 
 # Of a summary: what is not of the rows, but of the command that wrote it or of the moment.
@@ -78,12 +78,15 @@ def audit(output: RunOutput) -> Audit:
         specs = _specs(manifest, decision)
     except Exception as error:  # of whatever was written there
         differences.append(_unreadable("_run/break-even.json", error))
-    claimed = isinstance(told, dict) and told.get("units_done") != len(manifest.units) - len(
-        missing
-    )
+    done = len(manifest.units) - len(missing)
+    said = told.get("units_done") if isinstance(told, dict) else None
+    claimed = isinstance(said, int) and said > done
+    # A run that goes on, or was stopped, has the summary of the attempt before.
+    earlier = bool(missing) and isinstance(said, int) and said < done
     if claimed:
         what = "this unit is not committed"
         differences += [Difference(where=unit_id, what=what) for unit_id in missing]
+    run = RunClaims.of(manifest, specs)
     ledgers: list[UnitLedger] = []
     for unit in manifest.units:
         if unit.unit_id not in committed:
@@ -95,9 +98,10 @@ def audit(output: RunOutput) -> Audit:
             if not unchanged:
                 what = "its rows are not the bytes that were written with its footer"
                 differences.append(Difference(where=unit.unit_id, what=what))
-            differences += unit_differences(unit, found, ledgers[-1], manifest, specs)
+            differences += unit_differences(unit, found, ledgers[-1], run)
         except Exception as error:  # of whatever was written there
             differences.append(_unreadable(unit.unit_id, error))
+    told = None if earlier else told
     differences += _run_differences(manifest, output, told, RunLedger.of(ledgers), missing)
     return Audit(
         units=len(ledgers),

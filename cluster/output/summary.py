@@ -64,6 +64,8 @@ class Attempt:
     not_measured: str | None = None
     """Why no saving was measured, or on fewer blocks than were asked for; None elsewhere, for a
     dense run, and where failed rows were asked again."""
+    asked_again: bool = False
+    """Whether it asked failed rows again, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +251,7 @@ def summarise(
         attempt=attempt,
         not_measured=(
             optional("not_measured", lambda: _told_reason(output), None)
-            if attempt is None
+            if attempt is None or attempt.asked_again
             else attempt.not_measured
         ),
         break_even=optional("break-even", output.break_even, None),

@@ -11,6 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from cluster.accounting.ledger import UnitLedger
+from cluster.config import Kind
 from cluster.corpus.unit import Unit
 from cluster.errors import CommitRefused
 from cluster.output.checks import check_pruning_claims
@@ -44,15 +45,31 @@ class Difference:
     """What is said, and what is found."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunClaims:
+    """What a run says of all its units."""
+
+    same: Mapping[str, str]
+    """Columns that have one value in all rows."""
+    plan: str
+    """See `Manifest.plan`."""
+    kind: Kind
+    """caption or vqa."""
+    specs: frozenset[str] | None
+    """That rows may have; None where that is not known."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, specs: frozenset[str] | None) -> RunClaims:
+        """What a manifest says; digests of a plan of many units are made once."""
+        same = {name: manifest.identity.settings[name] for name in ("model", "model_revision")}
+        same["run_id"] = manifest.run_id
+        return cls(same=same, plan=manifest.plan, kind=manifest.kind, specs=specs)
+
+
 def unit_differences(
-    unit: Unit,
-    found: CommittedUnit,
-    ledger: UnitLedger,
-    manifest: Manifest,
-    specs: frozenset[str] | None,
+    unit: Unit, found: CommittedUnit, ledger: UnitLedger, run: RunClaims
 ) -> Iterator[Difference]:
-    """What differs in a committed unit. ledger: of its rows. specs: that its rows may have; None
-    where that is not known."""
+    """What differs in a committed unit. ledger: of its rows."""
     told = asdict(found.footer.ledger)
     for name, value in asdict(ledger).items():
         if told[name] != value:
@@ -62,31 +79,28 @@ def unit_differences(
     if sorted(numbers, key=str) != sorted(range(unit.row_count), key=str):
         what = f"{len(numbers)} rows, {len(set(numbers))} of them different, planned are "
         yield Difference(where=unit.unit_id, what=f"{what}{unit.row_count}")
-    if found.footer.plan not in (None, manifest.plan):
+    if found.footer.plan != run.plan:
         yield Difference(where=unit.unit_id, what="it was committed in a plan of other units")
-    yield from _column_differences(unit, found.table, manifest)
+    yield from _column_differences(unit, found.table, run)
     try:
         check_pruning_claims(found.table, unit.unit_id)
     except CommitRefused as error:
         yield Difference(where=unit.unit_id, what=str(error))
     rows = found.table.select(list(_COLUMNS)).to_pylist()
     for row in rows:
-        for what in _row_differences(row, specs):
+        for what in _row_differences(row, run.specs):
             yield Difference(where=f"{unit.unit_id} row {row['unit_row']}", what=what)
     for what in _block_differences(rows, mended=bool(found.footer.retries)):
         yield Difference(where=unit.unit_id, what=what)
 
 
-def _column_differences(unit: Unit, table: pa.Table, manifest: Manifest) -> Iterator[Difference]:
+def _column_differences(unit: Unit, table: pa.Table, run: RunClaims) -> Iterator[Difference]:
     """Columns that have one value in a whole run or unit, or that of another column."""
-    settings = manifest.identity.settings
-    same = {"run_id": manifest.run_id, "unit_id": unit.unit_id}
-    same |= {name: settings[name] for name in ("model", "model_revision")}
-    for name, value in same.items():
+    for name, value in (*run.same.items(), ("unit_id", unit.unit_id)):
         others = set(table[name].to_pylist()) - {value}
         if others:
             yield Difference(where=unit.unit_id, what=f"rows have {name} {others}, not {value!r}")
-    if manifest.kind == "vqa" and table["answer"].to_pylist() != table["text"].to_pylist():
+    if run.kind == "vqa" and table["answer"].to_pylist() != table["text"].to_pylist():
         yield Difference(where=unit.unit_id, what="rows have an answer that is not their text")
 
 

@@ -260,7 +260,8 @@ def _money(summary: Summary, price: float) -> str:
 
 
 def _why_not(summary: Summary) -> str:
-    if summary.settings["spec"]["method"] == "none":
+    decided = summary.break_even is not None and not summary.break_even.pays
+    if decided or summary.settings["spec"]["method"] == "none":
         return "a dense run"
     reason = summary.not_measured
     if reason is None and summary.total.blocks_spoiled:

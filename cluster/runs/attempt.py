@@ -142,6 +142,7 @@ def attempt_units(
         replica_busy_share=busy_share(before, after),
         events=with_deaths(tracker.events, before, after),
         not_measured=None if failed or config.spec.is_dense else control.reason,
+        asked_again=bool(failed),
     )
 
 

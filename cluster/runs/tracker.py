@@ -147,7 +147,7 @@ class RunTracker:
             rows_total=self._manifest.rows,
             units_done=list(committed),
             ledger_so_far=RunLedger.of(committed.values()).total,
-            lost=[unit for unit, led in committed.items() if control and control.loses(led)],
+            lost=[unit for unit, led in committed.items() if control and control.loses(unit, led)],
             measured={unit: led.blocks[0] for unit, led in committed.items() if led.blocks},
             max_error_share=self._config.max_error_share,
             error_share_after=self._config.error_share_after,

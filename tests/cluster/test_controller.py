@@ -351,6 +351,18 @@ def test_the_controller_keeps_running_runs_and_the_latest_that_ended() -> None:
     assert kept == ["r0", *(f"r{n}" for n in range(199, 300))]
 
 
+def test_a_job_goes_on_measuring_beside_a_command_that_asks_failed_rows_again() -> None:
+    controller = RunController()
+    units = [(f"unit {number}", 40) for number in range(8)]
+    plan = ControlPlan.of("run", units, slots=4, asked=2)
+    nothing = ControlPlan.of("run", units, slots=4, asked=0)
+    first, second, _ = list(plan.ranks)[:3]
+    register(controller, control=plan)
+    controller.unit_committed(RUN, first, UnitLedger(rows=40, blocks=(Block(1, 2, 16),)))
+    register(controller, again=["asked"], control=nothing)
+    assert controller.may_measure(RUN, second)
+
+
 def test_the_controller_allows_blocks_of_its_run_s_plan_alone_and_again_when_asked_again() -> None:
     """A call may be sent twice, and a block that was allowed is measured wherever it is retried."""
     controller = RunController()

@@ -500,6 +500,20 @@ def test_a_run_that_has_not_ended_differs_in_nothing(planned: Planned) -> None:
     assert (found.units, found.open, found.differences) == (UNITS - 1, 1, ())
 
 
+def test_a_summary_of_an_attempt_before_differs_in_nothing(planned: Planned) -> None:
+    """Its run was resumed, and stopped before it ended: only then is a unit missing."""
+    kept = {number: path(planned, number) for number in (2, 3)}
+    data = {number: place.read_bytes() for number, place in kept.items()}
+    for place in kept.values():
+        place.unlink()
+    keep_summary(planned.output, summarise(planned.output))
+    kept[2].write_bytes(data[2])
+    found = look(planned)
+    assert (found.units, found.open, found.differences) == (UNITS - 1, 1, ())
+    kept[3].write_bytes(data[3])
+    assert any("says units_done 6" in one.what for one in look(planned).differences)
+
+
 def test_a_figure_that_was_not_available_is_no_difference(
     planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,7 +562,7 @@ def test_a_run_that_decides_has_rows_of_what_it_decided(
     assert any("cannot be read" in one.what for one in look(planned).differences)
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_run_of_an_earlier_schema_version_is_refused(planned: Planned, version: int) -> None:
     place = Path(planned.output.uri) / "_run/manifest.json"
     record = json.loads(place.read_text())

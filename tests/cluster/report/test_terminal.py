@@ -38,7 +38,7 @@ def summary(**more: Any) -> Summary:
         "run_id": "abc",
         "created": "2026-01-01T00:00:00+00:00",
         "settings": {
-            "schema_version": 4,
+            "schema_version": 5,
             "model": "m",
             "model_revision": "r1",
             "spec": {"method": "sppruner", "budget": {"ratio": 0.222}, "options": {}},
@@ -194,6 +194,10 @@ def test_a_dense_run_is_named_as_one() -> None:
     settings = {**summary().settings} | {"spec": {"method": "none"}}
     report = render_text(summary(settings=settings, measured=None, total=replace(TOTAL, blocks=())))
     assert "not measured: a dense run" in report
+    decided = summary(
+        break_even=BreakEven(measured=None), measured=None, total=replace(TOTAL, blocks=())
+    )
+    assert "not measured: a dense run" in render_text(decided)
 
 
 def test_the_state_follows_from_the_committed_units() -> None:
@@ -243,7 +247,7 @@ def test_why_nothing_was_measured_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "said"), [(2, "met no caches"), (3, "too close to 1"), (4, "")]
+    ("version", "said"), [(2, "met no caches"), (3, "too close to 1"), (4, ""), (5, "")]
 )
 def test_a_run_of_an_earlier_schema_version_says_how_it_was_measured(
     version: int, said: str

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.speedup import Block
 from cluster.controller import (
     CONTROLLER_NAME,
     CONTROLLER_NAMESPACE,

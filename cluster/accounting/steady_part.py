@@ -18,9 +18,8 @@ from typing import Final
 BLOCK_SLOTS: Final = 4
 """Rows of a control block for each slot of its replica: the steady part, which is the middle half
 of an arm's answers, begins once every slot has answered and ends while all are taken."""
-FAILED_SHARE: Final = 1 / 16
-"""Most rows of a block that may fail one way alone: their time is in its arm, their answers are
-not."""
+# Arms with fewer rows a slot count whole: some of a block's rows may fail, and have no answers.
+_FEWEST_SLOTS: Final = 3
 # Answers of one step of the engine arrive within this share of the arm's time.
 _TOGETHER: Final = 0.01
 
@@ -32,11 +31,11 @@ def steady_seconds(ended: Mapping[str, float], began: float, *, slots: int) -> d
     began. slots: rows that its replica runs at once. The sum over the result is the time that as
     many rows take of a full replica. Answers that come together, as those of one batch, are in the
     steady part together or not at all. All of an arm counts where it is one batch, or has fewer
-    than four rows a slot.
+    than three rows a slot.
     """
     order = sorted(ended, key=ended.__getitem__)
     times = [ended[row] for row in order]
-    lead = len(times) // 4 if len(times) >= BLOCK_SLOTS * slots * (1 - FAILED_SHARE) else 0
+    lead = slots if len(times) >= _FEWEST_SLOTS * slots else 0
     first, last = 0, len(times)
     if lead:
         together = _TOGETHER * (times[-1] - began)

@@ -16,7 +16,6 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from cluster.accounting.steady_part import FAILED_SHARE
 from cluster.errors import InferenceFailed, PoisonRow
 from cluster.events import RunEvent
 from cluster.protocol import BatchReplicas, BlockAnswers, LabelRequest, row_error_result
@@ -36,6 +35,9 @@ _FAULTS_ALONE: Final = 6
 _MAX_PAUSE_SECONDS: Final = 10.0
 _FIRST_SECONDS: Final = 3600.0
 _LEAST_SECONDS: Final = 600.0
+# Most rows of a control block that may fail one way alone: their time is in that arm, their answers
+# are not.
+_FAILED_SHARE: Final = 1 / 16
 
 EventReport: TypeAlias = Callable[[RunEvent, int, str | None], None]
 """Hears what happened, how often, and to whom, where that is to be counted once."""
@@ -307,7 +309,7 @@ def _pair(
     spoiled = (
         block.dense is None
         or 2 * len(both) < len(requests)
-        or one_way > max(1, FAILED_SHARE * len(requests))
+        or one_way > max(1, _FAILED_SHARE * len(requests))
     )
     pruned_steady = {} if spoiled else block.pruned_steady
     dense_steady = {} if spoiled else block.dense_steady

@@ -267,6 +267,7 @@ def test_blocks_that_replace_spoiled_ones_stay_within_the_cost() -> None:
     assert ledger.control_nanoseconds <= COST_SHARE * 75 * 256 * NANO * 1.001
 
 
+@given(order=st.permutations(range(24)), lost=st.sets(st.integers(0, 23)), asked=st.integers(1, 12))
 def test_as_many_blocks_are_measured_as_were_asked_for_in_whatever_order_units_come(
     order: list[int], lost: set[int], asked: int
 ) -> None:

@@ -27,9 +27,12 @@ def named(times: list[float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("spread", [0, 6, 12], ids="equal mixed varied".split())
 @pytest.mark.parametrize("delay", [0.0, 3.0])
-def test_the_ratio_of_short_blocks_is_that_of_a_long_run(spread: int, delay: float) -> None:
-    """Thirty blocks of four rows a slot against a run of 5,000 rows. By the time of whole arms the
-    ratio would be off by up to a quarter."""
+@pytest.mark.parametrize("failed", [0, 5, 16])
+def test_the_ratio_of_short_blocks_is_that_of_a_long_run(
+    spread: int, delay: float, failed: int
+) -> None:
+    """Thirty blocks of four rows a slot, some of which failed both ways, against a run of 5,000
+    rows. By the time of whole arms the ratio would be off by up to a quarter."""
     draw = np.random.default_rng(spread)
 
     def lengths(rows: int) -> list[int]:
@@ -43,7 +46,7 @@ def test_the_ratio_of_short_blocks_is_that_of_a_long_run(spread: int, delay: flo
     true = max(taken["dense"]) / max(taken["pruned"])
     paces, totals = dict.fromkeys(costs, 0.0), dict.fromkeys(costs, 0.0)
     for _ in range(30):
-        block = lengths(BLOCK_SLOTS * SLOTS)
+        block = lengths(BLOCK_SLOTS * SLOTS - failed)
         for arm, cost in costs.items():
             times = answer_rows(block, prefill=cost, step=0.1, slots=SLOTS, began=delay)
             ended = named(times)
@@ -89,7 +92,7 @@ def test_every_arm_has_a_steady_part_of_its_own_answers(
     [
         ([], []),
         ([2.0], [2.0]),
-        ([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]),
+        ([1.0, 3.0], [1.0, 2.0]),
         ([9.0] * 8, [9.0] + [0.0] * 7),  # one batch: all of it, from the arm's beginning
         ([5.0, 6.0, 8.0, 9.0], [1.0, 2.0]),
         ([5.0] * 4 + [7.0] * 4, [2.0] + [0.0] * 3),
@@ -105,7 +108,7 @@ def test_a_long_delay_at_the_start_is_nobody_s() -> None:
     assert steady_seconds(early, 0.0, slots=4) == steady_seconds(late, 0.0, slots=4)
 
 
-@pytest.mark.parametrize("rows_a_slot", [1, 2, 3])
+@pytest.mark.parametrize("rows_a_slot", [1, 2])
 @pytest.mark.parametrize(
     ("pruned", "dense", "step"), [(0.05, 0.25, 0.1), (0.3, 1.0, 0.1), (0.015, 0.009, 0.047)]
 )

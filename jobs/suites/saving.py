@@ -9,14 +9,16 @@ rows have warmed up: on those of the run before it would find its images in the 
 - printed: dense over pruned of the measured run, over the rounds. low, high: its interval in each
   round, lowest and highest end.
 - separate: replica seconds of the dense run over those of the pruned one. wall: the same of their
-  seconds from first read to last commit, the start of the labelling actors included.
-- held: rounds whose interval holds `separate`.
+  seconds from first read to last commit, the start of the labelling actors included. The machine's
+  speed changes between the two: separate low and high are ends of the interval by their units.
+- held: rounds whose two ratios differ by no more than both intervals together allow.
 - doubts: rounds whose blocks do not speak for the run's rows, so that no time saved is stated.
 - measuring: seconds spent on control over the replica time of the rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +28,11 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from cluster.accounting.speedup import Block, MeasuredRatio, measured_ratio
 from cluster.accounting.steady_part import BLOCK_SLOTS
 from cluster.config import RunConfig
 from cluster.demo import DrawnRow, encode_parquet
+from cluster.output.run_output import RunOutput
 from cluster.output.summary import Attempt, Summary
 from cluster.serving.application import FleetSettings
 from cluster.serving.engine_settings import EngineSettings
@@ -64,18 +68,19 @@ class SavingRound:
 
     measured: Summary
     """Of the run that measures."""
-    separate: float
-    """Replica seconds of the dense run over those of the pruned one."""
+    separate: MeasuredRatio
+    """Replica seconds of the dense run over those of the pruned one, each unit as a block."""
     wall: float
     """Their wall seconds."""
 
     @property
     def holds(self) -> bool:
-        """Whether the printed interval holds the separate ratio."""
+        """Whether printed and separate ratio differ within their intervals: both are of samples."""
         found = self.measured.measured
-        if found is None or found.low is None or found.high is None:
+        if found is None or found.half_width is None or self.separate.half_width is None:
             return False
-        return found.low <= self.separate <= found.high
+        apart = abs(math.log(found.ratio / self.separate.ratio))
+        return apart <= math.hypot(found.half_width, self.separate.half_width)
 
     @property
     def doubted(self) -> bool:
@@ -94,6 +99,8 @@ class SavingCase:
     interval_low: float
     interval_high: float
     separate: dict[str, float]
+    separate_low: float
+    separate_high: float
     wall: dict[str, float]
     held: str
     doubts: str
@@ -140,7 +147,7 @@ def run_saving_suite(
         ],
         "ratios": {
             f"printed_vs_separate_{asked}_questions": summarise_rounds(
-                [_printed(one) / one.separate for one in found]
+                [_printed(one) / one.separate.ratio for one in found]
             )
             for asked, found in rounds_of.items()
         },
@@ -193,11 +200,11 @@ class _Workload:
                     run_job(replace(warm, output=output), self.console)
                 config = replace(configs[side], output=f"{place}/{side}")
                 done[side] = run_job(config, self.console)
-        (dense, slow), (fast_rows, fast) = done["dense"], done["pruned"]
+        separate = compare_units(f"{place}/pruned", f"{place}/dense")
         return SavingRound(
             measured=done["measured"][0],
-            separate=dense.total.seconds / fast_rows.total.seconds,
-            wall=slow.wall_seconds / fast.wall_seconds,
+            separate=separate,
+            wall=done["dense"][1].wall_seconds / done["pruned"][1].wall_seconds,
         )
 
     def _fleet(self) -> FleetSettings:
@@ -231,6 +238,18 @@ class _Workload:
             store.put(f"{number:05}.parquet", data)
 
 
+def compare_units(pruned: str, dense: str) -> MeasuredRatio:
+    """The ratio of two runs of one corpus, by the replica time of their units."""
+    outputs = [RunOutput.open(uri) for uri in (pruned, dense)]
+    units = sorted(outputs[0].committed_units())
+    ledgers = zip(*(output.ledgers(units) for output in outputs), strict=True)
+    found = measured_ratio(
+        [Block(fast.nanoseconds, slow.nanoseconds, fast.rows) for fast, slow in ledgers]
+    )
+    assert found is not None
+    return found
+
+
 def _draw(shape: ModelShape, rows: int, asked: int, seed: int) -> list[DrawnRow]:
     images = draw_squares(-(-rows // asked), seed, shape.side)
     asking = [
@@ -254,7 +273,9 @@ def _make_case(asked: int, rows: int, rounds: Sequence[SavingRound]) -> SavingCa
         printed=summarise_rounds([_printed(one) for one in rounds]),
         interval_low=min(found.low or 0.0 for found in intervals if found is not None),
         interval_high=max(found.high or 0.0 for found in intervals if found is not None),
-        separate=summarise_rounds([one.separate for one in rounds]),
+        separate=summarise_rounds([one.separate.ratio for one in rounds]),
+        separate_low=min(one.separate.low or 0.0 for one in rounds),
+        separate_high=max(one.separate.high or 0.0 for one in rounds),
         wall=summarise_rounds([one.wall for one in rounds]),
         held=f"{sum(one.holds for one in rounds)} of {len(rounds)}",
         doubts=f"{sum(one.doubted for one in rounds)} of {len(rounds)}",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from cluster.accounting.speedup import MeasuredRatio
+from cluster.accounting.ledger import UnitLedger
+from cluster.accounting.speedup import NANO, MeasuredRatio
 from cluster.output.summary import Summary
+from cluster.store import open_store
 from jobs.suites import saving
-from jobs.suites.saving import SavingRound, run_saving_suite
+from jobs.suites.saving import SavingRound, compare_units, run_saving_suite
 from jobs.suites.shapes import SHAPES
+from tests.cluster.corpora import plan, put_parquet
 
 
 def measured(low: float | None, high: float | None) -> Summary:
@@ -21,19 +26,39 @@ def measured(low: float | None, high: float | None) -> Summary:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "separate", "holds"),
+    ("low", "high", "separate", "share", "holds"),
     [
-        (1.5, 2.5, 1.6, True),
-        (1.5, 2.5, 2.6, False),
-        (1.5, 2.5, 1.4, False),
-        (None, None, 2.0, False),
+        (1.6, 2.5, 1.65, 1.0, True),
+        (1.6, 2.5, 2.6, 1.0, False),
+        (1.6, 2.5, 1.5, 1.0, False),
+        (1.6, 2.5, 1.5, 1.3, True),  # a separate ratio that is uncertain too
+        (1.9, 2.1, 1.5, 1.3, False),
+        (None, None, 2.0, 1.3, False),
     ],
 )
-def test_an_interval_holds_the_separate_ratio_or_not(
-    low: float | None, high: float | None, separate: float, holds: bool
+def test_both_ratios_agree_within_their_intervals_or_not(
+    low: float | None, high: float | None, separate: float, share: float, holds: bool
 ) -> None:
-    one = SavingRound(measured=measured(low, high), separate=separate, wall=1.0)
-    assert one.holds is holds
+    """share: high end of the separate interval over its ratio."""
+    taken = MeasuredRatio(
+        ratio=separate, low=separate / share, high=separate * share, rows=96, blocks=6
+    )
+    assert SavingRound(measured=measured(low, high), separate=taken, wall=1.0).holds is holds
+
+
+def test_separate_runs_are_compared_unit_by_unit(tmp_path: Path) -> None:
+    corpus = pa.table({"image": [b"x"] * 24})
+    put_parquet(open_store(tmp_path / "in"), "a.parquet", corpus)
+    for name, seconds in (("pruned", 1.0), ("dense", 2.5)):
+        planned = plan(f"{tmp_path}/in", f"{tmp_path}/{name}", unit_rows=4)
+        for number, unit in enumerate(planned.units):
+            spent = round(seconds * (1 + number / 10) * NANO)
+            ledger = UnitLedger(rows=4, nanoseconds=spent)
+            planned.output.commit_unit(unit.unit_id, pa.table({"a": [1]}), ledger, writer="w")
+    found = compare_units(f"{tmp_path}/pruned", f"{tmp_path}/dense")
+    assert (found.blocks, found.rows) == (6, 24)
+    assert found.ratio == pytest.approx(2.5)
+    assert found.low == pytest.approx(2.5), "each unit took 2.5 times as long"
 
 
 def test_questions_of_one_image_stand_together_and_are_different() -> None:
@@ -57,6 +82,7 @@ def test_three_runs_of_each_case_are_compared(
     assert (one["rows"], five["rows"]) == (384, 384)
     assert one["interval_low"] < one["printed"]["value"] < one["interval_high"]
     assert five["measuring"]["value"] > 0
+    assert one["separate_low"] < one["separate"]["value"] < one["separate_high"]
     assert one["doubts"] == five["doubts"] == "0 of 1"
     for asked in (1, 5):
         ratio = found["ratios"][f"printed_vs_separate_{asked}_questions"]

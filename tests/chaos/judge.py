@@ -201,7 +201,7 @@ def check_ledger(key: str, body: bytes) -> list[Finding]:
     ledger = json.loads(metadata[b"sppruner.ledger"])
     rows = read_rows(body)
     answered = [row for row in rows if row["error_code"] is None]
-    controls = [row for row in answered if row["is_control"]]
+    controls = [row for row in rows if row["is_control"]]
     measured = [row for row in controls if _is_measured(row)]
     attempts = [row["attempts"] or 0 for row in rows]
     true: dict[str, Any] = {

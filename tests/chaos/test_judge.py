@@ -88,7 +88,7 @@ def right_rows(corpus: Corpus, unit_rows: int = 8) -> list[Row]:
 
 def ledger(rows: list[Row]) -> dict[str, Any]:
     answered = [row for row in rows if row["error_code"] is None]
-    controls = [row for row in answered if row["is_control"]]
+    controls = [row for row in rows if row["is_control"]]
     measured = [row for row in controls if row["control_seconds"] is not None]
     return {
         "rows": len(rows),
@@ -214,7 +214,7 @@ def error(code: str) -> dict[str, Any]:
         ("text", "answer", "visual_tokens", "visual_tokens_kept", "seconds", "device",
          "control_text", "control_seconds", "steady_seconds", "control_steady_seconds")
     )  # fmt: skip
-    return {**gone, "error_code": code, "error_message": "?", "is_control": False}
+    return {**gone, "error_code": code, "error_message": "?"}  # in its block, if it was in one
 
 
 def damage_row(row: Row) -> Row:

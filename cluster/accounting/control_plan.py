@@ -4,8 +4,8 @@ Measuring costs a dense answer for each row of a block. It is worth a stated pre
 the first blocks, of units drawn by hash from the whole corpus, say how many more it takes (Stein's
 two-stage procedure, 1945), and these are spread over the run. Later blocks have no say: a run that
 measured on wherever blocks differ would measure some parts of its corpus more densely than others.
-What all of them cost stays below a stated share of the run's seconds; a corpus too small for that
-is not measured unless asked to.
+What all of them cost is planned to stay below a stated share of the run's seconds; a corpus too
+small for that is not measured unless asked to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import ceil
 from typing import Final
 
 from cluster.accounting.ledger import UnitLedger
-from cluster.accounting.speedup import FEWEST_BLOCKS, NANO, Block, measured_ratio
+from cluster.accounting.speedup import FEWEST_BLOCKS, Block, measured_ratio
 from cluster.accounting.steady_part import BLOCK_SLOTS
 
 HALF_WIDTH: Final = 0.1
@@ -27,7 +27,7 @@ COST_SHARE: Final = 0.05
 """Most that measuring may cost, of the seconds of the run's rows."""
 # So many are measured even where the first are precise: also of what the run meets later.
 _FEWEST: Final = 10
-_MOST: Final = 64
+_MOST: Final = 56
 # Before anything is measured a dense row is taken for so many pruned ones.
 _ASSUMED_RATIO: Final = 3.0
 # Rows of the smallest block that is measured unasked, for each slot: its arms count whole, which
@@ -146,7 +146,7 @@ class ControlPlan:
             return rank < self._limit(self.asked, lost)
         if rank < FEWEST_BLOCKS:
             return True  # what these cost was known when the run began
-        if rank >= self._limit(self._wanted(ledger, measured or {}), lost):
+        if rank >= self._limit(self._wanted(measured or {}), lost):
             return False
         answered = ledger.rows - ledger.rows_failed
         of_row = ledger.nanoseconds / answered if answered else 1.0
@@ -175,14 +175,12 @@ class ControlPlan:
             limit = higher
         return limit
 
-    def _wanted(self, ledger: UnitLedger, measured: Mapping[str, Block]) -> int:
+    def _wanted(self, measured: Mapping[str, Block]) -> int:
         """As the first blocks say, in the order of the ranks: the same in every attempt."""
         first = sorted(measured.keys() & self.ranks.keys(), key=self.ranks.__getitem__)
         if len(first) < FEWEST_BLOCKS:
             return FEWEST_BLOCKS
-        seconds = {kind: spent / NANO for kind, spent in ledger.nanoseconds_by_device.items()}
-        pilot = [measured[unit] for unit in first[:FEWEST_BLOCKS]]
-        found = measured_ratio(pilot, seconds=seconds)
+        found = measured_ratio([measured[unit] for unit in first[:FEWEST_BLOCKS]])
         if found is None or found.half_width is None:
             return _MOST
         # The half-width falls with the root of the number of blocks.

@@ -11,7 +11,8 @@ rows have warmed up: on those of the run before it would find its images in the 
 - separate: replica seconds of the dense run over those of the pruned one. wall: the same of their
   seconds from first read to last commit, the start of the labelling actors included. The machine's
   speed changes between the two: separate low and high are ends of the interval by their units.
-- held: rounds whose two ratios differ by no more than both intervals together allow.
+- held: rounds whose interval holds `separate`. agreed: rounds whose two ratios differ by no more
+  than both intervals together allow.
 - doubts: rounds whose blocks do not speak for the run's rows, so that no time saved is stated.
 - measuring: seconds spent on control over the replica time of the rows.
 """
@@ -75,6 +76,14 @@ class SavingRound:
 
     @property
     def holds(self) -> bool:
+        """Whether the printed interval holds the separate ratio."""
+        found = self.measured.measured
+        if found is None or found.low is None or found.high is None:
+            return False
+        return found.low <= self.separate.ratio <= found.high
+
+    @property
+    def agrees(self) -> bool:
         """Whether printed and separate ratio differ within their intervals: both are of samples."""
         found = self.measured.measured
         if found is None or found.half_width is None or self.separate.half_width is None:
@@ -103,6 +112,7 @@ class SavingCase:
     separate_high: float
     wall: dict[str, float]
     held: str
+    agreed: str
     doubts: str
     measuring: dict[str, float]
 
@@ -278,6 +288,7 @@ def _make_case(asked: int, rows: int, rounds: Sequence[SavingRound]) -> SavingCa
         separate_high=max(one.separate.high or 0.0 for one in rounds),
         wall=summarise_rounds([one.wall for one in rounds]),
         held=f"{sum(one.holds for one in rounds)} of {len(rounds)}",
+        agreed=f"{sum(one.agrees for one in rounds)} of {len(rounds)}",
         doubts=f"{sum(one.doubted for one in rounds)} of {len(rounds)}",
         measuring=summarise_rounds(
             [one.measured.total.control_seconds / one.measured.total.seconds for one in rounds]

@@ -99,7 +99,7 @@ def _pace(total: UnitLedger) -> tuple[float, float]:
         rows[block.device] += block.rows
     taken = expected = 0.0
     for device, count in sorted(total.ordinary_rows.items()):
-        if rows[device]:
+        if pruned[device]:
             taken += total.ordinary_nanoseconds[device]
             expected += count * pruned[device] / rows[device]
     return taken, expected

@@ -17,17 +17,17 @@ from cluster.errors import CommitRefused
 from cluster.output.checks import check_pruning_claims
 from cluster.output.manifest import Manifest
 from cluster.output.run_output import CommittedUnit
+from sppruner.spec import DENSE
 
 _STEADY: Final = ("steady_seconds", "control_steady_seconds")
 _SECONDS: Final = ("seconds", "control_seconds", "discarded_seconds", *_STEADY)
-_OF_CONTROL: Final = ("control_seconds", "control_text", *_STEADY)
 _FLOPS: Final = ("flops", "flops_dense", "flops_cached")
 # Of an answered row.
 _NEVER_NULL: Final = ("text", "seconds", "prompt_tokens", "completion_tokens", "kv_bytes", "flops")
 _COLUMNS: Final = (
     *_NEVER_NULL,
     *_SECONDS,
-    *("unit_row", "error_code", "prune_spec", "is_control", "control_text"),
+    *("unit_row", "error_code", "prune_spec", "prune_method", "is_control", "control_text"),
     *("kv_bytes_dense", "flops_dense", "flops_cached"),
 )
 # The steady part is within its arm: clocks of calls and answers differ by so much.
@@ -123,10 +123,9 @@ def _row_differences(row: Mapping[str, Any], specs: frozenset[str] | None) -> It
     flops, dense, cached = (row[name] or {} for name in _FLOPS)
     if any((count or 0) > (flops.get(part) or 0) for part, count in cached.items()):
         yield "caches spared more FLOPs than it has"
-    if row["prune_spec"] is not None and '"method":"none"' in row["prune_spec"]:
-        kept = (flops, row["kv_bytes"])
-        if kept != (dense, row["kv_bytes_dense"]):
-            yield "a dense row whose dense cost is another"
+    as_run, unpruned = (flops, row["kv_bytes"]), (dense, row["kv_bytes_dense"])
+    if row["prune_method"] == DENSE.method and as_run != unpruned:
+        yield "a dense row whose dense cost is another"
     twin = row["control_seconds"] is not None
     paced = any(row[name] is not None for name in _STEADY)
     incomplete = twin != (row["control_text"] is not None)

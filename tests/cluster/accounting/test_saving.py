@@ -142,6 +142,18 @@ def test_a_kind_of_device_without_a_block_is_a_doubt(share: float, doubted: bool
     assert any("no control block ran on H200" in doubt for doubt in found.doubts) == doubted
 
 
+def test_blocks_of_no_pruned_time_are_compared_with_nothing() -> None:
+    """Of one kind of two, by a clock too coarse for it: no ratio of paces, and no error."""
+    kinds = {"gpu": 10 * NANO, "cpu": 990 * NANO}
+    total = ledger(
+        blocks=(*blocks(5, device="cpu"), Block(0, 10, BLOCK, "gpu")),
+        nanoseconds_by_device=kinds,
+        ordinary_rows={"gpu": 10_000},
+        ordinary_nanoseconds={"gpu": 10 * NANO},
+    )
+    assert not saving(total).doubts
+
+
 def test_ledgers_of_earlier_versions_cast_no_doubt_they_cannot_know_of() -> None:
     old = ledger(ordinary_rows={}, ordinary_nanoseconds={}, steady_flops=0)
     assert not saving(replace(old, flops_cached={"vision": 900})).doubts

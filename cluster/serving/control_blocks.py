@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,14 +36,15 @@ class _Arm:
     ended: dict[str, float] = field(default_factory=dict)
     """When each answer came, by row."""
 
-    def steady(self, rows: Set[str], other: _Arm, slots: int) -> dict[str, float]:
-        """See `steady_seconds`; of `rows`, which were answered both ways. Rows that failed both
-        ways, for want of an image say, took no slot either way. Those that failed one way alone
-        took what they took: they are in the arm, and none of its answers."""
+    def steady(self, other: _Arm, slots: int) -> dict[str, float]:
+        """See `steady_seconds`; of rows that were answered both ways. Those that failed both ways,
+        for want of an image say, took no slot either way. Those that failed one way alone took what
+        they took: they are in the arm, and none of its answers."""
+        both = self.answered & other.answered
         tried = self.answered | other.answered
         ended = {row: at for row, at in self.ended.items() if row in tried}
         steady = steady_seconds(ended, self.began, slots=slots)
-        return {row: seconds for row, seconds in steady.items() if row in rows}
+        return {row: seconds for row, seconds in steady.items() if row in both}
 
     @property
     def answered(self) -> set[str]:
@@ -110,12 +111,12 @@ class ControlBlocks:
             return BlockAnswers(
                 pruned=pruned.results, dense=None, discarded_seconds=discarded + spent
             )
-        both, slots = pruned.answered & dense.answered, self._thread.engine.slots
+        slots = self._thread.engine.slots
         return BlockAnswers(
             pruned=pruned.results,
             dense=dense.results,
-            pruned_steady=pruned.steady(both, dense, slots),
-            dense_steady=dense.steady(both, pruned, slots),
+            pruned_steady=pruned.steady(dense, slots),
+            dense_steady=dense.steady(pruned, slots),
             discarded_seconds=discarded,
         )
 

@@ -111,8 +111,7 @@ def test_rows_that_fail_one_way_leave_the_pace_of_the_others_as_it_is(failed: st
     names = "abcdefghijklmnop"
     whole = arm({name: 1.0 + number for number, name in enumerate(names)})
     other = arm({name: 1.0 for name in names}, failed=failed)
-    both = whole.answered & other.answered
-    steady = whole.steady(both, other, 4)
+    steady = whole.steady(other, 4)
     assert set(steady) == set("efghijkl") - set(failed)
     assert set(steady.values()) == {1.0}
 
@@ -121,7 +120,7 @@ def test_rows_that_fail_both_ways_are_in_no_arm() -> None:
     """They fail before they have a slot, at once."""
     times = {"x": 0.1, "y": 0.1} | {name: 1.0 + n for n, name in enumerate("abcdefghijklmnop")}
     one, other = arm(times, failed="xy"), arm(times, failed="xy")
-    steady = one.steady(one.answered & other.answered, other, 4)
+    steady = one.steady(other, 4)
     assert list(steady) == list("efghijkl")
 
 

@@ -35,6 +35,11 @@ def titles(raylets: Collection[int]) -> dict[int, str]:
     return {pid: title for pid, parent, title in _processes() if parent in raylets}
 
 
+def children(pid: int) -> list[str]:
+    """The command lines of the running children of a process."""
+    return [title for _, parent, title in _processes() if parent == pid]
+
+
 def send(pid: int, number: signal.Signals) -> bool:
     """Sends a signal; False where the process has gone already."""
     try:

@@ -17,6 +17,7 @@ from cluster.demo.local_s3 import LocalS3
 from cluster.output.run_output import RunOutput
 from cluster.store import ObjectInfo, open_store
 from jobs.make_corpus import make_corpus
+from tests.chaos.processes import children
 from tests.integration.checks import check_every_row_once, check_pruned, committed
 
 pytestmark = pytest.mark.slow
@@ -57,18 +58,18 @@ class Job:
             code = self._process.poll()
             assert code is None, f"ended with {code} before {what}: {self.printed()[-6000:]}"
             if time.monotonic() > deadline:
+                listed = "\n".join(children(self._process.pid))
                 self.send(signal.SIGABRT)
                 self._process.wait(timeout=60)
-                pytest.fail(f"no {what} within {seconds} s: {self.printed()[-6000:]}")
+                said = f"{listed}\n{self.printed()[-6000:]}"
+                pytest.fail(f"no {what} within {seconds} s, children: {said}")
             time.sleep(0.1)
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def has_child(self, name: str) -> bool:
-        command = ["ps", "-o", "args=", "--ppid", str(self._process.pid)]
-        # ps ends with 1 where it lists none
-        return name in subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+        return any(name in title for title in children(self._process.pid))
 
     def wait(self, seconds: float) -> int:
         """Its exit code."""

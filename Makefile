@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-slow search check format lock clean
+.PHONY: demo test test-slow test-vllm search check format lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -20,6 +21,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The plugin for vLLM, in an environment of its own: vLLM pins other versions than the lock file.
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/sppruner/integrations/vllm
 
 # Generated inputs that no run had before; a failure prints how to replay it.
 search: $(READY)
@@ -48,3 +53,11 @@ lock: $(READY)
 
 clean:
 	rm -rf $(VENV) out
+
+$(VLLM_VENV)/.ready: requirements-vllm.txt .ci/vllm_cpu/sitecustomize.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	cp .ci/vllm_cpu/sitecustomize.py $(VLLM_VENV)/lib/python3*/site-packages/
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

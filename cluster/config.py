@@ -12,7 +12,7 @@ from cluster.errors import UsageError
 from sppruner.engine import SamplingParams
 from sppruner.engine.interface import DTYPES
 from sppruner.errors import SpecError
-from sppruner.spec import PruneSpec
+from sppruner.spec import OptionValue, PruneSpec
 
 Kind: TypeAlias = Literal["caption", "vqa"]
 ImageFormat: TypeAlias = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
@@ -85,6 +85,8 @@ class RunConfig:
     """Method and budget of pruning."""
     engine: str | None = None
     """Factory of another engine, "module:callable"; see `EngineSettings.engine`."""
+    engine_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    """More arguments of the engine's factory, such as vLLM's tensor_parallel_size."""
     dtype: str = "auto"
     """Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     generation: SamplingParams = field(default_factory=SamplingParams)
@@ -229,6 +231,8 @@ class RunConfig:
             settings["auto"] = True
         if self.engine is not None:
             settings["engine"] = self.engine
+        if self.engine_options:
+            settings["engine_options"] = dict(sorted(self.engine_options.items()))
         if self.dtype != "auto":
             settings["dtype"] = self.dtype
         for name in ("image_column", "key_column", "question_column"):

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from cluster.config import MAX_ERROR_SHARE, CorpusFormat, Kind, RunConfig
 from cluster.console import open_console
 from cluster.errors import UsageError
+from cluster.serving.engine_settings import VLLM, parse_options
 from jobs.boundary import flush_stdout, run_command
 from sppruner import Budget, PruneSpec
 from sppruner.engine import SamplingParams
@@ -109,6 +110,18 @@ def build_parser(job: Job) -> argparse.ArgumentParser:
         default="auto",
         help="model precision; auto is bfloat16 on a GPU, float32 on a CPU (%(default)s)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("vllm",),
+        help="drive vLLM, which must be installed (default: this project's own engine)",
+    )
+    parser.add_argument(
+        "--engine-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an argument of vLLM, such as tensor_parallel_size=2; repeatable",
+    )
     parser.add_argument("--replicas", type=int, default=1, help="model replicas (%(default)s)")
     parser.add_argument(
         "--control-blocks",
@@ -147,6 +160,8 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
         generation = SamplingParams(max_new_tokens=arguments.max_new_tokens)
     except SpecError as error:
         raise UsageError(str(error)) from error
+    if arguments.engine_option and arguments.engine is None:
+        raise UsageError("--engine-option goes with --engine vllm")
     blocks = arguments.control_blocks
     if blocks and spec.is_dense:
         raise UsageError(
@@ -167,6 +182,8 @@ def build_config(job: Job, arguments: argparse.Namespace, *, demo: bool) -> RunC
         image_column=arguments.image_column,
         key_column=arguments.key,
         question_column=getattr(arguments, "question_column", None),
+        engine=VLLM if arguments.engine == "vllm" else None,
+        engine_options=parse_options(arguments.engine_option),
         dtype=arguments.dtype,
         replicas=arguments.replicas,
         auto=arguments.auto,

@@ -17,6 +17,26 @@ def placeholder_words(processor: Any) -> list[str]:
     return [word for name in names if (word := getattr(processor, name, None)) is not None]
 
 
+def chat_text(
+    processor: Any, prompt: str, images: Sequence[Image.Image], system: str | None
+) -> str:
+    """A prompt with one placeholder for each of its images in front of its text, as the model's
+    chat template has it. Raises what `build_inputs` raises."""
+    check_proportions(processor.image_processor, images)
+    for word in placeholder_words(processor):
+        if word in prompt or word in (system or ""):
+            raise InputError(
+                f"the prompt holds {word!r}, which stands for an image or video: remove it"
+            )
+    content: list[dict[str, str]] = [{"type": "image"} for _ in images]
+    content.append({"type": "text", "text": prompt})
+    turn: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        turn.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    text: str = processor.apply_chat_template(turn, add_generation_prompt=True)
+    return text
+
+
 def build_inputs(
     processor: Any,
     prompts: Sequence[str],
@@ -30,25 +50,12 @@ def build_inputs(
     ImageTooNarrow for an image that the processor cannot take at a bounded expense.
     """
     image_lists = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
-    for own_images in image_lists:
-        check_proportions(processor.image_processor, own_images)
     messages = systems or [None] * len(prompts)
-    reserved = placeholder_words(processor)
-    turns = []
-    for prompt, own_images, system in zip(prompts, image_lists, messages, strict=True):
-        for word in reserved:
-            if word in prompt or word in (system or ""):
-                raise InputError(
-                    f"the prompt holds {word!r}, which stands for an image or video: remove it"
-                )
-        content: list[dict[str, str]] = [{"type": "image"} for _ in own_images]
-        content.append({"type": "text", "text": prompt})
-        turn: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system:
-            turn.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        turns.append(turn)
     return processor(
-        text=[processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns],
+        text=[
+            chat_text(processor, prompt, own_images, system)
+            for prompt, own_images, system in zip(prompts, image_lists, messages, strict=True)
+        ],
         images=image_lists if any(image_lists) else None,
         padding=True,
         add_special_tokens=False,

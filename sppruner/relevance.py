@@ -48,9 +48,10 @@ _STOP_WORDS = frozenset(
 )
 
 
-def _words(text: str) -> list[str]:
-    kept = [w for w in "".join(c if c.isalnum() else " " for c in text.lower()).split()]
-    return [w for w in kept if w not in _STOP_WORDS]
+def instruction_words(text: str) -> str:
+    """The words of an instruction that may name a subject, in lower case; empty for none."""
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return " ".join(word for word in words if word not in _STOP_WORDS)
 
 
 class EmbeddingCosine:
@@ -58,21 +59,29 @@ class EmbeddingCosine:
     instruction's words, with positive sign (OpenVINO GenAI's CDPruner takes the mean of the same
     cosines if there is no CLIP text tower).
 
-    embed: token ids [T] → embeddings [T, D]. tokenize: text → token ids, without special tokens.
+    embed: token ids [T] → embeddings [T, D]. tokenize: text → token ids, without special tokens;
+    None where only `score_words` is called.
     """
 
     def __init__(
-        self, embed: Callable[[Tensor], Tensor], tokenize: Callable[[str], list[int]]
+        self,
+        embed: Callable[[Tensor], Tensor],
+        tokenize: Callable[[str], list[int]] | None = None,
     ) -> None:
         self._embed = embed
         # A corpus repeats one prompt, or a few, millions of times.
         self._ids = functools.lru_cache(maxsize=4096)(
-            lambda instruction: tuple(tokenize(" ".join(_words(instruction))))
+            lambda instruction: tuple(tokenize(instruction_words(instruction))) if tokenize else ()
         )
 
     def score(self, image: VisualTokens, instruction: str, pool: RelevancePool) -> Tensor | None:
         """[N] relevance; None if the instruction has only stop words."""
-        ids = self._ids(instruction)
+        return self.score_words(image, self._ids(instruction), pool)
+
+    def score_words(
+        self, image: VisualTokens, ids: Sequence[int], pool: RelevancePool
+    ) -> Tensor | None:
+        """[N] relevance to the tokens of `instruction_words`; None for none."""
         if not ids:
             return None
         device = image.features_ND.device

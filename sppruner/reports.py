@@ -43,7 +43,7 @@ def dense_reports(
             spec=spec,
             visual_tokens=visual,
             visual_tokens_kept=visual,
-            kept_tokens=_pack_bits(np.ones(visual, dtype=bool)),
+            kept_tokens=pack_bits(np.ones(visual, dtype=bool)),
             prompt_tokens=length,
             prompt_tokens_dense=length,
             layer_tokens=(length,) * layers,
@@ -101,7 +101,7 @@ def pruned_reports(
                 spec=spec,
                 visual_tokens=before_B[row],
                 visual_tokens_kept=sum(schedules[i].counted for i in own),
-                kept_tokens=_pack_bits(mask_N),
+                kept_tokens=pack_bits(mask_N),
                 prompt_tokens=short_B[row],
                 prompt_tokens_dense=length_B[row],
                 layer_tokens=layer_tokens,
@@ -113,5 +113,6 @@ def pruned_reports(
     return reports
 
 
-def _pack_bits(kept_N: np.ndarray) -> bytes:
+def pack_bits(kept_N: np.ndarray) -> bytes:
+    """A mask of visual tokens as `PruneReport.kept_tokens`."""
     return np.packbits(kept_N, bitorder="little").tobytes()

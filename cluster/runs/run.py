@@ -27,10 +27,11 @@ from cluster.runs.planning import corpus_uri, plan_run
 from cluster.runs.shared_storage import check_corpus, check_shared
 from cluster.serving.application import FleetSettings
 from cluster.serving.client import ServeReplicas
-from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.engine_settings import VLLM, EngineSettings, check_vllm
 from cluster.serving.fleet import open_fleet
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
+from sppruner.integrations.vllm.settings import check_spec as check_spec_in_vllm
 from sppruner.models.loading import (
     image_backend,
     is_local,
@@ -192,7 +193,11 @@ def fleet_settings(
 ) -> FleetSettings:
     """The replicas of a run whose model is pinned to `revision`."""
     engine = EngineSettings(
-        model=config.model, revision=revision, slots=config.slots, dtype=config.dtype
+        model=config.model,
+        revision=revision,
+        slots=config.slots,
+        dtype=config.dtype,
+        options=config.engine_options,
     )
     if config.engine is not None:
         engine = replace(engine, engine=config.engine)
@@ -241,11 +246,14 @@ def _planned_revision(config: RunConfig, output: RunOutput, asked: Manifest | No
 def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:
     """The model's exact content: of a known revision, or the present one. Raises UsageError for it,
     and for whatever can be known of the spec without loading weights."""
+    if config.engine == VLLM:
+        check_vllm(config.engine_options)
     try:
         selector_for(config.spec)  # a misspelt method must not cost the download of a model
         identity = resolve_model(config.model, revision)
         model_config = load_config(identity)
-        check_spec(config.spec, capabilities(model_config))
+        check = check_spec_in_vllm if config.engine == VLLM else check_spec
+        check(config.spec, capabilities(model_config))
         backend = image_backend(load_processor(identity))
     except SpprunerError as error:
         raise UsageError(str(error)) from error

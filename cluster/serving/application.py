@@ -15,13 +15,20 @@ from ray import serve
 from cluster.errors import UsageError
 from cluster.protocol import VERSION, rows_held
 from cluster.serving.code_version import code_version
-from cluster.serving.engine_settings import EngineSettings
+from cluster.serving.engine_settings import (
+    VLLM,
+    EngineSettings,
+    check_vllm,
+    gpus_of,
+    parse_options,
+)
 from cluster.serving.http.app import Api, ApiSettings
 from cluster.serving.ray_session import SERVE_SETTINGS
 from cluster.serving.replica import VLMReplica
 from cluster.serving.serve_state import job_application
 from sppruner.adapters import capabilities
 from sppruner.errors import SpprunerError
+from sppruner.integrations.vllm.settings import check_spec as check_spec_in_vllm
 from sppruner.models.loading import load_config, resolve_model
 from sppruner.pruner import check_spec
 from sppruner.selectors import selector_for
@@ -33,7 +40,8 @@ _N = TypeVar("_N", int, float)
 _QUEUED_CALLS: Final = 512
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ARGUMENTS: Final = {
-    "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto"
+    "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto", "engine",
+    "engine_options",
 }  # fmt: skip
 
 
@@ -108,7 +116,7 @@ def application(settings: FleetSettings) -> serve.Application:
 
 def _application(settings: FleetSettings, engine: EngineSettings, gpus: int) -> serve.Application:
     assert engine.slots is not None
-    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus * gpus_of(engine.options)}
     replica = serve.deployment(VLMReplica).options(
         name=settings.name,
         num_replicas=settings.replicas,
@@ -145,7 +153,8 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
 
     Arguments: model; replicas; max_batch_rows (slots of a replica); revision; dtype; prune and
     retain (the pruning of requests that ask for none themselves); auto=true (prune those only
-    where pruning is measured, at start-up, to be faster than dense).
+    where pruning is measured, at start-up, to be faster than dense); engine=vllm, and its
+    engine_options (NAME=VALUE, comma-separated).
 
     The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
     Raises UsageError for other arguments, and for a pruning that the model cannot run.
@@ -157,13 +166,20 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
         raise UsageError(f"auto={auto}: write true or false")
     if "retain" in args and "prune" not in args:
         raise UsageError(f"retain={args['retain']} prunes nothing: add prune=METHOD")
+    by_vllm = args.get("engine") == "vllm"
+    if "engine" in args and not by_vllm:
+        raise UsageError(f"engine={args['engine']}: write vllm, or leave it out")
+    options = parse_options(filter(None, args.get("engine_options", "").split(",")))
+    if by_vllm:
+        check_vllm(options)
     try:
         retain = Budget(ratio=_number(args, "retain", float) or 0.222)
         spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
         selector_for(spec)  # a misspelt method must not cost the download of a model
         api = ApiSettings(default_spec=spec, auto=auto == "true")
         pinned = resolve_model(args["model"], args.get("revision"))
-        check_spec(spec, capabilities(load_config(pinned)))
+        check = check_spec_in_vllm if by_vllm else check_spec
+        check(spec, capabilities(load_config(pinned)))
     except SpprunerError as error:
         raise UsageError(str(error)) from error
     engine = EngineSettings(
@@ -171,7 +187,10 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
         revision=pinned.revision,
         slots=_number(args, "max_batch_rows", int),
         dtype=args.get("dtype", "auto"),
+        options=options,
     )
+    if by_vllm:
+        engine = replace(engine, engine=VLLM)
     replicas = _number(args, "replicas", int) or 1
     return application(FleetSettings(engine=engine, replicas=replicas, api=api))
 

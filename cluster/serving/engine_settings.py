@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from cluster.errors import UsageError
 from sppruner.engine.interface import DTYPES, Engine
-from sppruner.spec import OptionValue
+from sppruner.errors import SpecError
+from sppruner.spec import OptionValue, parse_value
+
+VLLM: Final = "sppruner.integrations.vllm.engine:VllmEngine"
+"""The factory of an engine that drives vLLM."""
 
 # Slots where the settings give none. More make a CPU no faster; a GPU becomes faster as far as
 # its memory has room for their keys and values, which its engine checks.
@@ -64,6 +69,37 @@ class EngineSettings:
         pinned = {} if self.revision is None else {"revision": self.revision}
         settings = dict(model=self.model, device=self.device, dtype=self.dtype, **pinned)
         return cast(Engine, factory(slots=self.slots, **settings, **self.options))
+
+
+def check_vllm(options: Mapping[str, OptionValue]) -> None:
+    """Raises UsageError where vLLM is not installed, or for an option that its engine does not
+    take."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "engine vllm: vLLM is not installed here; pip install 'sppruner[vllm]', on every node"
+        )
+    from sppruner.integrations.vllm.options import check_options
+
+    try:
+        check_options(options)
+    except SpecError as error:
+        raise UsageError(str(error)) from error
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, OptionValue]:
+    """Options of an engine as a command line writes them: NAME=VALUE. Raises UsageError."""
+    options: dict[str, OptionValue] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name.isidentifier() or not value:
+            raise UsageError(f"engine option {pair!r}: write NAME=VALUE")
+        options[name] = parse_value(value)
+    return options
+
+
+def gpus_of(options: Mapping[str, OptionValue]) -> int:
+    """GPUs of a replica, on a cluster that has any: vLLM spreads one model over several."""
+    return max(1, int(options.get("tensor_parallel_size", 1)))
 
 
 def default_slots(*, gpu: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, TowerOutput
 from sppruner.adapters.idefics3 import Idefics3Adapter
 from sppruner.adapters.internvl import InternVLAdapter
 from sppruner.adapters.llava import LlavaAdapter
@@ -70,6 +70,7 @@ __all__ = [
     "Qwen2VLAdapter",
     "Qwen2_5_VLAdapter",
     "Qwen3VLAdapter",
+    "TowerOutput",
     "adapter_class",
     "adapter_for",
     "capabilities",

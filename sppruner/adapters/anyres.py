@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sppruner.adapters.anyres_layout import AnyresLayout
-from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
-from sppruner.adapters.tiles import layer_of_state, stack_signals
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, TowerOutput, raster
+from sppruner.adapters.tiles import layer_of_state, stack_signals, stacked
 from sppruner.adapters.towers import skipping_layers_after
 from sppruner.cost import ImageShape
 from sppruner.signals import CONTENT_SEED, content_seed, probing
@@ -32,8 +32,8 @@ class AnyresAdapter(Adapter):
     """The base of LLaVA-NeXT and LLaVA-OneVision, which differ in tower, probe and layout."""
 
     @abstractmethod
-    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
-        """The layout of each image of a batch."""
+    def layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+        """The layout of each image of a processor's batch; its prompts are not read."""
 
     @abstractmethod
     def _probe(self, attention: torch.nn.Module) -> Any:
@@ -49,12 +49,12 @@ class AnyresAdapter(Adapter):
         return int(vision.image_size // vision.patch_size)
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
-        layouts = [] if inputs.get("pixel_values") is None else self._layouts(inputs)
+        layouts = [] if inputs.get("pixel_values") is None else self.layouts(inputs)
         owners = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
         return [(row, layout.shape()) for (row, _), layout in zip(owners, layouts, strict=True)]
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
-        layouts = self._layouts(inputs)
+        layouts = self.layouts(inputs)
         owners = self.assign_rows([layout.tokens for layout in layouts], inputs["input_ids"])
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
@@ -67,39 +67,46 @@ class AnyresAdapter(Adapter):
             output = self.model.model.get_image_features(
                 pixel_values=pixels, return_dict=True, **sizes
             )
-        states_TPV = self._patch_states(output)
-        tile_signals = stack_signals(probe, len(states_TPV)) if probed else {}
-        pixels_of_image = _split_pixels(pixels, layouts)
+        tiles = sum(layout.tiles for layout in layouts)
+        read = TowerOutput(
+            runs=output.pooler_output,
+            states=self._patch_states(output),
+            signals=[probe.signals(tile) if probed else {} for tile in range(tiles)],
+            pixels=[tile for image in _split_pixels(pixels, layouts) for tile in image],
+        )
+        return Encoded(images=self.images(read, owners, layouts, signals), output=output)
+
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[AnyresLayout],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
         images, first = [], 0
-        for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):
+        for run_ND, (row, index), layout in zip(tower.runs, owners, layouts, strict=True):
             tiles = slice(first, first + layout.tiles)
             first = tiles.stop
             images.append(
                 self._image(
-                    layout,
-                    row=row,
-                    image=index,
-                    run_ND=output.pooler_output[i],
-                    states_TPV=states_TPV[tiles],
-                    tile_signals={name: values[tiles] for name, values in tile_signals.items()},
-                    pixels=pixels_of_image[i],
-                    signals=signals,
+                    layout, row, index, run_ND=run_ND, tower=tower, tiles=tiles, signals=signals
                 )
             )
-        return Encoded(images=tuple(images), output=output)
+        return tuple(images)
 
     def _image(
         self,
         layout: AnyresLayout,
-        *,
         row: int,
         image: int,
+        *,
         run_ND: Tensor,
-        states_TPV: Tensor,
-        tile_signals: Mapping[str, Tensor],
-        pixels: Tensor,
+        tower: TowerOutput,
+        tiles: slice,
         signals: frozenset[str],
     ) -> EncodedImage:
+        tile_signals = stack_signals(tower.signals[tiles])
+        states, pixels = tower.states[tiles], tower.pixels[tiles]
         places = layout.places(run_ND.device)
         planes = []
         for p, places_N in enumerate(places):
@@ -110,10 +117,10 @@ class AnyresAdapter(Adapter):
                 for name, values in tile_signals.items()
             }
             if CONTENT_SEED in signals:
-                available[CONTENT_SEED] = content_seed(pixels[0] if low else pixels[1:])
+                available[CONTENT_SEED] = content_seed(pixels[0] if low else stacked(pixels[1:]))
             hidden_NV = None
             if self.capabilities.hidden:
-                hidden_NV = states_TPV[0] if low else layout.assemble(states_TPV[1:])
+                hidden_NV = states[0] if low else layout.assemble(stacked(states[1:]))
             planes.append(
                 VisualTokens(
                     features_ND=run_ND[places_N],

@@ -3,7 +3,8 @@
 An adapter never sees a method.
 
 Shapes: B batch rows, S prompt tokens, L packed prompt tokens, N visual tokens of an image, K kept
-tokens, D width of the language model, V width of the vision encoder, R rows of positions.
+tokens, D width of the language model, V width of the vision encoder, P patches of an
+item, R rows of positions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,33 @@ from sppruner.compact import Compacted, full_positions
 from sppruner.cost import DecoderCost, EncoderCost, ImageShape, ModelCost
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.types import VisualTokens
+
+Tensors: TypeAlias = Sequence[Tensor] | Tensor
+"""Several tensors, which may be the rows of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TowerOutput:
+    """What a vision tower gave for some images, whoever ran it.
+
+    An item is what the tower sees as one picture: an image or, in families that cut images, a tile.
+    """
+
+    runs: Tensors
+    """The [N, D] features of each image's run of placeholders, in prompt order."""
+
+    states: Tensors
+    """Of each item, the [P, V] states of its patches that enter the projector, without a CLS token,
+    in the tower's order."""
+
+    signals: Sequence[Mapping[str, Tensor]]
+    """Of each item, the signals of its patches that were probed, by name; empty for none."""
+
+    pixels: Tensors
+    """The pixels of each item."""
+
+    deepstack: Sequence[Sequence[Tensor]] = ()
+    """For each DeepStack layer, the [N, D] states of each image's run; empty without DeepStack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,6 +113,7 @@ class Adapter(ABC):
     """The `model_type`s of the configs that the adapter serves."""
 
     def __init__(self, model: Any) -> None:
+        """model: of transformers. For `images` alone, any object with its `config` will do."""
         self.model = model
         self.capabilities = self.capabilities_of(model.config)
         self.image_token_id = int(model.config.image_token_id)
@@ -117,6 +146,20 @@ class Adapter(ABC):
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         """Runs the vision encoder once over a processor's batch and reads `signals` from it. Raises
         InputError for prompts that do not match their images."""
+
+    @abstractmethod
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[Any],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
+        """The images, with the planes that `signals` are read into.
+
+        owners: (row, index in row) of each image. layouts: of each image, as the family describes
+        one.
+        """
 
     def pack(self, encoded: Encoded, kept: Sequence[Kept]) -> Any:
         """A new output object of the family's type with the kept tokens of each image; new on each

@@ -7,7 +7,7 @@ a token, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -16,15 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Encoded
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, TowerOutput
 from sppruner.adapters.requirements import require_dense_decoder
-from sppruner.adapters.tiles import (
-    average_patch_signal,
-    find_runs,
-    group_patches,
-    stack_signals,
-    tiled_images,
-)
+from sppruner.adapters.tiles import find_runs, owners_of, tiled_images
 from sppruner.capabilities import Capabilities
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
@@ -60,7 +54,8 @@ class Idefics3Adapter(Adapter):
     def language_model(self) -> Any:
         return self.model.model.text_model
 
-    def _shape(self, tiles: int) -> ImageShape:
+    def layout(self, tiles: int) -> ImageShape:
+        """Of an image of so many tiles."""
         vision = self.model.config.vision_config
         side = vision.image_size // vision.patch_size
         tokens = tiles * (side // self.model.config.scale_factor) ** 2
@@ -69,7 +64,7 @@ class Idefics3Adapter(Adapter):
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         ids = inputs["input_ids"].tolist()
         spans = find_runs(self.placeholders(inputs["input_ids"]))
-        per_tile = self._shape(1).tokens
+        per_tile = self.layout(1).tokens
         for row, start, stop in spans:
             if stop - start != per_tile:
                 raise InputError(
@@ -84,14 +79,14 @@ class Idefics3Adapter(Adapter):
             frame, count = ids[row][tiles[-1][1]], 1
             for (_, stop), (start, _) in pairwise(tiles):
                 if ids[row][stop:start].count(frame) > 1:
-                    found.append((row, self._shape(count)))
+                    found.append((row, self.layout(count)))
                     count = 0
                 count += 1
-            found.append((row, self._shape(count)))
+            found.append((row, self.layout(count)))
         return found
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
-        shapes, factor = self.shapes(inputs), self.model.config.scale_factor
+        shapes = self.shapes(inputs)
         pixels = inputs["pixel_values"].to(self.model.dtype)
         # Padding tiles, up to the most tiles of a prompt, are all zeros; the model drops them.
         tiles = pixels.flatten(0, 1)[(pixels != 0).flatten(2).any(dim=2).flatten()]
@@ -110,19 +105,26 @@ class Idefics3Adapter(Adapter):
                 pixel_attention_mask=inputs.get("pixel_attention_mask"),
                 return_dict=True,
             )
-        hidden_TNV = group_patches(output.last_hidden_state, factor).flatten(2)
-        patch_signals = stack_signals(probe, len(hidden_TNV)) if probed else {}
-        images = tiled_images(
-            shapes,
-            features_TND=torch.cat(output.pooler_output).view(*hidden_TNV.shape[:2], -1),
-            hidden_TNV=hidden_TNV,
+        features_ND = torch.cat(list(output.pooler_output)).flatten(0, -2)
+        read = TowerOutput(
+            runs=torch.split(features_ND, [shape.tokens for _, shape in shapes]),
+            states=output.last_hidden_state,
+            signals=[probe.signals(tile) if probed else {} for tile in range(len(tiles))],
             pixels=tiles,
-            tile_signals={
-                name: average_patch_signal(values, factor) for name, values in patch_signals.items()
-            },
-            signals=signals,
         )
+        owners = owners_of([row for row, _ in shapes])
+        images = self.images(read, owners, [shape for _, shape in shapes], signals)
         return Encoded(images=images, output=output)
+
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[ImageShape],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
+        factor = self.model.config.scale_factor
+        return tiled_images(tower, owners, layouts, signals, factor=factor)
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.connector.modality_projection(states_KV)

@@ -7,23 +7,16 @@ a token, B batch rows, L packed prompt tokens, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Encoded
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, TowerOutput
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
-from sppruner.adapters.tiles import (
-    average_patch_signal,
-    find_runs,
-    group_patches,
-    layer_of_state,
-    stack_signals,
-    tiled_images,
-)
+from sppruner.adapters.tiles import find_runs, layer_of_state, owners_of, tiled_images
 from sppruner.adapters.towers import skipping_layers_after
 from sppruner.capabilities import Capabilities
 from sppruner.compact import Compacted
@@ -63,14 +56,15 @@ class InternVLAdapter(Adapter):
     def _factor(self) -> int:
         return int(1 / self.model.config.downsample_ratio)
 
-    def _shape(self, tiles: int) -> ImageShape:
+    def layout(self, tiles: int) -> ImageShape:
+        """Of an image of so many tiles."""
         vision = self.model.config.vision_config
         side = vision.image_size[0] // vision.patch_size[0]
         tokens = tiles * (side // self._factor) ** 2
         return ImageShape(tiles=tiles, rows=side, columns=side, tokens=tokens)
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
-        per_tile = self._shape(1).tokens
+        per_tile = self.layout(1).tokens
         found = []
         for row, start, stop in find_runs(self.placeholders(inputs["input_ids"])):
             tiles, rest = divmod(stop - start, per_tile)
@@ -79,7 +73,7 @@ class InternVLAdapter(Adapter):
                     f"prompt {row} has {stop - start} places for visual tokens in a row, a tile "
                     f"has {per_tile}: is the prompt cut off, or not made by this model's processor?"
                 )
-            found.append((row, self._shape(tiles)))
+            found.append((row, self.layout(tiles)))
         pixels = inputs.get("pixel_values")
         given, expected = 0 if pixels is None else len(pixels), sum(s.tiles for _, s in found)
         if given != expected:
@@ -91,7 +85,7 @@ class InternVLAdapter(Adapter):
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         shapes = self.shapes(inputs)
-        config, factor = self.model.config, self._factor
+        config = self.model.config
         pixels = inputs["pixel_values"].to(self.model.dtype)
         tower = self.model.model.vision_tower
         layers, feature_layer = tower.encoder.layer, config.vision_feature_layer
@@ -104,18 +98,27 @@ class InternVLAdapter(Adapter):
             states = output.last_hidden_state
         else:
             states = output.hidden_states[feature_layer]
-        patch_signals = stack_signals(probe, len(states)) if probed else {}
-        images = tiled_images(
-            shapes,
-            features_TND=output.pooler_output,
-            hidden_TNV=group_patches(states[:, 1:], factor).flatten(2),
+        read = TowerOutput(
+            runs=[
+                run.flatten(0, 1)
+                for run in torch.split(output.pooler_output, [s.tiles for _, s in shapes])
+            ],
+            states=states[:, 1:],
+            signals=[probe.signals(tile) if probed else {} for tile in range(len(states))],
             pixels=pixels,
-            tile_signals={
-                name: average_patch_signal(values, factor) for name, values in patch_signals.items()
-            },
-            signals=signals,
         )
+        owners = owners_of([row for row, _ in shapes])
+        images = self.images(read, owners, [shape for _, shape in shapes], signals)
         return Encoded(images=images, output=output)
+
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[ImageShape],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
+        return tiled_images(tower, owners, layouts, signals, factor=self._factor)
 
     def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
         """The prompt as embeddings: the model reads encoder outputs as one tensor of equal tiles,

@@ -6,14 +6,14 @@ encoder, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sppruner.adapters.base import Adapter, Encoded, EncodedImage, raster
+from sppruner.adapters.base import Adapter, Encoded, EncodedImage, TowerOutput, raster
 from sppruner.adapters.requirements import require_dense_decoder, require_features, require_tower
 from sppruner.adapters.tiles import layer_of_state
 from sppruner.adapters.towers import skipping_layers_after
@@ -47,19 +47,18 @@ class LlavaAdapter(Adapter):
     def encoder_cost(cls, config: Any) -> EncoderCost:
         return LlavaEncoderCost.from_config(config)
 
-    def _side(self) -> int:
+    @property
+    def layout(self) -> ImageShape:
+        """Of every image."""
         vision = self.model.config.vision_config
-        return int(vision.image_size // vision.patch_size)
-
-    def _shape(self) -> ImageShape:
-        side = self._side()
+        side = int(vision.image_size // vision.patch_size)
         return ImageShape(tiles=1, rows=side, columns=side, tokens=side * side)
 
     def shapes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ImageShape]]:
         pixels = inputs.get("pixel_values")
-        counts = [] if pixels is None else [self._shape().tokens] * len(pixels)
+        counts = [] if pixels is None else [self.layout.tokens] * len(pixels)
         owners = self.assign_rows(counts, inputs["input_ids"])
-        return [(row, self._shape()) for row, _ in owners]
+        return [(row, self.layout) for row, _ in owners]
 
     def encode(self, inputs: Mapping[str, Tensor], signals: frozenset[str]) -> Encoded:
         pixels = inputs["pixel_values"].to(self.model.dtype)
@@ -71,20 +70,33 @@ class LlavaAdapter(Adapter):
         with skipping_layers_after(layers, feature_layer), reading:
             output = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
 
-        features = list(output.pooler_output)
-        hidden_INV = output.hidden_states[feature_layer][:, 1:]
-        side = self._side()
-        coords_N2 = raster(side, side, pixels.device)
-        owners = self.assign_rows([f.shape[0] for f in features], inputs["input_ids"])
+        runs = list(output.pooler_output)
+        owners = self.assign_rows([run.shape[0] for run in runs], inputs["input_ids"])
+        read = TowerOutput(
+            runs=runs,
+            states=output.hidden_states[feature_layer][:, 1:],
+            signals=[probe.signals(i) if probed else {} for i in range(len(runs))],
+            pixels=pixels,
+        )
+        images = self.images(read, owners, [self.layout] * len(runs), signals)
+        return Encoded(images=images, output=output)
+
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[ImageShape],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
         images = []
-        for i, (row, index) in enumerate(owners):
-            available = probe.signals(i) if probed else {}
+        for i, ((row, index), layout) in enumerate(zip(owners, layouts, strict=True)):
+            run_ND, available = tower.runs[i], dict(tower.signals[i])
             if CONTENT_SEED in signals:
-                available[CONTENT_SEED] = content_seed(pixels[i])
+                available[CONTENT_SEED] = content_seed(tower.pixels[i])
             plane = VisualTokens(
-                features_ND=features[i],
-                hidden_NV=hidden_INV[i],
-                coords_N2=coords_N2,
+                features_ND=run_ND,
+                hidden_NV=tower.states[i],
+                coords_N2=raster(layout.rows, layout.columns, run_ND.device),
                 signals={name: available[name] for name in signals},
                 row=row,
                 image=index,
@@ -93,13 +105,13 @@ class LlavaAdapter(Adapter):
                 EncodedImage(
                     row=row,
                     image=index,
-                    run_ND=features[i],
+                    run_ND=run_ND,
                     planes=(plane,),
-                    places=(torch.arange(plane.count, device=pixels.device),),
-                    shape=self._shape(),
+                    places=(torch.arange(plane.count, device=run_ND.device),),
+                    shape=layout,
                 )
             )
-        return Encoded(images=tuple(images), output=output)
+        return tuple(images)
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(states_KV)

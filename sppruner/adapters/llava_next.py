@@ -35,7 +35,7 @@ class LlavaNextAdapter(AnyresAdapter):
     def encoder_cost(cls, config: Any) -> EncoderCost:
         return LlavaEncoderCost.from_config(config)
 
-    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+    def layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
         config = self.model.config
         return [
             AnyresLayout.for_image(

@@ -50,7 +50,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
             raise InputError("the prompts hold a video: videos are not pruned, send images only")
         return super().assign_rows(counts, input_ids_BS)
 
-    def _layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
+    def layouts(self, inputs: Mapping[str, Tensor]) -> list[AnyresLayout]:
         config, sizes = self.model.config, image_sizes(inputs)
         per_prompt = inputs.get("batch_num_images")
         counts = [1] * len(sizes) if per_prompt is None else [int(n) for n in per_prompt]

@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sppruner.adapters.base import Adapter, Encoded, EncodedImage, Kept, raster
+from sppruner.adapters.base import (
+    Adapter,
+    Encoded,
+    EncodedImage,
+    Kept,
+    TowerOutput,
+    raster,
+)
 from sppruner.adapters.tiles import find_runs
 from sppruner.adapters.towers import batched_span_attention
 from sppruner.capabilities import Capabilities
@@ -71,12 +78,7 @@ class QwenVLAdapter(Adapter):
         """
         ids_BS = inputs["input_ids"]
         grids = inputs.get("image_grid_thw")
-        shapes = []
-        for frames, rows, columns in [] if grids is None else grids.tolist():
-            if frames != 1:
-                raise InputError(f"an image of {frames} frames: videos are not pruned, send images")
-            tokens = rows * columns // self._merge
-            shapes.append(ImageShape(tiles=1, rows=rows, columns=columns, tokens=tokens))
+        shapes = [] if grids is None else self.layouts(grids.tolist())
         if inputs.get("pixel_values_videos") is not None or self._video(ids_BS).any():
             raise InputError("the prompts hold a video: videos are not pruned, send images only")
         owners = self.assign_rows([shape.tokens for shape in shapes], ids_BS)
@@ -90,6 +92,17 @@ class QwenVLAdapter(Adapter):
                     f"{given}: put a token such as <|vision_start|> in front of every image"
                 )
         return [(row, index, s) for (row, index), s in zip(owners, shapes, strict=True)]
+
+    def layouts(self, grids: Sequence[Sequence[int]]) -> list[ImageShape]:
+        """The shapes of images from their grids (frames, rows, columns) of patches. Raises
+        InputError for more than one frame."""
+        shapes = []
+        for frames, rows, columns in grids:
+            if frames != 1:
+                raise InputError(f"an image of {frames} frames: videos are not pruned, send images")
+            tokens = rows * columns // self._merge
+            shapes.append(ImageShape(tiles=1, rows=rows, columns=columns, tokens=tokens))
+        return shapes
 
     def _video(self, input_ids_BS: Tensor) -> Tensor:
         return input_ids_BS == self.model.config.video_token_id
@@ -118,22 +131,38 @@ class QwenVLAdapter(Adapter):
                 pixel_values=pixels, image_grid_thw=inputs["image_grid_thw"], return_dict=True
             )
         patches = [shape.rows * shape.columns for _, _, shape in owners]
-        pixels_of_image = torch.split(pixels, patches)
-        states = torch.split(output.last_hidden_state, patches)
+        read = TowerOutput(
+            runs=output.pooler_output,
+            states=torch.split(output.last_hidden_state, patches),
+            signals=[probe.signals(i) if probed else {} for i in range(len(owners))],
+            pixels=torch.split(pixels, patches),
+            deepstack=self._deepstack(output),
+        )
+        images = self.images(
+            read, [(row, index) for row, index, _ in owners], [s for *_, s in owners], signals
+        )
+        return Encoded(images=images, output=output)
+
+    def images(
+        self,
+        tower: TowerOutput,
+        owners: Sequence[tuple[int, int]],
+        layouts: Sequence[ImageShape],
+        signals: frozenset[str],
+    ) -> tuple[EncodedImage, ...]:
         images = []
-        for i, (row, index, shape) in enumerate(owners):
-            features_ND = output.pooler_output[i]
-            patch_signals = probe.signals(i) if probed else {}
+        for i, ((row, index), shape) in enumerate(zip(owners, layouts, strict=True)):
+            features_ND = tower.runs[i]
             available = {
                 name: self._by_token(values, shape).mean(dim=1)
-                for name, values in patch_signals.items()
+                for name, values in tower.signals[i].items()
             }
             if CONTENT_SEED in signals:
-                available[CONTENT_SEED] = content_seed(pixels_of_image[i])
+                available[CONTENT_SEED] = content_seed(tower.pixels[i])
             plane = VisualTokens(
                 features_ND=features_ND,
-                hidden_NV=self._by_token(states[i], shape).flatten(1),
-                coords_N2=raster(*self._grid(shape), pixels.device),
+                hidden_NV=self._by_token(tower.states[i], shape).flatten(1),
+                coords_N2=raster(*self.token_grid(shape), features_ND.device),
                 signals={name: available[name] for name in signals},
                 row=row,
                 image=index,
@@ -144,18 +173,18 @@ class QwenVLAdapter(Adapter):
                     image=index,
                     run_ND=features_ND,
                     planes=(plane,),
-                    places=(torch.arange(plane.count, device=pixels.device),),
+                    places=(torch.arange(plane.count, device=features_ND.device),),
                     shape=shape,
-                    deepstack=tuple(layer[i] for layer in self._deepstack(output)),
+                    deepstack=tuple(layer[i] for layer in tower.deepstack),
                 )
             )
-        return Encoded(images=tuple(images), output=output)
+        return tuple(images)
 
     def _deepstack(self, output: Any) -> Sequence[Sequence[Tensor]]:
         """The [N, D] states that the decoder adds, by DeepStack layer and image."""
         return ()
 
-    def _grid(self, shape: ImageShape) -> tuple[int, int]:
+    def token_grid(self, shape: ImageShape) -> tuple[int, int]:
         """(rows, columns) of tokens."""
         side = self.model.config.vision_config.spatial_merge_size
         return shape.rows // side, shape.columns // side
@@ -210,7 +239,7 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
     def _by_token(self, values: Tensor, shape: ImageShape) -> Tensor:
         vision = self.model.config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        order_N = _window_order(*self._grid(shape), side, values.device)
+        order_N = _window_order(*self.token_grid(shape), side, values.device)
         return super()._by_token(values, shape)[order_N.argsort()]
 
 

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sppruner.adapters.base import EncodedImage, raster
+from sppruner.adapters.base import EncodedImage, Tensors, TowerOutput, raster
 from sppruner.cost import ImageShape
 from sppruner.signals import CONTENT_SEED, content_seed
 from sppruner.types import VisualTokens
-
-
-class TileProbe(Protocol):
-    """A probe that returns the signals of each tile."""
-
-    def signals(self, image: int) -> dict[str, Tensor]:
-        """The signals of one tile, by name."""
 
 
 def layer_of_state(layers: nn.ModuleList, index: int) -> Any:
@@ -34,9 +27,13 @@ def layer_of_state(layers: nn.ModuleList, index: int) -> Any:
     return layers[index if index < 0 else index - 1]
 
 
-def stack_signals(probe: TileProbe, tiles: int) -> dict[str, Tensor]:
-    """The signals that a probe read of a batch's tiles, by name: [T, P] or [T, P, C]."""
-    by_tile = [probe.signals(tile) for tile in range(tiles)]
+def stacked(tensors: Tensors) -> Tensor:
+    """One tensor [T, …] of tensors of one shape, copied only where they are not one already."""
+    return tensors if isinstance(tensors, Tensor) else torch.stack(list(tensors))
+
+
+def stack_signals(by_tile: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The signals of tiles, by name: [T, P] or [T, P, C]."""
     return {name: torch.stack([signals[name] for signals in by_tile]) for name in by_tile[0]}
 
 
@@ -69,37 +66,49 @@ def average_patch_signal(values: Tensor, factor: int) -> Tensor:
     return mean_TNC if values.dim() == 3 else mean_TNC[..., 0]
 
 
+def owners_of(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, index in row) of images in prompt order, from the row of each."""
+    counts: dict[int, int] = {}
+    owners = []
+    for row in rows:
+        owners.append((row, counts.get(row, 0)))
+        counts[row] = owners[-1][1] + 1
+    return owners
+
+
 def tiled_images(
-    shapes: Sequence[tuple[int, ImageShape]],
-    *,
-    features_TND: Tensor,
-    hidden_TNV: Tensor,
-    pixels: Tensor,
-    tile_signals: Mapping[str, Tensor],
+    tower: TowerOutput,
+    owners: Sequence[tuple[int, int]],
+    shapes: Sequence[ImageShape],
     signals: frozenset[str],
+    *,
+    factor: int,
 ) -> tuple[EncodedImage, ...]:
     """Images whose runs are the tokens of their tiles one after the other; each tile is a plane.
 
-    shapes: (row, shape) of each image, in the order of the tiles. tile_signals: the probed signals
-    by token, [T, N] or [T, N, C]. signals: names of the signals that planes carry.
+    factor: patches along the side of a token.
     """
-    count = features_TND.shape[1]
+    hidden_TNV = group_patches(stacked(tower.states), factor).flatten(2)
+    count = hidden_TNV.shape[1]
     side = math.isqrt(count)
-    coords_N2 = raster(side, side, features_TND.device)
+    coords_N2 = raster(side, side, hidden_TNV.device)
+    tile_signals = {
+        name: average_patch_signal(values, factor)
+        for name, values in stack_signals(tower.signals).items()
+    }
     images: list[EncodedImage] = []
-    images_of_row: dict[int, int] = {}
     first = 0
-    for row, shape in shapes:
-        image = images_of_row.setdefault(row, 0)
-        index_N = torch.arange(shape.tokens, device=features_TND.device)
+    for run_ND, (row, image), shape in zip(tower.runs, owners, shapes, strict=True):
+        index_N = torch.arange(shape.tokens, device=run_ND.device)
+        features = run_ND.view(shape.tiles, count, -1)
         planes = []
         for tile in range(first, first + shape.tiles):
             available = {name: values[tile] for name, values in tile_signals.items()}
             if CONTENT_SEED in signals:
-                available[CONTENT_SEED] = content_seed(pixels[tile])
+                available[CONTENT_SEED] = content_seed(tower.pixels[tile])
             planes.append(
                 VisualTokens(
-                    features_ND=features_TND[tile],
+                    features_ND=features[tile - first],
                     hidden_NV=hidden_TNV[tile],
                     coords_N2=coords_N2,
                     signals={name: available[name] for name in signals},
@@ -112,11 +121,11 @@ def tiled_images(
             EncodedImage(
                 row=row,
                 image=image,
-                run_ND=features_TND[first : first + shape.tiles].flatten(0, 1),
+                run_ND=run_ND,
                 planes=tuple(planes),
                 places=index_N.view(-1, count).unbind(),
                 shape=shape,
             )
         )
-        first, images_of_row[row] = first + shape.tiles, image + 1
+        first += shape.tiles
     return tuple(images)

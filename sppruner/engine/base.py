@@ -6,18 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from PIL import Image
-
+from sppruner.engine.answering import answer_all, warm_up
 from sppruner.engine.interface import Request, Result, SamplingParams, Update
-from sppruner.errors import EngineError, InputError, PruningHadNoEffect, SpecError
+from sppruner.errors import InputError, SpecError
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.pruner import Pruner
 from sppruner.relevance import ClipText
-from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.spec import PruneSpec
 from sppruner.types import PruneReport
 
-_WARM_UP_REQUESTS: Final = 4
 _CHARACTERS_PER_TOKEN: Final = 16  # text has three to five; long runs of one character have more
 
 
@@ -90,45 +88,17 @@ class ModelEngine(ABC):
     def run(self, requests: list[Request]) -> list[Result]:
         """Answers every request, in order; for an engine that nobody else steps. Updates of
         requests that were submitted before stay for `poll`."""
-        tickets = [self.submit(request) for request in requests]
-        results: dict[int, Result] = {}
-        ours, others = set(tickets), list[Update]()
-        while len(results) < len(tickets):
-            self.step()
-            for update in self.poll():
-                if update.ticket not in ours:
-                    others.append(update)
-                elif update.result is not None:
-                    results[update.ticket] = update.result
+        results, others = answer_all(self, requests)
         self._updates[:0] = others
-        return [results[ticket] for ticket in tickets]
+        return results
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpecError or MissingSignal for a spec that this model cannot run."""
         self._pruner.check(spec)
 
     def warm_up(self) -> None:
-        """Answers blank images, dense and pruned, so that first allocations and kernel choices are
-        over. Raises PruningHadNoEffect where the model ignores a selection, before a corpus has
-        cost anything, and EngineError where it cannot answer at all."""
-        half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
-        for spec in (DENSE, half):
-            requests = [
-                Request(
-                    id=str(number),
-                    prompt="warm up",
-                    # Different colours: equal images would be encoded once.
-                    images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
-                    spec=spec,
-                    generation=SamplingParams(max_new_tokens=2),
-                )
-                for number in range(min(_WARM_UP_REQUESTS, self.slots))
-            ]
-            for result in self.run(requests):
-                if result.error_code == PruningHadNoEffect.code:
-                    raise PruningHadNoEffect(str(result.error_message))
-                if result.error_code is not None:
-                    raise EngineError(f"{self.model_id} cannot answer: {result.error_message}")
+        """See `Engine`."""
+        warm_up(self)
 
     def _result(
         self,

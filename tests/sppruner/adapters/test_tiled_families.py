@@ -246,14 +246,14 @@ def released(config: Any) -> Any:
 
 
 def test_tiles_of_released_sizes_have_the_tokens_their_processors_are_set_to() -> None:
-    assert released(InternVLConfig())._shape(1).tokens == InternVLConfig().image_seq_length == 256
+    assert released(InternVLConfig()).layout(1).tokens == InternVLConfig().image_seq_length == 256
     idefics3 = Idefics3Config(vision_config={"image_size": 364, "patch_size": 14})
-    assert released(idefics3)._shape(1).tokens == 169
+    assert released(idefics3).layout(1).tokens == 169
     smolvlm = SmolVLMConfig(vision_config={"image_size": 512, "patch_size": 16}, scale_factor=4)
-    assert released(smolvlm)._shape(1).tokens == 64
+    assert released(smolvlm).layout(1).tokens == 64
     # 2880 patches of five tiles and a newline after each of 48 rows.
     inputs = {"image_sizes": torch.tensor([[672, 672]])}
-    (layout,) = released(LlavaNextConfig())._layouts(inputs)
+    (layout,) = released(LlavaNextConfig()).layouts(inputs)
     assert layout.tokens == 2880 + 48
 
 

@@ -1,0 +1,94 @@
+"""Every family and method: vLLM keeps the tokens that the library's own engine keeps, and says the
+same. Only random weights can show it for most families, so texts are noise, but the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from sppruner.engine import Request, SamplingParams, open_engine
+from sppruner.errors import MissingSignal, SpecError
+from sppruner.selectors import available
+from sppruner.spec import DENSE, Budget, PruneSpec
+from tests.sppruner.integrations.vllm.requests import facts
+from tests.sppruner.integrations.vllm.wide_families import FAMILIES, write_wide_folder
+
+BUDGETS = [Budget(ratio=0.5), Budget(tokens=3)]
+SIZES = [(40, 60), (64, 64), (60, 30), (33, 47)]
+
+
+def picture(number: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(number)
+    width, height = SIZES[number % len(SIZES)]
+    noise = torch.randint(0, 256, (height // 4, width // 4, 3), generator=generator).byte()
+    return Image.fromarray(noise.numpy()).resize((width, height))
+
+
+def requests(spec: PruneSpec) -> list[Request]:
+    return [
+        Request(
+            id=str(number),
+            prompt=f"what is it: {number}?",
+            images=(picture(number),),
+            spec=spec,
+            generation=SamplingParams(max_new_tokens=4),
+        )
+        for number in range(6)
+    ]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide_folder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_every_method_keeps_what_the_engine_keeps(
+    family: Path, open_vllm: Callable[..., Any]
+) -> None:
+    ours, theirs = open_engine(str(family), dtype="float32"), open_vllm(str(family))
+    compared, different = [], []
+    for method in available():
+        for budget in [DENSE.budget] if method == "none" else BUDGETS:
+            for positions in ("keep", "renumber"):
+                spec = PruneSpec(method=method, budget=budget, positions=positions)  # type: ignore[arg-type]
+                if method == "none":
+                    spec = DENSE
+                try:
+                    ours.check(spec)
+                    theirs.check(spec)
+                except (SpecError, MissingSignal):
+                    continue
+                expected, found = ours.run(requests(spec)), theirs.run(requests(spec))
+                assert not [r.error_message for r in (*expected, *found) if r.error_code], spec
+                compared.append(spec)
+                different += [
+                    (spec, a, b)
+                    for a, b in zip(map(facts, expected), map(facts, found), strict=True)
+                    if a != b
+                ]
+    assert len({spec.method for spec in compared}) >= 10
+    assert not different, f"{len(different)}: {different[0]}"
+
+
+def test_stages_are_refused_with_the_reason(family: Path, open_vllm: Callable[..., Any]) -> None:
+    engine = open_vllm(str(family))
+    for spec, reason in [
+        (PruneSpec(method="fastv", budget=Budget(ratio=0.5)), "inside the decoder"),
+        (PruneSpec(method="prunesid", budget=Budget(ratio=0.5, spread=0.5)), "spread"),
+        (PruneSpec(method="topk", budget=Budget(ratio=0.5, scope="prompt")), "scope"),
+        (
+            PruneSpec(method="sppruner", budget=Budget(ratio=0.5), options={"relevance": "clip"}),
+            "clip",
+        ),
+    ]:
+        with pytest.raises((SpecError, MissingSignal), match=reason):
+            engine.check(spec)
+        (result,) = engine.run([replace(requests(spec)[0])])
+        assert result.error_code == "prompt_invalid"
+        assert reason in (result.error_message or "")

@@ -20,6 +20,7 @@ from sppruner.adapters.base import Adapter, Encoded, EncodedImage, TowerOutput
 from sppruner.adapters.requirements import require_dense_decoder
 from sppruner.adapters.tiles import find_runs, owners_of, tiled_images
 from sppruner.capabilities import Capabilities
+from sppruner.compact import Compacted
 from sppruner.cost import EncoderCost, ImageShape, TiledEncoderCost
 from sppruner.errors import InputError
 from sppruner.signals import (
@@ -41,6 +42,8 @@ class Idefics3Adapter(Adapter):
     """
 
     families: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+
+    _reads_one_tensor = False
 
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
@@ -105,6 +108,7 @@ class Idefics3Adapter(Adapter):
                 pixel_attention_mask=inputs.get("pixel_attention_mask"),
                 return_dict=True,
             )
+        self._reads_one_tensor = isinstance(output.pooler_output, Tensor)
         features_ND = torch.cat(list(output.pooler_output)).flatten(0, -2)
         read = TowerOutput(
             runs=torch.split(features_ND, [shape.tokens for _, shape in shapes]),
@@ -125,6 +129,13 @@ class Idefics3Adapter(Adapter):
     ) -> tuple[EncodedImage, ...]:
         factor = self.model.config.scale_factor
         return tiled_images(tower, owners, layouts, signals, factor=factor)
+
+    def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
+        """transformers 5.19 reads the features of all images as one tensor, later versions image by
+        image."""
+        if self._reads_one_tensor:
+            packed = type(packed)(pooler_output=torch.cat(list(packed.pooler_output)))
+        return super().prompt(packed, compacted)
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.connector.modality_projection(states_KV)

@@ -15,10 +15,10 @@ from vllm.model_executor.models import llava_next, llava_onevision
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from sppruner.adapters import TowerOutput
-from sppruner.integrations.vllm.clip_names import CLIP_NAMES
 from sppruner.integrations.vllm.listening import Ears, Heard
 from sppruner.integrations.vllm.model import PruningModel
 from sppruner.integrations.vllm.processor import PruningProcessor
+from sppruner.integrations.vllm.tower_names import TOWER_NAMES
 from sppruner.signals import ClsRowProbe, ReceivedProbe
 
 
@@ -85,7 +85,7 @@ class PrunedLlavaNext(  # type: ignore[misc]
 ):
     """vLLM's LLaVA-NeXT with a CLIP tower."""
 
-    hf_to_vllm_mapper = llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | CLIP_NAMES
+    hf_to_vllm_mapper = llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -111,6 +111,10 @@ class PrunedLlavaOnevision(  # type: ignore[misc]
 ):
     """vLLM's LLaVA-OneVision, images only. Every image of a prompt is cut into tiles: transformers
     does so only for the image of a prompt that has one."""
+
+    hf_to_vllm_mapper = (
+        llava_onevision.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
+    )
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -14,10 +14,10 @@ from vllm.model_executor.models import llava as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from sppruner.adapters import TowerOutput
-from sppruner.integrations.vllm.clip_names import CLIP_NAMES
 from sppruner.integrations.vllm.listening import Ears, Heard
 from sppruner.integrations.vllm.model import PruningModel
 from sppruner.integrations.vllm.processor import PruningProcessor
+from sppruner.integrations.vllm.tower_names import TOWER_NAMES
 from sppruner.signals import ClsRowProbe
 
 
@@ -42,7 +42,7 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
 class PrunedLlava(PruningModel, stock.LlavaForConditionalGeneration):  # type: ignore[misc]
     """vLLM's LLaVA with a CLIP tower."""
 
-    hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | CLIP_NAMES
+    hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -21,6 +21,8 @@ from sppruner.spec import DENSE, PruneSpec
 
 _ATTRIBUTE: Final = "sppruner"
 _M_ROPE: Final = "mrope_section"
+# The only way in which vLLM cuts the images of LLaVA-OneVision.
+_ASPECTS: Final = "anyres_max_9"
 # Offsets of kept tokens travel as two digits of this base, see `positions`.
 _MOST_TOKENS: Final = 128**2
 
@@ -167,6 +169,12 @@ def _take_default(multimodal: Any) -> PruneSpec:
 
 
 def _refusal(vllm_config: Any) -> str | None:
+    hf_config = vllm_config.model_config.hf_config
+    aspects = getattr(hf_config, "vision_aspect_ratio", _ASPECTS)
+    if aspects != _ASPECTS:
+        return (
+            f"its vision_aspect_ratio is {aspects!r}, and vLLM cuts images as {_ASPECTS!r} has it"
+        )
     compilation = vllm_config.compilation_config
     multimodal = vllm_config.model_config.multimodal_config
     if compilation.compile_mm_encoder or compilation.cudagraph_mm_encoder:

@@ -27,7 +27,7 @@ def build(attention: str = "sdpa", *, seed: int = 0) -> Any:
             deepstack_visual_indexes=[0, 1],
             **VISION,
         ),
-        text_config=Qwen3VLTextConfig(head_dim=8, **TEXT),
+        text_config=Qwen3VLTextConfig(**{"head_dim": 8} | TEXT),
         attn_implementation=attention,
         **SPECIAL,
     )

@@ -76,8 +76,13 @@ IMPORTED: dict[tuple[str, str], set[str]] = {
         "sin",
     },
 }
-# Private attributes of objects of transformers that are read or written.
-PRIVATE = {"_supports_mm_encoder_outputs", "_attn_implementation", "_attn_implementation_internal"}
+# Private attributes of objects of transformers, and of vLLM, that are read or written.
+PRIVATE = {
+    "_supports_mm_encoder_outputs",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_build_llava_or_pixtral_hf_info",
+}
 
 # Of the model under `.model`: what the adapters name; probes go to the attentions.
 TOWERS: dict[str, list[str]] = {

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from jobs.training.history import History
-from sppruner.engine import BatchEngine, Request, Result, SamplingParams
+from sppruner.engine import BatchEngine, Request, Result, SamplingParams, answering
+from sppruner.engine.answering import answer_all
+from sppruner.engine.interface import Update
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.models.loading import load_model, load_processor, resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -168,13 +170,13 @@ def test_a_warm_up_answers_dense_and_pruned_and_changes_no_later_answer(
     before = engine.run(batch)
     warmed: list[tuple[PruneSpec, Result]] = []
 
-    def recording(given: list[Request]) -> list[Result]:
-        results = BatchEngine.run(engine, given)
+    def recording(to: BatchEngine, given: list[Request]) -> tuple[list[Result], list[Update]]:
+        results, others = answer_all(to, given)
         warmed.extend((one.spec, result) for one, result in zip(given, results, strict=True))
-        return results
+        return results, others
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", recording)
+        patch.setattr(answering, "answer_all", recording)
         engine.warm_up()
     assert {spec.is_dense for spec, _ in warmed} == {True, False}
     for spec, result in warmed:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from sppruner.engine import open_engine
-from sppruner.spec import DENSE, Positions, PruneSpec
+from sppruner.engine import SamplingParams, open_engine
+from sppruner.spec import DENSE, Budget, Positions, PruneSpec
+from sppruner.tiny.questions import CAPTION_PROMPT
 from tests.sppruner.integrations.vllm.requests import SPECS, facts, questions
 
 SCENES = 32
@@ -61,9 +62,13 @@ def test_a_mixed_batch_answers_as_each_request_alone(
 def test_positions_of_both_kinds_share_a_batch(open_vllm: Callable[..., Any]) -> None:
     """And differ in some answers, or the test would see nothing."""
     engine = open_vllm("tiny-llava")
-    spec = next(spec for spec in SPECS if not spec.is_dense)
-    kept = questions(SCENES, replace(spec, positions="keep"))
-    moved = questions(SCENES, replace(spec, positions="renumber"))
+    captions = [
+        replace(request, prompt=CAPTION_PROMPT, generation=SamplingParams(max_new_tokens=24))
+        for request in questions(SCENES)
+    ]
+    spec = PruneSpec(method="sppruner", budget=Budget(ratio=0.111))
+    kept = [replace(request, spec=replace(spec, positions="keep")) for request in captions]
+    moved = [replace(request, spec=replace(spec, positions="renumber")) for request in captions]
     mixed = engine.run([r for pair in zip(kept, moved, strict=True) for r in pair])
     engine.clear_caches()
     assert [facts(r) for r in mixed[::2]] == [facts(r) for r in engine.run(kept)]

@@ -1,5 +1,5 @@
-"""Names of a CLIP tower's weights, as transformers from version 5 saves them: without the
-`vision_model.` in their middle that vLLM looks for."""
+"""Weight names of a CLIP or SigLIP tower, as transformers from version 5 saves them: without
+the `vision_model.` in their middle that vLLM looks for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Final
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-_PARTS: Final = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+_PARTS: Final = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
 
 # vLLM applies prefixes in order, each to what the one before made.
-CLIP_NAMES: Final = WeightsMapper(
+TOWER_NAMES: Final = WeightsMapper(
     orig_to_new_prefix={
         f"vision_tower.{part}.": f"vision_tower.vision_model.{part}." for part in _PARTS
     }

@@ -24,7 +24,7 @@ test-slow: $(READY)
 
 # The plugin for vLLM, in an environment of its own: vLLM pins other versions than the lock file.
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/sppruner/integrations/vllm
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/sppruner/integrations/vllm
 
 # Generated inputs that no run had before; a failure prints how to replay it.
 search: $(READY)

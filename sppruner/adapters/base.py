@@ -178,6 +178,15 @@ class Adapter(ABC):
         """Arguments of `generate` that pass the features of a packed and compacted batch."""
         return {"mm_encoder_outputs": {"image": packed}}
 
+    def embedded_prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
+        """The arguments of `prompt` for a model whose own encoder outputs are of a form that pruned
+        images do not have: the prompt as embeddings."""
+        ids_BL = compacted.input_ids_BL
+        embeds_BLD = self.input_embedding(ids_BL)
+        features_KD = torch.cat(self.packed_features(packed)).to(embeds_BLD)
+        visual_BL1 = self.placeholders(ids_BL).unsqueeze(-1)
+        return {"inputs_embeds": embeds_BLD.masked_scatter(visual_BL1, features_KD)}
+
     def project(self, states_KV: Tensor) -> Tensor:
         """[K, D] features of encoder states. Raises UnsupportedModel without
         `capabilities.hidden`."""

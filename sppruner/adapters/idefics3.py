@@ -43,7 +43,7 @@ class Idefics3Adapter(Adapter):
 
     families: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
 
-    _reads_one_tensor = False
+    _reads_equal_tiles = False
 
     @classmethod
     def capabilities_of(cls, config: Any) -> Capabilities:
@@ -108,7 +108,7 @@ class Idefics3Adapter(Adapter):
                 pixel_attention_mask=inputs.get("pixel_attention_mask"),
                 return_dict=True,
             )
-        self._reads_one_tensor = isinstance(output.pooler_output, Tensor)
+        self._reads_equal_tiles = isinstance(output.pooler_output, Tensor)
         features_ND = torch.cat(list(output.pooler_output)).flatten(0, -2)
         read = TowerOutput(
             runs=torch.split(features_ND, [shape.tokens for _, shape in shapes]),
@@ -131,10 +131,10 @@ class Idefics3Adapter(Adapter):
         return tiled_images(tower, owners, layouts, signals, factor=factor)
 
     def prompt(self, packed: Any, compacted: Compacted) -> dict[str, Any]:
-        """transformers 5.19 reads the features of all images as one tensor, later versions image by
-        image."""
-        if self._reads_one_tensor:
-            packed = type(packed)(pooler_output=torch.cat(list(packed.pooler_output)))
+        """As for every family; but transformers 5.19 reads one tensor of equal tiles, which pruned
+        images do not fill."""
+        if self._reads_equal_tiles:
+            return self.embedded_prompt(packed, compacted)
         return super().prompt(packed, compacted)
 
     def project(self, states_KV: Tensor) -> Tensor:

@@ -124,11 +124,7 @@ class InternVLAdapter(Adapter):
         """The prompt as embeddings: the model reads encoder outputs as one tensor of equal tiles,
         which pruned images no longer fill. Concatenated into one, they would work with greedy
         decoding, but beam search would split the tensor by tiles and silently mix prompts."""
-        ids_BL = compacted.input_ids_BL
-        embeds_BLD = self.input_embedding(ids_BL)
-        features_KD = torch.cat(packed.pooler_output).to(embeds_BLD)
-        visual_BL1 = self.placeholders(ids_BL).unsqueeze(-1)
-        return {"inputs_embeds": embeds_BLD.masked_scatter(visual_BL1, features_KD)}
+        return self.embedded_prompt(packed, compacted)
 
     def project(self, states_KV: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(states_KV)

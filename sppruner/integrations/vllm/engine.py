@@ -229,10 +229,9 @@ class VllmEngine:
         scheduler = self._vllm.engine_core.engine_core.scheduler
         return [request.request_id for request in scheduler.running]
 
-    def _render(self, request: Request) -> _Rendered:
-        """Raises what makes a request an error row."""
-        check_characters(request, self._context)
-        self.settings.resolve(request.spec, self._capabilities)
+    def prompt(self, request: Request) -> dict[str, Any]:
+        """The request in the form that `LLM.generate` takes. Raises InputError for text that the
+        model would read as another image, and ImageTooNarrow."""
         text = chat_text(self._processor, request.prompt, request.images, request.system)
         tokenizer = self._processor.tokenizer
         prompt: dict[str, Any] = {
@@ -245,7 +244,13 @@ class VllmEngine:
                 PRUNE: request.spec.to_dict(),
                 INSTRUCTION: request.prompt,
             }
-        (rendered,) = self._vllm.renderer.render_cmpl([prompt])
+        return prompt
+
+    def _render(self, request: Request) -> _Rendered:
+        """Raises what makes a request an error row."""
+        check_characters(request, self._context)
+        self.settings.resolve(request.spec, self._capabilities)
+        (rendered,) = self._vllm.renderer.render_cmpl([self.prompt(request)])
         images = rendered.get("mm_kwargs", {}).get("image", ())
         places = rendered.get("mm_placeholders", {}).get("image", ())
         requests = [ImageRequest.from_tensor(image[FIELD].data) for image in images]

@@ -35,7 +35,7 @@ from sppruner.integrations.vllm.reports import ImageReport
 from sppruner.integrations.vllm.settings import PluginSettings
 from sppruner.integrations.vllm.wire import FIELD, INSTRUCTION, PRUNE, ImageRequest
 from sppruner.models.jpeg_scaling import jpeg_scale_of
-from sppruner.models.loading import image_backend, load_processor, resolve_model
+from sppruner.models.loading import dtype_on, image_backend, load_processor, resolve_model
 from sppruner.prompts import chat_text
 from sppruner.spec import PruneSpec
 
@@ -97,6 +97,7 @@ class VllmEngine:
         # In one process: a step's seconds and the rows in it are then known exactly.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         if slots < 1:
             raise SpecError(f"slots {slots}: give at least 1")
@@ -107,7 +108,7 @@ class VllmEngine:
         self.image_backend = image_backend(self._processor)
         llm = LLM(
             model=identity.path,
-            dtype=dtype,
+            dtype=dtype_on(current_platform.device_type, dtype),
             max_num_seqs=slots,
             scheduling_policy="priority",
             async_scheduling=False,

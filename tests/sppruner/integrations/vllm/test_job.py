@@ -1,0 +1,71 @@
+"""A labelling job driven by vLLM writes what one driven by this project's engine writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.make_corpus import make_corpus
+
+REPOSITORY = Path(__file__).parents[4]
+ROWS = 128
+OWN = {"device", "attempts", "run_id", "unit_id"}
+"""Columns of a row that say who answered it, and in which run."""
+VLLM = ["--engine", "vllm"]
+for option in ("enforce_eager=true", "max_model_len=1024", "gpu_memory_utilization=0.3"):
+    VLLM += ["--engine-option", option]
+
+
+def label(corpus: Path, output: Path, *options: str, code: int = 0) -> str:
+    command = [
+        sys.executable, "jobs/caption_corpus.py", "--input", str(corpus), "--output", str(output),
+        "--control-blocks", "0", *options,
+    ]  # fmt: skip
+    ended = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert ended.returncode == code, ended.stdout[-4000:]
+    return ended.stdout
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """Committed rows by key, without what depends on time or on who answered."""
+    found = [row for file in output.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    for row in found:
+        for name in [name for name in row if "seconds" in name or name in OWN]:
+            del row[name]
+    return sorted(found, key=lambda row: str(row["key"]))
+
+
+@pytest.mark.timeout(900)
+def test_captions_kept_tokens_and_modelled_costs_are_equal(tmp_path: Path) -> None:
+    make_corpus(kind="caption", rows=ROWS, output=str(tmp_path / "corpus"))
+    label(tmp_path / "corpus", tmp_path / "ours")
+    label(tmp_path / "corpus", tmp_path / "theirs", *VLLM)
+    ours, theirs = rows(tmp_path / "ours"), rows(tmp_path / "theirs")
+    assert len(ours) == ROWS
+    different = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
+    assert not different, f"{len(different)}: {different[0]}"
+
+
+def test_what_vllm_cannot_run_stops_before_anything_starts(tmp_path: Path) -> None:
+    make_corpus(kind="caption", rows=4, output=str(tmp_path / "corpus"))
+    said = label(tmp_path / "corpus", tmp_path / "out", *VLLM, "--method", "fastv", code=2)
+    assert "inside the decoder" in said
+    said = label(
+        tmp_path / "corpus", tmp_path / "out", *VLLM, "--engine-option", "async_scheduling=true",
+        code=2,
+    )  # fmt: skip
+    assert "seconds" in said

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-slow test-vllm search check format lock clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow search check format lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -25,6 +25,9 @@ test-slow: $(READY)
 # The plugin for vLLM, in an environment of its own: vLLM pins other versions than the lock file.
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest -W default tests/sppruner/integrations/vllm
+
+test-vllm-slow: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest -W default -m "slow and not gpu" tests/sppruner/integrations/vllm
 
 # Generated inputs that no run had before; a failure prints how to replay it.
 search: $(READY)

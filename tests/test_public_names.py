@@ -15,7 +15,7 @@ PUBLIC = {
     "sppruner.adapters": """
         Adapter Encoded EncodedImage Idefics3Adapter InternVLAdapter Kept LlavaAdapter
         LlavaNextAdapter LlavaOnevisionAdapter Qwen2VLAdapter Qwen2_5_VLAdapter Qwen3VLAdapter
-        adapter_class adapter_for capabilities cost_of families
+        TowerOutput adapter_class adapter_for capabilities cost_of families
     """,
     "sppruner.cost": """
         PARTS ClipTowerCost DecoderCost EncoderCost ImageShape LlavaEncoderCost ModelCost

@@ -78,7 +78,7 @@ def check_vllm(options: Mapping[str, OptionValue]) -> None:
         raise UsageError(
             "engine vllm: vLLM is not installed here; pip install 'sppruner[vllm]', on every node"
         )
-    from sppruner.integrations.vllm.options import check_options
+    from sppruner.integrations.vllm.vllm_options import check_options
 
     try:
         check_options(options)

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sppruner.engine.answering import answer_all, warm_up
 from sppruner.engine.interface import Request, Result, SamplingParams, Update
+from sppruner.engine.run_all import answer_all, warm_up
 from sppruner.errors import InputError, SpecError
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.config import RunConfig
 from cluster.runs.run import fleet_settings
+from cluster.serving.engine_settings import VLLM
 from jobs import answer_vqa, caption_corpus, evaluate, make_corpus, report
 from jobs.labelling_cli import Job, build_config, build_parser
 
@@ -37,6 +39,8 @@ def test_options_and_defaults_are_the_documented_ones(job: Job) -> None:
         "--dotted-keys": False,
         "--limit": None,
         "--dtype": "auto",
+        "--engine": None,
+        "--engine-option": [],
         "--replicas": 1,
         "--retry-errors": None,
         "--control-blocks": None,
@@ -58,6 +62,18 @@ def test_options_reach_the_replicas_and_their_requests() -> None:
     assert fleet.engine.slots is None
 
 
+def test_options_of_an_engine_reach_its_replicas_and_are_part_of_the_run() -> None:
+    options = ["--input", "in", "--output", "out", "--engine", "vllm"]
+    options += ["--engine-option", "tensor_parallel_size=2", "--engine-option", "quantization=fp8"]
+    config = build_config(JOBS[0], build_parser(JOBS[0]).parse_args(options), demo=False)
+    engine = fleet_settings(config, "r", {}).engine
+    assert engine.engine == VLLM
+    assert engine.options == {"tensor_parallel_size": 2, "quantization": "fp8"}
+    identity = config.identity()
+    assert identity["engine_options"] == dict(engine.options)
+    assert RunConfig.of_identity(identity, output="out").engine_options == dict(engine.options)
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The error of a job run in this process; starting Ray or a server would take far longer."""
     assert caption_corpus.main(arguments) == 2
@@ -74,6 +90,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--replicas", "0"], "give at least 1"),
         (["--max-error-share", "20"], "give a share from 0 to 1"),
         (["--model", "no/such-model"], "not a local folder"),
+        (["--engine", "vllm"], "vLLM is not installed here"),
+        (["--engine-option", "quantization=fp8"], "goes with --engine vllm"),
+        (["--engine", "vllm", "--engine-option", "quantization"], "write NAME=VALUE"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_starts(

@@ -12,15 +12,15 @@ from __future__ import annotations
 from typing import Final
 
 ARCHITECTURES: Final = {
-    "LlavaForConditionalGeneration": "llava:PrunedLlava",
-    "LlavaNextForConditionalGeneration": "anyres:PrunedLlavaNext",
-    "LlavaOnevisionForConditionalGeneration": "anyres:PrunedLlavaOnevision",
-    "InternVLForConditionalGeneration": "tiles:PrunedInternVL",
-    "Idefics3ForConditionalGeneration": "tiles:PrunedIdefics3",
-    "SmolVLMForConditionalGeneration": "tiles:PrunedSmolVLM",
-    "Qwen2VLForConditionalGeneration": "qwen_vl:PrunedQwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "qwen_vl:PrunedQwen2_5_VL",
-    "Qwen3VLForConditionalGeneration": "qwen_vl:PrunedQwen3VL",
+    "LlavaForConditionalGeneration": "pruned_llava:PrunedLlava",
+    "LlavaNextForConditionalGeneration": "pruned_anyres:PrunedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "pruned_anyres:PrunedLlavaOnevision",
+    "InternVLForConditionalGeneration": "pruned_tiles:PrunedInternVL",
+    "Idefics3ForConditionalGeneration": "pruned_tiles:PrunedIdefics3",
+    "SmolVLMForConditionalGeneration": "pruned_tiles:PrunedSmolVLM",
+    "Qwen2VLForConditionalGeneration": "pruned_qwen_vl:PrunedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "pruned_qwen_vl:PrunedQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "pruned_qwen_vl:PrunedQwen3VL",
 }
 """vLLM's name of each architecture → the module and class that serve it."""
 

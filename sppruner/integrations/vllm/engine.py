@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 
 from sppruner.adapters import adapter_class, capabilities
-from sppruner.engine.answering import answer_all, warm_up
 from sppruner.engine.base import check_characters, check_length
 from sppruner.engine.interface import (
     Request,
@@ -23,6 +22,7 @@ from sppruner.engine.interface import (
     error_result,
     unheard,
 )
+from sppruner.engine.run_all import answer_all, warm_up
 from sppruner.errors import (
     EngineError,
     InputError,
@@ -30,9 +30,9 @@ from sppruner.errors import (
     SpecError,
     SpprunerError,
 )
-from sppruner.integrations.vllm.options import check_options
-from sppruner.integrations.vllm.reports import ImageReport
+from sppruner.integrations.vllm.image_reports import ImageReport
 from sppruner.integrations.vllm.settings import PluginSettings
+from sppruner.integrations.vllm.vllm_options import check_options
 from sppruner.integrations.vllm.wire import FIELD, INSTRUCTION, PRUNE, ImageRequest
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import dtype_on, image_backend, load_processor, resolve_model
@@ -45,7 +45,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "limit_mm_per_prompt": {"image": 8, "video": 0},
     "mm_device_do_normalize": False,
 }
-_REPORTS: Final = "sppruner.integrations.vllm.reports.PruneReports"
+_REPORTS: Final = "sppruner.integrations.vllm.image_reports.PruneReports"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from jobs.training.history import History
-from sppruner.engine import BatchEngine, Request, Result, SamplingParams, answering
-from sppruner.engine.answering import answer_all
+from sppruner.engine import BatchEngine, Request, Result, SamplingParams, run_all
 from sppruner.engine.interface import Update
+from sppruner.engine.run_all import answer_all
 from sppruner.errors import InputError, UnsupportedModel
 from sppruner.models.loading import load_model, load_processor, resolve_model
 from sppruner.spec import DENSE, Budget, PruneSpec
@@ -176,7 +176,7 @@ def test_a_warm_up_answers_dense_and_pruned_and_changes_no_later_answer(
         return results, others
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "answer_all", recording)
+        patch.setattr(run_all, "answer_all", recording)
         engine.warm_up()
     assert {spec.is_dense for spec, _ in warmed} == {True, False}
     for spec, result in warmed:

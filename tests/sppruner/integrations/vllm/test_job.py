@@ -49,6 +49,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: str(row["key"]))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_captions_kept_tokens_and_modelled_costs_are_equal(tmp_path: Path) -> None:
     make_corpus(kind="caption", rows=ROWS, output=str(tmp_path / "corpus"))
@@ -60,6 +61,7 @@ def test_captions_kept_tokens_and_modelled_costs_are_equal(tmp_path: Path) -> No
     assert not different, f"{len(different)}: {different[0]}"
 
 
+@pytest.mark.slow
 def test_what_vllm_cannot_run_stops_before_anything_starts(tmp_path: Path) -> None:
     make_corpus(kind="caption", rows=4, output=str(tmp_path / "corpus"))
     said = label(tmp_path / "corpus", tmp_path / "out", *VLLM, "--method", "fastv", code=2)

@@ -44,7 +44,7 @@ def test_the_methods_of_a_model_that_are_overridden_exist(architecture: str) -> 
 def test_the_methods_of_a_processor_that_are_overridden_exist(architecture: str) -> None:
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
-    from sppruner.integrations.vllm.processor import PruningProcessor
+    from sppruner.integrations.vllm.pruning_processor import PruningProcessor
 
     missing = [
         name

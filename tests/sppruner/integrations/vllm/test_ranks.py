@@ -54,6 +54,7 @@ def answers(model: str, ranks: int, folder: Path) -> list[list[object]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ranks_agree_with_each_other_and_with_one_alone(tmp_path: Path) -> None:
     assert answers("tiny-llava", 2, tmp_path) == answers("tiny-llava", 1, tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sppruner.cost import ImageShape
-from sppruner.integrations.vllm.reports import ImageReport, ReportBook
+from sppruner.integrations.vllm.image_reports import ImageReport, ReportBook
 from sppruner.spec import Budget, PruneSpec
 from tests.sppruner.integrations.vllm.requests import facts, questions
 
@@ -69,13 +69,13 @@ def test_other_tokens_than_the_prompt_has_places_for_stop_the_model(
     """vLLM itself would take the first ones without a word."""
     engine = open_vllm("tiny-llava", enable_prefix_caching=False)
     from sppruner import selection
-    from sppruner.integrations.vllm import model
+    from sppruner.integrations.vllm import pruning_model
 
     def too_many(images: Any, specs: Any, selectors: Any, layers: Any) -> Any:
         found = schedules(images, specs, selectors, layers)
         return [replace(schedule, before=schedule.before + 1) for schedule in found]
 
     schedules = selection.token_schedules
-    monkeypatch.setattr(model, "token_schedules", too_many)
+    monkeypatch.setattr(pruning_model, "token_schedules", too_many)
     with pytest.raises(Exception, match="places for"):
         engine.run(questions(1, replace(TOPK, budget=Budget(ratio=0.15))))

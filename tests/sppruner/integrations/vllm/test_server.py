@@ -115,6 +115,7 @@ def test_budgets_by_request_are_those_of_the_engine(tmp_path: Path) -> None:
             ask(client, requests[0], PruneSpec(method="fastv", budget=SPECS[1].budget))
 
 
+@pytest.mark.slow
 def test_a_server_has_a_default_and_trusts_no_client_unasked(tmp_path: Path) -> None:
     request = questions(1)[0]
     engine = open_engine("tiny-llava", dtype="float32")

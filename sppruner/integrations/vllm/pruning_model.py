@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sppruner.adapters import EncodedImage, Kept, TowerOutput, adapter_class
 from sppruner.errors import PruningHadNoEffect
+from sppruner.integrations.vllm.image_reports import ImageReport, ReportBook
 from sppruner.integrations.vllm.listening import Ears, Heard, listening
 from sppruner.integrations.vllm.positions import KeptPositions
-from sppruner.integrations.vllm.reports import ImageReport, ReportBook
 from sppruner.integrations.vllm.settings import PluginSettings
 from sppruner.integrations.vllm.wire import FIELD, ImageRequest
 from sppruner.relevance import EmbeddingCosine

@@ -17,8 +17,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from sppruner.adapters import TowerOutput
 from sppruner.cost import ImageShape
 from sppruner.integrations.vllm.listening import Ears, Heard
-from sppruner.integrations.vllm.model import PruningModel
-from sppruner.integrations.vllm.processor import PruningProcessor
+from sppruner.integrations.vllm.pruning_model import PruningModel
+from sppruner.integrations.vllm.pruning_processor import PruningProcessor
 from sppruner.signals import ClsRowProbe, ReceivedProbe
 
 

@@ -17,9 +17,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from sppruner.adapters import TowerOutput
 from sppruner.cost import ImageShape
 from sppruner.integrations.vllm.listening import Ears, Heard
-from sppruner.integrations.vllm.model import PruningModel
 from sppruner.integrations.vllm.positions import KeptPositions
-from sppruner.integrations.vllm.processor import PruningProcessor
+from sppruner.integrations.vllm.pruning_model import PruningModel
+from sppruner.integrations.vllm.pruning_processor import PruningProcessor
 from sppruner.integrations.vllm.wire import FIELD, ImageRequest
 from sppruner.signals import ReceivedProbe
 

@@ -36,6 +36,7 @@ SETTINGS: dict[str, list[Any]] = {
     "key_column": [None, "id"],
     "question_column": [None, "ask"],
     "engine": [None, "module:engine"],
+    "engine_options": [{}, {"quantization": "fp8"}, {"tensor_parallel_size": 2}],
     "format": [None, "webdataset"],
     "dotted_keys": [False, True],
     "media": [MediaLimits(max_bytes=5, formats=("png",)), MediaLimits(max_pixels=9)],

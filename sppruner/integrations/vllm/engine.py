@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any, Final
 
 import numpy as np
+from cachetools import LRUCache
 
 from sppruner.adapters import adapter_class, capabilities
 from sppruner.engine.base import check_characters, check_length
@@ -30,7 +31,7 @@ from sppruner.errors import (
     SpecError,
     SpprunerError,
 )
-from sppruner.integrations.vllm.image_reports import ImageReport
+from sppruner.integrations.vllm.image_reports import MOST_REPORTS, ImageReport
 from sppruner.integrations.vllm.settings import PluginSettings
 from sppruner.integrations.vllm.vllm_options import check_options
 from sppruner.integrations.vllm.wire import FIELD, INSTRUCTION, PRUNE, ImageRequest
@@ -102,6 +103,10 @@ class VllmEngine:
         if slots < 1:
             raise SpecError(f"slots {slots}: give at least 1")
         check_options(options)
+        if device.split(":")[0] not in ("auto", current_platform.device_type):
+            raise SpecError(
+                f"device {device!r}: vLLM is here built for {current_platform.device_type}"
+            )
         identity = resolve_model(model, revision)
         self.model_id, self.model_revision = identity.name, identity.revision
         self._processor = load_processor(identity)
@@ -142,7 +147,9 @@ class VllmEngine:
         self._tickets = count()
         self._rendering: dict[int, tuple[Request, Future[_Rendered]]] = {}
         self._running: dict[int, _Running] = {}
-        self._charged: dict[str, int] = {}
+        # It forgets an image before the model does: a row then pays for what a cache held, and no
+        # row is spared what the tower computed.
+        self._charged: LRUCache[str, int] = LRUCache(MOST_REPORTS // 2)
         self._updates: list[Update] = []
 
     @property
@@ -371,13 +378,14 @@ class VllmEngine:
         return [ImageReport.from_wire(values) for values in found]
 
     def _charge(self, keys: Sequence[str], reports: Sequence[ImageReport]) -> bool:
-        """Whether a cache held the features of all these images. Of the rows that wait for one run
-        of the tower, the first to finish pays."""
+        """Whether a cache held the features of all these images. Each run of the tower is paid by
+        one row, the first to finish of those that wait for it."""
         cached = bool(keys)
         for key, report in zip(keys, reports, strict=True):
-            if report.encoded > self._charged.get(key, 0):
-                self._charged[key] = report.encoded
-                cached = False
+            paid = self._charged.get(key, 0)
+            if report.encoded > paid:
+                paid, cached = paid + 1, False
+            self._charged[key] = paid
         return cached
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:

@@ -15,7 +15,8 @@ from typing import Any, Final
 from sppruner.cost import ImageShape
 
 # Far more than the images whose tokens a KV cache can hold; a report takes some hundred bytes.
-_MOST_REPORTS: Final = 2**18
+MOST_REPORTS: Final = 2**18
+"""Reports that a model holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class ImageReport:
 class ReportBook:
     """Reports by the image's hash; the one that was not used for longest is forgotten first."""
 
-    def __init__(self, most: int = _MOST_REPORTS) -> None:
+    def __init__(self, most: int = MOST_REPORTS) -> None:
         self._reports: OrderedDict[str, ImageReport] = OrderedDict()
         self._most = most
 

@@ -87,9 +87,6 @@ class PrunedLlavaNext(  # type: ignore[misc]
 
     hf_to_vllm_mapper = llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def ears(self) -> Ears:
         # vLLM loads a tower no deeper than the layer that is read.
         layers = self.vision_tower.vision_model.encoder.layers
@@ -115,9 +112,6 @@ class PrunedLlavaOnevision(  # type: ignore[misc]
     hf_to_vllm_mapper = (
         llava_onevision.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
     )
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def ears(self) -> Ears:
         layers = self.vision_tower.vision_model.encoder.layers

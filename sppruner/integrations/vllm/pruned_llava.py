@@ -44,9 +44,6 @@ class PrunedLlava(PruningModel, stock.LlavaForConditionalGeneration):  # type: i
 
     hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def ears(self) -> Ears:
         # vLLM loads a tower no deeper than the layer that is read.
         layers = self.vision_tower.vision_model.encoder.layers

@@ -130,9 +130,6 @@ class _Qwen3Processor(PruningProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):  #
 class PrunedQwen2VL(QwenVLModel, qwen2_vl.Qwen2VLForConditionalGeneration):  # type: ignore[misc]
     """vLLM's Qwen2-VL, images only."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def ears(self) -> Ears:
         return Ears(
             attention=self.visual.blocks[-1].attn.attn,
@@ -152,9 +149,6 @@ class PrunedQwen2_5_VL(  # type: ignore[misc]
 ):
     """vLLM's Qwen2.5-VL, images only."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def ears(self) -> Ears:
         full = max(self.config.vision_config.fullatt_block_indexes)
         return Ears(
@@ -173,9 +167,6 @@ class PrunedQwen2_5_VL(  # type: ignore[misc]
 class PrunedQwen3VL(QwenVLModel, qwen3_vl.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
     """vLLM's Qwen3-VL, images only. A kept token keeps its own DeepStack states, which are columns
     behind its features."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def ears(self) -> Ears:
         return Ears(

@@ -73,9 +73,6 @@ class _Idefics3Processor(PruningProcessor, idefics3.Idefics3MultiModalProcessor)
 class PrunedInternVL(TiledModel, interns1.InternS1ForConditionalGeneration):  # type: ignore[misc]
     """vLLM's class for the InternVL of transformers."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def ears(self) -> Ears:
         return Ears(
             attention=self.vision_tower.encoder.layer[-1].attention.attn,
@@ -131,9 +128,6 @@ class Idefics3Model(TiledModel):
 class PrunedIdefics3(Idefics3Model, idefics3.Idefics3ForConditionalGeneration):  # type: ignore[misc]
     """vLLM's Idefics3."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
 
 @MULTIMODAL_REGISTRY.register_processor(
     _Idefics3Processor,
@@ -142,6 +136,3 @@ class PrunedIdefics3(Idefics3Model, idefics3.Idefics3ForConditionalGeneration): 
 )
 class PrunedSmolVLM(Idefics3Model, smolvlm.SmolVLMForConditionalGeneration):  # type: ignore[misc]
     """vLLM's SmolVLM."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)

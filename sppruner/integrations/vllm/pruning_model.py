@@ -83,9 +83,9 @@ class PruningModel(KeptPositions):
     def embed_multimodal(self, **inputs: Any) -> Any:
         """As vLLM's: what stays of each image, [K, D] and the columns of `KeptPositions`."""
         fields = inputs.pop(FIELD, None)
-        if fields is None:  # a video
+        if fields is None or inputs.get("pixel_values") is None:  # videos; images as embeddings
             outputs = super().embed_multimodal(**inputs)
-            return outputs and [self.carry(output, None) for output in outputs]
+            return outputs if outputs is None else [self.carry(one, None) for one in outputs]
         requests = [ImageRequest.from_tensor(field) for field in fields]
         kept: list[Tensor] = []
         for images in self._parts(requests):

@@ -8,7 +8,6 @@ share vLLM's caches.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,9 +49,6 @@ class _Asked:
 
 class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
     """In front of a processor class of vLLM."""
-
-    image_token: str = "image_token_id"
-    """The config's name for the id of an image placeholder."""
 
     @cached_property
     def _settings(self) -> PluginSettings:
@@ -155,10 +151,8 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
         """The replacement of an image's placeholder by as many as stay; it writes the runs into the
         image's request."""
         config = self.info.get_hf_config()
-        image_token = int(getattr(config, self.image_token))
+        image_token = int(config.image_token_id)
         layers = capabilities(config).decoder_layers if resolved.selector else 0
-        # The stock replacement goes through the update's own way to resolve one.
-        stock = copy.copy(update)
 
         def kept(lengths: list[int]) -> list[int]:
             if resolved.selector is None:
@@ -177,7 +171,7 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
             return shares(due, lengths)
 
         def replacement(item: int) -> Any:
-            content = stock.resolve(item).content
+            content = update.resolve(item).content
             short, runs = shorten(content.full, image_token, kept)
             field = out_mm_kwargs[_IMAGE][item][FIELD]
             field.data = replace(ImageRequest.from_tensor(field.data), runs=runs).to_tensor()

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from sppruner.engine import Request, Result, SamplingParams
-from sppruner.errors import EngineError, SpecError
+from sppruner.errors import EngineError, InputError, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.integrations.vllm.requests import facts, questions
 
@@ -178,3 +179,24 @@ def test_a_closed_engine_takes_nothing(open_vllm: Callable[..., Any], one_engine
     with pytest.raises(EngineError, match="closed"):
         engine.submit(questions(1)[0])
     one_engine.close()
+
+
+def test_images_that_come_as_embeddings_are_served_densely(open_vllm: Callable[..., Any]) -> None:
+    """As vLLM serves them without the plugin."""
+    engine = open_vllm("tiny-llava", enable_mm_embeds=True)
+    (request,) = questions(1)
+    prompt = engine.prompt(request)
+    width = engine._vllm.model_config.hf_config.text_config.hidden_size
+    prompt["multi_modal_data"] = {"image": torch.zeros(1, 144, width)}
+    (answer,) = engine._llm.generate([prompt])
+    assert answer.outputs[0].token_ids
+    prompt["mm_processor_kwargs"]["prune"] = SPP.to_dict()
+    with pytest.raises(InputError, match="send images"):
+        engine._llm.generate([prompt])
+
+
+def test_a_device_that_vllm_is_not_built_for_is_refused() -> None:
+    from sppruner.integrations.vllm.engine import VllmEngine
+
+    with pytest.raises(SpecError, match="built for cpu"):
+        VllmEngine("tiny-llava", device="cuda:0")

@@ -20,10 +20,10 @@ from tests.sppruner.integrations.vllm.requests import facts
 from tests.sppruner.integrations.vllm.wide_families import FAMILIES, write_wide_folder
 
 ROUNDED_SHARE = 0.02
-"""Most answers that may differ: features differ by rounding (1e-4 of values around 10), which also
-depends on the images that share a call of the tower, and some methods choose token by token, so
-that one comparison that falls otherwise changes all later ones. Random features have more near ties
-than trained ones, of which none differs (`test_equality`)."""
+"""Most answers that may differ: features differ by rounding (by 4e-4 at most, where it was looked
+at), which also depends on the images that share a call of the tower, and some methods choose token
+by token, so that one comparison that falls otherwise changes all later ones. Random features have
+more near ties than trained ones, of which none differs (`test_equality`)."""
 BUDGETS = [Budget(ratio=0.5), Budget(tokens=3)]
 SIZES = [(40, 60), (64, 64), (60, 30), (33, 47)]
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from cluster.encoding import is_utf8, shown
 from cluster.errors import UsageError
 from sppruner.engine import SamplingParams
+from sppruner.engine.answer_format import AnswerFormat
 from sppruner.engine.interface import DTYPES
 from sppruner.errors import SpecError
 from sppruner.spec import OptionValue, PruneSpec
@@ -189,6 +190,8 @@ class RunConfig:
         try:
             generation = dict(settings["generation"])
             generation["stop"] = tuple(generation.get("stop", ()))
+            if "format" in generation:
+                generation["format"] = AnswerFormat(**generation["format"])
             values |= {
                 "spec": PruneSpec.from_dict(settings["spec"]),
                 "generation": SamplingParams(**generation),
@@ -227,6 +230,8 @@ class RunConfig:
         # Included only when set, so that older runs keep their id.
         if self.generation.stop:
             settings["generation"]["stop"] = list(self.generation.stop)
+        if self.generation.format is not None:
+            settings["generation"]["format"] = self.generation.format.to_dict()
         if self.auto:
             settings["auto"] = True
         if self.engine is not None:

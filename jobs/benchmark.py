@@ -1,6 +1,7 @@
 """Benchmark suites: every comparison is timed side by side in one run.
 
     python jobs/benchmark.py --suite engine --shape llava --dtype bfloat16 --markdown engine.md
+    python jobs/benchmark.py --suite peers --shape llava --peer .venv-vllm/bin/python
     python jobs/benchmark.py --suite pipeline --shape llava --threads 1 --json pipeline.json
     python jobs/benchmark.py --suite saving --shape llava
     python jobs/benchmark.py --suite scale
@@ -8,7 +9,8 @@
     python jobs/benchmark.py --suite online
     python jobs/benchmark.py --suite selection --dtype bfloat16
 
-`engine`: engines side by side, dense and pruned. `pipeline`: the batch job against the bare engine
+`engine`: engines side by side, dense and pruned. `peers`: vLLM and Ray Data LLM beside this
+project's engine and job. `pipeline`: the batch job against the bare engine
 on the same images. `saving`: the saving that a run prints against separate runs. `scale`: cost of a
 row as the corpus grows. `machinery`: the same without a model, up to a million rows, with memory
 over time. `online`: the HTTP endpoint under load, idle and beside a batch job. `selection`: cost of
@@ -39,6 +41,7 @@ from jobs.boundary import end_with, run_command
 from jobs.suites.engine import METHODS, run_engine_suite
 from jobs.suites.machinery import ROWS, run_machinery_suite
 from jobs.suites.online import run_online_suite
+from jobs.suites.peers import run_peers_suite
 from jobs.suites.pipeline import run_pipeline_suite
 from jobs.suites.saving import run_saving_suite
 from jobs.suites.scale import run_scale_suite
@@ -50,6 +53,7 @@ from sppruner.models.loading import EMBEDDED
 # Options that apply to one suite or to some of them; any other combination is refused.
 SUITES: Final = {
     "engine": ("shape", "methods", "dtype", "peer"),
+    "peers": ("shape", "dtype", "peer"),
     "pipeline": ("model", "shape", "dtype", "threads"),
     "saving": ("shape", "dtype"),
     "scale": ("model",),
@@ -120,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=list(SHAPES),
         help=f"{_name_suites('shape')}: tiny is the embedded model; the others are random weights "
         "in the proportions of a 7B model or (*-7b, needs a GPU) of its size; answers have a fixed "
-        "length (engine: llava; saving: tiny; pipeline: none, --model is labelled)",
+        "length (engine, peers: llava; saving: tiny; pipeline: none, --model is labelled)",
     )
     parser.add_argument(
         "--methods", help=f"{_name_suites('methods')}: comma-separated ({','.join(METHODS)})"
@@ -130,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PYTHON",
         help=f"{_name_suites('peer')}: Python of an environment with vLLM, which is timed on the "
-        "same requests",
+        "same requests (peers: the one that runs this)",
     )
     parser.add_argument(
         "--dtype",
@@ -194,6 +198,9 @@ def run_suite(arguments: argparse.Namespace, stderr: Console) -> dict[str, Any]:
         methods = METHODS if arguments.methods is None else arguments.methods.split(",")
         shape = SHAPES[arguments.shape or "llava"]
         return run_engine_suite(shape, methods=methods, dtype=dtype, peer=arguments.peer, **options)
+    if arguments.suite == "peers":
+        shape = SHAPES[arguments.shape or "llava"]
+        return run_peers_suite(shape, dtype=dtype, peer=arguments.peer, **options)
     if arguments.suite == "selection":
         return run_selection_suite(dtype=getattr(torch, arguments.dtype or "float32"), **options)
     model = arguments.model or EMBEDDED

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sppruner.adapters import EncodedImage, Kept
 from sppruner.selectors import Selector
-from sppruner.spec import PruneSpec, shares
+from sppruner.spec import Budget, PruneSpec, shares
 from sppruner.stages import TokenSchedule
 from sppruner.types import Selection
 
@@ -36,16 +36,26 @@ def token_schedules(
         by_row.setdefault(image.row, []).append(image)
     schedules = []
     for row, members in by_row.items():
-        selector, budget = selectors[row], specs[row].budget
-        sizes = [image.count for image in members]
+        selector = selectors[row]
         if selector is None:
+            sizes = [image.count for image in members]
             schedules += [TokenSchedule(before=n, counted=n) for n in sizes]
             continue
-        for image, k in zip(members, budget.per_image(sizes), strict=True):
-            if budget.spread:
-                k = budget.reweighted(k, image.count, selector.information(image.planes))
+        counts = budget_counts(members, specs[row].budget, selector)
+        for image, k in zip(members, counts, strict=True):
             schedules.append(selector.schedule(image.count, k, layers))
     return schedules
+
+
+def budget_counts(images: Sequence[EncodedImage], budget: Budget, selector: Selector) -> list[int]:
+    """How many tokens of each image of one prompt the budget keeps."""
+    counts = budget.per_image([image.count for image in images])
+    if not budget.spread:
+        return counts
+    return [
+        budget.reweighted(k, image.count, selector.information(image.planes))
+        for image, k in zip(images, counts, strict=True)
+    ]
 
 
 def select(

@@ -30,6 +30,7 @@ from cluster.serving.client import ServeReplicas
 from cluster.serving.engine_settings import VLLM, EngineSettings, check_vllm
 from cluster.serving.fleet import open_fleet
 from sppruner.adapters import capabilities
+from sppruner.engine.format_guide import format_guides
 from sppruner.errors import SpprunerError
 from sppruner.integrations.vllm.settings import check_spec as check_spec_in_vllm
 from sppruner.models.loading import (
@@ -254,7 +255,9 @@ def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:
         model_config = load_config(identity)
         check = check_spec_in_vllm if config.engine == VLLM else check_spec
         check(config.spec, capabilities(model_config))
-        backend = image_backend(load_processor(identity))
+        processor = load_processor(identity)
+        if config.generation.format is not None:
+            format_guides(processor.tokenizer, model_config).start(config.generation.format)
     except SpprunerError as error:
         raise UsageError(str(error)) from error
     tokens = config.generation.max_new_tokens
@@ -264,4 +267,4 @@ def _pin_model(config: RunConfig, revision: str | None = None) -> _PinnedModel:
             f"--max-new-tokens {tokens}: prompt and answer have {context} tokens in this model; "
             "give fewer"
         )
-    return _PinnedModel(revision=identity.revision, image_backend=backend)
+    return _PinnedModel(revision=identity.revision, image_backend=image_backend(processor))

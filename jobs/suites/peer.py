@@ -1,4 +1,4 @@
-"""vLLM as a peer of suite `engine`: the same weights, images and prompts in a separate process.
+"""vLLM as a peer of our engines: the same weights, images and prompts in a separate process.
 
 vLLM is never a dependency: `--peer` names the interpreter of an environment with vLLM's CPU build,
 which runs `peer_worker.py`. Both sides decode greedily in the model's precision with equally many
@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,19 +21,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
 from cluster.errors import FleetUnavailable, UsageError
 from jobs.suites.passes import EngineTiming
-from sppruner.cost.decoder_cost import DecoderCost
+from jobs.suites.peer_inputs import PeerInputs, written_inputs
 from sppruner.engine import Request
 from sppruner.models.loading import LoadedModel
-from sppruner.prompts import build_inputs
+from sppruner.spec import DENSE, PruneSpec
 
 NAME: Final = "vLLM dense"
 _WORKER: Final = Path(__file__).with_name("peer_worker.py")
-_BLOCK: Final = 128  # tokens per block of vLLM's KV cache on a CPU
 # vLLM's processes poll for work for a second before they sleep; nothing is timed until then.
 _SETTLED_SECONDS: Final = 1.5
 _EXIT_SECONDS: Final = 30
@@ -49,13 +45,14 @@ class PeerAnswers:
     """From the first submission to the last answer."""
     tokens: list[list[int]]
     """Generated token ids by request."""
+    prompt_tokens: list[int]
+    """Tokens of each prompt as it entered the decoder."""
 
 
 class Peer:
     """A worker process that has loaded the model.
 
-    about: its version and cores. prompts: prompt token ids of each request as our engine builds
-    them; the last request is the one that is timed singly.
+    about: its version and cores. The last request is the one that is timed singly.
     """
 
     def __init__(
@@ -64,22 +61,23 @@ class Peer:
         worker: subprocess.Popen[str],
         log: Path,
         *,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
+        inputs: PeerInputs,
     ) -> None:
         self._python, self._worker, self._log = python, worker, log
-        self._prompts, self._new_tokens = prompts, new_tokens
+        self._prompts, self._new_tokens = inputs.prompts, inputs.new_tokens
         cores = " ".join(_cores())
         self.about: str = f"{self._reply()['loaded']} (a thread on each of the cores {cores})"
 
-    def answer(self) -> PeerAnswers:
-        """Answers all requests but the last. Raises FleetUnavailable if the peer died, read other
-        prompts than ours or generated another number of tokens: its time is no measurement."""
-        *together, _ = range(len(self._prompts))
-        reply = self._call({"answer": together})
+    def answer(self, spec: PruneSpec = DENSE, *, first: int | None = None) -> PeerAnswers:
+        """Answers all requests but the last. first: only the first so many. Raises FleetUnavailable
+        if the peer died, densely read other prompts than ours, or generated another number of
+        tokens: its time is no measurement."""
+        together = list(range(len(self._prompts) - 1))[:first]
+        prune = None if spec.is_dense else spec.to_dict()
+        reply = self._call({"answer": together, "prune": prune})
         for number, read, answer in zip(together, reply["prompts"], reply["answers"], strict=True):
             ours = self._prompts[number]
-            if read != ours:
+            if prune is None and read != ours:
                 raise FleetUnavailable(
                     f"{NAME}, request {number}: it read {len(read)} prompt tokens, and we read "
                     f"{len(ours)}{' others' if len(read) == len(ours) else ''}: leave out --peer, "
@@ -92,7 +90,11 @@ class Peer:
                     "version of vLLM"
                 )
         time.sleep(_SETTLED_SECONDS)
-        return PeerAnswers(seconds=reply["seconds"], tokens=reply["answers"])
+        return PeerAnswers(
+            seconds=reply["seconds"],
+            tokens=reply["answers"],
+            prompt_tokens=[len(read) for read in reply["prompts"]],
+        )
 
     def time_round(self) -> EngineTiming:
         """Times one round. Raises as `answer` does."""
@@ -138,90 +140,31 @@ def open_peer(
     """
     if loaded.model.device.type != "cpu":
         raise UsageError("--peer is for vLLM's CPU build: leave it out on a machine with a GPU")
-    with tempfile.TemporaryDirectory(prefix="peer-") as name:
-        folder = Path(name)
-        prompts = _write_inputs(folder, loaded, requests, slots)
-        with _start_worker(python, folder) as (worker, log):
-            new_tokens = requests[0].generation.max_new_tokens
-            yield Peer(python, worker, log, prompts=prompts, new_tokens=new_tokens)
-
-
-def _write_inputs(
-    folder: Path, loaded: LoadedModel, requests: Sequence[Request], slots: int
-) -> list[list[int]]:
-    """Writes the worker's input; returns the prompt token ids of each request in our engines."""
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # as `load_model` does
-    loaded.model.save_pretrained(folder / "model")
-    loaded.processor.save_pretrained(folder / "model")
-    # vLLM builds a family's video processor from this separate file.
-    loaded.processor.image_processor.save_pretrained(folder / "model")
-    for weights in (folder / "model").glob("*.safetensors"):
-        _rename_tower_weights(weights)
-    prompts, prepared = [], []
-    for number, request in enumerate(requests):
-        (image,) = request.images
-        inputs = build_inputs(loaded.processor, [request.prompt], [image])
-        prompts.append(inputs["input_ids"][0].tolist())
-        image.save(folder / f"{number}.png")
-        content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
-        prompt = loaded.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        prepared.append({"prompt": prompt, "image": f"{number}.png"})
-    new_tokens = requests[0].generation.max_new_tokens
-    longest = max(map(len, prompts)) + new_tokens
-    written = {
-        "settings": _vllm_settings(
-            loaded.model.config, loaded.model.dtype, -(-longest // _BLOCK) * _BLOCK, slots
-        ),
-        "new_tokens": new_tokens,
-        "requests": prepared,
-    }
-    (folder / "requests.json").write_text(json.dumps(written))
-    return prompts
-
-
-def _vllm_settings(config: Any, dtype: torch.dtype, context: int, slots: int) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM`. context: most tokens of a prompt and its answer."""
-    decoder = DecoderCost.from_config(config.get_text_config(), bytes_per_value=dtype.itemsize)
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        # Compiled it took the same CPU time on a pass of `llava` and started 40 s later.
-        "enforce_eager": True,
-        "max_model_len": context,
-        "max_num_seqs": slots,
-        # One slot more: vLLM reserves a block.
-        "kv_cache_memory_bytes": decoder.kv_bytes([context] * decoder.layers, 1) * (slots + 1),
-        # With both off, every image gets a new id, so no vision features are reused.
-        "enable_prefix_caching": False,
-        "mm_processor_cache_gb": 0,
-        "limit_mm_per_prompt": {"image": 1, "video": 0},
-        "generation_config": "vllm",
-        "seed": 0,
-    }
-
-
-def _rename_tower_weights(weights: Path) -> None:
-    """Renames a CLIP tower's weights: transformers 5 saves shorter names than released checkpoints
-    have, and vLLM knows only those of the released ones."""
-    short, long = "vision_tower.", "vision_tower.vision_model."
-    tensors = load_file(weights)
-    named = {
-        name.replace(short, long, 1)
-        if name.startswith(short) and not name.startswith(long)
-        else name: tensor
-        for name, tensor in tensors.items()
-    }
-    if named.keys() != tensors.keys():
-        save_file(named, weights, metadata={"format": "pt"})
+    with (
+        written_inputs(loaded, requests, slots=slots) as inputs,
+        start_peer(python, inputs) as peer,
+    ):
+        yield peer
 
 
 @contextmanager
-def _start_worker(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def start_peer(python: Path, inputs: PeerInputs, *, plugin: bool = False) -> Iterator[Peer]:
+    """A peer that is ready to answer what was written. plugin: whether it loads plugins, and so can
+    prune; without, vLLM is as its own package has it. Raises as `open_peer` does."""
+    environment = peer_environment(python)
+    if not plugin:
+        environment["VLLM_PLUGINS"] = ""
+    with _start_worker(python, inputs.folder, environment) as (worker, log):
+        yield Peer(python, worker, log, inputs=inputs)
+
+
+@contextmanager
+def _start_worker(
+    python: Path, folder: Path, environment: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The worker's process and the file of its stderr."""
-    log = folder / "log.txt"
-    with log.open("w") as errors:
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".log", delete=False) as errors:
+        log = Path(errors.name)
         try:
             worker = subprocess.Popen(
                 # Isolated: neither this project nor its environment is on the worker's path.
@@ -231,7 +174,7 @@ def _start_worker(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen
                 stderr=errors,
                 text=True,
                 cwd=folder,
-                env=_environment(python),
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:
@@ -255,8 +198,9 @@ def _start_worker(python: Path, folder: Path) -> Iterator[tuple[subprocess.Popen
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
-def _environment(python: Path) -> dict[str, str]:
-    """As many threads as torch has here, each on its own core, and no network traffic."""
+def peer_environment(python: Path) -> dict[str, str]:
+    """Variables of processes with vLLM: as many threads as torch has here, each on its own core,
+    and no network traffic."""
     variables = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(_cores()),

@@ -1,13 +1,14 @@
-"""vLLM's side of suite `engine`, run by the interpreter of an environment with vLLM:
+"""vLLM's side of suites `engine` and `peers`, run by the interpreter of an environment with vLLM:
 
     python -I peer_worker.py FOLDER
 
-FOLDER is written by `jobs/suites/peer.py`: a model, images and `requests.json`. Replies go to the
-original stdout, one JSON object per line; everything that vLLM prints goes to stderr. The first
-reply says that the model is loaded; then each line of stdin gets one:
+FOLDER is written by `jobs/suites/peer_inputs.py`: a model, images and `requests.json`. Replies go
+to the original stdout, one JSON object per line; everything that vLLM prints goes to stderr. The
+first reply says that the model is loaded; then each line of stdin gets one:
 
-    {"answer": [0, 1]}    these requests at once: seconds, token ids of prompts and answers
-    {"single": 2}         one request: seconds to its first token and to its last
+    {"answer": [0, 1], "prune": null}    these requests at once, under this spec of the plugin:
+                                         seconds, token ids of prompts and answers
+    {"single": 2}                        one request: seconds to its first token and to its last
 
 This file imports nothing from the project, and nothing in the project imports it.
 """
@@ -42,13 +43,11 @@ class PeerWorker:
             "detokenize": True,
         }
         self._params = vllm.SamplingParams
-        self._prompts = [
-            {"prompt": one["prompt"], "multi_modal_data": {"image": _read(folder / one["image"])}}
-            for one in prepared["requests"]
-        ]
+        self._folder, self._requests = folder, prepared["requests"]
 
-    def answer(self, numbers: Sequence[int]) -> dict[str, Any]:
-        prompts, params = [self._prompts[n] for n in numbers], self._params(**self._sampling)
+    def answer(self, numbers: Sequence[int], prune: dict[str, Any] | None) -> dict[str, Any]:
+        prompts = [self._prompt(number, prune) for number in numbers]
+        params = self._params(**self._sampling)
         started = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
@@ -61,8 +60,9 @@ class PeerWorker:
     def time_single(self, number: int) -> dict[str, float]:
         """Steps the engine itself: `generate` returns only after the last token."""
         engine = self._llm.llm_engine
+        asked = self._prompt(number)
         started, first = time.perf_counter(), None
-        (prompt,) = self._llm.renderer.render_cmpl([self._prompts[number]])
+        (prompt,) = self._llm.renderer.render_cmpl([asked])
         engine.add_request("single", prompt, self._params(**self._sampling))
         while engine.has_unfinished_requests():
             generated = any(output.outputs[0].token_ids for output in engine.step())
@@ -70,6 +70,17 @@ class PeerWorker:
                 first = time.perf_counter() - started
         assert first is not None
         return {"first_token": first, "last_token": time.perf_counter() - started}
+
+    def _prompt(self, number: int, prune: dict[str, Any] | None = None) -> dict[str, Any]:
+        request = self._requests[number]
+        prompt = {
+            "prompt": request["prompt"],
+            "multi_modal_data": {"image": _read(self._folder / request["image"])},
+        }
+        if prune is not None:
+            asked = {"prune": prune, "prune_instruction": request["asked"]}
+            prompt["mm_processor_kwargs"] = asked
+        return prompt
 
 
 def _read(path: Path) -> Image.Image:
@@ -90,7 +101,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         reply(
-            worker.answer(command["answer"])
+            worker.answer(command["answer"], command["prune"])
             if "answer" in command
             else worker.time_single(command["single"])
         )

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sppruner.engine.answer_rules import end_ids
 from sppruner.engine.interface import Request, Result, SamplingParams, Update
 from sppruner.engine.run_all import answer_all, warm_up
 from sppruner.errors import InputError, SpecError
@@ -61,8 +62,7 @@ class ModelEngine(ABC):
             loaded.model, tokenizer=loaded.processor.tokenizer, clip_text=clip_text
         )
         self._cost = self._pruner.adapter.cost()
-        eos = loaded.model.generation_config.eos_token_id
-        self._eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self._eos_ids = end_ids(loaded.model.generation_config)
         self._context = int(loaded.model.config.get_text_config().max_position_embeddings)
 
     @abstractmethod

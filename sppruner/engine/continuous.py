@@ -206,6 +206,9 @@ class ContinuousEngine(ModelEngine):
                 running.pending_text = ""
         for running in finished:
             request, detokenizer = running.prepared.request, running.detokenizer
+            if running.sampling.failure is not None:
+                self._fail(running.prepared, running.sampling.failure)
+                continue
             text = detokenizer.text if detokenizer is not None and running.stopped else None
             result = self._result(
                 request,

@@ -10,6 +10,7 @@ from typing import Final, Protocol, cast
 from PIL import Image
 
 from sppruner.cost import RowCost
+from sppruner.engine.answer_format import AnswerFormat
 from sppruner.errors import EngineError, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
 
@@ -41,7 +42,12 @@ class SamplingParams:
     """Stop strings, at most 16 of 1 to 1000 characters: the answer ends in front of the first that
     it contains."""
 
+    format: AnswerFormat | None = None
+    """The form that the answer's text must have; None for any."""
+
     def __post_init__(self) -> None:
+        if self.format is not None and not isinstance(self.format, AnswerFormat):
+            raise SpecError(f"format {self.format!r}: give an AnswerFormat")
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise SpecError(f"max_new_tokens {self.max_new_tokens!r}: give at least 1")
         if not _is_finite(self.temperature) or self.temperature < 0:

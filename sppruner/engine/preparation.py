@@ -19,6 +19,7 @@ from sppruner.adapters import Adapter
 from sppruner.cost import ImageShape
 from sppruner.engine.base import check_characters, check_length
 from sppruner.engine.caches.encoder import hash_images
+from sppruner.engine.format_guide import FormatGuide, format_guides
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError
 from sppruner.prompts import build_inputs
@@ -58,6 +59,9 @@ class PreparedRequest:
     suffix_tokens: int
     """Tokens of text after that prefix."""
 
+    guide: FormatGuide | None = None
+    """Follows its answer, where that is structured."""
+
     @property
     def priority(self) -> int:
         return self.request.priority
@@ -94,6 +98,7 @@ class RequestPreparer:
         self._pruner = pruner
         self._context = context
         self._fits = fits
+        self._guides = format_guides(processor.tokenizer, pruner.model.config)
         self._thread_local = threading.local()
         self.closed = False
         """Whether no more requests are taken."""
@@ -122,6 +127,7 @@ class RequestPreparer:
         )
         prompt_tokens = int(inputs["attention_mask"].sum())
         check_length(prompt_tokens, request.generation, self._context)
+        form = request.generation.format
         adapter = self._pruner.adapter
         shapes = [shape for _, shape in adapter.shapes(inputs)]
         visual_tokens = sum(shape.tokens for shape in shapes)
@@ -139,6 +145,7 @@ class RequestPreparer:
             patches=_count_patches(shapes),
             prefix_key=_prefix_key(resolved, request.prompt, images_hash, prefix_ids_S),
             suffix_tokens=suffix_tokens,
+            guide=None if form is None else self._guides.start(form),
         )
         if not self._fits(prepared.max_length):
             raise InputError(

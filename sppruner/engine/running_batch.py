@@ -217,7 +217,10 @@ class RunningBatch:
         return RunningRequest(
             prepared=prepared,
             report=prompt.report,
-            sampling=SamplingState(request.generation, prompt.ids),
+            # A copy: a prefill that fails for another request is done again.
+            sampling=SamplingState(
+                request.generation, prompt.ids, prepared.guide and prepared.guide.copy()
+            ),
             positions=prompt.positions,
             images_cached=prompt.images_cached,
             suffix_tokens=prompt.suffix_tokens,
@@ -233,8 +236,12 @@ class RunningBatch:
         tokens = self._sampler.sample(logits_NV, [running.sampling for running in requests])
         finished = []
         for running, token in zip(requests, tokens, strict=True):
+            if running.sampling.failure is not None:
+                finished.append(running)
+                continue
             running.tokens.append(token)
-            ended = token in self._eos_ids
+            guide = running.sampling.guide
+            ended = token in self._eos_ids or (guide is not None and guide.ended)
             if running.detokenizer is not None and not ended:
                 running.pending_text += running.detokenizer.add(token)
             full = len(running.tokens) == running.prepared.request.generation.max_new_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +18,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sppruner.engine.answer_rules import AnswerRules
+from sppruner.engine.format_guide import FormatGuide
 from sppruner.engine.interface import SamplingParams
-from sppruner.errors import UnsupportedModel
-
-# Settings of a generation config that change logits and are not implemented here, with the values
-# that have no effect.
-_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
-    "bad_words_ids": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "encoder_repetition_penalty": (None, 1.0),
-    "exponential_decay_length_penalty": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "guidance_scale": (None, 1.0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "no_repeat_ngram_size": (None, 0),
-    "sequence_bias": (None, {}),
-    "watermarking_config": (None,),
-}
+from sppruner.errors import EngineError
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +33,12 @@ class SamplingState:
 
     ids: list[int]
     """Token ids of the prompt and of the answer so far."""
+
+    guide: FormatGuide | None = None
+    """Follows a structured answer; None for any text."""
+
+    failure: Exception | None = field(init=False, default=None)
+    """Why its answer cannot go on."""
 
     generator: torch.Generator | None = field(init=False, default=None)
     """The request's own, so that its draws are the same in any company; None if greedy."""
@@ -69,8 +60,8 @@ class SamplingState:
 class Sampler:
     """Chooses tokens as a model's own `generate` does with the same settings.
 
-    suppressed: ids that are never chosen. device: of the logits. Raises UnsupportedModel for a
-    generation config with a setting that is not implemented, so that no answer silently differs.
+    suppressed: ids that are never chosen. device: of the logits. Raises UnsupportedModel as
+    `AnswerRules.of` does.
     """
 
     def __init__(
@@ -79,22 +70,15 @@ class Sampler:
         suppressed: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, neutral in _UNSUPPORTED.items():
-            value = getattr(generation_config, name, None)
-            if value not in neutral:
-                raise UnsupportedModel(
-                    f"the model's generation config sets {name}={value!r}, which only `generate` "
-                    "can do: remove it, or answer with a BatchEngine"
-                )
-        ids = sorted({*suppressed, *(generation_config.suppress_tokens or ())})
+        rules = AnswerRules.of(generation_config)
+        ids = sorted({*suppressed, *rules.suppressed_ids})
         self._suppressed = torch.tensor(ids, dtype=torch.int64, device=device)
-        penalty = generation_config.repetition_penalty
-        self._penalty = (
-            None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
-        )
+        penalty = rules.repetition_penalty
+        self._penalty = None if penalty == 1 else RepetitionPenaltyLogitsProcessor(penalty)
 
     def sample(self, logits_NV: Tensor, states: Sequence[SamplingState]) -> list[int]:
-        """The next token of each request, which is also appended to its state's `ids`."""
+        """The next token of each request, which is also appended to its state's `ids`; one whose
+        token cannot be chosen gets a `failure`."""
         scores_NV = logits_NV.float()
         if self._penalty is not None:
             scores_NV = torch.cat(
@@ -104,11 +88,26 @@ class Sampler:
                 ]
             )
         scores_NV = scores_NV.index_fill(1, self._suppressed, float("-inf"))
-        tokens = scores_NV.argmax(dim=1).tolist()
         for i, state in enumerate(states):
-            if state.generator is not None:
-                tokens[i] = _draw(scores_NV[i : i + 1], state)
+            if state.guide is not None:
+                allowed_V = state.guide.allowed_V(scores_NV.shape[1]).to(scores_NV.device)
+                scores_NV[i].masked_fill_(~allowed_V, float("-inf"))
+        tokens: list[int] = scores_NV.argmax(dim=1).tolist()
+        numbers: list[bool] = scores_NV.amax(dim=1).isfinite().tolist()  # NaN wins a maximum
+        for i, state in enumerate(states):
+            if not numbers[i]:
+                state.failure = EngineError("the model's logits are no numbers, or allow no token")
+                continue
+            try:
+                if state.generator is not None:
+                    tokens[i] = _draw(scores_NV[i : i + 1], state)
+            except RuntimeError as error:  # the others of the step go on
+                state.failure = error
+                continue
             state.ids.append(tokens[i])
+            if state.guide is not None:
+                state.guide.add(tokens[i])
+                state.failure = state.guide.failure
         return tokens
 
 

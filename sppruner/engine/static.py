@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from sppruner.engine.answer_format import AnswerFormat
 from sppruner.engine.base import ModelEngine, check_characters, check_length
 from sppruner.engine.detokenizer import Detokenizer
+from sppruner.engine.format_guide import FormatGuides, format_guides
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
@@ -28,6 +35,7 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
         ModelEngine.__init__(self, model, **settings)
+        self._guides = format_guides(self._processor.tokenizer, self._model.config)
         QueuedEngine.__init__(self, self.slots)
 
     def answer_batch(self, requests: list[Request]) -> list[Result]:
@@ -65,6 +73,10 @@ class BatchEngine(QueuedEngine, ModelEngine):
         generate_kwargs = self._generate_kwargs(generation)
         stops = None
         criteria = StoppingCriteriaList([_Heartbeat(self)])
+        if generation.format is not None:
+            follower = _FormatFollower(self._guides, generation.format, rows=len(batch))
+            generate_kwargs["logits_processor"] = LogitsProcessorList([follower])
+            criteria.append(_FormatEnds(follower))
         if generation.stop:
             stops = _StopStrings(self._processor.tokenizer, generation.stop, rows=len(batch))
             criteria.append(stops)
@@ -108,6 +120,35 @@ class _Heartbeat(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._engine.heartbeat()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _FormatFollower(LogitsProcessor):  # type: ignore[misc]
+    """Lets each row choose only tokens that its structured answer can go on with."""
+
+    def __init__(self, guides: FormatGuides, form: AnswerFormat, *, rows: int) -> None:
+        self.guides = [guides.start(form) for _ in range(rows)]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: [B, V]."""
+        allowed_BV = torch.stack([guide.allowed_V(scores.shape[1]) for guide in self.guides])
+        return scores.masked_fill(~allowed_BV.to(scores.device), float("-inf"))
+
+
+class _FormatEnds(StoppingCriteria):  # type: ignore[misc]
+    """Tells the guides each token, and ends rows whose answer is complete."""
+
+    def __init__(self, follower: _FormatFollower) -> None:
+        self._guides = follower.guides
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row has ended, [B] bool. Raises SpecError for an answer that cannot go
+        on."""
+        for guide, token in zip(self._guides, input_ids[:, -1].tolist(), strict=True):
+            if not guide.ended:
+                guide.add(token)
+            if guide.failure is not None:
+                raise guide.failure
+        return torch.tensor([guide.ended for guide in self._guides], device=input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from sppruner.adapters import Encoded
+from sppruner.engine.answer_rules import end_ids
 from sppruner.evaluation.dataset import Item
 from sppruner.evaluation.logprobs import LogprobRecorder, kl_divergence_B, trim_after_eos
 from sppruner.models.loading import LoadedModel
@@ -93,8 +94,7 @@ class SpecEvaluator:
         tokenizer = loaded.processor.tokenizer
         self._pruner = Pruner(loaded.model, tokenizer=tokenizer, clip_text=clip_text)
         self._max_new_tokens = max_new_tokens
-        eos_ids = loaded.model.generation_config.eos_token_id
-        self._eos_ids = frozenset(eos_ids if isinstance(eos_ids, list) else [eos_ids])
+        self._eos_ids = end_ids(loaded.model.generation_config)
 
     def check(self, spec: PruneSpec) -> None:
         """Raises SpprunerError for a spec this model cannot run."""

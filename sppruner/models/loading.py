@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from sppruner.errors import UnsupportedModel
 from sppruner.models.processors import processor_of
@@ -136,6 +136,16 @@ def load_processor(identity: ModelIdentity) -> Any:
 
 def load_config(identity: ModelIdentity) -> Any:
     return AutoConfig.from_pretrained(identity.path, trust_remote_code=False)
+
+
+def load_generation_config(identity: ModelIdentity) -> GenerationConfig:
+    """What the loaded model would have as `generation_config`, without its weights."""
+    try:
+        return GenerationConfig.from_pretrained(identity.path)
+    except OSError:  # transformers then reads what the model's config says of generation
+        return GenerationConfig.from_pretrained(
+            identity.path, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def dtype_on(device: str, dtype: str) -> str:

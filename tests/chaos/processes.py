@@ -40,6 +40,11 @@ def children(pid: int) -> list[str]:
     return [title for _, parent, title in _processes() if parent == pid]
 
 
+def raylets_of(pid: int) -> list[int]:
+    """The raylets that a driver has started."""
+    return [child for child, parent, title in _processes() if parent == pid and "raylet" in title]
+
+
 def send(pid: int, number: signal.Signals) -> bool:
     """Sends a signal; False where the process has gone already."""
     try:

@@ -15,6 +15,7 @@ from cluster.config import MediaLimits, RunConfig
 from cluster.errors import UsageError
 from sppruner import Budget, PruneSpec
 from sppruner.engine import SamplingParams
+from sppruner.engine.answer_format import AnswerFormat
 from sppruner.spec import DENSE
 from tests.cluster.corpora import config
 
@@ -26,6 +27,8 @@ SETTINGS: dict[str, list[Any]] = {
     "generation": [
         SamplingParams(max_new_tokens=5, temperature=0.5, top_p=0.9, seed=3, stop=("a", "b")),
         SamplingParams(),
+        SamplingParams(format=AnswerFormat(choice=("red", "blue"))),
+        SamplingParams(format=AnswerFormat(json_schema={"type": "object"})),
     ],
     "limit": [None, 7],
     "unit_rows": [1, 512],

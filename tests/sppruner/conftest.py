@@ -1,5 +1,6 @@
 """`--matrix FILE` writes the outcome of every test marked `matrix` as a Markdown table: pass, FAIL,
-or, where a family cannot and the test has seen it refused, the reason.
+or, where a family cannot and the test has seen it refused, the reason. A test that fills several
+cells writes them to the fixture `matrix`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_cells] = {}
+
+
+@pytest.fixture
+def matrix(request: pytest.FixtureRequest) -> dict[tuple[str, str], str]:
+    """Cells by (family, column)."""
+    return request.config.stash[_cells]
 
 
 @pytest.hookimpl(wrapper=True)

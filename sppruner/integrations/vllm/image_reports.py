@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sppruner.cost import ImageShape
+from sppruner.spec import PruneSpec
 
 # Far more than the images whose tokens a KV cache can hold; a report takes some hundred bytes.
 MOST_REPORTS: Final = 2**18
@@ -88,8 +89,8 @@ class ReportBook:
 
 
 class PruneReports:
-    """`worker_extension_cls` of a vLLM that proves what it pruned: it adds a method to the worker,
-    which `LLM.collective_rpc("prune_reports", args=(hashes,))` calls."""
+    """`worker_extension_cls` of a vLLM that proves what it pruned: it adds methods to the worker,
+    such as the one that `LLM.collective_rpc("prune_reports", args=(hashes,))` calls."""
 
     model_runner: Any
 
@@ -98,3 +99,18 @@ class PruneReports:
         book: ReportBook = self.model_runner.get_model().reports
         found = [book.read(key) for key in keys]
         return [None if report is None else report.to_wire() for report in found]
+
+    def count_tokens(
+        self, images: Sequence[Any], spec: dict[str, Any], keys: Sequence[str]
+    ) -> list[int]:
+        """How many tokens of each image of one prompt a spec keeps. images: as vLLM's processor
+        made them, unpruned. keys: their hashes."""
+        from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+        runner = self.model_runner
+        inputs = []
+        for image in images:
+            ((_, _, one),) = group_and_batch_mm_kwargs([("image", image)], device=runner.device)
+            inputs.append(one)
+        counts: list[int] = runner.get_model().count_tokens(inputs, PruneSpec.from_dict(spec), keys)
+        return counts

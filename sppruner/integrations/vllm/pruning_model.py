@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from cachetools import LRUCache
+from torch import Tensor, nn
 
 from sppruner.adapters import EncodedImage, Kept, TowerOutput, adapter_class
 from sppruner.errors import PruningHadNoEffect
@@ -28,9 +29,33 @@ from sppruner.integrations.vllm.wire import FIELD, ImageRequest
 from sppruner.relevance import EmbeddingCosine
 from sppruner.reports import pack_bits
 from sppruner.resolved_spec import RESOLVED_DENSE, ResolvedSpec
-from sppruner.selection import keep, kept_mask, select, selection_flops, token_schedules
+from sppruner.selection import (
+    budget_counts,
+    keep,
+    kept_mask,
+    select,
+    selection_flops,
+    token_schedules,
+)
 from sppruner.selectors import Selector
 from sppruner.signals import CONTENT_SEED
+from sppruner.spec import PruneSpec
+
+# Images that were counted and not embedded yet, or whose prompts never came.
+_MOST_AHEAD: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedInVllm:
+    """What the tower made of an image."""
+
+    image: EncodedImage
+    layout: Any
+    """As the family's adapter describes one."""
+    run: Tensor
+    """[N, D] and columns that follow the kept tokens."""
+    width: int
+    """D."""
 
 
 class PruningModel(KeptPositions):
@@ -51,6 +76,7 @@ class PruningModel(KeptPositions):
         if self.settings.refused is None:
             self._adapter = adapter_class(self.config)(SimpleNamespace(config=self.config))
         self._resolved: dict[str, ResolvedSpec] = {}
+        self._ahead: LRUCache[str, EncodedInVllm] = LRUCache(_MOST_AHEAD)
 
     @abstractmethod
     def ears(self) -> Ears:
@@ -94,10 +120,13 @@ class PruningModel(KeptPositions):
         return kept
 
     def _parts(self, requests: Sequence[ImageRequest]) -> Iterator[slice]:
-        """Consecutive images that the tower's memory was planned for."""
+        """Consecutive images that the tower's memory was planned for, those that it has seen apart
+        from those that it has not."""
+        seen = [request.counted_as in self._ahead for request in requests]
         start = tokens = 0
         for at, request in enumerate(requests):
-            if at > start and tokens + request.tokens > self._most_tower_tokens:
+            full = tokens + request.tokens > self._most_tower_tokens and not seen[at]
+            if at > start and (full or seen[at] != seen[start]):
                 yield slice(start, at)
                 start, tokens = at, 0
             tokens += request.tokens
@@ -105,36 +134,66 @@ class PruningModel(KeptPositions):
 
     def _embed(self, inputs: dict[str, Any], requests: Sequence[ImageRequest]) -> list[Tensor]:
         resolved = [self._resolve(request) for request in requests]
-        if all(one.selector is None for one in resolved):
+        selectors = [one.selector for one in resolved]
+        if all(selector is None for selector in selectors):
             runs = list(super().embed_multimodal(**inputs))
             self._report_dense(inputs, requests, runs)
             return [self.carry(run, None) for run in runs]
-        wanted = frozenset[str]().union(*(one.selector.signals for one in resolved if one.selector))
+        ahead = [self._ahead.pop(request.counted_as, None) for request in requests]
+        encoded = [one for one in ahead if one is not None]
+        if len(encoded) < len(requests):
+            wanted = frozenset[str]().union(*(one.signals for one in selectors if one))
+            encoded = self._encode(inputs, len(requests), wanted)
+        images = [
+            self._with_relevance(replace(one.image, row=row), selector, request)
+            for row, (one, selector, request) in enumerate(
+                zip(encoded, selectors, requests, strict=True)
+            )
+        ]
+        layers = self._adapter.capabilities.decoder_layers
+        schedules = token_schedules(images, [one.spec for one in resolved], selectors, layers)
+        chosen = select(images, schedules, selectors)
+        outputs = []
+        for image, schedule, choice, request, selector, one in zip(
+            images, schedules, chosen, requests, selectors, encoded, strict=True
+        ):
+            left = keep(image, schedule.before, choice, self.project)
+            flops = selection_flops(image, choice, selector)
+            self._report(request, image.count, kept_mask(image, left), flops, image.shape)
+            outputs.append(self._leave(request, one.layout, left, one.run, one.width))
+        return outputs
+
+    def _encode(
+        self, inputs: dict[str, Any], count: int, wanted: frozenset[str]
+    ) -> list[EncodedInVllm]:
+        """What the tower makes of so many images. wanted: names of signals."""
         probe = bool(wanted - {CONTENT_SEED})
         with listening(self.ears(), self.patches(inputs), probe=probe) as heard:
             runs = list(super().embed_multimodal(**inputs))
         width = self.feature_width(runs[0])
         tower = self.tower_output([run[:, :width] for run in runs], heard, inputs, probe)
         layouts = self.layouts(inputs)
-        owners = [(row, 0) for row in range(len(requests))]
-        images = self._adapter.images(tower, owners, layouts, wanted)
-        selectors = [one.selector for one in resolved]
-        images = tuple(
-            self._with_relevance(image, selector, request)
-            for image, selector, request in zip(images, selectors, requests, strict=True)
-        )
-        layers = self._adapter.capabilities.decoder_layers
-        schedules = token_schedules(images, [one.spec for one in resolved], selectors, layers)
-        chosen = select(images, schedules, selectors)
-        outputs = []
-        for image, schedule, choice, request, selector, layout, run in zip(
-            images, schedules, chosen, requests, selectors, layouts, runs, strict=True
-        ):
-            left = keep(image, schedule.before, choice, self.project)
-            flops = selection_flops(image, choice, selector)
-            self._report(request, image.count, kept_mask(image, left), flops, image.shape)
-            outputs.append(self._leave(request, layout, left, run, width))
-        return outputs
+        images = self._adapter.images(tower, [(row, 0) for row in range(count)], layouts, wanted)
+        return [
+            EncodedInVllm(image=image, layout=layout, run=run, width=width)
+            for image, layout, run in zip(images, layouts, runs, strict=True)
+        ]
+
+    @torch.no_grad()
+    def count_tokens(
+        self, images: Sequence[dict[str, Any]], spec: PruneSpec, keys: Sequence[str]
+    ) -> list[int]:
+        """How many tokens of each image of one prompt the spec's budget keeps. images: the inputs
+        of each. keys: their hashes, under which what the tower made of them is held for the prompt
+        itself."""
+        resolved = self.settings.resolve(spec, self._adapter.capabilities, counted=True)
+        assert resolved.selector is not None
+        encoded = []
+        for inputs in images:  # one by one: memory was planned for few of the largest
+            inputs = {name: value for name, value in inputs.items() if name != FIELD}
+            encoded += self._encode(inputs, 1, resolved.selector.signals)
+        self._ahead.update(zip(keys, encoded, strict=True))
+        return budget_counts([one.image for one in encoded], spec.budget, resolved.selector)
 
     def feature_width(self, run: Tensor) -> int:
         """D of what the model makes of an image; columns behind it follow the kept tokens."""
@@ -165,7 +224,7 @@ class PruningModel(KeptPositions):
     ) -> EncodedImage:
         if selector is None or selector.relevance_source == "none" or not request.words:
             return image
-        cosine = EmbeddingCosine(self.get_language_model().embed_input_ids)
+        cosine = EmbeddingCosine(self._word_embedding())
         planes = tuple(
             replace(
                 plane,
@@ -174,6 +233,20 @@ class PruningModel(KeptPositions):
             for plane in image.planes
         )
         return replace(image, planes=planes)
+
+    def _word_embedding(self) -> nn.Module:
+        """The decoder's, without the adapters that vLLM may have put around it: they are planned
+        for the tokens of a step."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
+
+        return next(
+            module
+            for module in self.get_language_model().modules()
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        )
 
     def _report_dense(
         self, inputs: Mapping[str, Any], requests: Sequence[ImageRequest], runs: Sequence[Tensor]

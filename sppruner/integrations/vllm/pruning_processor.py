@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import compress
 from typing import Any, Final
 
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -21,6 +22,7 @@ from sppruner.adapters import capabilities
 from sppruner.errors import InputError, SpecError
 from sppruner.integrations.vllm.settings import PluginSettings, check_tokens
 from sppruner.integrations.vllm.wire import (
+    COUNTED,
     FIELD,
     INSTRUCTION,
     PRUNE,
@@ -29,7 +31,7 @@ from sppruner.integrations.vllm.wire import (
 )
 from sppruner.relevance import instruction_words
 from sppruner.resolved_spec import RESOLVED_DENSE, ResolvedSpec
-from sppruner.spec import DENSE, PruneSpec, shares
+from sppruner.spec import DENSE, Budget, PruneSpec, shares
 
 _OURS: Final = "sppruner"
 _IMAGE: Final = "image"
@@ -45,6 +47,24 @@ class _Asked:
     """Of all items of the prompt."""
     keys: tuple[str, ...]
     """Of the images that are processed now."""
+    counted: tuple[tuple[int, str], ...] | None
+    """Of the same images, what they keep and their hash as a dense image; None where that follows
+    from their size."""
+
+    def requests(self) -> list[ImageRequest]:
+        """Of the images that are processed now."""
+        spec, words = self.resolved.spec, self.words
+        if self.counted is None:
+            return [ImageRequest(spec=spec, words=words, key=key) for key in self.keys]
+        return [
+            ImageRequest(
+                spec=replace(spec, budget=Budget(tokens=tokens)),
+                words=words,
+                key=key,
+                counted_as=dense,
+            )
+            for key, (tokens, dense) in zip(self.keys, self.counted, strict=True)
+        ]
 
 
 class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
@@ -68,19 +88,23 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         asked = kwargs.pop(PRUNE, None)
         instruction = kwargs.pop(INSTRUCTION, None)
+        counted = _read_counted(kwargs.pop(COUNTED, None), inputs.mm_data_items)
         spec = self._settings.default if asked is None else PruneSpec.from_dict(asked)
         resolved = RESOLVED_DENSE
         if not spec.is_dense:
-            resolved = self._settings.resolve(spec, capabilities(self.info.get_hf_config()))
+            resolved = self._settings.resolve(
+                spec, capabilities(self.info.get_hf_config()), counted=counted is not None
+            )
             self._check_items(inputs.mm_data_items)
         words = self._words(resolved, instruction, inputs.prompt)
         stock = replace(inputs, hf_processor_mm_kwargs=kwargs)
-        hashes = super()._get_mm_hashes(_with_identity(stock, resolved, words))
+        hashes = super()._get_mm_hashes(_with_identity(stock, resolved, words, counted))
         ours = _Asked(
             resolved=resolved,
             words=words,
             hashes=hashes,
             keys=tuple(hashes.get(_IMAGE, ())),
+            counted=counted,
         )
         stock.hf_processor_mm_kwargs = {**kwargs, _OURS: ours}
         return super().apply(stock, timing_ctx)
@@ -115,17 +139,20 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
         ours, cached = kwargs[_OURS], mm_is_cached.get(_IMAGE, ())
-        missing = (key for key, found in zip(ours.keys, cached, strict=True) if not found)
-        return {**kwargs, _OURS: replace(ours, keys=tuple(missing))}
+        missing = [not found for found in cached]
+        counted = ours.counted
+        left = replace(
+            ours,
+            keys=tuple(compress(ours.keys, missing)),
+            counted=None if counted is None else tuple(compress(counted, missing)),
+        )
+        return {**kwargs, _OURS: left}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
         ours, kwargs = _take(hf_kwargs)
         processed = super()._apply_hf_processor_main(mm_items, kwargs)
         if ours.keys:
-            processed[FIELD] = [
-                ImageRequest(spec=ours.resolved.spec, words=ours.words, key=key).to_tensor()
-                for key in ours.keys
-            ]
+            processed[FIELD] = [request.to_tensor() for request in ours.requests()]
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
@@ -154,15 +181,13 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
         image_token = int(config.image_token_id)
         layers = capabilities(config).decoder_layers if resolved.selector else 0
 
-        def kept(lengths: list[int]) -> list[int]:
+        def kept(budget: Budget, lengths: list[int]) -> list[int]:
             if resolved.selector is None:
                 return lengths
             total = sum(lengths)
             if self._settings.keeps and resolved.spec.positions == "keep":
                 check_tokens(max(lengths))
-            due = resolved.selector.schedule(
-                total, resolved.spec.budget.count(total), layers
-            ).before
+            due = resolved.selector.schedule(total, budget.count(total), layers).before
             if due == 0:
                 raise SpecError(
                     "a budget that leaves no token of an image: vLLM needs at least one, send the "
@@ -172,14 +197,34 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
 
         def replacement(item: int) -> Any:
             content = update.resolve(item).content
-            short, runs = shorten(content.full, image_token, kept)
             field = out_mm_kwargs[_IMAGE][item][FIELD]
-            field.data = replace(ImageRequest.from_tensor(field.data), runs=runs).to_tensor()
+            request = ImageRequest.from_tensor(field.data)
+            split = partial(kept, request.spec.budget)
+            short, runs = shorten(content.full, image_token, split)
+            field.data = replace(request, runs=runs).to_tensor()
             return PromptUpdateDetails(full=short, is_embed=content.is_embed)
 
         return PromptReplacement(
             modality=update.modality, target=update.target, replacement=replacement
         )
+
+
+def _read_counted(counted: Any, items: Mapping[str, Any]) -> tuple[tuple[int, str], ...] | None:
+    """Raises SpecError for what is no count of each image."""
+    if counted is None:
+        return None
+    images = len(items.get(_IMAGE, ()))
+    pairs = list(counted) if isinstance(counted, list | tuple) else []
+    valid = len(pairs) == images and all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and isinstance(pair[1], str)
+        for pair in pairs
+    )
+    if not valid:
+        raise SpecError(f"{COUNTED}: give [tokens, hash] for each of {images} images")
+    return tuple((tokens, dense) for tokens, dense in pairs)
 
 
 def _take(kwargs: Mapping[str, Any]) -> tuple[_Asked, dict[str, Any]]:
@@ -188,9 +233,16 @@ def _take(kwargs: Mapping[str, Any]) -> tuple[_Asked, dict[str, Any]]:
     return others.pop(_OURS), others
 
 
-def _with_identity(inputs: Any, resolved: ResolvedSpec, words: tuple[int, ...]) -> Any:
+def _with_identity(
+    inputs: Any,
+    resolved: ResolvedSpec,
+    words: tuple[int, ...],
+    counted: tuple[tuple[int, str], ...] | None,
+) -> Any:
     """The inputs as they are hashed: those of a dense request are the stock ones."""
     if resolved.selector is None:
         return inputs
     identity = {PRUNE: resolved.spec.to_json(), INSTRUCTION: " ".join(map(str, words))}
+    if counted is not None:
+        identity[COUNTED] = " ".join(str(tokens) for tokens, _ in counted)
     return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, **identity})

@@ -65,13 +65,15 @@ class PluginSettings:
         }
         setattr(hf_config, _ATTRIBUTE, record)
 
-    def resolve(self, spec: PruneSpec, can: Capabilities) -> ResolvedSpec:
-        """The spec with its method. Raises what `resolve_spec` raises, and SpecError or
-        MissingSignal for what cannot run inside vLLM."""
+    def resolve(self, spec: PruneSpec, can: Capabilities, *, counted: bool = False) -> ResolvedSpec:
+        """The spec with its method. counted: whether the images are counted before their prompt is
+        planned. Raises what `resolve_spec` raises, and SpecError or MissingSignal for what cannot
+        run inside vLLM."""
         if not spec.is_dense:
             if self.refused is not None:
                 raise SpecError(f"this model is served without pruning: {self.refused}")
-            _check_budget(spec)
+            if not counted:
+                _check_budget(spec)
             if spec.positions == "keep" and not self.keeps:
                 raise MissingSignal(
                     "positions 'keep' need a pipeline of one stage and no micro-batches in vLLM: "
@@ -86,23 +88,28 @@ class PluginSettings:
         return resolved
 
 
+def is_counted(spec: PruneSpec) -> bool:
+    """Whether what an image keeps depends on more than its size."""
+    return not spec.is_dense and bool(spec.budget.spread or spec.budget.scope == "prompt")
+
+
 def _check_budget(spec: PruneSpec) -> None:
     if spec.budget.spread:
         raise SpecError(
             "a budget with spread depends on what the image shows, and vLLM plans a prompt's "
-            "length before it is seen: leave spread out"
+            "length before it is seen: leave spread out, or use VllmEngine, which counts first"
         )
     if spec.budget.scope == "prompt":
         raise SpecError(
             "vLLM caches images one by one, so an image's budget cannot depend on the others: use "
-            "scope 'image'"
+            "scope 'image', or VllmEngine, which counts first"
         )
 
 
 def check_spec(spec: PruneSpec, can: Capabilities) -> None:
     """Raises what `PluginSettings.resolve` raises for a spec that no vLLM can run on such a
     model."""
-    PluginSettings(keeps=True).resolve(spec, can)
+    PluginSettings(keeps=True).resolve(spec, can, counted=True)
 
 
 def check_tokens(tokens: int) -> None:

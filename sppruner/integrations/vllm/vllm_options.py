@@ -1,8 +1,10 @@
-"""Options of vLLM that `VllmEngine` does not hand on. Imports no vLLM."""
+"""Options of vLLM that `VllmEngine` does not hand on, and those of its own. Imports no vLLM."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from sppruner.errors import SpecError
@@ -18,7 +20,11 @@ _REFUSED: Final[Mapping[str, str]] = {
     "generation_config": "sampling is the request's",
     "scheduling_policy": "urgent requests must overtake",
     "mm_processor_cache_gb": "a cancelled request would make the next one fail",
+    "enable_tower_connector_lora": "an image's hash would not tell its adapter",
+    "structured_outputs_config": "formats are followed as this project's own engine does",
 }
+# Ranks that vLLM has kernels for.
+_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -26,3 +32,18 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name in _REFUSED:
             raise SpecError(f"option {name} of vLLM is the engine's own: {_REFUSED[name]}")
+
+
+def lora_options(folder: str) -> dict[str, Any]:
+    """Options with which vLLM can apply an adapter (PEFT's format). Raises SpecError for a folder
+    that holds none."""
+    try:
+        rank = int(json.loads((Path(folder) / "adapter_config.json").read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"lora {folder}: no adapter of PEFT's format is there ({type(error).__name__}: {error})"
+        ) from error
+    room = next((most for most in _RANKS if most >= rank), None)
+    if room is None:
+        raise SpecError(f"lora {folder}: rank {rank}, and vLLM has kernels up to {_RANKS[-1]}")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}

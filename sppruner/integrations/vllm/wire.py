@@ -22,6 +22,10 @@ PRUNE: Final = "prune"
 INSTRUCTION: Final = "prune_instruction"
 """The key of the user's text, for methods that select by it."""
 
+COUNTED: Final = "prune_counted"
+"""The key of [tokens to keep, hash of the dense image] for each image of a prompt whose budget
+depends on what the images show, see `counting`."""
+
 FIELD: Final = "prune_request"
 """The name of the tensor among the inputs of an image."""
 
@@ -53,6 +57,10 @@ class ImageRequest:
     key: str = ""
     """The image's hash in vLLM's caches, which depends on the spec: the name of its report."""
 
+    counted_as: str = ""
+    """The dense image's hash, under which the model may hold what its tower made of it; empty for
+    an image that was not counted before."""
+
     runs: tuple[Run, ...] = ()
     """The runs of its placeholders, in order."""
 
@@ -77,6 +85,7 @@ class ImageRequest:
             "spec": None if self.spec.is_dense else self.spec.to_dict(),
             "words": list(self.words),
             "key": self.key,
+            "counted_as": self.counted_as,
             "runs": [[run.start, run.kept, run.tokens] for run in self.runs],
         }
         text = json.dumps(record, separators=(",", ":"))
@@ -91,6 +100,7 @@ class ImageRequest:
             spec=DENSE if spec is None else PruneSpec.from_dict(spec),
             words=tuple(record["words"]),
             key=record["key"],
+            counted_as=record["counted_as"],
             runs=tuple(
                 Run(start=start, kept=kept, tokens=tokens) for start, kept, tokens in record["runs"]
             ),

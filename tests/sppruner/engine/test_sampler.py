@@ -1,4 +1,4 @@
-"""Tokens are sampled as `generate` does, and settings that only `generate` supports are refused."""
+"""Tokens are sampled as `generate` does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenalt
 
 from sppruner.engine.interface import SamplingParams
 from sppruner.engine.sampler import Sampler, SamplingState
-from sppruner.errors import UnsupportedModel
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -67,10 +66,15 @@ def test_top_p_never_draws_from_the_tail() -> None:
     assert drawn == set(within)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"no_repeat_ngram_size": 2}, {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}]
-)
-def test_an_unsupported_setting_of_the_model_is_refused_by_name(setting: dict[str, Any]) -> None:
-    (name,) = setting
-    with pytest.raises(UnsupportedModel, match=f"{name}=.*BatchEngine"):
-        Sampler(GenerationConfig(**setting), suppressed=())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_own_request(temperature: float) -> None:
+    sampler = Sampler(GenerationConfig(), suppressed=())
+    expected = sampler.sample(LOGITS, states(temperature=temperature))
+    broken = LOGITS.clone()
+    broken[1] = float("nan")
+    broken[3] = float("-inf")
+    sampled = states(temperature=temperature)
+    tokens = sampler.sample(broken, sampled)
+    assert [state.failure is not None for state in sampled] == [False, True, False, True, False]
+    assert [tokens[i] for i in (0, 2, 4)] == [expected[i] for i in (0, 2, 4)]
+    assert [len(state.ids) for state in sampled] == [3, 2, 3, 2, 3]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tests.sppruner.families import FAMILIES, llava_next, llava_onevision, qwen2_vl
@@ -166,15 +166,23 @@ _PROCESSORS = {
 }
 
 
-def tokenizer_of(parts: FolderParts) -> PreTrainedTokenizerFast:
-    """One token per character, and the special tokens at the model's ids."""
+def tokenizer_of(parts: FolderParts, *, by_bytes: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character, and the special tokens at the model's ids. by_bytes: as tokenizers
+    that spell bytes have it, with the characters of JSON; others than these are left out."""
     fixed = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": 3, **parts.special}
     free = [number for number in range(_VOCABULARY) if number not in fixed.values()]
-    characters = f"{string.ascii_lowercase}{string.digits} \n.,?!:-"
-    vocabulary = fixed | dict(zip(characters, free, strict=False))
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
+    if by_bytes:  # "Ġ" spells a space
+        characters = f"{string.ascii_lowercase}{string.digits}Ġ" + '"{}[]:,.-'
+        vocabulary = fixed | dict(zip(characters, free, strict=False))
+        backend = Tokenizer(BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        characters = f"{string.ascii_lowercase}{string.digits} \n.,?!:-"
+        vocabulary = fixed | dict(zip(characters, free, strict=False))
+        backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -198,11 +206,11 @@ def chat_template(image: str) -> str:
     )
 
 
-def write_folder(family: str, folder: Path) -> Path:
-    """A loadable folder of a random tiny model of `family`."""
+def write_folder(family: str, folder: Path, *, by_bytes: bool = False) -> Path:
+    """A loadable folder of a random tiny model of `family`. by_bytes: see `tokenizer_of`."""
     parts = PARTS[family]
     FAMILIES[family].build().save_pretrained(folder)
-    tokenizer_of(parts).save_pretrained(folder)
+    tokenizer_of(parts, by_bytes=by_bytes).save_pretrained(folder)
     name = _PROCESSORS[family]
     settings = {"processor_class": name, **parts.processor}
     (folder / "processor_config.json").write_text(json.dumps(settings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,14 @@ from sppruner.engine import BatchEngine, Request, Result, SamplingParams, run_al
 from sppruner.engine.interface import Update
 from sppruner.engine.run_all import answer_all
 from sppruner.errors import InputError, UnsupportedModel
-from sppruner.models.loading import load_model, load_processor, resolve_model
+from sppruner.models.loading import (
+    load_generation_config,
+    load_model,
+    load_processor,
+    resolve_model,
+)
 from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.tiny import TINY_MODELS
 from sppruner.tiny.model import build_model, build_processor, save
 from tests.sppruner.families import FAMILIES
 from tests.sppruner.families.folders import write_folder
@@ -208,3 +216,19 @@ def test_a_processor_without_torchvision_refuses_videos(tmp_path: Path) -> None:
     video = torch.zeros(2, 3, 16, 16)
     with pytest.raises(InputError, match="images only"):
         processor(text=["<|video_pad|>"], videos=[video], return_tensors="pt")
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen"])
+@pytest.mark.parametrize("settings", [None, {}, {"eos_token_id": [2, 5], "top_k": 3}])
+def test_the_generation_config_is_that_of_the_loaded_model(
+    name: str, settings: dict[str, object] | None, tmp_path: Path
+) -> None:
+    """Also where a checkpoint has no file of it."""
+    folder = shutil.copytree(TINY_MODELS[name], tmp_path / "model")
+    file = folder / "generation_config.json"
+    if settings is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    expected = load_model(str(folder)).model.generation_config.to_dict()
+    assert load_generation_config(resolve_model(str(folder))).to_dict() == expected

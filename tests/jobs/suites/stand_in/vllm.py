@@ -15,6 +15,8 @@ from typing import Any
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from sppruner.spec import PruneSpec
+
 __version__ = "0"
 settings_of_test = json.loads(os.environ["STAND_IN"])
 
@@ -30,7 +32,10 @@ class SamplingParams(SimpleNamespace):
 
 class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
-        names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE")
+        names = [
+            *("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE"),
+            *(name for name in ("VLLM_PLUGINS",) if name in os.environ),
+        ]
         child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL).pid
         with safe_open(f"{model}/model.safetensors", "np") as weights:
             note(
@@ -48,10 +53,13 @@ class LLM:
         atexit.register(note, exited=True)
 
     def read(self, prompt: dict[str, Any]) -> list[int]:
-        visual = self.config["image_token_index"]
+        visual, tokens = self.config["image_token_index"], self.config["image_seq_length"]
+        if "mm_processor_kwargs" in prompt:
+            prune = prompt["mm_processor_kwargs"]["prune"]
+            tokens = PruneSpec.from_dict(prune).budget.count(tokens)
         ids: list[int] = []
         for token in self.tokenizer.encode(prompt["prompt"]).ids:
-            ids += [token] * (self.config["image_seq_length"] if token == visual else 1)
+            ids += [token] * (tokens if token == visual else 1)
         return [*ids, 0] if settings_of_test.get("fault") == "one more" else ids
 
     def generate(

@@ -1,10 +1,10 @@
 """Every family and method: vLLM keeps the tokens that the library's own engine keeps, and says the
-same. Only random weights can show it for most families, so texts are noise, but the same noise."""
+same. Only random weights can show it for most families, so texts are noise, but the same noise.
+`--matrix FILE` writes how many answers of each are equal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,11 @@ def requests(spec: PruneSpec) -> list[Request]:
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wide_folder(request.param, tmp_path_factory.mktemp(request.param))
+    return write_wide_folder(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
 def test_every_method_keeps_what_the_engine_keeps(
-    family: Path, open_vllm: Callable[..., Any]
+    family: Path, open_vllm: Callable[..., Any], matrix: dict[tuple[str, str], str]
 ) -> None:
     ours, theirs = open_engine(str(family), dtype="float32"), open_vllm(str(family))
     compared: list[PruneSpec] = []
@@ -82,6 +82,10 @@ def test_every_method_keeps_what_the_engine_keeps(
                 assert len(unequal) <= 1, f"{len(unequal)} of {len(expected)}: {unequal[0]}"
                 different += unequal
                 answers += len(expected)
+    for method in dict.fromkeys(spec.method for spec in compared):
+        specs = [spec for spec in compared if spec.method == method]
+        answers_of, unequal_of = 6 * len(specs), sum(s.method == method for s, _, _ in different)
+        matrix[family.name, method] = f"{answers_of - unequal_of}/{answers_of}"
     assert len({spec.method for spec in compared}) >= 10
     assert len(different) <= ROUNDED_SHARE * answers, f"{len(different)}: {different}"
 
@@ -90,8 +94,7 @@ def test_stages_are_refused_with_the_reason(family: Path, open_vllm: Callable[..
     engine = open_vllm(str(family))
     for spec, reason in [
         (PruneSpec(method="fastv", budget=Budget(ratio=0.5)), "inside the decoder"),
-        (PruneSpec(method="prunesid", budget=Budget(ratio=0.5, spread=0.5)), "spread"),
-        (PruneSpec(method="topk", budget=Budget(ratio=0.5, scope="prompt")), "scope"),
+        (PruneSpec(method="topk", budget=Budget(ratio=0.5, spread=0.5)), "spread"),
         (
             PruneSpec(method="sppruner", budget=Budget(ratio=0.5), options={"relevance": "clip"}),
             "clip",
@@ -99,6 +102,33 @@ def test_stages_are_refused_with_the_reason(family: Path, open_vllm: Callable[..
     ]:
         with pytest.raises((SpecError, MissingSignal), match=reason):
             engine.check(spec)
-        (result,) = engine.run([replace(requests(spec)[0])])
+        (result,) = engine.run(requests(spec)[:1])
         assert result.error_code == "prompt_invalid"
         assert reason in (result.error_message or "")
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        (Budget(ratio=0.5, spread=0.5), "spread"),
+        (Budget(ratio=0.5, scope="prompt"), "scope"),
+    ],
+)
+def test_plain_vllm_refuses_budgets_that_are_not_known_beforehand(
+    budget: Budget, reason: str, family: Path, open_vllm: Callable[..., Any]
+) -> None:
+    engine = open_vllm(str(family))
+    (request,) = requests(PruneSpec(method="prunesid", budget=budget))[:1]
+    with pytest.raises(ValueError, match=reason):
+        engine._vllm.renderer.render_cmpl([engine.prompt(request)])
+
+
+def test_an_image_is_counted_before_its_prompt_is_planned(
+    family: Path, open_vllm: Callable[..., Any]
+) -> None:
+    ours, theirs = open_engine(str(family), dtype="float32"), open_vllm(str(family))
+    asked = requests(PruneSpec(method="prunesid", budget=Budget(ratio=0.5, spread=0.5)))
+    expected, found = ours.run(asked), theirs.run(asked)
+    assert not [r.error_message for r in (*expected, *found) if r.error_code]
+    pairs = zip(map(facts, expected), map(facts, found), strict=True)
+    assert sum(a != b for a, b in pairs) <= 1

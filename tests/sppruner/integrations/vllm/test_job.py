@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.make_corpus import make_corpus
+from tests.chaos.processes import find_workers, raylets_of, send
 
 REPOSITORY = Path(__file__).parents[4]
 ROWS = 128
@@ -22,13 +25,16 @@ for option in ("enforce_eager=true", "max_model_len=1024", "gpu_memory_utilizati
     VLLM += ["--engine-option", option]
 
 
-def label(corpus: Path, output: Path, *options: str, code: int = 0) -> str:
-    command = [
+def command(corpus: Path, output: Path, *options: str) -> list[str]:
+    return [
         sys.executable, "jobs/caption_corpus.py", "--input", str(corpus), "--output", str(output),
         "--control-blocks", "0", *options,
     ]  # fmt: skip
+
+
+def label(corpus: Path, output: Path, *options: str, code: int = 0) -> str:
     ended = subprocess.run(
-        command,
+        command(corpus, output, *options),
         cwd=REPOSITORY,
         env=os.environ | {"RAY_ADDRESS": "local"},
         stdout=subprocess.PIPE,
@@ -71,3 +77,36 @@ def test_what_vllm_cannot_run_stops_before_anything_starts(tmp_path: Path) -> No
         code=2,
     )  # fmt: skip
     assert "seconds" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_replica_loses_no_row(tmp_path: Path) -> None:
+    """Its vLLM dies with it, and another one answers its rows."""
+    rows_planned = 1000
+    make_corpus(kind="caption", rows=rows_planned, output=str(tmp_path / "corpus"))
+    output, log = tmp_path / "out", tmp_path / "job.log"
+    with log.open("wb") as file:
+        job = subprocess.Popen(
+            command(tmp_path / "corpus", output, *VLLM),
+            cwd=REPOSITORY,
+            env=os.environ | {"RAY_ADDRESS": "local"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(output.glob("*.parquet")):
+            assert job.poll() is None, log.read_text(errors="replace")[-4000:]
+            assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.1)
+        (replica,) = find_workers("replica", raylets_of(job.pid))
+        assert send(replica, signal.SIGKILL)
+        assert job.wait(timeout=400) == 0, log.read_text(errors="replace")[-4000:]
+    finally:
+        job.kill()
+        job.wait()
+    assert "1 replica died" in log.read_text(errors="replace")
+    found = rows(output)
+    assert len({row["key"] for row in found}) == len(found) == rows_planned
+    assert not any(row["error_code"] for row in found)

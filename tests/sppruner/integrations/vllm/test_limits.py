@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sppruner.engine import open_engine
 from sppruner.spec import Budget, PruneSpec
 from tests.sppruner.integrations.vllm.requests import facts, questions
 from tests.sppruner.integrations.vllm.test_engine import free_blocks, long
@@ -66,3 +67,15 @@ def test_the_tower_is_never_called_with_more_than_was_planned(
     assert [facts(result) for result in found] == [facts(result) for result in expected]
     assert max(calls) <= max(512, 2 * 144)
     assert len(calls) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_decoder_answers_as_the_library_s_engine(open_vllm: Callable[..., Any]) -> None:
+    requests = questions(16, PruneSpec(method="sppruner", budget=Budget(ratio=0.222)))
+    expected = open_engine("tiny-llava", dtype="float32").run(requests)
+    engine = open_vllm("tiny-llava", enforce_eager=False)
+    compilation = engine._vllm.vllm_config.compilation_config
+    assert str(compilation.mode) != "CompilationMode.NONE", compilation.mode
+    found = engine.run(requests)
+    assert [facts(result) for result in found] == [facts(result) for result in expected]

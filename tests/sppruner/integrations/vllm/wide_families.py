@@ -21,7 +21,7 @@ _ROPE = {
 }
 
 
-def write_wide_folder(family: str, folder: Path) -> Path:
+def write_wide_folder(family: str, folder: Path, *, by_bytes: bool = False) -> Path:
     """A loadable folder of a random tiny model of `family` that vLLM can run."""
     qwen = (
         _HEADS | {"head_dim": 32, "rope_parameters": _ROPE}
@@ -29,7 +29,7 @@ def write_wide_folder(family: str, folder: Path) -> Path:
         else (_HEADS | {"rope_parameters": {k: v for k, v in _ROPE.items() if "inter" not in k}})
     )
     with mock.patch.dict(base.TEXT, _HEADS), mock.patch.dict(qwen2_vl.TEXT, qwen):
-        write_folder(family, folder)
+        write_folder(family, folder, by_bytes=by_bytes)
     if family == "llava_onevision":
         # vLLM cuts images so whatever a config says.
         for name in ("config.json", "processor_config.json"):

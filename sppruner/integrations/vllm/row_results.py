@@ -1,0 +1,103 @@
+"""From what vLLM returns to the engine's results: proof of what was pruned, and modelled cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from cachetools import LRUCache
+
+from sppruner.cost import ModelCost
+from sppruner.engine.interface import Request, Result
+from sppruner.errors import PruningHadNoEffect
+from sppruner.integrations.vllm.image_reports import MOST_REPORTS, ImageReport
+from sppruner.integrations.vllm.rendering import RenderedRequest
+
+
+class ResultMaker:
+    """Makes results of one vLLM.
+
+    read_reports: of images by their hashes, `PruneReports.prune_reports`. layers: of the decoder.
+    """
+
+    def __init__(
+        self, read_reports: Callable[[list[str]], list[Any]], cost: ModelCost, *, layers: int
+    ) -> None:
+        self._read_reports, self._cost, self._layers = read_reports, cost, layers
+        # It forgets an image before the model does: a row then pays for what a cache held, and no
+        # row is spared what the tower computed.
+        self._charged: LRUCache[str, int] = LRUCache(MOST_REPORTS // 2)
+
+    def make(
+        self, request: Request, rendered: RenderedRequest, output: Any, seconds: float
+    ) -> Result:
+        """Raises PruningHadNoEffect where the model reported nothing of an image, or something
+        else than entered the prompt."""
+        (answer,) = output.outputs
+        reports = self._reports(rendered.keys)
+        masks = [_unpack(report) for report in reports]
+        kept = sum(int(mask.sum()) for mask in masks)
+        visual = sum(report.tokens for report in reports)
+        prompt_tokens = len(output.prompt_token_ids)
+        if rendered.dense_tokens - prompt_tokens != visual - kept:
+            raise PruningHadNoEffect(
+                f"{request.spec.method} dropped {visual - kept} visual tokens, and the prompt is "
+                f"{rendered.dense_tokens - prompt_tokens} shorter"
+            )
+        cached = int(output.num_cached_tokens or 0)
+        whole_prefix = bool(reports) and cached >= rendered.visual_end
+        tokens = len(answer.token_ids)
+        cost = self._cost.row(
+            images=[report.shape for report in reports],
+            layer_tokens=[prompt_tokens] * self._layers,
+            prompt_tokens_dense=rendered.dense_tokens,
+            new_tokens=tokens,
+            pruner_flops=sum(report.selection_flops for report in reports),
+            images_cached=self._charge(rendered.keys, reports) and not whole_prefix,
+            suffix_tokens=prompt_tokens - cached if whole_prefix else None,
+        )
+        return Result(
+            id=request.id,
+            text=answer.text.strip(),
+            finish_reason="length" if answer.finish_reason == "length" else "stop",
+            prompt_tokens=prompt_tokens,
+            completion_tokens=tokens,
+            visual_tokens=visual,
+            visual_tokens_kept=kept,
+            kept_tokens=_pack(masks),
+            seconds=seconds,
+            cost=cost,
+        )
+
+    def _reports(self, keys: Sequence[str]) -> list[ImageReport]:
+        if not keys:
+            return []
+        found = self._read_reports(list(keys))
+        if None in found:
+            raise PruningHadNoEffect(
+                f"the model reported nothing of image {found.index(None)}: what it kept is unknown"
+            )
+        return [ImageReport.from_wire(values) for values in found]
+
+    def _charge(self, keys: Sequence[str], reports: Sequence[ImageReport]) -> bool:
+        """Whether a cache held the features of all these images. Each run of the tower is paid by
+        one row, the first to finish of those that wait for it."""
+        cached = bool(keys)
+        for key, report in zip(keys, reports, strict=True):
+            paid = self._charged.get(key, 0)
+            if report.encoded > paid:
+                paid, cached = paid + 1, False
+            self._charged[key] = paid
+        return cached
+
+
+def _unpack(report: ImageReport) -> np.ndarray:
+    bits = np.frombuffer(report.kept_tokens, dtype=np.uint8)
+    return np.unpackbits(bits, count=report.tokens, bitorder="little").astype(bool)
+
+
+def _pack(masks: Sequence[np.ndarray]) -> bytes:
+    if not masks:
+        return b""
+    return np.packbits(np.concatenate(masks), bitorder="little").tobytes()

@@ -65,7 +65,7 @@ def label(settings: dict[str, Any]) -> None:
     )
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
-        url = "data:image/png;base64," + base64.b64encode(row["image"]).decode()
+        url = "data:image/png;base64," + base64.b64encode(row["image"]["bytes"]).decode()
         parts = [
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": settings["prompt"]},

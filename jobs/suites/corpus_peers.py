@@ -1,16 +1,19 @@
 """A corpus on disk, labelled by commands that a user would run: this project's job with vLLM
 inside, and Ray Data LLM. Each starts a Ray cluster and an engine of its own and ends them.
 
-Seconds run from the first row that reaches the engine (the job: from its first read) to the last
-file: what either takes to start is in neither.
+Seconds run from the first row that reaches Ray Data LLM's engine, or from the job's first rows that
+are read, to the last file: clusters, engines and actors start before. By then the job's replica has
+answered two rows of no corpus, Ray Data LLM's engine none.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,13 +60,12 @@ def label_by_job(
     ]  # fmt: skip
     for name, value in options.items():
         command += ["--engine-option", f"{name}={json.dumps(value)}"]
-    _run(python, command, RAY_ADDRESS="local")
+    said = _run(python, command, RAY_ADDRESS="local", SPPRUNER_LOG_LEVEL="debug")
     run = RunOutput.open(str(output))
-    summary = json.loads(run.summary() or b"{}")
     columns = ["prompt_tokens", "completion_tokens"]
     rows = pa.concat_tables(run.read_units(run.committed_units(), columns))
     return Labelled(
-        seconds=summary["attempt"]["wall_seconds"],
+        seconds=_last_file(output) - _first_read(said),
         prompt_tokens=sorted(rows["prompt_tokens"].to_pylist()),
         new_tokens=sorted(rows["completion_tokens"].to_pylist()),
     )
@@ -108,7 +110,20 @@ def label_by_ray_data_llm(
     )
 
 
-def _run(python: Path, command: Sequence[str], **variables: str) -> None:
+def _first_read(log: str) -> float:
+    """When the job had read its first rows."""
+    found = re.search(r"timestamp=(\S+) level=debug event=unit_read", log)
+    if found is None:
+        raise FleetUnavailable("the job's log does not say when it read its first rows")
+    return datetime.fromisoformat(found[1]).timestamp()
+
+
+def _last_file(output: Path) -> float:
+    return max(file.stat().st_mtime for file in output.glob("*.parquet"))
+
+
+def _run(python: Path, command: Sequence[str], **variables: str) -> str:
+    """What it printed."""
     ended = subprocess.run(
         command,
         cwd=_REPOSITORY,
@@ -121,3 +136,4 @@ def _run(python: Path, command: Sequence[str], **variables: str) -> None:
         last = "\n".join(ended.stdout.splitlines()[-_LOG_LINES:])
         what = " ".join(command[1:3])
         raise FleetUnavailable(f"{what} ended with status {ended.returncode}:\n{last}")
+    return ended.stdout

@@ -211,6 +211,8 @@ def peer_environment(python: Path) -> dict[str, str]:
     openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():
         variables["LD_PRELOAD"] = f"{os.environ.get('LD_PRELOAD', '')} {openmp}".strip()
+        # Or a process that has computed starts all others on its first core, a Ray cluster too.
+        variables["KMP_AFFINITY"] = "none"
     return os.environ | variables
 
 

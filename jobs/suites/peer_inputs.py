@@ -82,7 +82,12 @@ def _vllm_settings(loaded: LoadedModel, longest: int, slots: int) -> dict[str, A
     config, dtype = loaded.model.config, loaded.model.dtype
     context = -(-longest // _BLOCK) * _BLOCK
     decoder = DecoderCost.from_config(config.get_text_config(), bytes_per_value=dtype.itemsize)
-    return {
+    more = {}
+    if loaded.model.device.type == "cuda":
+        # Of no effect beside kv_cache_memory_bytes, but that so much memory must be free: others of
+        # the suite hold the model too.
+        more["gpu_memory_utilization"] = 0.1
+    return more | {
         "dtype": str(dtype).removeprefix("torch."),
         # On a CPU, compiled it took the same CPU time on a pass of `llava` and started 40 s later.
         "enforce_eager": loaded.model.device.type == "cpu",

@@ -19,8 +19,9 @@ _CHOICES, _CHOICE_CHARACTERS = 1_000, 1_000
 class AnswerFormat:
     """What every token of an answer is chosen for: that its text can become one of these.
 
-    Exactly one is given. An answer that `max_new_tokens` cuts is the beginning of one. Raises
-    SpecError for none, for several, and for what no text can satisfy.
+    Exactly one is given. An answer that `max_new_tokens` cuts is the beginning of one; white space
+    around it is no part of it, as of any answer. Raises SpecError for none, for several, and for
+    what no answer can be.
     """
 
     json_schema: str | Mapping[str, Any] | None = None
@@ -47,6 +48,8 @@ class AnswerFormat:
             _is_text(text, _CHOICE_CHARACTERS) for text in self.choice
         ):
             raise SpecError(f"choice: give texts of 1 to {_CHOICE_CHARACTERS} characters")
+        if any(text != text.strip() for text in self.choice):
+            raise SpecError("choice: an answer has no white space around it, leave it out")
         if len(self.choice) > _CHOICES:
             raise SpecError(f"choice: {len(self.choice)} texts, give at most {_CHOICES}")
 

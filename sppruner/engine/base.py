@@ -17,7 +17,7 @@ from sppruner.relevance import ClipText
 from sppruner.spec import PruneSpec
 from sppruner.types import PruneReport
 
-_CHARACTERS_PER_TOKEN: Final = 16  # text has three to five; long runs of one character have more
+CHARACTERS_PER_TOKEN: Final = 16  # text has three to five; long runs of one character have more
 
 
 class ModelEngine(ABC):
@@ -114,7 +114,10 @@ class ModelEngine(ABC):
         """The result of an answer. tokens: may continue after its end token. text: the answer where
         it was cut in front of a stop string; None where it was not. images_cached, suffix_tokens:
         see `ModelCost.row`."""
-        end = next((i for i, token in enumerate(tokens) if token in self._eos_ids), None)
+        ends = self._eos_ids
+        if request.generation.format is not None:  # the end of a structured answer
+            ends = ends | {self._processor.tokenizer.eos_token_id}
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
         new_tokens = len(tokens) if end is None else end + 1
         stopped = end is not None or text is not None
         if text is None:
@@ -146,7 +149,7 @@ def check_characters(request: Request, context: int) -> None:
     """Raises InputError for texts that are too long for the model's context however they are cut
     into tokens: a tokenizer takes seconds and gigabytes for megabytes."""
     characters = len(request.prompt) + len(request.system or "")
-    if characters > context * _CHARACTERS_PER_TOKEN:
+    if characters > context * CHARACTERS_PER_TOKEN:
         raise InputError(
             f"{characters:,} characters of prompt exceed the model's context of {context} tokens: "
             "shorten it"

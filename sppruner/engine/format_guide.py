@@ -41,9 +41,15 @@ class FormatGuide:
     def add(self, token: int) -> None:
         """The answer's next token. A format that cannot be followed further ends the answer with
         `failure`; the others of its step go on."""
-        self.ended = token == self._end_id
-        if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            self.failure = SpecError(f"answer format: {self._matcher.get_error()}")
+        matcher = self._matcher
+        if token == self._end_id:
+            # A matcher that gave up allows nothing but the end, like one whose answer is complete.
+            self.ended = True
+            if matcher.is_error() or not matcher.is_accepting():
+                why = matcher.get_error() or "no token goes on with the answer"
+                self.failure = SpecError(f"answer format: {why}")
+        elif not matcher.consume_token(token):
+            self.failure = SpecError(f"answer format: {matcher.get_error()}")
             self.ended = True
 
     def copy(self) -> FormatGuide:

@@ -73,13 +73,15 @@ class BatchEngine(QueuedEngine, ModelEngine):
         generate_kwargs = self._generate_kwargs(generation)
         stops = None
         criteria = StoppingCriteriaList([_Heartbeat(self)])
+        follower = None
         if generation.format is not None:
             follower = _FormatFollower(self._guides, generation.format, rows=len(batch))
             generate_kwargs["logits_processor"] = LogitsProcessorList([follower])
-            criteria.append(_FormatEnds(follower))
         if generation.stop:
             stops = _StopStrings(self._processor.tokenizer, generation.stop, rows=len(batch))
             criteria.append(stops)
+        if follower is not None:
+            criteria.append(_FormatEnds(follower, stops))
         generate_kwargs["stopping_criteria"] = criteria
         generated = self._pruner.generate(inputs, specs, prompts, **generate_kwargs)
         rows = generated.tokens_BT.tolist()
@@ -97,9 +99,10 @@ class BatchEngine(QueuedEngine, ModelEngine):
 
     def _generate_kwargs(self, generation: SamplingParams) -> dict[str, Any]:
         # A generated placeholder would be read as a visual token later, so none is ever generated.
+        own = self._model.generation_config.suppress_tokens or ()
         common: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,
-            "suppress_tokens": self._pruner.adapter.placeholder_ids,
+            "suppress_tokens": sorted({*self._pruner.adapter.placeholder_ids, *own}),
         }
         if generation.temperature == 0:
             return common | {"do_sample": False}
@@ -137,14 +140,17 @@ class _FormatFollower(LogitsProcessor):  # type: ignore[misc]
 class _FormatEnds(StoppingCriteria):  # type: ignore[misc]
     """Tells the guides each token, and ends rows whose answer is complete."""
 
-    def __init__(self, follower: _FormatFollower) -> None:
-        self._guides = follower.guides
+    def __init__(self, follower: _FormatFollower, stops: _StopStrings | None) -> None:
+        self._guides, self._stops = follower.guides, stops
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether each row has ended, [B] bool. Raises SpecError for an answer that cannot go
         on."""
-        for guide, token in zip(self._guides, input_ids[:, -1].tolist(), strict=True):
-            if not guide.ended:
+        for row, (guide, token) in enumerate(
+            zip(self._guides, input_ids[:, -1].tolist(), strict=True)
+        ):
+            cut = self._stops is not None and self._stops.cut[row] is not None
+            if not guide.ended and not cut:  # behind a stop string there is padding
                 guide.add(token)
             if guide.failure is not None:
                 raise guide.failure

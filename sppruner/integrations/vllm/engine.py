@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sppruner.adapters import adapter_class, capabilities
 from sppruner.engine.answer_rules import AnswerRules
+from sppruner.engine.format_guide import format_guides
 from sppruner.engine.interface import (
     Request,
     Result,
@@ -25,6 +26,7 @@ from sppruner.errors import (
     EngineError,
     SpecError,
 )
+from sppruner.integrations.vllm.image_reports import MOST_AHEAD
 from sppruner.integrations.vllm.rendering import RenderedRequest, RequestRenderer, as_input_error
 from sppruner.integrations.vllm.row_results import ResultMaker
 from sppruner.integrations.vllm.settings import PluginSettings
@@ -40,6 +42,7 @@ from sppruner.models.loading import (
 )
 from sppruner.spec import PruneSpec
 
+_WAIT_SECONDS: Final = 0.001
 # Pixels are normalised before they reach the model, as the library's own engine has them: methods
 # that draw by an image's pixels then draw the same.
 _DEFAULTS: Final[dict[str, Any]] = {
@@ -59,6 +62,8 @@ class _Rendering:
     future: Future[RenderedRequest]
     seconds: float = 0.0
     """In which its images were counted."""
+    ahead: int = 0
+    """Images that the model holds for it, counted."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -70,6 +75,8 @@ class _Running:
     internal_id: str
     """vLLM's own name for it, which its scheduler uses."""
     seconds: float = 0.0
+    ahead: int = 0
+    """Images that the model holds for it, counted and not embedded yet."""
     text: str = ""
     """Of the answer, as far as it was streamed."""
 
@@ -143,15 +150,18 @@ class VllmEngine:
         cost = adapter_class(config.hf_config).cost_of(
             config.hf_config, bytes_per_value=config.dtype.itemsize
         )
+        llm.collective_rpc("isolate_failures")
+        guides = format_guides(self._processor.tokenizer, config.hf_config)
         self._results = ResultMaker(
-            partial(self._ask_worker, "prune_reports"),
+            partial(_ask_worker, llm, "prune_reports"),
             cost,
+            guides,
             layers=self._capabilities.decoder_layers,
         )
         self._renderer = RequestRenderer(
             self._vllm.renderer,
             self._processor,
-            config.hf_config,
+            guides,
             settings=self.settings,
             can=self._capabilities,
             context=int(config.max_model_len),
@@ -188,10 +198,10 @@ class VllmEngine:
         return results
 
     def clear_caches(self) -> None:
-        """See `Engine`; keys and values, and vision features. Raises EngineError while requests
-        run."""
-        if not self._vllm.reset_prefix_cache():
-            raise EngineError("caches are cleared between requests, not while they run")
+        """See `Engine`; keys and values, and vision features. Requests that run begin again, and
+        go on where they were."""
+        if not self._vllm.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("vLLM still holds blocks of its KV cache")
         self._vllm.reset_mm_cache()
         self._vllm.reset_encoder_cache()
 
@@ -228,7 +238,13 @@ class VllmEngine:
         self.busy_seconds += seconds
         inside = {int(output.request_id) for output in outputs}
         inside |= {tickets[name] for name in self._scheduled() if name in tickets}
-        for ticket in inside & self._running.keys():
+        inside &= self._running.keys()
+        for ticket in inside:
+            self._running[ticket].ahead = 0
+        if not inside:  # all wait, such as for a grammar to be compiled
+            inside = self._running.keys()
+            time.sleep(_WAIT_SECONDS)
+        for ticket in inside:
             self._running[ticket].seconds += seconds / len(inside)
         for output in outputs:
             if (running := self._running.get(int(output.request_id))) is not None:
@@ -264,7 +280,8 @@ class VllmEngine:
             try:
                 rendered = rendering.future.result()
                 if rendered.to_count:
-                    self._rendering[ticket] = self._count(request, rendered)
+                    waits = self._is_full(len(rendered.to_count))
+                    self._rendering[ticket] = rendering if waits else self._count(request, rendered)
                 else:
                     self._running[ticket] = self._add(ticket, rendering, rendered)
             except CancelledError:
@@ -276,10 +293,10 @@ class VllmEngine:
     def _add(self, ticket: int, rendering: _Rendering, rendered: RenderedRequest) -> _Running:
         """Raises InputError for what vLLM refuses."""
         request = rendering.request
-        sampling = vllm_sampling(
-            request.generation, self._rules, banned=self._placeholders, stream=request.stream
-        )
         try:
+            sampling = vllm_sampling(
+                request.generation, self._rules, banned=self._placeholders, stream=request.stream
+            )
             internal = self._vllm.add_request(
                 str(ticket),
                 rendered.prompt,
@@ -290,25 +307,33 @@ class VllmEngine:
         except Exception as error:
             raise as_input_error(error) from None
         return _Running(
-            request=request, rendered=rendered, internal_id=internal, seconds=rendering.seconds
+            request=request,
+            rendered=rendered,
+            internal_id=internal,
+            seconds=rendering.seconds,
+            ahead=rendering.ahead,
         )
+
+    def _is_full(self, images: int) -> bool:
+        """Whether the model holds so much of images that were counted that these must wait."""
+        waiting = [*self._rendering.values(), *self._running.values()]
+        held = sum(one.ahead for one in waiting)
+        return held > 0 and held + images > MOST_AHEAD
 
     def _count(self, request: Request, rendered: RenderedRequest) -> _Rendering:
         """A budget that depends on what the images show: the tower runs first, and the model holds
         what it made until the prompt comes."""
+        self.heartbeat()
         started = time.perf_counter()
         arguments = (rendered.to_count, request.spec.to_dict(), list(rendered.keys))
-        counts = self._ask_worker("count_tokens", *arguments)
+        counts = _ask_worker(self._llm, "count_tokens", *arguments)
         seconds = time.perf_counter() - started
         self.busy_seconds += seconds
         counted = list(zip(counts, rendered.keys, strict=True))
         future = self._renderer.start(request, counted)
-        return _Rendering(request=request, future=future, seconds=seconds)
-
-    def _ask_worker(self, method: str, *arguments: Any) -> list[Any]:
-        """Every rank answers the same; the first speaks for all."""
-        answer: list[Any] = self._llm.collective_rpc(method, args=arguments)[0]
-        return answer
+        return _Rendering(
+            request=request, future=future, seconds=seconds, ahead=len(rendered.to_count)
+        )
 
     def _publish(self, ticket: int, running: _Running, output: Any) -> None:
         (answer,) = output.outputs
@@ -328,6 +353,12 @@ class VllmEngine:
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:
         self._updates.append(Update(ticket=ticket, text=text, result=result))
+
+
+def _ask_worker(llm: Any, method: str, *arguments: Any) -> list[Any]:
+    """Every rank answers the same; the first speaks for all."""
+    answer: list[Any] = llm.collective_rpc(method, args=arguments)[0]
+    return answer
 
 
 def placeholder_ids(hf_config: Any) -> list[int]:

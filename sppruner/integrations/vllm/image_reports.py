@@ -20,6 +20,10 @@ MOST_REPORTS: Final = 2**18
 """Reports that a model holds."""
 
 
+MOST_AHEAD: Final = 16
+"""Images whose features a model holds between counting and embedding."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReport:
     """What entered the decoder of one image, counted on the embeddings that left the model."""
@@ -36,6 +40,9 @@ class ImageReport:
     shape: ImageShape
     """The tower's input."""
 
+    failed: str = ""
+    """Why nothing could be selected; the first tokens entered in place of a selection."""
+
     encoded: int = 1
     """How often the tower has run on the image: a row for which it did not was served from a
     cache."""
@@ -48,18 +55,20 @@ class ImageReport:
             self.kept_tokens,
             self.selection_flops,
             [shape.tiles, shape.rows, shape.columns, shape.tokens],
+            self.failed,
             self.encoded,
         ]
 
     @classmethod
     def from_wire(cls, values: Sequence[Any]) -> ImageReport:
         """The inverse of `to_wire`."""
-        tokens, kept_tokens, flops, (tiles, rows, columns, count), encoded = values
+        tokens, kept_tokens, flops, (tiles, rows, columns, count), failed, encoded = values
         return cls(
             tokens=tokens,
             kept_tokens=bytes(kept_tokens),
             selection_flops=flops,
             shape=ImageShape(tiles=tiles, rows=rows, columns=columns, tokens=count),
+            failed=failed,
             encoded=encoded,
         )
 
@@ -93,6 +102,10 @@ class PruneReports:
     such as the one that `LLM.collective_rpc("prune_reports", args=(hashes,))` calls."""
 
     model_runner: Any
+
+    def isolate_failures(self) -> None:
+        """From now on an image of which nothing can be selected fails alone, by its report."""
+        self.model_runner.get_model().isolates = True
 
     def prune_reports(self, keys: Sequence[str]) -> list[list[Any] | None]:
         """Of each hash, `ImageReport.to_wire`; None for one without a report."""

@@ -13,15 +13,16 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
 
 from sppruner.adapters import EncodedImage, Kept, TowerOutput, adapter_class
+from sppruner.engine.isolation import run_isolating_failures
 from sppruner.errors import PruningHadNoEffect
-from sppruner.integrations.vllm.image_reports import ImageReport, ReportBook
+from sppruner.integrations.vllm.image_reports import MOST_AHEAD, ImageReport, ReportBook
 from sppruner.integrations.vllm.listening import Ears, Heard, listening
 from sppruner.integrations.vllm.positions import KeptPositions
 from sppruner.integrations.vllm.settings import PluginSettings
@@ -40,9 +41,6 @@ from sppruner.selection import (
 from sppruner.selectors import Selector
 from sppruner.signals import CONTENT_SEED
 from sppruner.spec import PruneSpec
-
-# Images that were counted and not embedded yet, or whose prompts never came.
-_MOST_AHEAD: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,6 +66,9 @@ class PruningModel(KeptPositions):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = PluginSettings.of(self.config)
         self.reports = ReportBook()
+        self.isolates = False
+        """Whether reports are read, so that an image of which nothing can be selected may fail
+        alone."""
         scheduler = vllm_config.scheduler_config
         # vLLM plans the tower's memory for so many tokens, and counts shortened images against it.
         self._most_tower_tokens = int(scheduler.max_num_encoder_input_tokens)
@@ -76,7 +77,7 @@ class PruningModel(KeptPositions):
         if self.settings.refused is None:
             self._adapter = adapter_class(self.config)(SimpleNamespace(config=self.config))
         self._resolved: dict[str, ResolvedSpec] = {}
-        self._ahead: LRUCache[str, EncodedInVllm] = LRUCache(_MOST_AHEAD)
+        self._ahead: LRUCache[tuple[str, frozenset[str]], EncodedInVllm] = LRUCache(MOST_AHEAD)
 
     @abstractmethod
     def ears(self) -> Ears:
@@ -122,10 +123,10 @@ class PruningModel(KeptPositions):
     def _parts(self, requests: Sequence[ImageRequest]) -> Iterator[slice]:
         """Consecutive images that the tower's memory was planned for, those that it has seen apart
         from those that it has not."""
-        seen = [request.counted_as in self._ahead for request in requests]
+        seen = [self._ahead_key(request) in self._ahead for request in requests]
         start = tokens = 0
         for at, request in enumerate(requests):
-            full = tokens + request.tokens > self._most_tower_tokens and not seen[at]
+            full = tokens + request.tokens > self._most_tower_tokens
             if at > start and (full or seen[at] != seen[start]):
                 yield slice(start, at)
                 start, tokens = at, 0
@@ -133,35 +134,65 @@ class PruningModel(KeptPositions):
         yield slice(start, len(requests))
 
     def _embed(self, inputs: dict[str, Any], requests: Sequence[ImageRequest]) -> list[Tensor]:
-        resolved = [self._resolve(request) for request in requests]
-        selectors = [one.selector for one in resolved]
+        selectors = [self._resolve(request).selector for request in requests]
         if all(selector is None for selector in selectors):
             runs = list(super().embed_multimodal(**inputs))
             self._report_dense(inputs, requests, runs)
             return [self.carry(run, None) for run in runs]
-        ahead = [self._ahead.pop(request.counted_as, None) for request in requests]
-        encoded = [one for one in ahead if one is not None]
-        if len(encoded) < len(requests):
+        encoded = [self._ahead.pop(self._ahead_key(request), None) for request in requests]
+        if None in encoded:
             wanted = frozenset[str]().union(*(one.signals for one in selectors if one))
             encoded = self._encode(inputs, len(requests), wanted)
+        pairs = list(zip(encoded, requests, strict=True))
+        return run_isolating_failures(self._prune, pairs, self._give_up)
+
+    def _ahead_key(self, request: ImageRequest) -> tuple[str, frozenset[str]]:
+        """Under which an image that was counted is held; another method reads other signals."""
+        selector = self._resolve(request).selector if request.counted_as else None
+        return request.counted_as, frozenset() if selector is None else selector.signals
+
+    def _prune(self, pairs: Sequence[tuple[EncodedInVllm, ImageRequest]]) -> list[Tensor]:
+        """What stays of each image, reported."""
+        resolved = [self._resolve(request) for _, request in pairs]
+        selectors = [one.selector for one in resolved]
         images = [
             self._with_relevance(replace(one.image, row=row), selector, request)
-            for row, (one, selector, request) in enumerate(
-                zip(encoded, selectors, requests, strict=True)
-            )
+            for row, ((one, request), selector) in enumerate(zip(pairs, selectors, strict=True))
         ]
         layers = self._adapter.capabilities.decoder_layers
         schedules = token_schedules(images, [one.spec for one in resolved], selectors, layers)
         chosen = select(images, schedules, selectors)
+        kept = [
+            keep(image, schedule.before, choice, self.project)
+            for image, schedule, choice in zip(images, schedules, chosen, strict=True)
+        ]
         outputs = []
-        for image, schedule, choice, request, selector, one in zip(
-            images, schedules, chosen, requests, selectors, encoded, strict=True
+        for image, choice, left, selector, (one, request) in zip(
+            images, chosen, kept, selectors, pairs, strict=True
         ):
-            left = keep(image, schedule.before, choice, self.project)
             flops = selection_flops(image, choice, selector)
             self._report(request, image.count, kept_mask(image, left), flops, image.shape)
             outputs.append(self._leave(request, one.layout, left, one.run, one.width))
         return outputs
+
+    def _give_up(self, pair: tuple[EncodedInVllm, ImageRequest], error: Exception) -> Tensor:
+        """The first tokens of an image of which nothing could be selected, for its prompt has
+        places; the report says why. An exception would end all requests of this vLLM: where nobody
+        reads reports, that is better than an answer about something else."""
+        if not self.isolates:
+            raise error
+        one, request = pair
+        index_K = torch.arange(request.kept, device=one.run.device).clamp(max=len(one.run) - 1)
+        left = Kept(index_K=index_K, features_KD=one.run[index_K, : one.width])
+        report = ImageReport(
+            tokens=request.tokens,
+            kept_tokens=b"",
+            selection_flops=0,
+            shape=one.image.shape,
+            failed=f"{type(error).__name__}: {error}",
+        )
+        self.reports.write(request.key, report)
+        return self._leave(request, one.layout, left, one.run, one.width)
 
     def _encode(
         self, inputs: dict[str, Any], count: int, wanted: frozenset[str]
@@ -192,7 +223,9 @@ class PruningModel(KeptPositions):
         for inputs in images:  # one by one: memory was planned for few of the largest
             inputs = {name: value for name, value in inputs.items() if name != FIELD}
             encoded += self._encode(inputs, 1, resolved.selector.signals)
-        self._ahead.update(zip(keys, encoded, strict=True))
+        signals = resolved.selector.signals
+        for key, one in zip(keys, encoded, strict=True):
+            self._ahead[key, signals] = one
         return budget_counts([one.image for one in encoded], spec.budget, resolved.selector)
 
     def feature_width(self, run: Tensor) -> int:
@@ -259,7 +292,12 @@ class PruningModel(KeptPositions):
             self._report(request, run.shape[0], mask_N, 0, shape)
 
     def _report(
-        self, request: ImageRequest, tokens: int, mask_N: Tensor, flops: int, shape: Any
+        self,
+        request: ImageRequest,
+        tokens: int,
+        mask_N: Tensor,
+        flops: int,
+        shape: Any,
     ) -> None:
         """Raises PruningHadNoEffect where other tokens leave than the prompt has places for: vLLM
         would take the first ones, or wait for more, without a word."""

@@ -19,6 +19,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from sppruner.adapters import capabilities
+from sppruner.engine.base import CHARACTERS_PER_TOKEN
 from sppruner.errors import InputError, SpecError
 from sppruner.integrations.vllm.settings import PluginSettings, check_tokens
 from sppruner.integrations.vllm.wire import (
@@ -130,7 +131,15 @@ class PruningProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
             instruction = tokenizer.decode(list(prompt), skip_special_tokens=True)
         if not isinstance(instruction, str):
             raise SpecError(f"{INSTRUCTION} {instruction!r} is not a text")
-        return tuple(tokenizer.encode(instruction_words(instruction), add_special_tokens=False))
+        # Each word is compared with each token: no prompt of the model has more.
+        most = int(self.info.ctx.model_config.max_model_len)
+        words: tuple[int, ...] = ()
+        if len(instruction) <= most * CHARACTERS_PER_TOKEN:
+            text = instruction_words(instruction)
+            words = tuple(tokenizer.encode(text, add_special_tokens=False))
+        if len(instruction) > most * CHARACTERS_PER_TOKEN or len(words) > most:
+            raise SpecError(f"{INSTRUCTION}: longer than this model's context of {most} tokens")
+        return words
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         ours = inputs.hf_processor_mm_kwargs.get(_OURS)

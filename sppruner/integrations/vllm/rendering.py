@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from sppruner.capabilities import Capabilities
 from sppruner.engine.base import check_characters, check_length
-from sppruner.engine.format_guide import format_guides
+from sppruner.engine.format_guide import FormatGuides
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError, SpprunerError
 from sppruner.integrations.vllm.settings import PluginSettings, is_counted
@@ -34,6 +34,8 @@ class RenderedRequest:
     """Index behind its last visual token."""
     to_count: list[Any]
     """Its images as vLLM's processor made them, where what they keep is to be counted first."""
+    counted: bool
+    """Whether they have been counted."""
 
 
 class RequestRenderer:
@@ -46,7 +48,7 @@ class RequestRenderer:
         self,
         renderer: Any,
         processor: Any,
-        hf_config: Any,
+        guides: FormatGuides,
         *,
         settings: PluginSettings,
         can: Capabilities,
@@ -54,7 +56,7 @@ class RequestRenderer:
     ) -> None:
         self._renderer, self._processor = renderer, processor
         self._settings, self._can, self._context = settings, can, context
-        self._guides = format_guides(processor.tokenizer, hf_config)
+        self._guides = guides
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="render")
 
     def start(self, request: Request, counted: Counted | None = None) -> Future[RenderedRequest]:
@@ -106,14 +108,17 @@ class RequestRenderer:
             dense_tokens=dense_tokens,
             visual_end=max((place.offset + place.length for place in places), default=0),
             to_count=images if counting else [],
+            counted=counted is not None,
         )
 
 
 def as_input_error(error: Exception) -> Exception:
     """What vLLM's input processing raises, as the row error it is."""
+    from vllm.exceptions import VLLMClientError
+
     cause = error.__cause__
     if isinstance(cause, SpprunerError):
         return cause
-    if isinstance(error, ValueError) and not isinstance(error, SpprunerError):
+    if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, SpprunerError):
         return InputError(str(error))
     return error

@@ -9,8 +9,9 @@ import numpy as np
 from cachetools import LRUCache
 
 from sppruner.cost import ModelCost
+from sppruner.engine.format_guide import FormatGuide, FormatGuides
 from sppruner.engine.interface import Request, Result
-from sppruner.errors import PruningHadNoEffect
+from sppruner.errors import EngineError, PruningHadNoEffect
 from sppruner.integrations.vllm.image_reports import MOST_REPORTS, ImageReport
 from sppruner.integrations.vllm.rendering import RenderedRequest
 
@@ -22,9 +23,15 @@ class ResultMaker:
     """
 
     def __init__(
-        self, read_reports: Callable[[list[str]], list[Any]], cost: ModelCost, *, layers: int
+        self,
+        read_reports: Callable[[list[str]], list[Any]],
+        cost: ModelCost,
+        guides: FormatGuides,
+        *,
+        layers: int,
     ) -> None:
         self._read_reports, self._cost, self._layers = read_reports, cost, layers
+        self._guides = guides
         # It forgets an image before the model does: a row then pays for what a cache held, and no
         # row is spared what the tower computed.
         self._charged: LRUCache[str, int] = LRUCache(MOST_REPORTS // 2)
@@ -33,8 +40,13 @@ class ResultMaker:
         self, request: Request, rendered: RenderedRequest, output: Any, seconds: float
     ) -> Result:
         """Raises PruningHadNoEffect where the model reported nothing of an image, or something
-        else than entered the prompt."""
+        else than entered the prompt; EngineError where nothing could be selected or vLLM gave up;
+        SpecError for a structured answer that is none."""
         (answer,) = output.outputs
+        if answer.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended the answer: {answer.finish_reason}")
+        if (form := request.generation.format) is not None:
+            check_format(self._guides.start(form), answer.token_ids)
         reports = self._reports(rendered.keys)
         masks = [_unpack(report) for report in reports]
         kept = sum(int(mask.sum()) for mask in masks)
@@ -48,19 +60,22 @@ class ResultMaker:
         cached = int(output.num_cached_tokens or 0)
         whole_prefix = bool(reports) and cached >= rendered.visual_end
         tokens = len(answer.token_ids)
+        spared = self._charge(rendered.keys, reports) and not rendered.counted
+        if rendered.counted:
+            whole_prefix = False  # the tower ran to count, whatever caches held behind it
         cost = self._cost.row(
             images=[report.shape for report in reports],
             layer_tokens=[prompt_tokens] * self._layers,
             prompt_tokens_dense=rendered.dense_tokens,
             new_tokens=tokens,
             pruner_flops=sum(report.selection_flops for report in reports),
-            images_cached=self._charge(rendered.keys, reports) and not whole_prefix,
+            images_cached=spared and not whole_prefix,
             suffix_tokens=prompt_tokens - cached if whole_prefix else None,
         )
         return Result(
             id=request.id,
             text=answer.text.strip(),
-            finish_reason="length" if answer.finish_reason == "length" else "stop",
+            finish_reason=answer.finish_reason,
             prompt_tokens=prompt_tokens,
             completion_tokens=tokens,
             visual_tokens=visual,
@@ -78,7 +93,11 @@ class ResultMaker:
             raise PruningHadNoEffect(
                 f"the model reported nothing of image {found.index(None)}: what it kept is unknown"
             )
-        return [ImageReport.from_wire(values) for values in found]
+        reports = [ImageReport.from_wire(values) for values in found]
+        for number, report in enumerate(reports):
+            if report.failed:
+                raise EngineError(f"image {number}: {report.failed}")
+        return reports
 
     def _charge(self, keys: Sequence[str], reports: Sequence[ImageReport]) -> bool:
         """Whether a cache held the features of all these images. Each run of the tower is paid by
@@ -90,6 +109,15 @@ class ResultMaker:
                 paid, cached = paid + 1, False
             self._charged[key] = paid
         return cached
+
+
+def check_format(guide: FormatGuide, tokens: Sequence[int]) -> None:
+    """Raises SpecError for an answer, cut or complete, that its format does not allow: where its
+    grammar gives up, vLLM ends it as if it were complete."""
+    for token in tokens:
+        guide.add(token)
+        if guide.failure is not None:
+            raise guide.failure
 
 
 def _unpack(report: ImageReport) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError, safe_open
+
 from sppruner.errors import SpecError
 
 # What would make a promise of the interface untrue, and why.
@@ -21,8 +23,18 @@ _REFUSED: Final[Mapping[str, str]] = {
     "scheduling_policy": "urgent requests must overtake",
     "mm_processor_cache_gb": "a cancelled request would make the next one fail",
     "enable_tower_connector_lora": "an image's hash would not tell its adapter",
+    "model": "it is named apart, --model",
+    "dtype": "it is named apart, --dtype",
+    "max_num_seqs": "these are the replica's slots",
+    "disable_log_stats": "rows have what it would log",
+    "tokenizer": "texts are counted with the model's own",
+    "tokenizer_mode": "texts are counted with the model's own",
+    "skip_tokenizer_init": "answers are texts",
+    "reasoning_parser": "formats would not hold from the first token",
     "structured_outputs_config": "formats are followed as this project's own engine does",
 }
+# In names of weights of vision towers and projectors.
+_OUTSIDE: Final = ("vision", "visual", "projector", "connector", "merger", "mlp1")
 # Ranks that vLLM has kernels for.
 _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -38,11 +50,20 @@ def lora_options(folder: str) -> dict[str, Any]:
     """Options with which vLLM can apply an adapter (PEFT's format). Raises SpecError for a folder
     that holds none."""
     try:
-        rank = int(json.loads((Path(folder) / "adapter_config.json").read_text())["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        rank = max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
+        with safe_open(Path(folder) / "adapter_model.safetensors", "np") as weights:
+            names = list(weights.keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise SpecError(
             f"lora {folder}: no adapter of PEFT's format is there ({type(error).__name__}: {error})"
         ) from error
+    outside = [name for name in names if any(part in name for part in _OUTSIDE)]
+    if outside:
+        raise SpecError(
+            f"lora {folder}: {outside[0]} adapts what is not the decoder, which vLLM would leave "
+            "out without a word"
+        )
     room = next((most for most in _RANKS if most >= rank), None)
     if room is None:
         raise SpecError(f"lora {folder}: rank {rank}, and vLLM has kernels up to {_RANKS[-1]}")

@@ -7,7 +7,9 @@ from typing import Any, Final
 
 from sppruner.engine.answer_rules import AnswerRules
 from sppruner.engine.interface import SamplingParams
+from sppruner.errors import InputError
 
+_COLDEST: Final = 0.01
 _NEVER: Final = -100.0  # vLLM's lowest bias: no logit is so far above the others
 
 
@@ -15,7 +17,7 @@ def vllm_sampling(
     params: SamplingParams, rules: AnswerRules, *, banned: Sequence[int], stream: bool
 ) -> Any:
     """vLLM's `SamplingParams`. banned: token ids that must not be generated: they would be read as
-    an image.
+    an image. Raises InputError for a temperature that vLLM would change.
 
     vLLM is opened without the checkpoint's generation config, of which it would also take the
     sampling: what holds for every answer is said here. The tokenizer's end token, which vLLM looks
@@ -24,6 +26,8 @@ def vllm_sampling(
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    if 0 < params.temperature < _COLDEST:
+        raise InputError(f"temperature {params.temperature}: vLLM has 0, or at least {_COLDEST}")
     structured = None
     if params.format is not None:
         form = params.format
@@ -33,7 +37,7 @@ def vllm_sampling(
     return VllmSampling(
         temperature=params.temperature,
         top_p=params.top_p if params.temperature else 1.0,
-        seed=params.seed if params.temperature else None,
+        seed=_seed(params.seed) if params.temperature else None,
         max_tokens=params.max_new_tokens,
         stop=list(params.stop),
         stop_token_ids=sorted(rules.end_ids),
@@ -44,3 +48,9 @@ def vllm_sampling(
         logit_bias=dict.fromkeys([*banned, *rules.suppressed_ids], _NEVER),
         output_kind=RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _seed(seed: int) -> int:
+    """Within 64 bits, signed; to vLLM -1 is no seed."""
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    return 2**63 - 1 if wrapped == -1 else wrapped

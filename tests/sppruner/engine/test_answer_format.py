@@ -25,6 +25,7 @@ SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type
         {"regex": 5},
         {"choice": ("",)},
         {"choice": ("a", 5)},
+        {"choice": (" a",)},
         {"choice": "red"},
         {"choice": ("a" * 1001,)},
         {"choice": ("\ud800",)},

@@ -124,7 +124,8 @@ def test_a_token_that_the_model_cannot_say_fails_alone(engine: Engine) -> None:
     """Of its alphabet only a few letters have tokens."""
     good, failed = engine.run([ask(FORMATS[0], 0), ask(AnswerFormat(choice=("Ü",)), 1)])
     assert good.error_code is None
-    assert failed.error_code is not None or failed.text == ""
+    assert failed.error_message is not None
+    assert "answer format" in failed.error_message or "allow no token" in failed.error_message
 
 
 def test_a_tokenizer_of_words_is_refused_by_name() -> None:
@@ -136,7 +137,7 @@ def test_a_tokenizer_of_words_is_refused_by_name() -> None:
     assert again.error_code is None
 
 
-LETTERS = st.text("abcdefghij 0123", min_size=1, max_size=6)
+LETTERS = st.text("abcdefghij 0123", min_size=1, max_size=6).map(str.strip).filter(bool)
 
 
 @given(choices=st.lists(LETTERS, min_size=1, max_size=6, unique=True), seed=st.integers(0, 999))
@@ -161,3 +162,33 @@ def test_a_copy_stands_where_its_original_does(folder: str) -> None:
     guide.add(tokenizer.convert_tokens_to_ids("b"))
     allowed = copied.allowed_V(64).nonzero()[:, 0].tolist()
     assert tokenizer.convert_ids_to_tokens(allowed) == ["b", "c"]
+
+
+def test_a_format_that_gives_up_midway_is_an_error(folder: str) -> None:
+    """Its matcher then allows the end alone, as if the answer were complete."""
+    tokenizer = load_processor(resolve_model(folder)).tokenizer
+    guide = FormatGuides(tokenizer, 64).start(AnswerFormat(choice=("ab",)))
+    guide.add(tokenizer.convert_tokens_to_ids("a"))
+    guide.add(tokenizer.eos_token_id)
+    assert guide.ended
+    assert guide.failure is not None
+
+
+def test_an_end_token_that_the_checkpoint_does_not_have_ends_a_structured_answer(
+    folder: str,
+) -> None:
+    for kind in (ContinuousEngine, BatchEngine):
+        loaded = load_model(folder)
+        loaded.model.generation_config.eos_token_id = None
+        results = kind(loaded, slots=4).run([ask(FORMATS[0], n) for n in range(3)])
+        for result in results:
+            assert result.finish_reason == "stop"
+            assert result.completion_tokens == len(str(result.text)) + 1
+
+
+def test_a_stop_string_beside_a_format_cuts_only_its_row(engine: Engine) -> None:
+    form = AnswerFormat(choice=("red.blue", "greenish"))
+    requests = [ask(form, number, stop=(".",)) for number in range(6)]
+    for result in engine.run(requests):
+        assert result.error_message is None
+        assert result.text in ("red", "greenish")

@@ -68,6 +68,50 @@ def test_the_tower_runs_once_and_time_adds_up(open_vllm: Callable[..., Any]) -> 
     assert all(r.cost is not None and not r.cost.flops_cached for r in results)
 
 
+def test_many_are_counted_no_further_ahead_than_the_model_holds(
+    open_vllm: Callable[..., Any],
+) -> None:
+    engine = open_vllm("tiny-llava", slots=2, enable_prefix_caching=False)
+    (served,) = engine._llm.apply_model(lambda model: model)
+    encode, encoded, held = served._encode, [], []
+
+    def recording(inputs: Any, count: int, wanted: Any) -> Any:
+        encoded.append(count)
+        held.append(len(served._ahead))
+        return encode(inputs, count, wanted)
+
+    served._encode = recording
+    try:
+        results = engine.run(pairs(questions(60, SPREAD)))
+    finally:
+        del served._encode
+    assert not [result.error_message for result in results if result.error_code]
+    assert sum(encoded) == 60
+    assert 10 < max(held) <= 16
+
+
+def test_two_specs_on_one_image(open_vllm: Callable[..., Any]) -> None:
+    """They read other signals of it, and are counted before either is embedded."""
+    specs = [
+        PruneSpec(method=method, budget=Budget(ratio=0.222, scope="prompt"))
+        for method in ("visionzip", "divprune", "sppruner")
+    ]
+    (request,) = questions(1)
+    requests = [replace(request, spec=spec, id=spec.method) for spec in specs]
+    expected = open_engine("tiny-llava", dtype="float32").run(requests)
+    found = open_vllm("tiny-llava").run(requests)
+    assert [facts(result) for result in found] == [facts(result) for result in expected]
+
+
+def test_a_tower_that_ran_to_count_was_no_cache(open_vllm: Callable[..., Any]) -> None:
+    engine = open_vllm("tiny-llava")
+    requests = questions(4, SPREAD)
+    engine.run(requests)
+    for result in engine.run(requests):
+        assert result.cost is not None
+        assert not result.cost.flops_cached.get("vision")
+
+
 def test_beside_others_and_cancelled_ones(open_vllm: Callable[..., Any]) -> None:
     engine = open_vllm("tiny-llava")
     requests = [

@@ -155,22 +155,77 @@ def test_a_cleared_cache_holds_nothing_of_either_side(open_vllm: Callable[..., A
         assert not any(result.cost.flops_cached for result in again)
 
 
-def test_caches_are_not_cleared_while_requests_run(open_vllm: Callable[..., Any]) -> None:
+def test_caches_are_cleared_under_requests_that_run(open_vllm: Callable[..., Any]) -> None:
+    """An online request may run when a control block begins; it answers as if nothing were."""
     engine = open_vllm("tiny-llava")
-    for request in long(questions(2, SPP)):
-        engine.submit(request)
-    while not engine._running:
-        engine.step()
-    with pytest.raises(EngineError, match="between requests"):
+    requests = [replace(request, stream=True) for request in long(questions(4, SPP))]
+    expected = [facts(result) for result in engine.run(requests)]
+    for steps in (1, 3, 9):
         engine.clear_caches()
-    finish(engine)
+        tickets = [engine.submit(request) for request in requests]
+        while len(engine._running) < len(tickets):
+            engine.step()
+        for _ in range(steps):
+            engine.step()
+        engine.clear_caches()
+        results = finish(engine)
+        assert [facts(results[ticket]) for ticket in tickets] == expected
 
 
-def test_options_that_would_break_a_promise_are_refused() -> None:
-    from sppruner.integrations.vllm.engine import VllmEngine
+@pytest.mark.parametrize("option", ["async_scheduling", "dtype", "max_num_seqs", "tokenizer"])
+def test_options_that_would_break_a_promise_are_refused(option: str) -> None:
+    from sppruner.integrations.vllm.vllm_options import check_options
 
-    with pytest.raises(SpecError, match="seconds"):
-        VllmEngine("tiny-llava", async_scheduling=True)
+    with pytest.raises(SpecError, match=option):
+        check_options({"max_model_len": 5, option: "1"})
+
+
+def test_an_image_of_which_nothing_can_be_selected_fails_alone(
+    open_vllm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_vllm("tiny-llava")
+    requests = questions(8, SPP)
+    expected = [facts(result) for result in engine.run(requests)]
+    engine.clear_caches()
+    (broken,) = requests[3].images
+    requests[3] = replace(requests[3], images=(broken.rotate(90),), id="guilty")
+    (served,) = engine._llm.apply_model(lambda model: model)
+    judge, guilty = served._with_relevance, []
+
+    def failing(image: Any, selector: Any, request: Any) -> Any:
+        if request.key == guilty[0]:
+            raise OverflowError("(34, 'Numerical result out of range')")
+        return judge(image, selector, request)
+
+    monkeypatch.setattr(served, "_with_relevance", failing, raising=False)
+    (rendered,) = engine._vllm.renderer.render_cmpl([engine.prompt(requests[3])])
+    guilty += rendered["mm_hashes"]["image"]
+    results = engine.run(requests)
+    assert results[3].error_code == "inference_failed"
+    assert "Numerical result" in str(results[3].error_message)
+    others = [number for number in range(8) if number != 3]
+    assert [facts(results[n]) for n in others] == [expected[n] for n in others]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "code"),
+    [
+        ({"temperature": 0.005}, "prompt_invalid"),
+        ({"temperature": 2.5}, "prompt_invalid"),
+        ({"temperature": 1.0, "seed": -1}, None),
+        ({"temperature": 1.0, "seed": 2**64 - 1}, None),
+        ({"temperature": 1.0, "seed": -(2**63)}, None),
+    ],
+)
+def test_sampling_is_the_request_s_or_refused(
+    sampling: dict[str, Any], code: str | None, open_vllm: Callable[..., Any]
+) -> None:
+    engine = open_vllm("tiny-llava")
+    (request,) = questions(1, SPP)
+    params = SamplingParams(max_new_tokens=12, **sampling)
+    first, again = engine.run([replace(request, generation=params)] * 2)
+    assert first.error_code == again.error_code == code
+    assert first.text == again.text
 
 
 def test_a_closed_engine_takes_nothing(open_vllm: Callable[..., Any], one_engine: Any) -> None:

@@ -64,6 +64,17 @@ def test_answers_are_those_of_the_merged_model(
     assert sum(r.text != text for r, text in zip(results, expected, strict=True)) <= 1
 
 
+def test_an_adapter_of_the_tower_is_refused(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    write_adapter(TINY_MODELS["tiny-llava"], adapter, tmp_path / "merged")
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(weights | {name: torch.zeros(4, 8)}, file)
+    with pytest.raises(SpecError, match="not the decoder"):
+        VllmEngine("tiny-llava", lora=str(adapter))
+
+
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"r": "many"}', '{"r": 1000}'])
 def test_a_folder_without_an_adapter_is_refused_before_the_model_loads(
     config: str | None, tmp_path: Path

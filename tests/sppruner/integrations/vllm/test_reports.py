@@ -63,10 +63,15 @@ def test_a_row_without_a_report_is_an_error(
     assert {result.error_code for result in results} == {"pruning_no_effect"}
 
 
-def test_other_tokens_than_the_prompt_has_places_for_stop_the_model(
-    open_vllm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("isolates", [True, False])
+def test_other_tokens_than_the_prompt_has_places_for_are_an_error(
+    isolates: bool,
+    open_vllm: Callable[..., Any],
+    one_engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM itself would take the first ones without a word."""
+    """vLLM itself would take the first ones without a word. Where nobody reads reports, the model
+    stops."""
     engine = open_vllm("tiny-llava", enable_prefix_caching=False)
     from sppruner import selection
     from sppruner.integrations.vllm import pruning_model
@@ -77,5 +82,13 @@ def test_other_tokens_than_the_prompt_has_places_for_stop_the_model(
 
     schedules = selection.token_schedules
     monkeypatch.setattr(pruning_model, "token_schedules", too_many)
+    (served,) = engine._llm.apply_model(lambda model: model)
+    monkeypatch.setattr(served, "isolates", isolates)
+    requests = questions(1, replace(TOPK, budget=Budget(ratio=0.15)))
+    if isolates:
+        (result,) = engine.run(requests)
+        assert "places for" in str(result.error_message)
+        return
     with pytest.raises(Exception, match="places for"):
-        engine.run(questions(1, replace(TOPK, budget=Budget(ratio=0.15))))
+        engine.run(requests)
+    one_engine.close()

@@ -18,6 +18,7 @@ from tests.sppruner.integrations.vllm.requests import SPECS, facts, questions
 from tests.sppruner.integrations.vllm.test_engine import finish, free_blocks
 
 REQUESTS, SCENES = 10_000, 400
+MIXED = [*SPECS, PruneSpec(method="prunesid", budget=Budget(ratio=0.222, spread=0.5))]
 BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "word " * 5000},
     {"prompt": "what is <image> ?"},
@@ -36,7 +37,7 @@ def draw(rng: random.Random, scenes: list[Request], number: int) -> tuple[Reques
     request = replace(
         rng.choice(scenes),
         id=str(number),
-        spec=rng.choice(SPECS),
+        spec=rng.choice(MIXED),
         priority=rng.choice([-1, 0, 0, 0]),
         stream=rng.random() < 0.2,
         generation=SamplingParams(
@@ -64,6 +65,14 @@ def test_every_request_has_one_end_and_nothing_is_lost(open_vllm: Callable[..., 
     ends, bad, cancelled = Counter[int](), set[int](), set[int]()
     wrong: list[Any] = []
     held: dict[int, int] = {}
+
+    def note(updates: list[Any]) -> None:
+        for update in updates:
+            if update.result is not None:
+                ends[update.ticket] += 1
+                if (update.result.error_code is not None) != (update.ticket in bad):
+                    wrong.append(update.result)
+
     for number in range(0, REQUESTS, 100):
         tickets = []
         for offset in range(100):
@@ -79,14 +88,8 @@ def test_every_request_has_one_end_and_nothing_is_lost(open_vllm: Callable[..., 
             for ticket in doomed[: rng.randrange(4)]:
                 cancelled |= {ticket} if engine.cancel(ticket) else set()
             del doomed[:3]
-            for update in engine.poll():
-                if update.result is not None:
-                    ends[update.ticket] += 1
-                    failed = update.result.error_code is not None
-                    if failed != (update.ticket in bad):
-                        wrong.append(update.result)
-        for update in engine.poll():
-            ends[update.ticket] += update.result is not None
+            note(engine.poll())
+        note(engine.poll())
         assert engine.in_flight == 0
         assert set(tickets) == {t for t in tickets if t in ends or t in cancelled}
         held[number] = resident_bytes()

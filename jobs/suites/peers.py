@@ -200,12 +200,11 @@ def _time_engines(
             equal[_name("vLLM", spec)] = _compare(
                 peers[spec], _answer(engine, requests, spec), loaded, spec
             )
-        turns: dict[str, Callable[[], float]] = {
-            _name("vLLM", spec): partial(_peer_seconds, peers[spec], spec, count) for spec in specs
-        } | {
-            _name("engine", spec): partial(_engine_seconds, engine, requests, spec)
-            for spec in specs
-        }
+        turns: dict[str, Callable[[], float]] = {}
+        for spec in specs:
+            turns[_name("vLLM", spec)] = partial(_peer_seconds, peers[spec], spec, count)
+        for spec in specs:
+            turns[_name("engine", spec)] = partial(_engine_seconds, engine, requests, spec)
         return _time_turns(turns, count, rounds, console), equal
 
 

@@ -26,6 +26,7 @@ from sppruner.types import RelevancePool, RelevanceSource, Selection, VisualToke
 # Most token pairs of one `_select` call, over all its images: many methods hold a matrix with 4
 # bytes per pair, which this bounds to 256 MiB.
 _PAIRS = 2**26
+_MOST = 1e6  # of any numeric option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,15 @@ class Selector(ABC):
     name: ClassVar[str]
     """The method's name in a spec."""
 
-    def __post_init__(self) -> None:  # noqa: B027 - a method without checks inherits this
+    def __post_init__(self) -> None:
         """Raises SpecError for an option with an invalid value."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # Squares and sums of larger ones are no numbers, which would be found out too late.
+            if isinstance(value, int | float) and not -_MOST <= value <= _MOST:
+                raise SpecError(
+                    f"{field.name}={value!r} of {self.name!r}: give a number up to {_MOST:g}"
+                )
 
     def resolve_for(self, can: Capabilities) -> Selector:
         """The method for a model with capabilities `can`: "auto" options get the family's

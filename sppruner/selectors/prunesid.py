@@ -74,6 +74,8 @@ from sppruner.selectors.similarity import (
 from sppruner.spec import Budget
 from sppruner.types import Selection, VisualTokens
 
+_LEAST_INFORMATION = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSIDSelector(SaliencyOption):
@@ -103,7 +105,7 @@ class PruneSIDSelector(SaliencyOption):
     """What a group's quota is in proportion to: "survivors" or "size"."""
 
     usual_information: float = 0.5
-    """The φ, above 0, at which a budget with `spread` gives an image exactly its part."""
+    """The φ, at least 1e-6, at which a budget with `spread` gives an image exactly its part."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,10 +114,10 @@ class PruneSIDSelector(SaliencyOption):
         check_choice(self, "score", ("attention", "loading"))
         check_choice(self, "tau_mode", ("llava", "qwen"))
         check_choice(self, "quota", ("survivors", "size"))
-        if not self.usual_information > 0:  # NaN is refused too
+        if not self.usual_information >= _LEAST_INFORMATION:
             raise SpecError(
                 f"usual_information={self.usual_information!r} is a divisor: use a mean of "
-                "1 - cosine, above 0"
+                f"1 - cosine, at least {_LEAST_INFORMATION:g}"
             )
 
     @property

@@ -29,6 +29,8 @@ from sppruner.selectors.similarity import (
 )
 from sppruner.types import VisualTokens
 
+_LEAST_SIGMA = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContextOptions(Selector):
@@ -38,7 +40,7 @@ class ContextOptions(Selector):
     """Windows along each side of the grid in the coverage pass; 0 leaves the pass out."""
 
     sigma: float = 0.1
-    """σ, above 0: the reach of a subject, as a share of the longer grid side."""
+    """σ, at least 1e-6: the reach of a subject, as a share of the longer grid side."""
 
     proximity_floor: float = 0.1
     """ε, from 0: added to proximity, so that tokens far from subjects can be selected."""
@@ -55,8 +57,10 @@ class ContextOptions(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, ("windows", "proximity_floor", "omega", "kappa"), 0, float("inf"))
-        if not self.sigma > 0:  # NaN is refused too
-            raise SpecError(f"sigma={self.sigma!r} is a reach: use a share above 0")
+        if not self.sigma >= _LEAST_SIGMA:
+            raise SpecError(
+                f"sigma={self.sigma!r} is a reach: use a share of at least {_LEAST_SIGMA:g}"
+            )
 
     def _context(
         self, phi_IN: Tensor, budget_I: Tensor, subset: GreedySubset, grid: tuple[int, int]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppruner.engine import BatchEngine, ContinuousEngine, Engine, Request, SamplingParams
+from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
 from sppruner.engine.answer_format import AnswerFormat
 from sppruner.engine.format_guide import FormatGuides
 from sppruner.models.loading import load_model, load_processor, resolve_model
@@ -73,7 +73,9 @@ def check(form: AnswerFormat, text: str | None) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_every_answer_has_its_format(engine: Engine, temperature: float) -> None:
+def test_every_answer_has_its_format(
+    engine: ContinuousEngine | BatchEngine, temperature: float
+) -> None:
     requests = [
         ask(form, number, temperature=temperature, seed=number)
         for number in range(6)
@@ -86,7 +88,7 @@ def test_every_answer_has_its_format(engine: Engine, temperature: float) -> None
         check(request.generation.format, result.text)
 
 
-def test_others_in_the_batch_answer_as_alone(engine: Engine) -> None:
+def test_others_in_the_batch_answer_as_alone(engine: ContinuousEngine | BatchEngine) -> None:
     requests = [
         ask(FORMATS[number % 3] if number % 2 else None, number, max_new_tokens=20)
         for number in range(6)
@@ -104,7 +106,9 @@ def test_both_engines_give_the_same_answers(folder: str) -> None:
     assert texts[0] == texts[1]
 
 
-def test_an_answer_that_is_cut_is_the_beginning_of_one(engine: Engine) -> None:
+def test_an_answer_that_is_cut_is_the_beginning_of_one(
+    engine: ContinuousEngine | BatchEngine,
+) -> None:
     (whole,) = engine.run([ask(FORMATS[2])])
     (cut,) = engine.run([ask(FORMATS[2], max_new_tokens=9)])
     assert cut.finish_reason == "length"
@@ -112,7 +116,9 @@ def test_an_answer_that_is_cut_is_the_beginning_of_one(engine: Engine) -> None:
     assert cut.text == whole.text[:9]
 
 
-def test_a_format_that_cannot_be_followed_fails_alone(engine: Engine) -> None:
+def test_a_format_that_cannot_be_followed_fails_alone(
+    engine: ContinuousEngine | BatchEngine,
+) -> None:
     bad = ask(AnswerFormat(regex="(a"), 1)
     first, failed, last = engine.run([ask(FORMATS[0], 0), bad, ask(None, 2)])
     assert failed.error_message is not None
@@ -120,7 +126,9 @@ def test_a_format_that_cannot_be_followed_fails_alone(engine: Engine) -> None:
     assert (first.error_code, last.error_code) == (None, None)
 
 
-def test_a_token_that_the_model_cannot_say_fails_alone(engine: Engine) -> None:
+def test_a_token_that_the_model_cannot_say_fails_alone(
+    engine: ContinuousEngine | BatchEngine,
+) -> None:
     """Of its alphabet only a few letters have tokens."""
     good, failed = engine.run([ask(FORMATS[0], 0), ask(AnswerFormat(choice=("Ü",)), 1)])
     assert good.error_code is None
@@ -186,7 +194,9 @@ def test_an_end_token_that_the_checkpoint_does_not_have_ends_a_structured_answer
             assert result.completion_tokens == len(str(result.text)) + 1
 
 
-def test_a_stop_string_beside_a_format_cuts_only_its_row(engine: Engine) -> None:
+def test_a_stop_string_beside_a_format_cuts_only_its_row(
+    engine: ContinuousEngine | BatchEngine,
+) -> None:
     form = AnswerFormat(choice=("red.blue", "greenish"))
     requests = [ask(form, number, stop=(".",)) for number in range(6)]
     for result in engine.run(requests):

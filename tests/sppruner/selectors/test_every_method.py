@@ -168,6 +168,36 @@ def test_an_unknown_option_or_a_value_of_another_type_is_one_clear_error(method:
                 selector_for(PruneSpec(method=method, options={field.name: "nonsense"}))
 
 
+NUMBERS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, 1.0, 1e6, -1e6, 1e-6, 5e-324, 1e154, 1e200, 1e308]),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([0, 1, 2, 10**6, -1]),
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data(), rows=st.integers(1, 7), columns=st.integers(1, 7))
+def test_any_numbers_as_options_are_refused_or_select(
+    method: str, data: st.DataObject, rows: int, columns: int
+) -> None:
+    """Before the model runs, or never: what fails in the middle costs others their answers."""
+    plain = selector_for(PruneSpec(method=method))
+    assert plain is not None
+    options: dict[str, Any] = {}
+    for field in fields(plain):
+        if type(field.default) in (int, float) and data.draw(st.booleans()):
+            options[field.name] = type(field.default)(1) * data.draw(NUMBERS)
+    try:
+        selector = selector_for(PruneSpec(method=method, options=options))
+    except SpecError:
+        return
+    assert selector is not None
+    image = make(rows, columns, seed=rows * 10 + columns)
+    for k in (1, image.count // 2, image.count):
+        valid(choose(method, [image], [k], **options)[0], image, k)
+
+
 def test_the_error_for_an_unknown_method_lists_all_methods() -> None:
     with pytest.raises(UnknownMethod, match=", ".join(available())):
         selector_for(PruneSpec(method="gird"))

@@ -28,7 +28,7 @@ for option in ("enforce_eager=true", "max_model_len=1024", "gpu_memory_utilizati
 def command(corpus: Path, output: Path, *options: str) -> list[str]:
     return [
         sys.executable, "jobs/caption_corpus.py", "--input", str(corpus), "--output", str(output),
-        "--control-blocks", "0", *options,
+        "--control-blocks", "1", *options,
     ]  # fmt: skip
 
 

@@ -242,7 +242,7 @@ class VllmEngine:
         for ticket in inside:
             self._running[ticket].ahead = 0
         if not inside:  # all wait, such as for a grammar to be compiled
-            inside = self._running.keys()
+            inside = set(self._running)
             time.sleep(_WAIT_SECONDS)
         for ticket in inside:
             self._running[ticket].seconds += seconds / len(inside)
@@ -316,8 +316,8 @@ class VllmEngine:
 
     def _is_full(self, images: int) -> bool:
         """Whether the model holds so much of images that were counted that these must wait."""
-        waiting = [*self._rendering.values(), *self._running.values()]
-        held = sum(one.ahead for one in waiting)
+        held = sum(one.ahead for one in self._rendering.values())
+        held += sum(one.ahead for one in self._running.values())
         return held > 0 and held + images > MOST_AHEAD
 
     def _count(self, request: Request, rendered: RenderedRequest) -> _Rendering:

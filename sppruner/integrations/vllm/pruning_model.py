@@ -139,8 +139,9 @@ class PruningModel(KeptPositions):
             runs = list(super().embed_multimodal(**inputs))
             self._report_dense(inputs, requests, runs)
             return [self.carry(run, None) for run in runs]
-        encoded = [self._ahead.pop(self._ahead_key(request), None) for request in requests]
-        if None in encoded:
+        ahead = [self._ahead.pop(self._ahead_key(request), None) for request in requests]
+        encoded = [one for one in ahead if one is not None]
+        if len(encoded) < len(requests):
             wanted = frozenset[str]().union(*(one.signals for one in selectors if one))
             encoded = self._encode(inputs, len(requests), wanted)
         pairs = list(zip(encoded, requests, strict=True))

@@ -79,7 +79,7 @@ class RequestRenderer:
         if request.images:
             prompt["multi_modal_data"] = {"image": list(request.images)}
             # Said also where it is dense: vLLM's own default may be another.
-            asked = {PRUNE: request.spec.to_dict(), INSTRUCTION: request.prompt}
+            asked: dict[str, Any] = {PRUNE: request.spec.to_dict(), INSTRUCTION: request.prompt}
             if counted is not None:
                 asked[COUNTED] = counted
             prompt["mm_processor_kwargs"] = asked
@@ -98,8 +98,8 @@ class RequestRenderer:
             raise as_input_error(error) from None
         images = list(rendered.get("mm_kwargs", {}).get("image", ()))
         places = rendered.get("mm_placeholders", {}).get("image", ())
-        asked = [ImageRequest.from_tensor(image[FIELD].data) for image in images]
-        dropped = sum(image.tokens - image.kept for image in asked)
+        wanted = [ImageRequest.from_tensor(image[FIELD].data) for image in images]
+        dropped = sum(image.tokens - image.kept for image in wanted)
         dense_tokens = len(rendered["prompt_token_ids"]) + dropped
         check_length(dense_tokens, request.generation, self._context)
         return RenderedRequest(

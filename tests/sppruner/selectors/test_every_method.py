@@ -186,8 +186,10 @@ def test_any_numbers_as_options_are_refused_or_select(
     assert plain is not None
     options: dict[str, Any] = {}
     for field in fields(plain):
-        if type(field.default) in (int, float) and data.draw(st.booleans()):
-            options[field.name] = type(field.default)(1) * data.draw(NUMBERS)
+        default: object = field.default
+        if isinstance(default, int | float) and data.draw(st.booleans()):
+            drawn = data.draw(NUMBERS)
+            options[field.name] = 1.0 * drawn if isinstance(default, float) else drawn
     try:
         selector = selector_for(PruneSpec(method=method, options=options))
     except SpecError:

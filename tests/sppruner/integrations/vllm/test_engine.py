@@ -190,7 +190,8 @@ def test_an_image_of_which_nothing_can_be_selected_fails_alone(
     (broken,) = requests[3].images
     requests[3] = replace(requests[3], images=(broken.rotate(90),), id="guilty")
     (served,) = engine._llm.apply_model(lambda model: model)
-    judge, guilty = served._with_relevance, []
+    judge = served._with_relevance
+    guilty: list[str] = []
 
     def failing(image: Any, selector: Any, request: Any) -> Any:
         if request.key == guilty[0]:

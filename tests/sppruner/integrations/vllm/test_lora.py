@@ -30,7 +30,7 @@ def write_adapter(base: Path, adapter: Path, merged: Path) -> None:
     shutil.copytree(base, merged)
     weights = load_file(merged / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name in sorted(weights):
         parts = name.removesuffix(".weight").split(".")
         if "language_model" not in parts or parts[-1] not in MODULES:

@@ -196,7 +196,7 @@ def _time_engines(
         peers = {spec: stock if spec.is_dense else plugin for spec in specs}
         equal = {}
         for spec in specs:
-            console.print(f"comparing {_name('', spec).strip()}", highlight=False)
+            console.print(f"comparing {_name('answers,', spec)}", highlight=False)
             equal[_name("vLLM", spec)] = _compare(
                 peers[spec], _answer(engine, requests, spec), loaded, spec
             )

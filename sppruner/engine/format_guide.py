@@ -69,13 +69,14 @@ class FormatGuides:
     def start(self, format: AnswerFormat) -> FormatGuide:
         """Raises SpecError for a format, or a tokenizer, that cannot be followed."""
         with self._lock:
-            matcher = self._compiled.get(format)
-            if matcher is None:
-                matcher = LLMatcher(self._read_tokens(), format.grammar())
-                if matcher.is_error():
-                    raise SpecError(f"answer format: {matcher.get_error()}")
+            matcher, tokens = self._compiled.get(format), self._read_tokens()
+        if matcher is None:  # compiled while others start
+            matcher = LLMatcher(tokens, format.grammar())
+            if matcher.is_error():
+                raise SpecError(f"answer format: {matcher.get_error()}")
+            with self._lock:
                 self._compiled[format] = matcher
-            return FormatGuide(matcher.deep_copy(), self._tokenizer.eos_token_id)
+        return FormatGuide(matcher.deep_copy(), self._tokenizer.eos_token_id)
 
     def _read_tokens(self) -> Any:
         if self._tokens is None:  # once: it takes a second for a large vocabulary

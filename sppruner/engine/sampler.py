@@ -92,8 +92,9 @@ class Sampler:
             if state.guide is not None:
                 allowed_V = state.guide.allowed_V(scores_NV.shape[1]).to(scores_NV.device)
                 scores_NV[i].masked_fill_(~allowed_V, float("-inf"))
-        tokens: list[int] = scores_NV.argmax(dim=1).tolist()
-        numbers: list[bool] = scores_NV.amax(dim=1).isfinite().tolist()  # NaN wins a maximum
+        best_N1 = scores_NV.argmax(dim=1, keepdim=True)
+        tokens: list[int] = best_N1[:, 0].tolist()
+        numbers: list[bool] = scores_NV.gather(1, best_N1)[:, 0].isfinite().tolist()  # NaN wins
         for i, state in enumerate(states):
             if not numbers[i]:
                 state.failure = EngineError("the model's logits are no numbers, or allow no token")

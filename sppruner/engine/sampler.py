@@ -102,6 +102,8 @@ class Sampler:
             try:
                 if state.generator is not None:
                     tokens[i] = _draw(scores_NV[i : i + 1], state)
+            except torch.AcceleratorError:
+                raise
             except RuntimeError as error:  # the others of the step go on
                 state.failure = error
                 continue

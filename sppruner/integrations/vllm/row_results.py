@@ -46,7 +46,7 @@ class ResultMaker:
         if answer.finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended the answer: {answer.finish_reason}")
         if (form := request.generation.format) is not None:
-            check_format(self._guides.start(form), answer.token_ids)
+            _check_format(self._guides.start(form), answer.token_ids)
         reports = self._reports(rendered.keys)
         masks = [_unpack(report) for report in reports]
         kept = sum(int(mask.sum()) for mask in masks)
@@ -111,7 +111,7 @@ class ResultMaker:
         return cached
 
 
-def check_format(guide: FormatGuide, tokens: Sequence[int]) -> None:
+def _check_format(guide: FormatGuide, tokens: Sequence[int]) -> None:
     """Raises SpecError for an answer, cut or complete, that its format does not allow: where its
     grammar gives up, vLLM ends it as if it were complete."""
     for token in tokens:

@@ -78,3 +78,12 @@ def test_logits_that_are_no_numbers_fail_their_own_request(temperature: float) -
     assert [state.failure is not None for state in sampled] == [False, True, False, True, False]
     assert [tokens[i] for i in (0, 2, 4)] == [expected[i] for i in (0, 2, 4)]
     assert [len(state.ids) for state in sampled] == [3, 2, 3, 2, 3]
+
+
+def test_a_device_that_faults_is_no_requests_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> int:
+        raise torch.AcceleratorError("the device is gone")
+
+    monkeypatch.setattr("sppruner.engine.sampler._draw", fault)
+    with pytest.raises(torch.AcceleratorError):
+        Sampler(GenerationConfig(), suppressed=()).sample(LOGITS, states(temperature=1.0))

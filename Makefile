@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow search check format lock clean
+.PHONY: dashboard demo test test-slow test-vllm test-vllm-slow search check format lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -37,6 +37,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dashboard: $(READY)
+	$(BIN)/python infra/monitoring/dashboard.py > infra/monitoring/dashboard.json
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -21,8 +21,9 @@ from ray.exceptions import RayError
 from cluster.accounting.control_plan import ControlPlan
 from cluster.accounting.error_share import ErrorShare
 from cluster.accounting.ledger import UnitLedger
-from cluster.accounting.speedup import Block
+from cluster.accounting.speedup import Block, measured_ratio
 from cluster.events import IN_SECONDS, RunEvent
+from cluster.metrics import Metrics
 
 logger = structlog.get_logger(__name__)
 
@@ -115,6 +116,7 @@ class RunController:
 
     def __init__(self) -> None:
         self._runs: dict[RunName, _Run] = {}
+        self._metrics = Metrics()
 
     def register(
         self,
@@ -184,6 +186,7 @@ class RunController:
             run.ledger += ledger
             if unit_id not in run.again:
                 run.errors.add(ledger)
+            self._export(name)
         return True
 
     def event(self, name: RunName, kind: str, count: int = 1, subject: str | None = None) -> None:
@@ -213,6 +216,7 @@ class RunController:
             state = "completed_with_errors"
         if not again or (run.again and not run.beside):
             run.state, run.finished = state, time.monotonic()
+        self._export(name)
         return self.progress(name)
 
     def stop_reason(self, name: RunName) -> str | None:
@@ -267,6 +271,32 @@ class RunController:
         """Every registered run, in order of registration."""
         known = (self.progress(name) for name in self._runs)
         return [progress for progress in known if progress is not None]
+
+    def _export(self, name: RunName) -> None:
+        """The run's metrics, as of now."""
+        run, progress, of = self._runs[name], self.progress(name), {"run": name.run_id}
+        assert progress is not None
+        ledger, export = run.ledger, self._metrics.set
+        counts = {
+            "planned": run.rows_total,
+            "succeeded": ledger.rows - ledger.rows_failed,
+            "failed": ledger.rows_failed,
+        }
+        for status, rows in counts.items():
+            export("run_rows", rows, status=status, **of)
+        for code, rows in ledger.failed.items():
+            export("run_errors", rows, code=code, **of)
+        export("run_visual_tokens", ledger.visual_tokens, state="input", **of)
+        export("run_visual_tokens", ledger.visual_tokens_kept, state="kept", **of)
+        export("run_seconds", ledger.seconds, mode="rows", **of)
+        export("run_seconds", ledger.control_seconds, mode="control", **of)
+        export("run_seconds", ledger.retry_seconds, mode="retried", **of)
+        export("run_rows_per_second", progress.rows_per_second, **of)
+        blocks, kinds = list(run.measured.values()), ledger.nanoseconds_by_device
+        found = measured_ratio(blocks, seconds=kinds)
+        for bound in ("ratio", "low", "high"):
+            if found is not None and getattr(found, bound) is not None:
+                export("run_saving_ratio", getattr(found, bound), bound=bound, **of)
 
 
 def get_controller() -> ActorHandle[RunController]:

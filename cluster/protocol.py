@@ -14,10 +14,11 @@ from typing import Final, Protocol
 
 from cluster.config import MediaLimits
 from cluster.errors import RowError
+from sppruner.conversation import Turn
 from sppruner.engine.interface import Result, SamplingParams
 from sppruner.spec import DENSE, PruneSpec
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Raised with every change of what travels here. Replicas of one version are never found by
 clients of another, which could not read their answers."""
 
@@ -47,10 +48,14 @@ class LabelRequest:
     """Compressed images in prompt order; None is a missing one, which gives `image_missing`."""
     system: str | None = None
     """The system prompt, or None."""
+    turns: tuple[Turn, ...] = ()
+    """See `Request.turns`."""
     spec: PruneSpec = DENSE
     """The pruning of this request alone."""
     generation: SamplingParams = field(default_factory=SamplingParams)
     """How its tokens are sampled."""
+    fit_context: bool = False
+    """See `Request.fit_context`."""
     media: MediaLimits = field(default_factory=MediaLimits)
     """Limits of its images."""
 
@@ -99,7 +104,11 @@ class BatchReplicas(Replicas, Protocol):
 
 
 class StreamingReplicas(Replicas, Protocol):
-    """Replicas that also stream answers."""
+    """Replicas that also stream answers, and say how they are."""
+
+    async def stats(self) -> object:
+        """Counters of one replica. Raises as `label` does."""
+        ...
 
     def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """The text of an online request piece by piece, then its result. Raises as `label` does."""

@@ -2,7 +2,8 @@
 
 SpprunerError             prompt_invalid     prompt
 ├── SpecError             prompt_invalid     prompt   a budget, spec or option without a meaning
-│   └── UnknownMethod     prompt_invalid     prompt   no selector of that name
+│   ├── UnknownMethod     prompt_invalid     prompt   no selector of that name
+│   └── FormatError       prompt_invalid     prompt   an answer's form that no answer can have
 ├── UnsupportedModel      prompt_invalid     prompt   no adapter, or no interface in this version
 ├── MissingSignal         prompt_invalid     prompt   a signal that this family cannot give
 ├── InputError            prompt_invalid     prompt   wrong image count, too long, no image
@@ -22,6 +23,10 @@ RowStage: TypeAlias = Literal["read", "decode", "prompt", "infer"]
 """Where a row failed: reading it, decoding its image, building its prompt, or running the model."""
 
 
+RequestPart: TypeAlias = Literal["prompt", "spec", "format"]
+"""What of a request an error is about: its texts and images, what is pruned, its answer's form."""
+
+
 class SpprunerError(Exception):
     """Base of the library's errors."""
 
@@ -31,9 +36,20 @@ class SpprunerError(Exception):
     stage: ClassVar[RowStage] = "prompt"
     """The stage of a row that ends in this error."""
 
+    about: ClassVar[RequestPart] = "prompt"
+    """The part of a request that is to be changed."""
+
 
 class SpecError(SpprunerError, ValueError):
     """A budget, spec or option that cannot mean anything."""
+
+    about: ClassVar[RequestPart] = "spec"
+
+
+class FormatError(SpecError):
+    """The form of an answer that no answer can have, or that the model's tokens cannot."""
+
+    about: ClassVar[RequestPart] = "format"
 
 
 class UnknownMethod(SpecError):
@@ -46,6 +62,8 @@ class UnsupportedModel(SpprunerError):
 
 class MissingSignal(SpprunerError):
     """The method needs a signal that this family cannot give."""
+
+    about: ClassVar[RequestPart] = "spec"
 
 
 class InputError(SpprunerError, ValueError):

@@ -26,13 +26,13 @@ FOREIGN_TO_THE_SCIENCE = {"ray", "boto3", "botocore", "fastapi", "httpx", "pyarr
 # The `__init__` of a package is above all its rooms.
 ORDER = {
     "sppruner": """
-        errors spec vqa cost types signals compact decoder capabilities proportions
+        errors spec conversation vqa cost types signals compact decoder capabilities proportions
         prompts adapters stages relevance selectors resolved_spec selection reports pruner
         tiny models engine
         pictures evaluation integrations
     """.split(),
     "cluster": """
-        errors encoding termination unexpected config events logs console other_node store
+        errors encoding termination unexpected config events logs metrics console other_node store
         protocol schema images
         corpus accounting output
         controller serving runs

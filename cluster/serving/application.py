@@ -13,6 +13,7 @@ import ray
 from ray import serve
 
 from cluster.errors import UsageError
+from cluster.logs import LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE
 from cluster.protocol import VERSION, rows_held
 from cluster.serving.code_version import code_version
 from cluster.serving.engine_settings import (
@@ -38,10 +39,11 @@ ONLINE_REQUESTS: Final = 32
 """Online requests that a replica accepts beside batch rows, which it bounds by `rows_held`."""
 _N = TypeVar("_N", int, float)
 _QUEUED_CALLS: Final = 512
+_EDGE_REQUESTS: Final = 4096
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ARGUMENTS: Final = {
     "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto", "engine",
-    "engine_options",
+    "engine_options", "hosts", "origins",
 }  # fmt: skip
 
 
@@ -117,10 +119,11 @@ def application(settings: FleetSettings) -> serve.Application:
 def _application(settings: FleetSettings, engine: EngineSettings, gpus: int) -> serve.Application:
     assert engine.slots is not None
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus * gpus_of(engine.options)}
+    process = _log_environment()
     replica = serve.deployment(VLMReplica).options(
         name=settings.name,
         num_replicas=settings.replicas,
-        ray_actor_options=options,
+        ray_actor_options=options | process,
         max_ongoing_requests=rows_held(engine.slots) + ONLINE_REQUESTS,
         max_queued_requests=_QUEUED_CALLS,
         # Of all replicas together: before one is up, so many failed starts are a failed fleet.
@@ -131,16 +134,26 @@ def _application(settings: FleetSettings, engine: EngineSettings, gpus: int) -> 
     )
     edge = serve.deployment(serve.ingress()(Api)).options(
         name="api",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * ONLINE_REQUESTS,
+        ray_actor_options={"num_cpus": 0} | process,
+        # Of these the edge works on `max_requests`: whoever sends a body slowly, or asks whether it
+        # is alive, takes none of those places.
+        max_ongoing_requests=_EDGE_REQUESTS,
         max_queued_requests=_QUEUED_CALLS,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=10.0,
         logging_config=_QUIET,
     )
     threads = settings.threads or replica_threads(settings.replicas, gpus=gpus)
-    api = replace(settings.api, replicas=settings.replicas)
+    most = max(settings.api.max_requests, ONLINE_REQUESTS * settings.replicas)
+    api = replace(settings.api, replicas=settings.replicas, max_requests=most)
     return edge.bind(replica.bind(engine, threads=threads, watched=True), api)
+
+
+def _log_environment() -> dict[str, Any]:
+    """How logs are written, for processes that do not inherit our environment."""
+    names = (LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE)
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    return {"runtime_env": {"env_vars": given}} if given else {}
 
 
 def replica_threads(replicas: int, *, gpus: float) -> int | None:
@@ -148,17 +161,20 @@ def replica_threads(replicas: int, *, gpus: float) -> int | None:
     return None if gpus else max(1, (os.cpu_count() or 1) // replicas)
 
 
-def endpoint(args: Mapping[str, str]) -> serve.Application:
+def endpoint(args: Mapping[str, Any]) -> serve.Application:
     """The application that `serve run cluster:endpoint model=PATH …` deploys.
 
     Arguments: model; replicas; max_batch_rows (slots of a replica); revision; dtype; prune and
     retain (the pruning of requests that ask for none themselves); auto=true (prune those only
     where pruning is measured, at start-up, to be faster than dense); engine=vllm, and its
-    engine_options (NAME=VALUE, comma-separated).
+    engine_options (NAME=VALUE, comma-separated); hosts (names under which it may be asked, beside
+    localhost and addresses) and origins (of web pages that may ask), comma-separated. In a config
+    of Serve numbers, booleans and lists may be written as YAML has them.
 
     The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
     Raises UsageError for other arguments, and for a pruning that the model cannot run.
     """
+    args = {name: _as_text(value) for name, value in args.items() if value is not None}
     if "model" not in args or set(args) - _ARGUMENTS:
         raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(_ARGUMENTS)}")
     auto = args.get("auto", "false")
@@ -176,7 +192,12 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
         retain = Budget(ratio=_number(args, "retain", float) or 0.222)
         spec = PruneSpec.parse(args["prune"], retain) if "prune" in args else DENSE
         selector_for(spec)  # a misspelt method must not cost the download of a model
-        api = ApiSettings(default_spec=spec, auto=auto == "true")
+        api = ApiSettings(
+            default_spec=spec,
+            auto=auto == "true",
+            hosts=_names(args, "hosts"),
+            origins=_names(args, "origins"),
+        )
         pinned = resolve_model(args["model"], args.get("revision"))
         check = check_spec_in_vllm if by_vllm else check_spec
         check(spec, capabilities(load_config(pinned)))
@@ -193,6 +214,19 @@ def endpoint(args: Mapping[str, str]) -> serve.Application:
         engine = replace(engine, engine=VLLM)
     replicas = _number(args, "replicas", int) or 1
     return application(FleetSettings(engine=engine, replicas=replicas, api=api))
+
+
+def _as_text(value: Any) -> str:
+    """An argument of a Serve config as the command line has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def _names(args: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in args.get(name, "").split(",") if part.strip())
 
 
 def _number(args: Mapping[str, str], name: str, kind: type[_N]) -> _N | None:

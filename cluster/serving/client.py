@@ -78,6 +78,10 @@ class ServeReplicas:
             raise
         return answers
 
+    async def stats(self) -> object:
+        """See `StreamingReplicas.stats`."""
+        return await self._handle.stats.remote()
+
     async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         """See `Replicas.stream`."""
         response = self._streaming.stream.remote(request)

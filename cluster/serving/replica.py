@@ -20,7 +20,9 @@ import structlog
 import torch
 
 from cluster.errors import Busy, EngineBroken, InferenceFailed, RowError
+from cluster.images import image_size
 from cluster.images.decoders import Decoders, DecodingUnavailable
+from cluster.logs import configure_logs
 from cluster.protocol import (
     BlockAnswers,
     LabelRequest,
@@ -36,15 +38,24 @@ from cluster.serving.devices import device_name
 from cluster.serving.engine_settings import EngineSettings
 from cluster.serving.engine_thread import EngineThread
 from cluster.serving.occupancy import Occupancy
+from cluster.serving.pixel_room import PixelRoom
+from cluster.serving.replica_metrics import ReplicaMetrics
 from cluster.serving.row_clock import RowClock, RowTimer
 from cluster.serving.watchdog import Watchdog
 from sppruner.engine.interface import Engine, Request, Result
+from sppruner.engine.run_all import blank_request
 
 logger = structlog.get_logger(__name__)
 
 _BATCH_DECODERS = 2
-# Once this many batches of rows have failed, one after another, the engine is taken for broken.
-_BROKEN_AFTER = 3
+# Once this many batches of rows have failed, one after another, the engine is asked for more.
+_DOUBTED_AFTER = 3
+# Pixels of online images that are decoded at the same time, three bytes each.
+_ONLINE_PIXELS: Final = 256_000_000
+# Of a health check for a blank row.
+_BLANK_SECONDS: Final = 2.0
+# Before every request of a client.
+_URGENT: Final = Priority.ONLINE - 1
 # Steps that may be slower than any later one: shapes are compiled, kernels loaded.
 _FIRST_STEPS: Final = 8
 # Until the news that a call runs alone has left the process, which the call may be about to kill.
@@ -89,9 +100,11 @@ class VLMReplica:
     def __init__(
         self, settings: EngineSettings, threads: int | None = None, *, watched: bool = False
     ) -> None:
-        """threads: torch threads on a CPU replica; None leaves the default. watched: whether a
-        watchdog kills this process when its engine hangs. Raises what the engine's factory
-        raises."""
+        """threads: torch threads on a CPU replica; None leaves the default. watched: whether this
+        process is the replica's own, so that a watchdog kills it when the engine hangs. Raises what
+        the engine's factory raises."""
+        if watched:
+            configure_logs()
         settings = settings.sized(gpu=settings.device != "cpu" and torch.cuda.is_available())
         self._decoders = {
             Priority.ONLINE: Decoders(1, name="decode-online"),
@@ -118,11 +131,14 @@ class VLMReplica:
         self._device = device_name(settings.device)
         self._control = ControlBlocks(self._answer_arm, self._thread)
         self._closing = False
+        self._online = PixelRoom(_ONLINE_PIXELS)
         self._pictures = DecodedPictures(rows=self._engine.slots, calls=_BATCH_DECODERS)
         self._batch_rows_in_flight = 0
         self._started = time.monotonic()
         self._rows = 0
         self._failed_in_a_row = 0
+        self._blank: asyncio.Task[Result] | None = None
+        self._metrics = ReplicaMetrics(self._engine.model_id)
         logger.info(
             "replica_ready",
             model=settings.model,
@@ -136,7 +152,7 @@ class VLMReplica:
         Serve's max_ongoing_requests alone. Batch calls wait while a control block is answered."""
         if priority is Priority.ONLINE:
             with self._control.spoiled_by_online():
-                async with self._occupancy.shared():
+                async with self._occupancy.shared(), self._online.held(_pixels(requests)):
                     return await self._label(requests, priority)
         if self._occupancy.taken:
             raise Busy("another call runs alone")
@@ -174,7 +190,11 @@ class VLMReplica:
     async def stream(self, request: LabelRequest) -> AsyncIterator[str | Result]:
         """The text of an online request piece by piece, then its result."""
         with self._control.spoiled_by_online():
-            async with self._occupancy.shared(), aclosing(self._stream(request)) as pieces:
+            async with (
+                self._occupancy.shared(),
+                self._online.held(_pixels([request])),
+                aclosing(self._stream(request)) as pieces,
+            ):
                 async for piece in pieces:
                     yield piece
 
@@ -183,6 +203,7 @@ class VLMReplica:
         try:
             item = await self._decode(request, Priority.ONLINE)
             if isinstance(item, Result):
+                self._metrics.answered(item, Priority.ONLINE, seconds=timer.elapsed)
                 yield item
                 return
             async with aclosing(self._thread.updates(replace(item, stream=True))) as updates:
@@ -190,7 +211,7 @@ class VLMReplica:
                     if update.text:
                         yield update.text
                     if update.result is not None:
-                        yield self._record(update.result, timer)
+                        yield self._record(update.result, timer, Priority.ONLINE)
         finally:
             timer.stop()
 
@@ -214,10 +235,26 @@ class VLMReplica:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        if self._failed_in_a_row >= _BROKEN_AFTER * self._engine.slots:
-            raise EngineBroken(f"the last {self._failed_in_a_row} rows could not be run")
+        self._metrics.now(self._engine.load, busy_seconds=self._engine.busy_seconds)
         if not self._thread.alive:
             raise EngineBroken("the engine's thread has ended")
+        if self._failed_in_a_row < _DOUBTED_AFTER * self._engine.slots:
+            return
+        # One client may have sent all of them. So the engine is asked what any engine can answer.
+        if self._blank is None:
+            asked = replace(blank_request(0), priority=_URGENT)
+            self._blank = asyncio.create_task(self._thread.answer(asked))
+        await asyncio.wait([self._blank], timeout=_BLANK_SECONDS)
+        if not self._blank.done():  # others have its slots
+            return
+        answer = self._blank.result()
+        if answer.error_code is not None:
+            raise EngineBroken(
+                f"the last {self._failed_in_a_row} rows could not be run, nor can a blank one: "
+                f"{answer.error_message}"
+            )
+        logger.warning("rows_failed", rows=self._failed_in_a_row, engine="answers a blank row")
+        self._blank, self._failed_in_a_row = None, 0
 
     def close(self) -> None:
         """Ends the engine's thread and the decoding processes. Serve ends the replica's process
@@ -262,7 +299,8 @@ class VLMReplica:
             if priority is Priority.ONLINE:  # Bounded by Serve, and never waits for batch rows.
                 decoded = await self._decode_call(requests, priority)
                 timed = zip(decoded, timers, strict=True)
-                return await asyncio.gather(*(self._answer(item, timer) for item, timer in timed))
+                answers = (self._answer(*one, Priority.ONLINE) for one in timed)
+                return await asyncio.gather(*answers)
             async with self._pictures.turn():
                 decoded = await self._decode_call(requests, priority)
                 releases = [self._pictures.hold(item) for item in decoded]
@@ -279,7 +317,7 @@ class VLMReplica:
         note: Callable[[str], None],
     ) -> Result:
         try:
-            result = await self._answer(item, timer)
+            result = await self._answer(item, timer, Priority.BATCH)
             note(item.id)
             return result
         finally:
@@ -309,21 +347,25 @@ class VLMReplica:
             prompt=request.prompt,
             images=images,
             system=request.system,
+            turns=request.turns,
             spec=request.spec,
             generation=request.generation,
+            fit_context=request.fit_context,
             priority=priority,
         )
 
-    async def _answer(self, item: Request | Result, timer: RowTimer) -> Result:
+    async def _answer(self, item: Request | Result, timer: RowTimer, priority: Priority) -> Result:
         if isinstance(item, Result):
+            self._metrics.answered(item, priority, seconds=timer.elapsed)
             return replace(item, seconds=timer.stop())
         result = await self._thread.answer(item)
         if result.id != item.id:  # nobody may get another's answer: this engine mixes them up
             _handle_fault(EngineBroken(f"the engine answered {result.id!r} for {item.id!r}"))
-        return self._record(result, timer)
+        return self._record(result, timer, priority)
 
-    def _record(self, result: Result, timer: RowTimer) -> Result:
+    def _record(self, result: Result, timer: RowTimer, priority: Priority) -> Result:
         self._rows += 1
+        self._metrics.answered(result, priority, seconds=timer.elapsed)
         result = replace(result, seconds=timer.stop(), device=self._device)
         if result.error_code is not None and result.error_stage is None:
             # An engine of somebody else's, which did not say: the row failed while it had it.
@@ -334,6 +376,12 @@ class VLMReplica:
         else:
             self._failed_in_a_row = 0
         return result
+
+
+def _pixels(requests: Sequence[LabelRequest]) -> int:
+    """Of their images, as the headers have them; 0 for what will not be decoded."""
+    images = (image for request in requests for image in request.images if image is not None)
+    return sum(size[0] * size[1] for size in map(image_size, images) if size is not None)
 
 
 def _handle_fault(error: Exception) -> None:

@@ -18,7 +18,7 @@ class RowClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         """now: seconds by a clock that never goes back."""
-        self._now = now
+        self.now = now
         self._rows = 0
         self._shared = 0.0  # the integral up to `_at`
         self._at = now()
@@ -30,7 +30,7 @@ class RowClock:
         return RowTimer(self, began)
 
     def _advance(self) -> float:
-        now = self._now()
+        now = self.now()
         if self._rows:
             self._shared += (now - self._at) / self._rows
         self._at = now
@@ -48,7 +48,13 @@ class RowTimer:
     def __init__(self, clock: RowClock, began: float) -> None:
         self._clock = clock
         self._began = began
+        self._came = clock.now()
         self._seconds: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds since it came."""
+        return self._clock.now() - self._came
 
     def stop(self) -> float:
         """The row's seconds. It is gone from the first call on; later calls say the same."""

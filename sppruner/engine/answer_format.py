@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sppruner.errors import SpecError
+from sppruner.errors import FormatError
 
 # A grammar is compiled before its request is answered, beside those that run.
 _SCHEMA_CHARACTERS: Final = 65_536
@@ -20,7 +20,7 @@ class AnswerFormat:
     """What every token of an answer is chosen for: that its text can become one of these.
 
     Exactly one is given. An answer that `max_new_tokens` cuts is the beginning of one; white space
-    around it is no part of it, as of any answer. Raises SpecError for none, for several, and for
+    around it is no part of it, as of any answer. Raises FormatError for none, for several, and for
     what no answer can be.
     """
 
@@ -39,19 +39,19 @@ class AnswerFormat:
             object.__setattr__(self, "choice", tuple(self.choice))
         given = [self.json_schema is not None, self.regex is not None, self.choice != ()]
         if sum(given) != 1:
-            raise SpecError("answer format: give one of json_schema, regex and choice")
+            raise FormatError("answer format: give one of json_schema, regex and choice")
         if self.json_schema is not None:
             object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         if self.regex is not None and not _is_text(self.regex, _REGEX_CHARACTERS):
-            raise SpecError(f"regex: give a text of 1 to {_REGEX_CHARACTERS} characters")
+            raise FormatError(f"regex: give a text of 1 to {_REGEX_CHARACTERS} characters")
         if not isinstance(self.choice, tuple) or not all(
             _is_text(text, _CHOICE_CHARACTERS) for text in self.choice
         ):
-            raise SpecError(f"choice: give texts of 1 to {_CHOICE_CHARACTERS} characters")
+            raise FormatError(f"choice: give texts of 1 to {_CHOICE_CHARACTERS} characters")
         if any(text != text.strip() for text in self.choice):
-            raise SpecError("choice: an answer has no white space around it, leave it out")
+            raise FormatError("choice: an answer has no white space around it, leave it out")
         if len(self.choice) > _CHOICES:
-            raise SpecError(f"choice: {len(self.choice)} texts, give at most {_CHOICES}")
+            raise FormatError(f"choice: {len(self.choice)} texts, give at most {_CHOICES}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `AnswerFormat(**values)` is its inverse."""
@@ -62,7 +62,7 @@ class AnswerFormat:
         return {"json_schema": self.json_schema}
 
     def grammar(self) -> str:
-        """The grammar of llguidance. Raises SpecError for one that it cannot follow, with its
+        """The grammar of llguidance. Raises FormatError for one that it cannot follow, with its
         reason."""
         from llguidance import LLMatcher, grammar_from
 
@@ -78,7 +78,7 @@ class AnswerFormat:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
         if failed:
             (what,) = self.to_dict()
-            raise SpecError(f"{what}: {messages[0]}")
+            raise FormatError(f"{what}: {messages[0]}")
         return grammar
 
 
@@ -86,13 +86,13 @@ def _schema_text(schema: object) -> str:
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         if not _is_text(text, _SCHEMA_CHARACTERS):
-            raise SpecError(f"json_schema: give 1 to {_SCHEMA_CHARACTERS} characters")
+            raise FormatError(f"json_schema: give 1 to {_SCHEMA_CHARACTERS} characters")
         if not isinstance(json.loads(text), dict):
-            raise SpecError("json_schema: give a JSON object")
+            raise FormatError("json_schema: give a JSON object")
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, SpecError):
+        if isinstance(error, FormatError):
             raise
-        raise SpecError(f"json_schema is no JSON: {error}") from error
+        raise FormatError(f"json_schema is no JSON: {error}") from error
     return text
 
 

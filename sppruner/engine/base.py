@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from sppruner.engine.answer_rules import end_ids
@@ -148,7 +149,8 @@ class ModelEngine(ABC):
 def check_characters(request: Request, context: int) -> None:
     """Raises InputError for texts that are too long for the model's context however they are cut
     into tokens: a tokenizer takes seconds and gigabytes for megabytes."""
-    characters = len(request.prompt) + len(request.system or "")
+    texts = (text for turn in request.conversation for text in turn.texts)
+    characters = max(len(request.prompt), sum(map(len, texts)))
     if characters > context * CHARACTERS_PER_TOKEN:
         raise InputError(
             f"{characters:,} characters of prompt exceed the model's context of {context} tokens: "
@@ -156,10 +158,16 @@ def check_characters(request: Request, context: int) -> None:
         )
 
 
-def check_length(prompt_tokens: int, generation: SamplingParams, context: int) -> None:
-    """Raises InputError where a prompt and its longest answer exceed the model's context."""
-    if prompt_tokens + generation.max_new_tokens > context:
+def fit_length(prompt_tokens: int, request: Request, context: int) -> SamplingParams:
+    """How a request's answer is sampled behind so many tokens of prompt: shorter than it asks for
+    where the model's context leaves less, and the request takes that. Raises InputError where the
+    context does not hold both."""
+    generation, left = request.generation, context - prompt_tokens
+    if request.fit_context and 0 < left < generation.max_new_tokens:
+        return replace(generation, max_new_tokens=left)
+    if generation.max_new_tokens > left:
         raise InputError(
             f"{prompt_tokens} prompt tokens and max_new_tokens {generation.max_new_tokens} exceed "
             f"the model's context of {context}: shorten one of them"
         )
+    return generation

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -14,17 +16,31 @@ import torch
 from sppruner.engine.base import ModelEngine
 from sppruner.engine.caches.encoder import EncoderCache
 from sppruner.engine.caches.prefix import PrefixCache
-from sppruner.engine.interface import Request, Result, Update, error_result, unheard
+from sppruner.engine.interface import (
+    EngineLoad,
+    Request,
+    Result,
+    Update,
+    error_result,
+    unheard,
+)
 from sppruner.engine.isolation import run_isolating_failures
+from sppruner.engine.prefill_pace import PrefillPace
 from sppruner.engine.preparation import PreparedRequest, RequestPreparer
+from sppruner.engine.priority_share import PriorityShare
 from sppruner.engine.running_batch import RunningBatch, RunningRequest
-from sppruner.engine.scheduler import PrefillLimits, Scheduler
+from sppruner.engine.scheduler import PrefillLimits, Scheduler, padded_tokens
 from sppruner.errors import EngineError, SpecError
 
 # The share of slots that a group waits to fill, if that many requests are on their way: a group
 # shares one forward, and running requests wait while it takes place.
 _GROUP_SHARE: Final = 0.25
 _KV_SHARE: Final = 0.6
+# One more slot for so many is kept for requests that are more urgent than some that run.
+_RESERVED_SHARE: Final = 8
+# For so long after an urgent request came, groups of others are kept short: the next may come.
+_URGENT_SECONDS: Final = 10.0
+_SHORT_PREFILL: Final = 0.05
 
 
 class ContinuousEngine(ModelEngine):
@@ -64,6 +80,7 @@ class ContinuousEngine(ModelEngine):
             self._processor.tokenizer,
             eos_ids=self._eos_ids,
             slots=self.slots,
+            reserved=-(-self.slots // _RESERVED_SHARE),
             encoder_cache=self.encoder_cache,
             prefix_cache=self.prefix_cache,
             capacity=capacity,
@@ -81,8 +98,13 @@ class ContinuousEngine(ModelEngine):
         self._scheduler: Scheduler[PreparedRequest] = Scheduler(
             limits or _default_limits(self._model.device)
         )
+        self._share, self._pace = PriorityShare(), PrefillPace()
+        # When a request came for whom others were to wait, and its priority.
+        self._urgent_seen, self._urgent = -math.inf, 0
+        self._pauses = not compiled  # a captured step takes as long for some as for all
         self._preparing: dict[int, tuple[Request, Future[PreparedRequest]]] = {}
         self._tickets = count()
+        self._submitted: dict[int, float] = {}  # when, by ticket
         self._updates: list[Update] = []
         self.busy_seconds = 0.0
         self.heartbeat: Callable[[], None] = unheard
@@ -91,6 +113,16 @@ class ContinuousEngine(ModelEngine):
     def in_flight(self) -> int:
         """Requests without a result."""
         return len(self._preparing) + len(self._scheduler) + len(self._running.requests)
+
+    @property
+    def load(self) -> EngineLoad:
+        """See `Engine`."""
+        running = len(self._running.requests)
+        return EngineLoad(
+            running=running,
+            waiting=self.in_flight - running,
+            kv_usage=self._running.cache.usage,
+        )
 
     def clear_caches(self) -> None:
         """See `Engine`; both caches."""
@@ -102,11 +134,18 @@ class ContinuousEngine(ModelEngine):
         if self._preparer.closed:
             raise EngineError("the engine is closed: open another")
         ticket = next(self._tickets)
+        if (
+            self._running.requests
+            and self._running.requests[-1].prepared.priority > request.priority
+        ):
+            self._urgent_seen, self._urgent = time.monotonic(), request.priority
+        self._submitted[ticket] = time.perf_counter()
         self._preparing[ticket] = request, self._preparer.prepare(request, ticket)
         return ticket
 
     def cancel(self, ticket: int) -> bool:
         """Drops a request and frees its slot at once; False if it has ended already."""
+        self._submitted.pop(ticket, None)
         if (preparing := self._preparing.pop(ticket, None)) is not None:
             preparing[1].cancel()
             return True
@@ -122,20 +161,32 @@ class ContinuousEngine(ModelEngine):
 
     def step(self) -> bool:
         """Prefills a group of waiting requests, or decodes one more token of the running ones;
-        returns whether any request is left. Waits only while requests are left and all of them are
-        being prepared."""
+        returns whether any request is left. While urgent ones run, others are paused but for their
+        share of the time. Waits only while requests are left and all of them are being prepared."""
         self._collect_prepared()
         group = self._next_group()
-        if not group and not self._running.requests:
+        running = self._running.requests
+        if not group and not running:
             if self._preparing:
                 wait([f for _, f in self._preparing.values()], return_when=FIRST_COMPLETED)
             return self.in_flight > 0
+        urgent = min(one.priority for one in (*group[:1], *(r.prepared for r in running[:1])))
+        contended = any(p.priority > urgent for p in (*group, *(r.prepared for r in running[-1:])))
         started = time.perf_counter()
         if group:
+            by_others = group[0].priority > urgent
+            tokens = padded_tokens(group)
             self._prefill(group)
+            self._pace.observe(tokens, time.perf_counter() - started)
         else:
-            self._decode()
-        self.busy_seconds += time.perf_counter() - started
+            by_others = not self._pauses or self._share.others_next
+            self._decode(None if by_others else self._running.urgent)
+        seconds = time.perf_counter() - started
+        self.busy_seconds += seconds
+        if contended:
+            self._share.spent(seconds, by_others=by_others)
+        else:
+            self._share.end()
         return self.in_flight > 0
 
     def poll(self) -> list[Update]:
@@ -165,14 +216,22 @@ class ContinuousEngine(ModelEngine):
         first = self._scheduler.first()
         if first is None:
             return []
-        free = self._running.free_slots
+        running = self._running.requests
+        paused = bool(running) and running[0].prepared.priority < first.priority
+        if paused and not self._share.others_next:
+            return []
+        free = self._running.free_slots(first.priority)
         preparing = [request for request, _ in self._preparing.values()]
         # A group is worth waiting for among requests of its priority, never for any other.
         waiting = sum(prepared.priority == first.priority for prepared in self._scheduler)
         coming = waiting + sum(request.priority == first.priority for request in preparing)
-        if min(free, waiting) < min(coming, _GROUP_SHARE * self._running.cache.slots):
+        if min(free, waiting) < min(coming, _GROUP_SHARE * self.slots):
             return []
-        return self._scheduler.take(free, self._running.fits)
+        most_tokens = None
+        recently = time.monotonic() - self._urgent_seen < _URGENT_SECONDS
+        if recently and first.priority > self._urgent:
+            most_tokens = self._pace.tokens(_SHORT_PREFILL)
+        return self._scheduler.take(free, self._running.fits, most_tokens=most_tokens)
 
     def _prefill(self, group: Sequence[PreparedRequest]) -> None:
         for finished in run_isolating_failures(
@@ -185,17 +244,18 @@ class ContinuousEngine(ModelEngine):
         self._finish(prepared.ticket, error_result(prepared.request, error))
         return []
 
-    def _decode(self) -> None:
-        try:
-            finished = self._running.step()
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:  # The request at fault is unknown: all running ones end.
-            for running in list(self._running.requests):
-                self._running.remove(running)
-                self._fail(running.prepared, error)
-            return
-        self._publish(finished)
+    def _decode(self, count: int | None) -> None:
+        """One more token for the first `count` running requests, for all where it is None."""
+
+        def fail(running: RunningRequest, error: Exception) -> list[RunningRequest]:
+            self._running.remove(running)
+            return self._fail(running.prepared, error)
+
+        for finished in run_isolating_failures(
+            lambda part: [self._running.step(part)], self._running.requests[:count], fail
+        ):
+            self._publish(finished)
+        self._running.sort()  # steps after a failure may have been of any of them
 
     def _publish(self, finished: Sequence[RunningRequest]) -> None:
         """Adds updates of requests with new text to stream, and of those that are finished."""
@@ -220,9 +280,12 @@ class ContinuousEngine(ModelEngine):
                 suffix_tokens=running.suffix_tokens,
             )
             pending = running.pending_text if request.stream else ""
+            waited = running.first_token_at - self._submitted[running.prepared.ticket]
+            result = replace(result, first_token_seconds=waited)
             self._finish(running.prepared.ticket, result, pending)
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:
+        self._submitted.pop(ticket, None)
         self._updates.append(Update(ticket=ticket, text=text, result=result))
 
 

@@ -16,7 +16,7 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from sppruner.engine.answer_format import AnswerFormat
-from sppruner.errors import SpecError
+from sppruner.errors import FormatError
 
 _FORMATS = 256  # a corpus has one, a service a few
 
@@ -28,7 +28,7 @@ class FormatGuide:
         self._matcher, self._end_id = matcher, end_id
         self.ended = False
         """Whether the token that was added last ended the answer."""
-        self.failure: SpecError | None = None
+        self.failure: FormatError | None = None
         """Why the answer cannot go on."""
 
     def allowed_V(self, vocabulary: int) -> Tensor:
@@ -47,9 +47,9 @@ class FormatGuide:
             self.ended = True
             if matcher.is_error() or not matcher.is_accepting():
                 why = matcher.get_error() or "no token goes on with the answer"
-                self.failure = SpecError(f"answer format: {why}")
+                self.failure = FormatError(f"answer format: {why}")
         elif not matcher.consume_token(token):
-            self.failure = SpecError(f"answer format: {matcher.get_error()}")
+            self.failure = FormatError(f"answer format: {matcher.get_error()}")
             self.ended = True
 
     def copy(self) -> FormatGuide:
@@ -67,13 +67,13 @@ class FormatGuides:
         self._tokens: Any = None
 
     def start(self, format: AnswerFormat) -> FormatGuide:
-        """Raises SpecError for a format, or a tokenizer, that cannot be followed."""
+        """Raises FormatError for a format, or a tokenizer, that cannot be followed."""
         with self._lock:
             matcher, tokens = self._compiled.get(format), self._read_tokens()
         if matcher is None:  # compiled while others start
             matcher = LLMatcher(tokens, format.grammar())
             if matcher.is_error():
-                raise SpecError(f"answer format: {matcher.get_error()}")
+                raise FormatError(f"answer format: {matcher.get_error()}")
             with self._lock:
                 self._compiled[format] = matcher
         return FormatGuide(matcher.deep_copy(), self._tokenizer.eos_token_id)
@@ -84,7 +84,7 @@ class FormatGuides:
                 size = max(self._vocabulary, len(self._tokenizer))
                 self._tokens = from_tokenizer(self._tokenizer, n_vocab=size)
             except ValueError as error:
-                raise SpecError(
+                raise FormatError(
                     "answer format: this model's tokens are not spelt in bytes, which formats are "
                     f"made of; use another model ({error})"
                 ) from error

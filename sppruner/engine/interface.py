@@ -9,16 +9,17 @@ from typing import Final, Protocol, cast
 
 from PIL import Image
 
+from sppruner.conversation import Turn, ask
 from sppruner.cost import RowCost
 from sppruner.engine.answer_format import AnswerFormat
-from sppruner.errors import EngineError, SpecError, SpprunerError
+from sppruner.errors import EngineError, RequestPart, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 """A model's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
 
-# Colder, divided logits overflow; this cold, sampling is greedy to all purposes.
-_COLDEST: Final = 0.001
+COLDEST: Final = 0.001
+"""The lowest temperature but 0: colder, divided logits overflow, and sampling is greedy anyway."""
 _STOPS, _STOP_CHARACTERS = 16, 1000
 
 
@@ -52,8 +53,8 @@ class SamplingParams:
             raise SpecError(f"max_new_tokens {self.max_new_tokens!r}: give at least 1")
         if not _is_finite(self.temperature) or self.temperature < 0:
             raise SpecError(f"temperature {self.temperature!r}: give a number from 0")
-        if 0 < self.temperature < _COLDEST:
-            raise SpecError(f"temperature {self.temperature!r}: give 0, or at least {_COLDEST}")
+        if 0 < self.temperature < COLDEST:
+            raise SpecError(f"temperature {self.temperature!r}: give 0, or at least {COLDEST}")
         if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
             raise SpecError(f"top_p {self.top_p!r} is outside (0, 1]")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
@@ -84,13 +85,17 @@ class Request:
     """The caller's name for the request; its result carries it."""
 
     prompt: str
-    """The user's text."""
+    """The user's text, which methods that select by the question read."""
 
     images: tuple[Image.Image, ...] = ()
     """Decoded images, in front of the text in the prompt."""
 
     system: str | None = None
     """The system message; None for none."""
+
+    turns: tuple[Turn, ...] = ()
+    """The whole conversation, where it is more than one question: the model reads it in place of
+    `system` and `prompt`, with `images` where its turns have them."""
 
     spec: PruneSpec = DENSE
     """What is pruned of the images' visual tokens."""
@@ -103,6 +108,15 @@ class Request:
 
     stream: bool = False
     """Whether updates carry the text as it is generated."""
+
+    fit_context: bool = False
+    """Whether the answer may be shorter than `max_new_tokens` where the model's context leaves less
+    behind the prompt; else such a request is refused."""
+
+    @property
+    def conversation(self) -> tuple[Turn, ...]:
+        """What the model reads."""
+        return self.turns or ask(self.prompt, len(self.images), self.system)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +151,9 @@ class Result:
     """The request's share of wall seconds: each batch or step it took part in, divided by the
     requests in it."""
 
+    first_token_seconds: float = field(default=0.0, compare=False, repr=False)
+    """Wall seconds from `submit` to the first token; 0 where the engine does not say."""
+
     device: str | None = None
     """Kind of device that answered, such as "NVIDIA H200"; None where nobody said."""
 
@@ -151,6 +168,9 @@ class Result:
 
     error_stage: str | None = None
     """Where the request failed (`SpprunerError.stage`); None on success."""
+
+    error_about: RequestPart | None = None
+    """What of the request is to be changed (`SpprunerError.about`); None on success."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +187,25 @@ class Update:
     """Set in the request's last update."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What an engine is at, as of now."""
+
+    running: int
+    """Requests that have a slot."""
+
+    waiting: int
+    """Requests that have none yet."""
+
+    kv_usage: float | None = None
+    """Share of the KV cache in use, from 0 to 1; None without a bound."""
+
+
 class Engine(Protocol):
     """Anything that answers requests: `submit` them, `step` while any is left, `poll` for updates.
 
-    One thread makes all calls but `jpeg_scale`. A bad request ends in an error result; an exception
-    means that the engine itself is broken.
+    One thread makes all calls but `jpeg_scale` and `load`. A bad request ends in an error result;
+    an exception means that the engine itself is broken.
     """
 
     model_id: str
@@ -201,6 +235,11 @@ class Engine(Protocol):
     @property
     def in_flight(self) -> int:
         """Requests without a result."""
+        ...
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it is at. Safe to read from any thread; then roughly so."""
         ...
 
     def jpeg_scale(self, width: int, height: int) -> int:
@@ -252,4 +291,5 @@ def error_result(request: Request, error: Exception) -> Result:
         error_code=kind.code,
         error_message=f"{type(error).__name__}: {error}",
         error_stage=kind.stage,
+        error_about=kind.about,
     )

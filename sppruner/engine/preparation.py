@@ -10,19 +10,19 @@ import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from sppruner.adapters import Adapter
 from sppruner.cost import ImageShape
-from sppruner.engine.base import check_characters, check_length
+from sppruner.engine.base import check_characters, fit_length
 from sppruner.engine.caches.encoder import hash_images
 from sppruner.engine.format_guide import FormatGuide, format_guides
 from sppruner.engine.interface import Request
 from sppruner.errors import InputError
-from sppruner.prompts import build_inputs
+from sppruner.prompts import build_chat_inputs
 from sppruner.pruner import Pruner
 from sppruner.resolved_spec import ResolvedSpec
 
@@ -120,13 +120,11 @@ class RequestPreparer:
         if not hasattr(self._thread_local, "processor"):
             self._thread_local.processor = copy.deepcopy(self._processor)
         resolved = self._pruner.resolve(request.spec)
-        inputs = dict(
-            build_inputs(
-                self._thread_local.processor, [request.prompt], [request.images], [request.system]
-            )
-        )
+        processor = self._thread_local.processor
+        inputs = dict(build_chat_inputs(processor, [request.conversation], [request.images]))
         prompt_tokens = int(inputs["attention_mask"].sum())
-        check_length(prompt_tokens, request.generation, self._context)
+        generation = fit_length(prompt_tokens, request, self._context)
+        request = replace(request, generation=generation)
         form = request.generation.format
         adapter = self._pruner.adapter
         shapes = [shape for _, shape in adapter.shapes(inputs)]

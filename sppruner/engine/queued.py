@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import count, islice
 
 from sppruner.engine.interface import (
+    EngineLoad,
     Request,
     Result,
     SamplingParams,
@@ -46,6 +47,10 @@ class QueuedEngine(ABC):
     @property
     def in_flight(self) -> int:
         return sum(map(len, self._queues.values()))
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(running=0, waiting=self.in_flight)
 
     def clear_caches(self) -> None:  # noqa: B027 - most have nothing to forget
         """Nothing is kept here; an engine that keeps something overrides this."""

@@ -48,23 +48,26 @@ def answer_all(engine: Answers, requests: list[Request]) -> tuple[list[Result], 
     return [results[ticket] for ticket in tickets], others
 
 
+def blank_request(number: int, spec: PruneSpec = DENSE) -> Request:
+    """A request that every engine can answer. number: gives its image a colour of its own, since
+    equal images would be encoded once."""
+    return Request(
+        id=str(number),
+        prompt="warm up",
+        images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
+        spec=spec,
+        generation=SamplingParams(max_new_tokens=2),
+    )
+
+
 def warm_up(engine: Answers) -> None:
     """Answers blank images, dense and pruned, so that first allocations and kernel choices are
     over. Raises PruningHadNoEffect where the model ignores a selection, before a corpus has cost
     anything, and EngineError where it cannot answer at all."""
     half = PruneSpec(method="sppruner", budget=Budget(ratio=0.5))
     for spec in (DENSE, half):
-        requests = [
-            Request(
-                id=str(number),
-                prompt="warm up",
-                # Different colours: equal images would be encoded once.
-                images=(Image.new("RGB", (64, 64), (64 + number,) * 3),),
-                spec=spec,
-                generation=SamplingParams(max_new_tokens=2),
-            )
-            for number in range(min(_WARM_UP_REQUESTS, engine.slots))
-        ]
+        rows = range(min(_WARM_UP_REQUESTS, engine.slots))
+        requests = [blank_request(number, spec) for number in rows]
         for result in answer_all(engine, requests)[0]:
             if result.error_code == PruningHadNoEffect.code:
                 raise PruningHadNoEffect(str(result.error_message))

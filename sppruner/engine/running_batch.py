@@ -50,6 +50,9 @@ class RunningRequest:
     seconds: float = 0.0
     """Its share of the steps it took part in: each step's wall seconds divided by its requests."""
 
+    first_token_at: float = 0.0
+    """When its first token was sampled, by `time.perf_counter`."""
+
     pending_text: str = ""
     """Text that no update has carried yet."""
 
@@ -81,7 +84,9 @@ class RunningRequest:
 
 
 class RunningBatch:
-    """At most `slots` running requests; request i holds slot i of the KV cache.
+    """At most `slots` running requests, and `reserved` more while some of them are less urgent than
+    others; request i holds slot i of the KV cache. Requests are in order of priority, so that a
+    step of the urgent ones is a step of the first slots.
 
     eos_ids: ids that end an answer. capacity, kv_bytes: see `KVSlots` (its `limit`). compiled: see
     `DecodeStep`. Caches of 0 bytes are bypassed.
@@ -94,6 +99,7 @@ class RunningBatch:
         *,
         eos_ids: Collection[int],
         slots: int,
+        reserved: int = 0,
         encoder_cache: EncoderCache,
         prefix_cache: PrefixCache,
         capacity: int | None = None,
@@ -105,7 +111,7 @@ class RunningBatch:
         self.requests: list[RunningRequest] = []
         self.cache = KVSlots(
             layers=text.num_hidden_layers,
-            slots=slots,
+            slots=slots + reserved,
             heads=getattr(text, "num_key_value_heads", None) or heads,
             width=getattr(text, "head_dim", None) or text.hidden_size // heads,
             dtype=pruner.model.dtype,
@@ -113,6 +119,8 @@ class RunningBatch:
             capacity=capacity,
             limit=kv_bytes,
         )
+        self.slots = slots
+        """Requests that run at the same time where all are equally urgent."""
         self._pruner = pruner
         self._tokenizer = tokenizer
         self._encoder_cache = encoder_cache
@@ -121,14 +129,21 @@ class RunningBatch:
         self._device = pruner.model.device
         self._decode = DecodeStep(pruner.adapter, compiled=compiled)
         # A compiled step has one shape, so free slots are decoded too.
-        self._padded_slots = slots if compiled else None
+        self._padded_slots = slots + reserved if compiled else None
         self._sampler = Sampler(
             pruner.model.generation_config, pruner.adapter.placeholder_ids, pruner.model.device
         )
 
+    def free_slots(self, priority: int) -> int:
+        """Slots for more requests of a priority."""
+        above = any(running.prepared.priority > priority for running in self.requests)
+        return max(0, (self.cache.slots if above else self.slots) - len(self.requests))
+
     @property
-    def free_slots(self) -> int:
-        return self.cache.slots - len(self.requests)
+    def urgent(self) -> int:
+        """How many of the first requests are of the smallest priority."""
+        first = self.requests[0].prepared.priority if self.requests else 0
+        return sum(running.prepared.priority == first for running in self.requests)
 
     def fits(self, group: Sequence[PreparedRequest]) -> bool:
         """Whether the KV cache has memory for a group beside the running requests, up to the last
@@ -150,6 +165,9 @@ class RunningBatch:
         prompts = prefill(self._pruner, group, *caches)
         joining = [self._start(*pair) for pair in zip(group, prompts, strict=True)]
         finished = self._append_tokens(torch.stack([p.logits_V for p in prompts]), joining)
+        now = time.perf_counter()
+        for running in joining:
+            running.first_token_at = now
         staying = [
             (running, prompt)
             for running, prompt in zip(joining, prompts, strict=True)
@@ -161,16 +179,20 @@ class RunningBatch:
             longest = [max(layer) for layer in zip(*lengths, strict=True)]
             self.cache.reserve(len(lengths), longest)
         for running, prompt in staying:
-            self.cache.write(len(self.requests), prompt.keys, prompt.values)
-            self.requests.append(running)
+            slot = self._make_room(running)
+            self.cache.write(slot, prompt.keys, prompt.values)
         _share_seconds(joining, started)
         return finished
 
     @torch.inference_mode()
-    def step(self) -> list[RunningRequest]:
-        """Decodes one more token of every request; removes and returns those that end with it."""
+    def step(self, requests: Sequence[RunningRequest]) -> list[RunningRequest]:
+        """Decodes one more token of some of the running requests; removes and returns those that
+        end with it. The others keep what they have. Raises what the model raises; then none has
+        changed."""
         started = time.perf_counter()
-        requests = list(self.requests)
+        if any(one is not other for one, other in zip(requests, self.requests, strict=False)):
+            stepping = set(requests)
+            self._arrange([*requests, *(one for one in self.requests if one not in stepping)])
         padding = 0 if self._padded_slots is None else self._padded_slots - len(requests)
         tokens = [running.tokens[-1] for running in requests] + [0] * padding
         no_positions = [0] * len(requests[0].positions)
@@ -191,14 +213,51 @@ class RunningBatch:
         return finished
 
     @torch.inference_mode()
+    def sort(self) -> None:
+        """Puts urgent requests first again, after steps of some that were not the first."""
+        self._arrange(sorted(self.requests, key=lambda running: running.prepared.priority))
+
+    @torch.inference_mode()
     def remove(self, running: RunningRequest) -> None:
-        """Frees a request's slot; the last request moves into it."""
+        """Frees a request's slot; the last one of its priority moves into it, into whose slot the
+        last one of the next priority does."""
         slot, last = self.requests.index(running), len(self.requests) - 1
-        if slot != last:
-            self.cache.move(last, slot)
-            self.requests[slot] = self.requests[last]
+        for end in self._group_ends():
+            if end > slot:
+                self._move(end, slot)
+                slot = end
         self.requests.pop()
         self.cache.release(last)
+
+    def _make_room(self, joining: RunningRequest) -> int:
+        """The slot of a request that joins: the first ones of each larger priority move behind
+        the last."""
+        slot = len(self.requests)
+        self.requests.append(joining)
+        starts = [0, *(end + 1 for end in self._group_ends())]
+        for start in reversed(starts[:-1]):
+            if self.requests[start].prepared.priority > joining.prepared.priority:
+                self._move(start, slot)
+                slot = start
+        self.requests[slot] = joining
+        return slot
+
+    def _group_ends(self) -> list[int]:
+        """The index of the last request of each run of one priority."""
+        priorities = [running.prepared.priority for running in self.requests]
+        last = len(priorities) - 1
+        return [i for i, p in enumerate(priorities) if i == last or priorities[i + 1] != p]
+
+    def _arrange(self, order: Sequence[RunningRequest]) -> None:
+        """Gives requests the slots of their places in `order`."""
+        for slot, running in enumerate(order):
+            if (source := self.requests.index(running)) != slot:
+                self.cache.swap(source, slot)
+                self.requests[source], self.requests[slot] = self.requests[slot], running
+
+    def _move(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+        self.requests[target] = self.requests[source]
 
     def _dropped(self, requests: Sequence[RunningRequest], padding: int) -> torch.Tensor | None:
         """`dropped_LN` of `DecodeStep`. padding: empty slots that are computed with the full ones.
@@ -239,17 +298,27 @@ class RunningBatch:
             if running.sampling.failure is not None:
                 finished.append(running)
                 continue
-            running.tokens.append(token)
-            guide = running.sampling.guide
-            ended = token in self._eos_ids or (guide is not None and guide.ended)
-            if running.detokenizer is not None and not ended:
-                running.pending_text += running.detokenizer.add(token)
-            full = len(running.tokens) == running.prepared.request.generation.max_new_tokens
-            if ended or full or running.stopped:
+            try:
+                ended = self._append(running, token)
+            except Exception as error:  # The row boundary: its slot has the token already.
+                running.sampling.failure, ended = error, True
+            if ended:
                 finished.append(running)
-                if running.detokenizer is not None:
-                    running.pending_text += running.detokenizer.finish()
         return finished
+
+    def _append(self, running: RunningRequest, token: int) -> bool:
+        """Whether the request ends with this token."""
+        running.tokens.append(token)
+        guide = running.sampling.guide
+        ended = token in self._eos_ids or (guide is not None and guide.ended)
+        if running.detokenizer is not None and not ended:
+            running.pending_text += running.detokenizer.add(token)
+        full = len(running.tokens) == running.prepared.request.generation.max_new_tokens
+        if not (ended or full or running.stopped):
+            return False
+        if running.detokenizer is not None:
+            running.pending_text += running.detokenizer.finish()
+        return True
 
 
 def _share_seconds(requests: Sequence[RunningRequest], started: float) -> None:

@@ -80,21 +80,28 @@ class Scheduler(Generic[_S]):
     def first(self) -> _S | None:
         return next(iter(self), None)
 
-    def take(self, slots: int, fits: Callable[[list[_S]], bool] = bool) -> list[_S]:
+    def take(
+        self,
+        slots: int,
+        fits: Callable[[list[_S]], bool] = bool,
+        *,
+        most_tokens: int | None = None,
+    ) -> list[_S]:
         """Removes and returns the first request and those that can be prefilled with it, at most
         `slots`; none if that first one does not fit.
 
-        fits: whether a group may run beside the requests that are running. A request of another
-        kind keeps its place: the first of them leads the next group. A request that does not fit
-        blocks those after it, or it would starve.
+        fits: whether a group may run beside the requests that are running. most_tokens: a bound
+        below that of the limits. A request of another kind keeps its place: the first of them leads
+        the next group. A request that does not fit blocks those after it, or it would starve. Those
+        of another priority have a group of their own, or a few urgent ones would wait for many.
         """
         group: list[_S] = []
         for request in self:
-            if len(group) == slots:
+            if len(group) == slots or (group and request.priority != group[0].priority):
                 break
             if group and request.kind != group[0].kind:
                 continue
-            if group and not self._within([*group, request]):
+            if group and not self._within([*group, request], most_tokens):
                 break
             if not fits([*group, request]):
                 break
@@ -103,7 +110,12 @@ class Scheduler(Generic[_S]):
             self.remove(request)
         return group
 
-    def _within(self, group: Sequence[_S]) -> bool:
-        padded = len(group) * max(request.tokens for request in group)
+    def _within(self, group: Sequence[_S], most_tokens: int | None) -> bool:
+        tokens = min(self._limits.tokens, most_tokens or self._limits.tokens)
         patches = sum(request.patches for request in group)
-        return padded <= self._limits.tokens and patches <= self._limits.patches
+        return padded_tokens(group) <= tokens and patches <= self._limits.patches
+
+
+def padded_tokens(group: Sequence[Schedulable]) -> int:
+    """Tokens of a group's prefill: its requests times its longest prompt."""
+    return len(group) * max(request.tokens for request in group)

@@ -16,21 +16,22 @@ from transformers import (
 )
 
 from sppruner.engine.answer_format import AnswerFormat
-from sppruner.engine.base import ModelEngine, check_characters, check_length
+from sppruner.engine.base import ModelEngine, check_characters, fit_length
 from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.format_guide import FormatGuides, format_guides
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
 from sppruner.models.loading import LoadedModel
-from sppruner.prompts import build_inputs
+from sppruner.prompts import build_chat_inputs
 
 
 class BatchEngine(QueuedEngine, ModelEngine):
     """Answers requests a batch at a time. Settings: see `ModelEngine`.
 
     Greedy requests with the same generation settings share a batch whatever their specs are. A
-    sampled request has a batch of its own, so that a seed gives the same text in any company.
+    sampled request has a batch of its own, so that a seed gives the same text in any company; so
+    has one whose answer may be shorter than it asks for.
     """
 
     def __init__(self, model: str | LoadedModel, **settings: Any) -> None:
@@ -42,7 +43,8 @@ class BatchEngine(QueuedEngine, ModelEngine):
         results: dict[int, Result] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
-            exclusive = i if request.generation.temperature > 0 else -1
+            alone = request.generation.temperature > 0 or request.fit_context
+            exclusive = i if alone else -1
             policy = None if request.spec.is_dense else request.spec.positions
             key = (request.generation, bool(request.images), policy, exclusive)
             groups.setdefault(key, []).append(i)
@@ -58,15 +60,14 @@ class BatchEngine(QueuedEngine, ModelEngine):
         started = time.perf_counter()
         for request in batch:
             check_characters(request, self._context)
-        inputs = build_inputs(
+        inputs = build_chat_inputs(
             self._processor,
-            [request.prompt for request in batch],
+            [request.conversation for request in batch],
             [request.images for request in batch],
-            [request.system for request in batch],
         ).to(self._model.device)
-        generation = batch[0].generation
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        generation = fit_length(longest, batch[0], self._context)
         specs = [request.spec for request in batch]
-        check_length(int(inputs["attention_mask"].sum(dim=1).max()), generation, self._context)
         if generation.temperature > 0:
             torch.manual_seed(generation.seed)
         prompts = [request.prompt for request in batch]

@@ -42,6 +42,11 @@ class RecordingReplica:
         finally:
             replica.close()
 
+    async def stats(self) -> object:
+        if self._failure is not None:
+            raise self._failure
+        return None
+
     async def stream(self, request: LabelRequest) -> AsyncGenerator[str | Result]:
         (result,) = await self.label([request], priority=Priority.ONLINE)
         for word in str(result.text).split(" ") if result.error_code is None else ():
@@ -88,7 +93,7 @@ def send_request(
             break_even=break_even,
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **options)
 
     return asyncio.run(asyncio.wait_for(body(), 20))

@@ -48,7 +48,7 @@ class FakeEngine(QueuedEngine):
 
     Prompts: "raise" makes the whole batch raise, "fault" raises an accelerator error, "die" sends
     SIGKILL to this process, "slow" takes 2 s, "hang" ten minutes, "bad" gives an error result,
-    "stageless" one that does not say where the row failed.
+    "stageless" one that does not say where the row failed. From "break" on, every batch raises.
 
     seconds: duration of a batch. journal: path of a file that receives one line per batch, the ids
     of its rows with a * after those of dense ones, and a line "cleared" where caches were cleared.
@@ -78,6 +78,7 @@ class FakeEngine(QueuedEngine):
         self.seconds = seconds
         self.journal = journal
         self.reduced = reduced
+        self.broken = False
 
     def jpeg_scale(self, width: int, height: int) -> int:
         return self.reduced
@@ -101,7 +102,8 @@ class FakeEngine(QueuedEngine):
             os.kill(os.getpid(), signal.SIGKILL)
         if any(request.prompt == "fault" for request in requests):
             raise torch.AcceleratorError("the device is gone")
-        if any(request.prompt == "raise" for request in requests):
+        self.broken |= any(request.prompt == "break" for request in requests)
+        if self.broken or any(request.prompt == "raise" for request in requests):
             raise RuntimeError("the model raised")
         return [self._answer(request) for request in requests]
 

@@ -6,59 +6,66 @@ Errors have OpenAI's shape.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from cluster.config import MediaLimits
 from cluster.controller import list_runs
 from cluster.errors import ApiError, ImageTooLarge, InferenceFailed, PruningNoEffect, UsageError
-from cluster.protocol import LabelRequest, Priority, Replicas, StreamingReplicas
+from cluster.logs import configure_logs
+from cluster.protocol import LabelRequest, Priority, StreamingReplicas
 from cluster.serving.client import REPLICA_FULL, REPLICA_GONE, ServeReplicas
-from cluster.serving.http.openai_schema import ChatRequest, image_bytes, usage
-from cluster.serving.http.sse import stream_events, wait_for_first
+from cluster.serving.http.chat_request import RequestRules, label_requests, parse_chat_request
+from cluster.serving.http.completion import completion, usage
+from cluster.serving.http.edge_rules import REQUEST_ID, EdgeRules
+from cluster.serving.http.openapi import describe
+from cluster.serving.http.request_body import BodyRoom
+from cluster.serving.http.sse import HEADERS, merge, stream_events, wait_for_first
 from cluster.serving.online_calibration import OnlineBreakEven, calibrate_online
 from sppruner.engine.interface import Result
-from sppruner.spec import DENSE, PruneSpec
 
 logger = structlog.get_logger(__name__)
 
 _UNAVAILABLE = (*REPLICA_FULL, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
+_PARAMETERS: Final = {"prompt": "messages", "spec": "prune", "format": "response_format"}
 _RETRY_AFTER_SECONDS = "1"
 # Concurrent requests in calibration at most: an endpoint must start in time.
 _FULL_LOAD = 64
+# Until a replica must have said something for the endpoint to be ready.
+_READY_SECONDS: Final = 2.0
+_ANSWERED_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ApiSettings:
+class ApiSettings(RequestRules):
     """What the edge allows."""
 
-    default_spec: PruneSpec = DENSE
-    """The pruning of requests that name none."""
     auto: bool = False
     """Apply `default_spec` only where it was measured to be faster than dense."""
     replicas: int = 1
     """Replicas that share the requests."""
-    media: MediaLimits = field(default_factory=MediaLimits)
-    """Limits of one image."""
     max_body_bytes: int = 64 * 2**20
     """Longest request body."""
-    max_images: int = 8
-    """Images of one request."""
-    default_tokens: int = 256
-    """Longest answer where the request names no limit."""
-    most_tokens: int = 2048
-    """Longest answer that a request may name."""
+    max_held_bytes: int = 512 * 2**20
+    """Bodies of all requests at the same time."""
+    max_requests: int = 128
+    """Requests at the same time; more are told to ask again. With many replicas it is more."""
+    hosts: tuple[str, ...] = ()
+    """Names under which the endpoint may be asked, beside localhost and addresses; "*" for any."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that may ask, beside the endpoint's own; "*" for any."""
 
     def __post_init__(self) -> None:
         if self.auto and self.default_spec.is_dense:
@@ -66,14 +73,20 @@ class ApiSettings:
 
 
 class OngoingRequests:
-    """How many requests are in progress."""
+    """How many requests are in progress, and when the last was answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.count = 0
+        self.answered = -float("inf")
+        """By the monotonic clock."""
+        self._most = most
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts one request for the length of the block."""
+        """Counts one request for the length of the block. Raises ApiError where there are too
+        many."""
+        if self.count >= self._most:
+            raise ApiError("overloaded, ask again", status=503, code="overloaded")
         self.count += 1
         try:
             yield
@@ -89,6 +102,7 @@ class Api:
     async def __init__(  # type: ignore[misc]
         self, handle: DeploymentHandle[Any], settings: ApiSettings
     ) -> None:
+        configure_logs()
         stats = await handle.stats.remote()
         replicas, break_even = ServeReplicas(handle), None
         if settings.auto:
@@ -113,11 +127,30 @@ def create_app(
     """
     app = FastAPI(title="sppruner", docs_url=None, redoc_url=None)
     started = int(time.time())
-    ongoing = OngoingRequests()
+    ongoing = OngoingRequests(settings.max_requests)
+    room = BodyRoom(settings.max_held_bytes)
+    card: dict[str, Any] = {
+        "id": model,
+        "object": "model",
+        "created": started,
+        "owned_by": "sppruner",
+    }
+    if break_even is not None:
+        card["break_even"] = break_even.to_list()
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
+        )
+    app.add_middleware(EdgeRules, hosts=settings.hosts, origins=settings.origins)
+    describe(app)
 
     @app.exception_handler(ApiError)
     async def answer_error(_: Request, error: ApiError) -> Response:
-        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status == 503 else None
+        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status in (429, 503) else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
@@ -132,19 +165,30 @@ def create_app(
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """Whether this process answers. Whether a model does is /readyz's to say."""
         return {"status": "ok", "model": model}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """Whether a request would be answered now."""
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await replicas.stats()
+        except REPLICA_FULL:
+            pass  # it answers, though others
+        except (*REPLICA_GONE, TimeoutError) as error:
+            if time.monotonic() - ongoing.answered > _ANSWERED_SECONDS:
+                raise ApiError("no replica answers", status=503, code="not_ready") from error
+        return {"status": "ready", "model": model}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card: dict[str, Any] = {
-            "id": model,
-            "object": "model",
-            "created": started,
-            "owned_by": "sppruner",
-        }
-        if break_even is not None:
-            card["break_even"] = break_even.to_list()
         return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return card
 
     @app.get("/v1/runs")
     async def runs() -> dict[str, Any]:
@@ -153,109 +197,89 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        chat_request = ChatRequest.parse(await _read_body(request, settings.max_body_bytes))
-        if chat_request.model != model:
+        state = request.scope["state"]
+        body = state["closing"].enter_context(room.held())
+        chat_request = parse_chat_request(await body.read(request, settings.max_body_bytes))
+        check_model(chat_request.model)
+        asked = label_requests(chat_request, settings, id=state["request_id"])
+        if (
+            break_even is not None
+            and chat_request.prune is None
+            and asked[0].spec == settings.default_spec
+        ):
+            load = max(1.0, (ongoing.count + 1) / settings.replicas)
+            spec = break_even.spec(asked[0].spec, asked[0].images, load)
+            asked = [replace(one, spec=spec) for one in asked]
+        envelope = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        state["noted"]["completion"] = envelope["id"]
+        if chat_request.stream:
+            pieces = merge([_stream(replicas, one, ongoing) for one in asked])
+            state["closing"].push_async_callback(pieces.aclose)
+            events = stream_events(
+                envelope,
+                await wait_for_first(pieces),
+                choices=len(asked),
+                with_usage=chat_request.wants_usage_chunk,
+                noted=state["noted"],
+            )
+            state["closing"].push_async_callback(events.aclose)
+            return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+        results = await _label(replicas, asked, ongoing)
+        state["noted"] |= usage(results)
+        return JSONResponse(completion(envelope, results))
+
+    def check_model(name: str) -> None:
+        if name != model:
             raise ApiError(
-                f"model {chat_request.model!r} is not served here: use {model!r}",
+                f"model {name!r} is not served here: use {model!r}",
                 status=404,
                 code="model_not_found",
                 param="model",
             )
-        label_request = _label_request(chat_request, settings)
-        if break_even is not None and chat_request.prune is None:
-            load = max(1.0, (ongoing.count + 1) / settings.replicas)
-            spec = break_even.spec(label_request.spec, label_request.images, load)
-            label_request = replace(label_request, spec=spec)
-        envelope = {
-            "id": f"chatcmpl-{label_request.id}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        if chat_request.stream:
-            pieces = await wait_for_first(_stream(replicas, label_request, ongoing))
-            events = stream_events(envelope, pieces, with_usage=chat_request.wants_usage_chunk)
-            return StreamingResponse(events, media_type="text/event-stream")
-        result = await _label(replicas, label_request, ongoing)
-        return JSONResponse(_completion(envelope, result))
 
     return app
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit whatever Content-Length says."""
-    too_large = ApiError(f"body of more than {limit:,} bytes", status=413, code="body_too_large")
-    stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > limit:
-        raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
-
-
-def _label_request(chat_request: ChatRequest, settings: ApiSettings) -> LabelRequest:
-    system, user = chat_request.conversation()
-    if len(user.urls) > settings.max_images:
-        raise ApiError(
-            f"{len(user.urls)} images: at most {settings.max_images} a request", param="messages"
-        )
-    return LabelRequest(
-        id=uuid.uuid4().hex,
-        prompt=user.text,
-        images=tuple(image_bytes(url, settings.media) for url in user.urls),
-        system=system,
-        spec=chat_request.spec(settings.default_spec),
-        generation=chat_request.generation(
-            default_tokens=settings.default_tokens, most_tokens=settings.most_tokens
-        ),
-        media=settings.media,
-    )
-
-
-async def _label(replicas: Replicas, request: LabelRequest, ongoing: OngoingRequests) -> Result:
-    with _unavailable_as_503(request), ongoing.counted():
-        (result,) = await replicas.label([request], priority=Priority.ONLINE)
-    return _checked(result, request)
+async def _label(
+    replicas: StreamingReplicas, asked: Sequence[LabelRequest], ongoing: OngoingRequests
+) -> list[Result]:
+    with _unavailable_as_503(), ongoing.counted():
+        results = await replicas.label(asked, priority=Priority.ONLINE)
+        ongoing.answered = time.monotonic()
+    return [_checked(result) for result in results]
 
 
 async def _stream(
     replicas: StreamingReplicas, request: LabelRequest, ongoing: OngoingRequests
 ) -> AsyncGenerator[str | Result]:
-    with _unavailable_as_503(request), ongoing.counted():
+    with _unavailable_as_503(), ongoing.counted():
         async with aclosing(replicas.stream(request)) as pieces:
             async for piece in pieces:
-                yield piece if isinstance(piece, str) else _checked(piece, request)
+                ongoing.answered = time.monotonic()
+                yield piece if isinstance(piece, str) else _checked(piece)
 
 
 @contextmanager
-def _unavailable_as_503(request: LabelRequest) -> Iterator[None]:
+def _unavailable_as_503() -> Iterator[None]:
     try:
         yield
     except _UNAVAILABLE as error:
-        logger.warning("request_shed", request=request.id, error=type(error).__name__)
+        logger.warning("request_shed", error=type(error).__name__)
         raise ApiError("overloaded, ask again", status=503, code="overloaded") from error
 
 
-def _checked(result: Result, request: LabelRequest) -> Result:
+def _checked(result: Result) -> Result:
     """The result, if it is an answer. Raises ApiError for an error result."""
     if result.error_code is None:
         return result
     message = result.error_message or result.error_code
     if result.error_code in _SERVER_FAULTS:
-        logger.error("request_failed", request=request.id, error=message)
+        logger.error("request_failed", error=message)
         raise ApiError("the model failed on this request", status=500, code=result.error_code)
     status = 413 if result.error_code == ImageTooLarge.code else 400
-    raise ApiError(message, status=status, code=result.error_code, param="messages")
-
-
-def _completion(envelope: dict[str, Any], result: Result) -> dict[str, Any]:
-    message = {"role": "assistant", "content": result.text, "refusal": None}
-    choice = {
-        "index": 0,
-        "message": message,
-        "finish_reason": result.finish_reason,
-        "logprobs": None,
-    }
-    return envelope | {"object": "chat.completion", "choices": [choice], "usage": usage(result)}
+    param = _PARAMETERS[result.error_about or "prompt"]
+    raise ApiError(message, status=status, code=result.error_code, param=param)

@@ -1,217 +1,221 @@
-"""The OpenAI chat-completions schema of this endpoint, and what it refuses.
+"""The body of a chat completion as clients send it, and what of it is refused.
 
-A field that would change the answer and is not supported is refused, never ignored; fields that
-only label the request (user, metadata, …) are accepted and have no effect.
+A field that would change the answer and is not supported is refused, never ignored. What asks for
+nothing is accepted: labels (user, metadata, …), neutral values, and any field that is null or
+empty, of which clients send many. Every text, list and number is bounded here, before any work.
 """
 
 from __future__ import annotations
 
-import base64
-import secrets
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cluster.config import MediaLimits
-from cluster.errors import ApiError
-from sppruner.engine.interface import Result, SamplingParams
-from sppruner.errors import SpecError
-from sppruner.spec import Budget, OptionValue, PruneSpec
+_MOST_MESSAGES: Final = 1024
+_MOST_PARTS: Final = 256
+_MOST_CHOICES: Final = 1000
+
+# A text this long is more than any context holds: the engine bounds it by its own.
+LongText: TypeAlias = Annotated[str, Field(max_length=2**22)]
+ShortText: TypeAlias = Annotated[str, Field(max_length=1000)]
+StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+ImageText: TypeAlias = Annotated[str, Field(max_length=2**27)]
+Labels: TypeAlias = Annotated[dict[ShortText, Any], Field(max_length=1000)]
+Tokens: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
+# What a method takes for each of its options it says itself.
+Option: TypeAlias = (
+    bool
+    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    | Annotated[float, Field(ge=-1e12, le=1e12)]
+    | ShortText
+)
+Detail: TypeAlias = Literal["auto", "low", "high", "original"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields.keys()
+        return {name: v for name, v in value.items() if name in known or v not in (None, [], {})}
+
 
 class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
+    """A text; `cache_control` is a hint to caches and has no effect."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: LongText
+    cache_control: Labels | None = None
+    annotations: Annotated[list[Any], Field(max_length=1000)] | None = None
+
+
+class RefusalPart(_Strict):
+    """What an assistant said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: LongText
 
 
 class ImageUrl(_Strict):
-    """`detail` is accepted and has no effect: `prune` sets the budget."""
+    """`detail` sets the budget where `prune` does not: see `ChatRequest.detail`."""
 
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    url: ImageText
+    detail: Detail | None = None
 
 
 class ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
+    """An image; the short form has its URL as a text."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: ImageUrl | ImageText
+    detail: Detail | None = None
+    cache_control: Labels | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the image is, or the image itself as a data URI."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+    @property
+    def asked_detail(self) -> Detail:
+        """auto where none is asked for."""
+        inner = None if isinstance(self.image_url, str) else self.image_url.detail
+        return inner or self.detail or "auto"
 
 
-Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part: TypeAlias = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
+Parts: TypeAlias = Annotated[list[Part], Field(max_length=_MOST_PARTS, fail_fast=True)]
+
+
+class CalledFunction(_Strict):
+    name: ShortText
+    arguments: LongText = ""
+
+
+class ToolCall(_Strict):
+    """A call that an assistant made earlier: part of the history, as text."""
+
+    function: CalledFunction
+    id: ShortText | None = None
+    type: Literal["function"] = "function"
+    index: Annotated[int, Field(ge=0, le=10_000)] | None = None
 
 
 class Message(_Strict):
-    role: Literal["system", "developer", "user"]
-    content: str | list[Part]
-    name: str | None = None
+    """One message; null content is none. `name`, `tool_call_id` and an assistant's reasoning have
+    no effect."""
 
-    @property
-    def text(self) -> str:
-        """The text parts, one per line; a string equals a list of one part."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-
-    @property
-    def urls(self) -> list[str]:
-        """The image URLs in order."""
-        parts = [] if isinstance(self.content, str) else self.content
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: LongText | Parts | None = None
+    name: ShortText | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=_MOST_PARTS, fail_fast=True)] | None = (
+        None
+    )
+    function_call: CalledFunction | None = None
+    tool_call_id: ShortText | None = None
+    refusal: LongText | None = None
+    reasoning_content: LongText | None = None
 
 
 class PruneOptions(_Strict):
     """`extra_body={"prune": {"method": "sppruner", "retain": 0.222}}`; tokens instead of retain
     keeps that many tokens of each image."""
 
-    method: str
-    retain: float | None = None
-    tokens: int | None = None
+    method: ShortText
+    retain: Annotated[float, Field(gt=0, le=1)] | None = None
+    tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     positions: Literal["keep", "renumber"] = "keep"
-    options: dict[str, OptionValue] = {}
-
-    def spec(self) -> PruneSpec:
-        """Raises SpecError."""
-        if self.retain is None and self.tokens is None:
-            return PruneSpec(method=self.method, positions=self.positions, options=self.options)
-        return PruneSpec(
-            method=self.method,
-            budget=Budget(ratio=self.retain, tokens=self.tokens),
-            positions=self.positions,
-            options=self.options,
-        )
-
-
-NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+    options: Annotated[dict[ShortText, Option], Field(max_length=64)] = {}
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class PlainText(_Strict):
     type: Literal["text"]
 
 
+class JsonObject(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    """`strict` has no effect: an answer always follows its schema."""
+
+    name: ShortText = ""
+    description: LongText | None = None
+    schema_: Annotated[dict[str, Any], Field(max_length=10_000)] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchema(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat: TypeAlias = Annotated[
+    PlainText | JsonObject | JsonSchema, Field(discriminator="type")
+]
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's field for formats that OpenAI's `response_format` does not have."""
+
+    json_: Annotated[dict[str, Any], Field(max_length=10_000)] | LongText | None = Field(
+        None, alias="json"
+    )
+    regex: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    choice: Annotated[list[StopText], Field(max_length=_MOST_CHOICES, fail_fast=True)] | None = None
+
+
 class ChatRequest(_Strict):
     """temperature defaults to 0 (greedy), as in batch runs; OpenAI's default is 1."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Annotated[list[NonEmpty], Field(max_length=4)] | NonEmpty | None = None
+    model: ShortText
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)
+    ]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Annotated[list[StopText], Field(max_length=4)] | StopText | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     prune: PruneOptions | None = None
     # Accepted at their neutral values alone.
-    n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    top_k: Literal[-1, 0] | None = None
+    min_p: Literal[0] | None = None
     logprobs: Literal[False] | None = None
-    response_format: PlainText | None = None
-    # Labels of the request, without effect.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    top_logprobs: Literal[0] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    # Without effect: labels of the request, and how tools that there are none of may be called.
+    parallel_tool_calls: bool | None = None
+    user: ShortText | None = None
+    metadata: Labels | None = None
     store: bool | None = None
-    service_tier: str | None = None
-
-    @classmethod
-    def parse(cls, body: bytes) -> ChatRequest:
-        """Raises ApiError, naming the field."""
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = ".".join(str(step) for step in first["loc"])
-            if first["type"] == "extra_forbidden":
-                raise ApiError(f"{param} is not supported by this endpoint", param=param) from None
-            raise ApiError(f"{param or 'body'}: {first['msg']}", param=param or None) from None
+    service_tier: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
 
     @property
     def wants_usage_chunk(self) -> bool:
         """Whether a stream ends with a usage event."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    def generation(self, *, default_tokens: int, most_tokens: int) -> SamplingParams:
-        """How the answer is sampled. Raises ApiError for more than `most_tokens` tokens, and for
-        what `SamplingParams` refuses."""
-        tokens = self.max_completion_tokens or self.max_tokens or default_tokens
-        if tokens > most_tokens:
-            raise ApiError(
-                f"max_tokens {tokens}: this endpoint generates at most {most_tokens}",
-                param="max_tokens",
-            )
-        temperature = self.temperature or 0.0
-        # A seed matters only for sampling; greedy requests share one so that they share batches.
-        seed = 0 if temperature == 0 else self.seed
-        try:
-            return SamplingParams(
-                max_new_tokens=tokens,
-                temperature=temperature,
-                top_p=1.0 if self.top_p is None or temperature == 0 else self.top_p,
-                seed=secrets.randbelow(2**31) if seed is None else seed,
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            )
-        except SpecError as error:
-            raise ApiError(str(error)) from error
-
-    def spec(self, default: PruneSpec) -> PruneSpec:
-        """The request's spec, else `default`. Raises ApiError for an invalid one."""
-        try:
-            return default if self.prune is None else self.prune.spec()
-        except SpecError as error:
-            raise ApiError(f"prune: {error}", param="prune") from error
-
-    def conversation(self) -> tuple[str | None, Message]:
-        """(system prompt, the one user message). Raises ApiError for more turns than one."""
-        users = [message for message in self.messages if message.role == "user"]
-        system = [message for message in self.messages if message.role != "user"]
-        if len(users) != 1:
-            raise ApiError(
-                f"{len(users)} user messages: this endpoint answers exactly one", param="messages"
-            )
-        if any(message.urls for message in system):
-            raise ApiError("images belong in the user message", param="messages")
-        return "\n".join(message.text for message in system) or None, users[0]
-
-
-def image_bytes(url: str, limits: MediaLimits) -> bytes:
-    """The bytes of a base64 data URI. Nothing is ever fetched. Raises ApiError; the size is
-    checked on the text, before it is decoded."""
-    head, comma, payload = url.partition(",")
-    if not head.startswith("data:") or not comma:
-        raise ApiError(
-            "image_url must be a data URI (data:image/png;base64,…): this endpoint fetches nothing",
-            code="image_url_not_supported",
-            param="messages",
-        )
-    if not head.endswith(";base64"):
-        raise ApiError("image data URIs must be base64", code="invalid_image", param="messages")
-    if len(payload) * 3 // 4 > limits.max_bytes + 2:
-        raise ApiError(
-            f"an image of more than {limits.max_bytes:,} bytes",
-            status=413,
-            code="image_too_large",
-            param="messages",
-        )
-    try:
-        return base64.b64decode(payload, validate=True)
-    except ValueError as error:  # of characters outside ASCII; binascii.Error is one too
-        raise ApiError(f"base64: {error}", code="invalid_image", param="messages") from error
-
-
-def usage(result: Result) -> dict[str, int]:
-    """OpenAI's usage, with visual tokens before and after pruning."""
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": result.completion_tokens,
-        "total_tokens": result.prompt_tokens + result.completion_tokens,
-        "visual_tokens": result.visual_tokens,
-        "visual_tokens_kept": result.visual_tokens_kept,
-    }
+        return bool(self.stream_options and self.stream_options.include_usage)

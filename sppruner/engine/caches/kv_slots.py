@@ -82,6 +82,14 @@ class KVSlots:
             return self.slots * self._fixed
         return None if self._limit is None else self._limit // (len(self.keys) * self._token_bytes)
 
+    @property
+    def usage(self) -> float | None:
+        """Share of the tokens that it can hold which it holds; None for no bound."""
+        capacity = self.token_capacity
+        if capacity is None:
+            return None
+        return float(self._host_lengths_LS.mean(axis=0).sum()) / max(1, capacity)
+
     def lengths(self, slot: int) -> list[int]:
         """Tokens of a slot at each layer."""
         return [int(length) for length in self._host_lengths_LS[:, slot]]
@@ -132,6 +140,17 @@ class KVSlots:
             for held in (self.keys[layer], self.values[layer]):
                 held[target, :, :length] = held[source, :, :length]
         self._set(target, lengths)
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchanges the content of two slots."""
+        lengths = self.lengths(one), self.lengths(other)
+        for layer, length in enumerate(map(max, *lengths)):
+            for held in (self.keys[layer], self.values[layer]):
+                before = held[one, :, :length].clone()
+                held[one, :, :length] = held[other, :, :length]
+                held[other, :, :length] = before
+        self._set(one, lengths[1])
+        self._set(other, lengths[0])
 
     def release(self, slot: int) -> None:
         """Empties a slot."""

@@ -15,6 +15,7 @@ from sppruner.adapters import adapter_class, capabilities
 from sppruner.engine.answer_rules import AnswerRules
 from sppruner.engine.format_guide import format_guides
 from sppruner.engine.interface import (
+    EngineLoad,
     Request,
     Result,
     Update,
@@ -179,6 +180,17 @@ class VllmEngine:
         """See `Engine`."""
         return len(self._rendering) + len(self._running)
 
+    @property
+    def load(self) -> EngineLoad:
+        """See `Engine`."""
+        scheduler = self._vllm.engine_core.engine_core.scheduler
+        running = min(len(scheduler.running), self.in_flight)
+        return EngineLoad(
+            running=running,
+            waiting=self.in_flight - running,
+            kv_usage=float(scheduler.kv_cache_manager.usage),
+        )
+
     def jpeg_scale(self, width: int, height: int) -> int:
         """See `Engine`."""
         return self._jpeg_scale(width, height)
@@ -295,7 +307,7 @@ class VllmEngine:
         request = rendering.request
         try:
             sampling = vllm_sampling(
-                request.generation, self._rules, banned=self._placeholders, stream=request.stream
+                rendered.generation, self._rules, banned=self._placeholders, stream=request.stream
             )
             internal = self._vllm.add_request(
                 str(ticket),

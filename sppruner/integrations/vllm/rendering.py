@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from sppruner.capabilities import Capabilities
-from sppruner.engine.base import check_characters, check_length
+from sppruner.engine.base import check_characters, fit_length
 from sppruner.engine.format_guide import FormatGuides
-from sppruner.engine.interface import Request
+from sppruner.engine.interface import Request, SamplingParams
 from sppruner.errors import InputError, SpprunerError
 from sppruner.integrations.vllm.settings import PluginSettings, is_counted
 from sppruner.integrations.vllm.wire import COUNTED, FIELD, INSTRUCTION, PRUNE, ImageRequest
@@ -26,6 +26,8 @@ class RenderedRequest:
 
     prompt: Any
     """vLLM's engine input."""
+    generation: SamplingParams
+    """How its answer is sampled."""
     keys: tuple[str, ...]
     """The hashes of its images."""
     dense_tokens: int
@@ -71,7 +73,7 @@ class RequestRenderer:
     def prompt(self, request: Request, counted: Counted | None = None) -> dict[str, Any]:
         """The request in the form that `LLM.generate` takes. Raises InputError for text that the
         model would read as another image, and ImageTooNarrow."""
-        text = chat_text(self._processor, request.prompt, request.images, request.system)
+        text = chat_text(self._processor, request.conversation, request.images)
         tokenizer = self._processor.tokenizer
         prompt: dict[str, Any] = {
             "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -101,9 +103,10 @@ class RequestRenderer:
         wanted = [ImageRequest.from_tensor(image[FIELD].data) for image in images]
         dropped = sum(image.tokens - image.kept for image in wanted)
         dense_tokens = len(rendered["prompt_token_ids"]) + dropped
-        check_length(dense_tokens, request.generation, self._context)
+        generation = fit_length(dense_tokens, request, self._context)
         return RenderedRequest(
             prompt=rendered,
+            generation=generation,
             keys=tuple(rendered.get("mm_hashes", {}).get("image", ())),
             dense_tokens=dense_tokens,
             visual_end=max((place.offset + place.length for place in places), default=0),

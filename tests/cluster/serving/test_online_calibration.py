@@ -157,7 +157,7 @@ def test_the_load_is_the_number_of_requests_in_flight() -> None:
         app = create_app(replicas, SETTINGS, model="fake", break_even=decisions)
         body = {"model": "fake", "messages": [message_with_image(20)]}
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for number in (1, 2, 1):
                 posts = [client.post("/v1/chat/completions", json=body) for _ in range(number)]
                 responses = await asyncio.gather(*posts)

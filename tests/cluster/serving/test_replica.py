@@ -281,14 +281,37 @@ def test_an_engine_that_raises_on_every_row_makes_the_replica_unhealthy(journal:
     async def scenario(replica: VLMReplica) -> None:
         for first in range(0, 12, 4):
             await replica.check_health()
-            calls = [call(first + n, "raise") for n in range(4)]
+            calls = [call(first + n, "break") for n in range(4)]
             await replica.label(calls, priority=Priority.BATCH)
-        with pytest.raises(EngineBroken):
+        with pytest.raises(EngineBroken, match="nor can a blank one"):
             await replica.check_health()
-        await replica.label([call(99)], priority=Priority.BATCH)
-        await replica.check_health()
 
     run(settings(journal), scenario)
+
+
+def test_rows_that_all_fail_are_their_senders_fault_while_the_engine_answers_a_blank_one(
+    journal: Path,
+) -> None:
+    async def scenario(replica: VLMReplica) -> None:
+        for first in range(0, 40, 4):
+            calls = [call(first + n, "raise") for n in range(4)]
+            await replica.label(calls, priority=Priority.ONLINE)
+            await replica.check_health()
+
+    run(settings(journal), scenario)
+
+
+def test_online_images_wait_while_the_replica_holds_enough_pixels(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.serving.replica._ONLINE_PIXELS", 16)  # one picture
+
+    async def scenario(replica: VLMReplica) -> None:
+        each = [replica.label([call(n)], priority=Priority.ONLINE) for n in range(3)]
+        assert len(await asyncio.gather(*each)) == 3
+
+    run(settings(journal, seconds=0.05), scenario)
+    assert [len(batch) for batch in batches(journal)] == [1, 1, 1]
 
 
 def test_a_device_fault_ends_the_process_and_fails_no_row(

@@ -13,16 +13,24 @@ import torch
 from PIL import Image
 
 from sppruner.adapters import Encoded, Kept, LlavaAdapter
+from sppruner.conversation import Turn
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
 from sppruner.engine.base import ModelEngine
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
 from sppruner.models.loading import LoadedModel, load_model
+from sppruner.prompts import build_chat_inputs
 from sppruner.spec import DENSE, Budget, PruneSpec
 from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
 
 NEW = SamplingParams(max_new_tokens=4)
 GRID = PruneSpec(method="grid", budget=Budget(ratio=0.25))
 SPP = PruneSpec(method="sppruner", budget=Budget(ratio=0.111))
+TALK = (
+    Turn("system", ("be brief",)),
+    Turn("user", ("first", None, "what color ?")),
+    Turn("assistant", ("red",)),
+    Turn("user", (None, "and this ?")),
+)
 MOVED = PruneSpec(method="topk", budget=Budget(tokens=20), positions="renumber")
 
 
@@ -69,6 +77,12 @@ def facts(result: Result) -> Result:
     return replace(result, seconds=0.0, cost=cost)
 
 
+def loaded_context(engine: ModelEngine) -> int:
+    context = engine._model.config.get_text_config().max_position_embeddings
+    assert isinstance(context, int)
+    return context
+
+
 def mixed() -> list[Request]:
     return [
         request("cat", spec=GRID),
@@ -80,6 +94,7 @@ def mixed() -> list[Request]:
         request("long", spec=GRID, generation=SamplingParams(max_new_tokens=9)),
         request("blue", spec=GRID, system="be brief"),
         request("text", images=0, spec=GRID),
+        request("talk", images=2, spec=SPP, turns=TALK),
     ]
 
 
@@ -115,10 +130,44 @@ def test_selection_flops_grow_linearly_with_the_number_of_images(engine: ModelEn
     assert two.cost.flops["pruner"] == 2 * one.cost.flops["pruner"]
 
 
+def test_a_conversation_is_answered_as_generate_answers_it(
+    engine: ModelEngine, loaded: LoadedModel
+) -> None:
+    asked = request("talk", images=2, turns=TALK)
+    inputs = build_chat_inputs(loaded.processor, [TALK], [asked.images])
+    length = inputs["input_ids"].shape[1]
+    tokens = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, length:]
+    text = loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    (result,) = engine.run([asked])
+    assert (result.text, result.prompt_tokens) == (text, length)
+    assert result.visual_tokens == 2 * VISUAL_TOKENS
+
+
+def test_an_answer_is_cut_to_the_context_only_where_the_request_takes_that(
+    engine: ModelEngine,
+) -> None:
+    context = loaded_context(engine)
+    prompt = "red " * (context - 6)  # behind it room for a few tokens
+    long = SamplingParams(max_new_tokens=100)
+    asked = request("long", images=0, prompt=prompt, generation=long)
+    refused, cut, none_left = engine.run(
+        [
+            asked,
+            replace(asked, fit_context=True),
+            replace(asked, prompt="red " * context, fit_context=True),
+        ]
+    )
+    assert refused.error_code == none_left.error_code == "prompt_invalid"
+    assert cut.error_code is None
+    assert cut.prompt_tokens + cut.completion_tokens <= context
+    assert cut.finish_reason == "stop" or cut.prompt_tokens + cut.completion_tokens == context
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"prompt": "word " * 3000},
+        {"turns": (Turn("user", ("what is <image> ?",)),)},
         {"prompt": "what is <image> ?"},
         {"system": "<image>"},
         {"spec": PruneSpec(method="gird")},

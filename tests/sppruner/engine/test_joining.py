@@ -77,7 +77,7 @@ def test_requests_wait_for_memory_and_none_is_lost(
 def test_a_group_that_runs_out_of_memory_is_prefilled_in_parts_and_answered_once(
     engine: ContinuousEngine, reference: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = pictured(reference, 6, 6)
+    batch = [replace(request, priority=0) for request in pictured(reference, 6, 6)]
     expected = [facts(result) for result in reference.run(batch)]
     reserve = engine._running.cache.reserve
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from sppruner.conversation import Turn
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, SamplingParams
 from sppruner.models.loading import EMBEDDED, LoadedModel, load_model
-from sppruner.prompts import build_inputs
+from sppruner.prompts import build_chat_inputs
 from sppruner.selectors import selector_for
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.engine.requests import drawn
@@ -101,8 +102,8 @@ def test_a_text_of_megabytes_is_refused_before_it_is_tokenized_and_costs_no_othe
     long, other = requests()[:2]
     long = replace(long, **{part: "word " * 2_000_000})  # type: ignore[arg-type]
     for module in ("preparation", "static"):
-        name = f"sppruner.engine.{module}.build_inputs"
-        monkeypatch.setattr(name, _refusing_long_texts(build_inputs))
+        name = f"sppruner.engine.{module}.build_chat_inputs"
+        monkeypatch.setattr(name, _refusing_long_texts(build_chat_inputs))
     results = engine.run([long, other])
     engine.close()
     assert [result.error_code for result in results] == ["prompt_invalid", None]
@@ -110,8 +111,9 @@ def test_a_text_of_megabytes_is_refused_before_it_is_tokenized_and_costs_no_othe
 
 
 def _refusing_long_texts(build: Callable[..., Any]) -> Callable[..., Any]:
-    def checked(processor: Any, prompts: list[str], images: Any, systems: Any) -> Any:
-        assert all(len(text or "") < 10_000 for text in (*prompts, *systems)), "it is tokenized"
-        return build(processor, prompts, images, systems)
+    def checked(processor: Any, conversations: list[tuple[Turn, ...]], images: Any) -> Any:
+        texts = (text for turns in conversations for turn in turns for text in turn.texts)
+        assert all(len(text) < 10_000 for text in texts), "it is tokenized"
+        return build(processor, conversations, images)
 
     return checked

@@ -79,19 +79,21 @@ def test_sampling_params_reach_the_engine_and_are_equal_for_greedy_requests() ->
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"tools": []}, "tools"),
+        ({"n": 17}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"stop": ""}, "stop"),
         ({"stop": list("abcde")}, "stop"),
         ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {}, "choice": ["a"]}}, "structured_outputs"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 10**6}, "max_tokens"),
         ({"prune": {"method": "sppruner", "retain": 1.5}}, "prune"),
         ({"prune": {"method": "sppruner", "retain": 0.5, "tokens": 5}}, "prune"),
         ({"prune": {"method": "sppruner", "keep": 0.5}}, "prune.keep"),
         ({"messages": []}, "messages"),
-        ({"messages": [USER_MESSAGE, USER_MESSAGE]}, "messages"),
         ({"messages": [user_message(*[image_part(data_uri(b"x"))] * 9)]}, "messages"),
     ],
 )
@@ -105,8 +107,114 @@ def test_unsupported_fields_are_refused_by_name_and_not_ignored(
     assert not replicas.requests
 
 
-def test_user_and_metadata_fields_are_accepted_and_ignored() -> None:
-    assert complete(user="me", metadata={"a": "b"}, stream_options=None).status_code == 200
+def test_several_answers_are_sampled_each_with_a_seed_of_its_own() -> None:
+    replicas = RecordingReplica()
+    answer = complete(replicas, n=3, temperature=0.5, seed=7).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [call.generation.seed for call in replicas.requests] == [7, 8, 9]
+    usage, each = answer["usage"], complete().json()["usage"]
+    assert usage["prompt_tokens"] == each["prompt_tokens"]
+    assert usage["completion_tokens"] == 3 * each["completion_tokens"]
+
+
+def test_an_answer_of_no_stated_length_fits_the_context_and_another_is_as_long_as_asked() -> None:
+    replicas = RecordingReplica()
+    complete(replicas)
+    complete(replicas, max_tokens=9)
+    assert [call.fit_context for call in replicas.requests] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_schema": '{"type":"object"}'}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"type": "integer"}, "strict": True},
+                }
+            },
+            {"json_schema": '{"type": "integer"}'},
+        ),
+        ({"structured_outputs": {"json": '{"type": "null"}'}}, {"json_schema": '{"type": "null"}'}),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, {"choice": ["yes", "no"]}),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, {"regex": "[0-9]+"}),
+    ],
+)
+def test_the_form_of_an_answer_reaches_the_engine(
+    fields: dict[str, Any], form: dict[str, Any] | None
+) -> None:
+    replicas = RecordingReplica()
+    assert complete(replicas, **fields).status_code == 200
+    (asked,) = replicas.requests
+    found = asked.generation.format
+    assert (found and found.to_dict()) == form
+
+
+@pytest.mark.parametrize(
+    ("details", "kept"),
+    [(["auto"], 50), ([None], 50), (["low"], 11), (["high"], 100), (["low", "original"], 200)],
+)
+def test_detail_sets_the_budget_where_prune_does_not(details: list[str | None], kept: int) -> None:
+    half = ApiSettings(
+        default_spec=PruneSpec(method="grid", budget=Budget(ratio=0.5)),
+        low_detail=PruneSpec(method="grid", budget=Budget(tokens=11)),
+    )
+    parts = [image_part(data_uri(picture(1))) for _ in details]
+    for part, detail in zip(parts, details, strict=True):
+        part["image_url"]["detail"] = detail
+    asked = [user_message(text_part("what ?"), *parts)]
+    assert complete(settings=half, messages=asked).json()["usage"]["visual_tokens_kept"] == kept
+    told = complete(settings=half, prune={"method": "grid", "tokens": 7}, messages=asked).json()
+    assert told["usage"]["visual_tokens_kept"] == 7
+
+
+def test_pixels_of_all_images_are_bounded_by_their_headers() -> None:
+    replicas = RecordingReplica()
+    few = ApiSettings(max_pixels=31)  # a picture has 16
+    parts = [image_part(data_uri(picture(n))) for n in range(2)]
+    status, error = read_error(complete(replicas, few, messages=[user_message(*parts)]))
+    assert (status, error["code"]) == (413, "image_too_large")
+    assert not replicas.requests
+    told = complete(replicas, few, messages=[user_message(text_part("what ?"), parts[0])])
+    assert told.status_code == 200
+
+
+def test_a_temperature_too_low_to_divide_by_is_greedy() -> None:
+    replicas = RecordingReplica()
+    assert complete(replicas, temperature=5e-38).status_code == 200
+    assert replicas.requests[0].generation.temperature == 0
+
+
+def test_one_model_is_retrieved_by_its_name() -> None:
+    assert send_request("GET", "/v1/models/fake").json()["id"] == "fake"
+    status, error = read_error(send_request("GET", "/v1/models/a/b"))
+    assert (status, error["code"]) == (404, "model_not_found")
+
+
+def test_liveness_is_of_the_process_and_readiness_of_a_replica() -> None:
+    gone = RecordingReplica(ActorDiedError())
+    assert send_request("GET", "/healthz", gone).status_code == 200
+    status, error = read_error(send_request("GET", "/readyz", gone))
+    assert (status, error["code"]) == (503, "not_ready")
+    assert send_request("GET", "/readyz").status_code == 200
+    assert send_request("GET", "/readyz", RecordingReplica(BackPressureError(9, 8))).is_success
+
+
+def test_more_requests_than_places_are_told_to_come_again() -> None:
+    response = complete(settings=ApiSettings(max_requests=0))
+    assert (read_error(response)[0], response.headers["retry-after"]) == (503, "1")
+
+
+def test_the_openapi_document_has_the_body_that_is_read_by_hand() -> None:
+    document = send_request("GET", "/openapi.json").json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    reference = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    name = reference.rsplit("/", 1)[-1]
+    assert "messages" in document["components"]["schemas"][name]["required"]
+    assert "ErrorBody" in json.dumps(chat["responses"]["default"])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +302,8 @@ def test_an_internal_error_does_not_leak_its_message() -> None:
 def test_engine_errors_are_400_for_the_prompt_and_500_for_the_model() -> None:
     bad = user_message(text_part("bad"), image_part(data_uri(picture(1))))
     assert read_error(complete(messages=[bad]))[0] == 400
+    told = read_error(complete(messages=[bad]))[1]
+    assert (told["code"], told["param"]) == ("prompt_invalid", "messages")
     failing = user_message(text_part("raise"), image_part(data_uri(picture(1))))
     status, error = read_error(complete(messages=[failing]))
     assert (status, error["code"]) == (500, "inference_failed")

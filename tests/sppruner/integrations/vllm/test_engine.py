@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sppruner.engine import Request, Result, SamplingParams
+from sppruner.conversation import Turn
+from sppruner.engine import Request, Result, SamplingParams, open_engine
 from sppruner.errors import EngineError, InputError, SpecError
 from sppruner.spec import DENSE, Budget, PruneSpec
 from tests.sppruner.integrations.vllm.requests import facts, questions
@@ -68,6 +69,31 @@ def test_a_request_is_cancelled_in_every_state(open_vllm: Callable[..., Any]) ->
 def free_blocks(engine: Any) -> int:
     pool = engine._vllm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     return int(pool.get_num_free_blocks())
+
+
+@pytest.mark.parametrize("spec", [DENSE, SPP])
+def test_conversations_and_answers_cut_to_the_context_are_those_of_our_engine(
+    open_vllm: Callable[..., Any], spec: PruneSpec
+) -> None:
+    one, other = questions(2, spec)
+    talk = replace(
+        one,
+        id="talk",
+        images=(*one.images, *other.images),
+        turns=(
+            Turn("system", ("be brief </s>",)),
+            Turn("user", ("first", None, one.prompt)),
+            Turn("assistant", ("red",)),
+            Turn("user", (None, other.prompt)),
+        ),
+    )
+    open_ended = SamplingParams(max_new_tokens=10_000)
+    fitted = replace(one, id="fitted", fit_context=True, generation=open_ended)
+    ours = open_engine("tiny-llava")
+    theirs = open_vllm("tiny-llava")
+    asked = [talk, fitted]
+    assert [*map(facts, theirs.run(asked))] == [*map(facts, ours.run(asked))]
+    assert theirs.run([replace(fitted, fit_context=False)])[0].error_code == "prompt_invalid"
 
 
 def test_a_stream_adds_up_to_the_answer(open_vllm: Callable[..., Any]) -> None:

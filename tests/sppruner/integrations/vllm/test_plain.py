@@ -70,7 +70,7 @@ def vllm_says(
     asked = {
         "model": resolve_model("tiny-qwen").path,
         "images": [str(folder / f"{number}.png") for number in range(len(requests))],
-        "texts": [chat_text(processor, r.prompt, r.images, None) for r in requests],
+        "texts": [chat_text(processor, r.conversation, r.images) for r in requests],
         "questions": [request.prompt for request in requests],
         "kwargs": kwargs,
         "chat": chat,

@@ -1,0 +1,1 @@
+"""infra/: what operators deploy and watch."""

@@ -40,7 +40,7 @@ class _Strict(BaseModel):
     def _without_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        known = cls.model_fields.keys()
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         return {name: v for name, v in value.items() if name in known or v not in (None, [], {})}
 
 

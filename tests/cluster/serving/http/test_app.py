@@ -86,7 +86,7 @@ def test_sampling_params_reach_the_engine_and_are_equal_for_greedy_requests() ->
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json": {}, "choice": ["a"]}}, "structured_outputs"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 10**6}, "max_tokens"),

@@ -74,6 +74,7 @@ def test_every_text_list_number_and_mapping_of_a_request_is_bounded() -> None:
         {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0},
         {"top_k": -1, "min_p": 0, "n": 1, "stop": None, "seed": None, "unknown_to_us": None},
         {"response_format": {"type": "text"}, "reasoning_effort": None, "max_tokens": None},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ them. Errors of the library (`sppruner.errors`) carry code and stage too.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 
 class ClusterError(Exception):
@@ -153,21 +153,39 @@ class EngineBroken(ClusterError):
     retryable = True
 
 
+_API_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
 class ApiError(ClusterError):
     """A request that is answered with an error in OpenAI's shape."""
 
     def __init__(
-        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float = 1.0,
     ) -> None:
-        """status: of HTTP. code, param: OpenAI's error code and the field at fault, or None."""
+        """status: of HTTP. code, param: OpenAI's error code and the field at fault, or None.
+        retry_after: seconds after which the same request may succeed, for status 429 and 503."""
         super().__init__(message)
+        self.retry_after = retry_after
         self.status = status
         self.api_code = code
         self.param = param
 
     def body(self) -> dict[str, Any]:
         """The response body: `{"error": {message, type, param, code}}`."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _API_TYPES.get(self.status, "invalid_request_error")
+        if self.status >= 500:
+            kind = "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.api_code}
         return {"error": error}
 

@@ -42,7 +42,7 @@ ORDER = {
     "jobs": """
         boundary arguments suites training
         overlays make_corpus demo_results labelling_cli
-        answer_vqa benchmark caption_corpus evaluate report retry_errors train_tiny tune
+        answer_vqa api_key benchmark caption_corpus evaluate report retry_errors train_tiny tune
     """.split(),
 }
 

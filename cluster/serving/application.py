@@ -23,6 +23,7 @@ from cluster.serving.engine_settings import (
     gpus_of,
     parse_options,
 )
+from cluster.serving.http.api_keys import read_keys
 from cluster.serving.http.app import Api, ApiSettings
 from cluster.serving.ray_session import SERVE_SETTINGS
 from cluster.serving.replica import VLMReplica
@@ -43,7 +44,7 @@ _EDGE_REQUESTS: Final = 4096
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ARGUMENTS: Final = {
     "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto", "engine",
-    "engine_options", "hosts", "origins",
+    "engine_options", "hosts", "origins", "keys", "public",
 }  # fmt: skip
 
 
@@ -168,8 +169,9 @@ def endpoint(args: Mapping[str, Any]) -> serve.Application:
     retain (the pruning of requests that ask for none themselves); auto=true (prune those only
     where pruning is measured, at start-up, to be faster than dense); engine=vllm, and its
     engine_options (NAME=VALUE, comma-separated); hosts (names under which it may be asked, beside
-    localhost and addresses) and origins (of web pages that may ask), comma-separated. In a config
-    of Serve numbers, booleans and lists may be written as YAML has them.
+    localhost and addresses) and origins (of web pages that may ask), comma-separated; keys (path or
+    URI of the file of API keys), without which other machines are refused, unless public=true. In a
+    config of Serve numbers, booleans and lists may be written as YAML has them.
 
     The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
     Raises UsageError for other arguments, and for a pruning that the model cannot run.
@@ -177,11 +179,10 @@ def endpoint(args: Mapping[str, Any]) -> serve.Application:
     args = {name: _as_text(value) for name, value in args.items() if value is not None}
     if "model" not in args or set(args) - _ARGUMENTS:
         raise UsageError(f"arguments {sorted(args)}: give model=PATH, and of {sorted(_ARGUMENTS)}")
-    auto = args.get("auto", "false")
-    if auto not in ("true", "false"):
-        raise UsageError(f"auto={auto}: write true or false")
     if "retain" in args and "prune" not in args:
         raise UsageError(f"retain={args['retain']} prunes nothing: add prune=METHOD")
+    if "keys" in args:
+        read_keys(args["keys"])  # what is wrong with them is said now, and not in a log
     by_vllm = args.get("engine") == "vllm"
     if "engine" in args and not by_vllm:
         raise UsageError(f"engine={args['engine']}: write vllm, or leave it out")
@@ -194,7 +195,10 @@ def endpoint(args: Mapping[str, Any]) -> serve.Application:
         selector_for(spec)  # a misspelt method must not cost the download of a model
         api = ApiSettings(
             default_spec=spec,
-            auto=auto == "true",
+            auto=_is_true(args, "auto"),
+            keys=args.get("keys"),
+            public=_is_true(args, "public"),
+            access_log=True,
             hosts=_names(args, "hosts"),
             origins=_names(args, "origins"),
         )
@@ -223,6 +227,13 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value)
+
+
+def _is_true(args: Mapping[str, str], name: str) -> bool:
+    value = args.get(name, "false")
+    if value not in ("true", "false"):
+        raise UsageError(f"{name}={value}: write true or false")
+    return value == "true"
 
 
 def _names(args: Mapping[str, str], name: str) -> tuple[str, ...]:

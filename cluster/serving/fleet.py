@@ -47,8 +47,8 @@ _REPORT_SECONDS: Final = 15.0
 # As often the start timeout may a replica take that has its place: weights come through slow links.
 _WHILE_LOADING: Final = 4
 _STATS_TIMEOUT_SECONDS: Final = 30.0
-# Applications in a Ray that this process started for them. It takes them down with it, so none of
-# the jobs that run in this process meanwhile may.
+# Applications in a Ray that this process started for them, of which it holds the lease until that
+# Ray ends, for all jobs that it runs meanwhile.
 _IN_OWN_RAY: Final[set[str]] = set()
 
 
@@ -110,16 +110,19 @@ def open_fleet(settings: FleetSettings) -> Iterator[Fleet]:
 
     Raises FleetUnavailable with the reason where not one came up in time."""
     with ExitStack() as stack:
-        if join_ray(stack, settings.environment, replicas=settings.replicas):
+        own_ray = join_ray(stack, settings.environment, replicas=settings.replicas)
+        lease = None
+        if settings.app not in _IN_OWN_RAY:  # else this process holds it already, until Ray ends
+            lease = stack.enter_context(
+                FleetLease(
+                    settings.app,
+                    patience_seconds=settings.start_timeout_seconds,
+                    release=not own_ray,
+                )
+            )
+        if own_ray:
             _IN_OWN_RAY.add(settings.app)
             stack.callback(_IN_OWN_RAY.discard, settings.app)
-        lease = (
-            None
-            if settings.app in _IN_OWN_RAY
-            else stack.enter_context(
-                FleetLease(settings.app, patience_seconds=settings.start_timeout_seconds)
-            )
-        )
         name, deployed_here = _find_or_deploy(settings, lease)
         app = _wait(name, settings)
         logger.info("fleet_up", app=app.name, attached=not deployed_here)

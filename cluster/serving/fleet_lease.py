@@ -31,10 +31,12 @@ _REMOVAL_SECONDS: Final = 75.0
 class FleetLease:
     """Context manager: holds the lease. The fleet stays while any job holds one."""
 
-    def __init__(self, fleet: str, *, patience_seconds: float) -> None:
-        """patience_seconds: how long to ask for the lease."""
+    def __init__(self, fleet: str, *, patience_seconds: float, release: bool = True) -> None:
+        """patience_seconds: how long to ask for the lease. release: False where the cluster ends
+        with the job, and the fleet with it."""
         self._fleet = fleet
         self._patience = patience_seconds
+        self._release = release
         self._holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._on_beat: Callable[[], None] | None = None
         self._ended = threading.Event()
@@ -67,6 +69,8 @@ class FleetLease:
     ) -> None:
         self._ended.set()
         self._thread.join(_REMOVAL_SECONDS)
+        if not self._release:
+            return
         try:
             self._ask("release", self._fleet, self._holder, seconds=_REMOVAL_SECONDS)
         except Exception as unreachable:  # of Ray in any state, behind the last commit of a run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -113,7 +112,8 @@ class BatchJob:
         process, self._process = self._process, None
         if process is None:
             return
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT: below a shell that put this process into the background it is ignored.
+        process.terminate()
         try:
             process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:

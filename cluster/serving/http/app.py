@@ -7,6 +7,8 @@ Errors have OpenAI's shape.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -15,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -26,6 +28,7 @@ from cluster.errors import ApiError, ImageTooLarge, InferenceFailed, PruningNoEf
 from cluster.logs import configure_logs
 from cluster.protocol import LabelRequest, Priority, StreamingReplicas
 from cluster.serving.client import REPLICA_FULL, REPLICA_GONE, ServeReplicas
+from cluster.serving.http.api_keys import ApiKeys
 from cluster.serving.http.chat_request import RequestRules, label_requests, parse_chat_request
 from cluster.serving.http.completion import completion, usage
 from cluster.serving.http.edge_rules import REQUEST_ID, EdgeRules
@@ -40,7 +43,6 @@ logger = structlog.get_logger(__name__)
 _UNAVAILABLE = (*REPLICA_FULL, *REPLICA_GONE)
 _SERVER_FAULTS = (InferenceFailed.code, PruningNoEffect.code)
 _PARAMETERS: Final = {"prompt": "messages", "spec": "prune", "format": "response_format"}
-_RETRY_AFTER_SECONDS = "1"
 # Concurrent requests in calibration at most: an endpoint must start in time.
 _FULL_LOAD = 64
 # Until a replica must have said something for the endpoint to be ready.
@@ -66,6 +68,12 @@ class ApiSettings(RequestRules):
     """Names under which the endpoint may be asked, beside localhost and addresses; "*" for any."""
     origins: tuple[str, ...] = ()
     """Origins of web pages that may ask, beside the endpoint's own; "*" for any."""
+    keys: str | None = None
+    """Path or s3:// URI of the file of API keys; None for none, and then for this machine alone."""
+    public: bool = False
+    """Whether other machines may ask where there are no keys."""
+    access_log: bool = False
+    """Whether each request leaves a line in the log."""
 
     def __post_init__(self) -> None:
         if self.auto and self.default_spec.is_dense:
@@ -108,7 +116,12 @@ class Api:
         if settings.auto:
             load = min(stats.slots, _FULL_LOAD)
             break_even = await calibrate_online(replicas, settings.default_spec, full_load=load)
-        self._app = create_app(replicas, settings, model=stats.model, break_even=break_even)
+        keys = None
+        if settings.keys is not None:
+            keys = await asyncio.to_thread(ApiKeys.open, settings.keys)
+        self._app = create_app(
+            replicas, settings, model=stats.model, break_even=break_even, keys=keys
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -120,10 +133,12 @@ def create_app(
     *,
     model: str,
     break_even: OnlineBreakEven | None = None,
+    keys: ApiKeys | None = None,
 ) -> FastAPI:
     """The endpoint of one model. Needs Ray for /v1/runs alone.
 
     break_even: where pruning pays, for requests that name none; None applies the default spec.
+    keys: of which one is needed for all that is not of this machine's health.
     """
     app = FastAPI(title="sppruner", docs_url=None, redoc_url=None)
     started = int(time.time())
@@ -145,12 +160,33 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
-    app.add_middleware(EdgeRules, hosts=settings.hosts, origins=settings.origins)
-    describe(app)
+    app.add_middleware(
+        EdgeRules, hosts=settings.hosts, origins=settings.origins, log=settings.access_log
+    )
+    describe(app, keys=keys is not None)
+
+    async def authorised(request: Request) -> None:
+        state = request.scope["state"]
+        if keys is not None:
+            state["holder"] = await keys.holder(request.headers.get("authorization"))
+            state["noted"]["key"] = state["holder"].key.name
+        elif not settings.public and not _is_loopback(request.scope.get("server")):
+            raise ApiError(
+                "this endpoint has no API keys, so it answers its own machine alone: start it with "
+                "keys=FILE, or with public=true where everybody who can reach it may use it",
+                status=403,
+                code="keys_required",
+            )
+
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authorised)])
 
     @app.exception_handler(ApiError)
     async def answer_error(_: Request, error: ApiError) -> Response:
-        headers = {"Retry-After": _RETRY_AFTER_SECONDS} if error.status in (429, 503) else None
+        headers = {}
+        if error.status in (429, 503):
+            headers["Retry-After"] = str(math.ceil(error.retry_after))
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
@@ -181,23 +217,26 @@ def create_app(
                 raise ApiError("no replica answers", status=503, code="not_ready") from error
         return {"status": "ready", "model": model}
 
-    @app.get("/v1/models")
+    @v1.get("/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")
+    @v1.get("/models/{name:path}")
     async def retrieve_model(name: str) -> dict[str, Any]:
         check_model(name)
         return card
 
-    @app.get("/v1/runs")
+    @v1.get("/runs")
     async def runs() -> dict[str, Any]:
         """What the run controller knows of batch runs on this cluster."""
         return {"object": "list", "data": [asdict(run) for run in await list_runs()]}
 
-    @app.post("/v1/chat/completions")
+    @v1.post("/chat/completions")
     async def chat(request: Request) -> Response:
         state = request.scope["state"]
+        if (holder := state.get("holder")) is not None:
+            state["closing"].enter_context(holder.request())
+            state["closing"].callback(lambda: holder.used(state["noted"].get("total_tokens", 0)))
         body = state["closing"].enter_context(room.held())
         chat_request = parse_chat_request(await body.read(request, settings.max_body_bytes))
         check_model(chat_request.model)
@@ -241,7 +280,17 @@ def create_app(
                 param="model",
             )
 
+    app.include_router(v1)
     return app
+
+
+def _is_loopback(server: Sequence[Any] | None) -> bool:
+    """Whether a connection came to an address that only its own machine reaches."""
+    address = str(server[0]) if server else ""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address in ("localhost", "")
 
 
 async def _label(

@@ -8,6 +8,7 @@ refused, and one that a page of another origin sent, unless that origin is allow
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import time
 import uuid
@@ -39,13 +40,20 @@ class EdgeRules:
     its response.
 
     hosts: names under which the endpoint may be asked, beside localhost and addresses; "*" for any.
-    origins: of pages that may ask, beside the endpoint's own; "*" for any.
+    origins: of pages that may ask, beside the endpoint's own; "*" for any. log: whether each
+    request leaves a line in the log, of level info; else debug.
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: Collection[str] = (), origins: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+        log: bool = True,
     ) -> None:
         self._app = app
+        self._level = logging.INFO if log else logging.DEBUG
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
 
@@ -84,7 +92,8 @@ class EdgeRules:
             finally:
                 await closing.aclose()
                 if scope["path"] not in _UNLOGGED:
-                    logger.info(
+                    logger.log(
+                        self._level,
                         "request",
                         method=scope["method"],
                         path=scope["path"],

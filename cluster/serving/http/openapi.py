@@ -40,18 +40,19 @@ class ChatCompletion(BaseModel):
     usage: dict[str, int]
 
 
-def describe(app: FastAPI) -> None:
-    """Replaces what FastAPI would derive from functions that read their bodies themselves."""
+def describe(app: FastAPI, *, keys: bool) -> None:
+    """Replaces what FastAPI would derive from functions that read their bodies themselves. keys:
+    whether an API key is needed."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, keys)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version="1", routes=app.routes)
     _, schemas = models_json_schema(
         [(ChatRequest, "validation"), (ErrorBody, "validation"), (ChatCompletion, "validation")],
@@ -63,6 +64,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operation in methods.values():
             operation["responses"].pop("422", None)
             operation["responses"]["default"] = error
+    if keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
     chat = document["paths"]["/v1/chat/completions"]["post"]
     chat["requestBody"] = {"required": True, "content": _json("ChatRequest")}
     chat["responses"]["200"] = {

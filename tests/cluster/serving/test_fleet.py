@@ -339,7 +339,7 @@ def test_without_a_cluster_a_fleet_starts_and_stops_its_own_ray(tmp_path: Path) 
     script.write_text(
         dedent(
             """
-            import os, ray
+            import os, ray, subprocess, sys
             from cluster.serving.application import FleetSettings
             from cluster.serving.fleet import open_fleet
             from cluster.serving.engine_settings import EngineSettings
@@ -356,7 +356,15 @@ def test_without_a_cluster_a_fleet_starts_and_stops_its_own_ray(tmp_path: Path) 
                 with open_fleet(settings) as again:  # as a job in the same process does
                     assert not again.deployed_here
                 assert fleet.stats().replicas[0].model == "own"
-            assert not ray.is_initialized()
+                if os.environ["RAY_ADDRESS"] == "local":  # a job of another process, which leaves
+                    assert fleet.deployed_here
+                    address = ray.get_runtime_context().gcs_address
+                    here = os.environ | {"RAY_ADDRESS": address}
+                    subprocess.run([sys.executable, __file__], env=here, check=True, timeout=60)
+                    assert fleet.stats().replicas[0].model == "own"
+                else:
+                    assert not fleet.deployed_here
+            assert ray.is_initialized() == (os.environ["RAY_ADDRESS"] != "local")
             """
         )
     )

@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
+CLIENTS_VENV ?= .venv-clients
 
-.PHONY: dashboard demo test test-slow test-vllm test-vllm-slow search check format lock clean
+.PHONY: dashboard demo test test-slow test-vllm test-vllm-slow test-clients search check format lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -28,6 +29,11 @@ test-vllm: $(VLLM_VENV)/.ready
 
 test-vllm-slow: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest -W default -m "slow and not gpu" tests/sppruner/integrations/vllm
+
+# Client libraries against the endpoint, in an environment of their own.
+test-clients: $(READY) $(CLIENTS_VENV)/.ready
+	SPPRUNER_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest -W default \
+		-p no:cacheprovider --confcutdir=tests/clients tests/clients
 
 # Generated inputs that no run had before; a failure prints how to replay it.
 search: $(READY)
@@ -59,6 +65,11 @@ lock: $(READY)
 
 clean:
 	rm -rf $(VENV) out
+
+$(CLIENTS_VENV)/.ready: requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	touch $@
 
 $(VLLM_VENV)/.ready: requirements-vllm.txt .ci/vllm_cpu/sitecustomize.py
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -141,6 +141,7 @@ class ModelEngine(ABC):
             visual_tokens=report.visual_tokens,
             visual_tokens_kept=report.visual_tokens_kept,
             kept_tokens=report.kept_tokens,
+            image_shapes=tuple(report.image_shapes),
             seconds=seconds,
             cost=cost,
         )

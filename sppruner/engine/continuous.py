@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -25,11 +24,10 @@ from sppruner.engine.interface import (
     unheard,
 )
 from sppruner.engine.isolation import run_isolating_failures
-from sppruner.engine.prefill_pace import PrefillPace
 from sppruner.engine.preparation import PreparedRequest, RequestPreparer
-from sppruner.engine.priority_share import PriorityShare
 from sppruner.engine.running_batch import RunningBatch, RunningRequest
 from sppruner.engine.scheduler import PrefillLimits, Scheduler, padded_tokens
+from sppruner.engine.urgency import Urgency
 from sppruner.errors import EngineError, SpecError
 
 # The share of slots that a group waits to fill, if that many requests are on their way: a group
@@ -38,9 +36,6 @@ _GROUP_SHARE: Final = 0.25
 _KV_SHARE: Final = 0.6
 # One more slot for so many is kept for requests that are more urgent than some that run.
 _RESERVED_SHARE: Final = 8
-# For so long after an urgent request came, groups of others are kept short: the next may come.
-_URGENT_SECONDS: Final = 10.0
-_SHORT_PREFILL: Final = 0.05
 
 
 class ContinuousEngine(ModelEngine):
@@ -98,10 +93,7 @@ class ContinuousEngine(ModelEngine):
         self._scheduler: Scheduler[PreparedRequest] = Scheduler(
             limits or _default_limits(self._model.device)
         )
-        self._share, self._pace = PriorityShare(), PrefillPace()
-        # When a request came for whom others were to wait, and its priority.
-        self._urgent_seen, self._urgent = -math.inf, 0
-        self._pauses = not compiled  # a captured step takes as long for some as for all
+        self._urgency = Urgency(pauses=not compiled)
         self._preparing: dict[int, tuple[Request, Future[PreparedRequest]]] = {}
         self._tickets = count()
         self._submitted: dict[int, float] = {}  # when, by ticket
@@ -134,11 +126,7 @@ class ContinuousEngine(ModelEngine):
         if self._preparer.closed:
             raise EngineError("the engine is closed: open another")
         ticket = next(self._tickets)
-        if (
-            self._running.requests
-            and self._running.requests[-1].prepared.priority > request.priority
-        ):
-            self._urgent_seen, self._urgent = time.monotonic(), request.priority
+        self._urgency.submitted(request.priority, self._running.priorities)
         self._submitted[ticket] = time.perf_counter()
         self._preparing[ticket] = request, self._preparer.prepare(request, ticket)
         return ticket
@@ -170,23 +158,18 @@ class ContinuousEngine(ModelEngine):
             if self._preparing:
                 wait([f for _, f in self._preparing.values()], return_when=FIRST_COMPLETED)
             return self.in_flight > 0
-        urgent = min(one.priority for one in (*group[:1], *(r.prepared for r in running[:1])))
-        contended = any(p.priority > urgent for p in (*group, *(r.prepared for r in running[-1:])))
-        started = time.perf_counter()
+        before, started = self._running.priorities, time.perf_counter()
         if group:
-            by_others = group[0].priority > urgent
-            tokens = padded_tokens(group)
             self._prefill(group)
-            self._pace.observe(tokens, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            tokens = padded_tokens(group)
+            self._urgency.prefilled(group[0].priority, before, tokens=tokens, seconds=seconds)
         else:
-            by_others = not self._pauses or self._share.others_next
-            self._decode(None if by_others else self._running.urgent)
-        seconds = time.perf_counter() - started
+            rows = self._urgency.decode_rows(before)
+            self._decode(rows)
+            seconds = time.perf_counter() - started
+            self._urgency.decoded(rows, before, seconds=seconds)
         self.busy_seconds += seconds
-        if contended:
-            self._share.spent(seconds, by_others=by_others)
-        else:
-            self._share.end()
         return self.in_flight > 0
 
     def poll(self) -> list[Update]:
@@ -216,9 +199,7 @@ class ContinuousEngine(ModelEngine):
         first = self._scheduler.first()
         if first is None:
             return []
-        running = self._running.requests
-        paused = bool(running) and running[0].prepared.priority < first.priority
-        if paused and not self._share.others_next:
+        if not self._urgency.may_prefill(first.priority, self._running.priorities):
             return []
         free = self._running.free_slots(first.priority)
         preparing = [request for request, _ in self._preparing.values()]
@@ -227,10 +208,7 @@ class ContinuousEngine(ModelEngine):
         coming = waiting + sum(request.priority == first.priority for request in preparing)
         if min(free, waiting) < min(coming, _GROUP_SHARE * self.slots):
             return []
-        most_tokens = None
-        recently = time.monotonic() - self._urgent_seen < _URGENT_SECONDS
-        if recently and first.priority > self._urgent:
-            most_tokens = self._pace.tokens(_SHORT_PREFILL)
+        most_tokens = self._urgency.prefill_tokens(first.priority)
         return self._scheduler.take(free, self._running.fits, most_tokens=most_tokens)
 
     def _prefill(self, group: Sequence[PreparedRequest]) -> None:
@@ -244,15 +222,15 @@ class ContinuousEngine(ModelEngine):
         self._finish(prepared.ticket, error_result(prepared.request, error))
         return []
 
-    def _decode(self, count: int | None) -> None:
-        """One more token for the first `count` running requests, for all where it is None."""
+    def _decode(self, rows: int) -> None:
+        """One more token for the first running requests."""
 
         def fail(running: RunningRequest, error: Exception) -> list[RunningRequest]:
             self._running.remove(running)
             return self._fail(running.prepared, error)
 
         for finished in run_isolating_failures(
-            lambda part: [self._running.step(part)], self._running.requests[:count], fail
+            lambda part: [self._running.step(part)], self._running.requests[:rows], fail
         ):
             self._publish(finished)
         self._running.sort()  # steps after a failure may have been of any of them

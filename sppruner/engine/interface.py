@@ -10,7 +10,7 @@ from typing import Final, Protocol, cast
 from PIL import Image
 
 from sppruner.conversation import Turn, ask
-from sppruner.cost import RowCost
+from sppruner.cost import ImageShape, RowCost
 from sppruner.engine.answer_format import AnswerFormat
 from sppruner.errors import EngineError, RequestPart, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
@@ -146,6 +146,9 @@ class Result:
 
     kept_tokens: bytes = b""
     """Bit mask of the visual tokens that entered the decoder (`PruneReport.kept_tokens`)."""
+
+    image_shapes: tuple[ImageShape, ...] = ()
+    """Of each image, the patches and visual tokens that `kept_tokens` counts through."""
 
     seconds: float = 0.0
     """The request's share of wall seconds: each batch or step it took part in, divided by the

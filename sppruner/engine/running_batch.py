@@ -140,10 +140,9 @@ class RunningBatch:
         return max(0, (self.cache.slots if above else self.slots) - len(self.requests))
 
     @property
-    def urgent(self) -> int:
-        """How many of the first requests are of the smallest priority."""
-        first = self.requests[0].prepared.priority if self.requests else 0
-        return sum(running.prepared.priority == first for running in self.requests)
+    def priorities(self) -> list[int]:
+        """Of the requests, in order."""
+        return [running.prepared.priority for running in self.requests]
 
     def fits(self, group: Sequence[PreparedRequest]) -> bool:
         """Whether the KV cache has memory for a group beside the running requests, up to the last
@@ -244,7 +243,7 @@ class RunningBatch:
 
     def _group_ends(self) -> list[int]:
         """The index of the last request of each run of one priority."""
-        priorities = [running.prepared.priority for running in self.requests]
+        priorities = self.priorities
         last = len(priorities) - 1
         return [i for i, p in enumerate(priorities) if i == last or priorities[i + 1] != p]
 

@@ -33,6 +33,7 @@ from cluster.serving.http.chat_request import RequestRules, label_requests, pars
 from cluster.serving.http.completion import completion, usage
 from cluster.serving.http.edge_rules import REQUEST_ID, EdgeRules
 from cluster.serving.http.openapi import describe
+from cluster.serving.http.page_files import add_page
 from cluster.serving.http.request_body import BodyRoom
 from cluster.serving.http.sse import HEADERS, merge, stream_events, wait_for_first
 from cluster.serving.online_calibration import OnlineBreakEven, calibrate_online
@@ -263,13 +264,14 @@ def create_app(
                 await wait_for_first(pieces),
                 choices=len(asked),
                 with_usage=chat_request.wants_usage_chunk,
+                report=chat_request.wants_report,
                 noted=state["noted"],
             )
             state["closing"].push_async_callback(events.aclose)
             return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
         results = await _label(replicas, asked, ongoing)
         state["noted"] |= usage(results)
-        return JSONResponse(completion(envelope, results))
+        return JSONResponse(completion(envelope, results, report=chat_request.wants_report))
 
     def check_model(name: str) -> None:
         if name != model:
@@ -281,6 +283,7 @@ def create_app(
             )
 
     app.include_router(v1)
+    add_page(app)
     return app
 
 

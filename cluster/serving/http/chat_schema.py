@@ -123,9 +123,10 @@ class Message(_Strict):
 
 class PruneOptions(_Strict):
     """`extra_body={"prune": {"method": "sppruner", "retain": 0.222}}`; tokens instead of retain
-    keeps that many tokens of each image."""
+    keeps that many tokens of each image. report: the response says which tokens were kept."""
 
     method: ShortText
+    report: bool = False
     retain: Annotated[float, Field(gt=0, le=1)] | None = None
     tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     positions: Literal["keep", "renumber"] = "keep"
@@ -214,6 +215,11 @@ class ChatRequest(_Strict):
     service_tier: ShortText | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
+
+    @property
+    def wants_report(self) -> bool:
+        """Whether the response says which visual tokens were kept."""
+        return self.prune is not None and self.prune.report
 
     @property
     def wants_usage_chunk(self) -> bool:

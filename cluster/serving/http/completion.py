@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sppruner.engine.interface import Result
 
 
-def completion(envelope: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """The body of an answer, one choice for each result. envelope: id, created and model."""
+def completion(
+    envelope: dict[str, Any], results: Sequence[Result], *, report: bool = False
+) -> dict[str, Any]:
+    """The body of an answer, one choice for each result. envelope: id, created and model. report:
+    whether to say which visual tokens were kept."""
     choices = [
         {
             "index": index,
@@ -23,6 +28,19 @@ def completion(envelope: dict[str, Any], results: Sequence[Result]) -> dict[str,
         "object": "chat.completion",
         "choices": choices,
         "usage": usage(results),
+        **(pruning(results[0]) if report else {}),
+    }
+
+
+def pruning(result: Result) -> dict[str, Any]:
+    """Which visual tokens entered the decoder. `kept` has one bit for each, in the order of the
+    prompt, the least significant bit of each byte first, in base64."""
+    return {
+        "pruning": {
+            "images": [asdict(shape) for shape in result.image_shapes],
+            "kept": base64.b64encode(result.kept_tokens).decode(),
+            "seconds": result.seconds,
+        }
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 import structlog
 
 from cluster.errors import ApiError
-from cluster.serving.http.completion import usage
+from cluster.serving.http.completion import pruning, usage
 from sppruner.engine.interface import Result
 
 logger = structlog.get_logger(__name__)
@@ -72,12 +72,14 @@ async def stream_events(
     *,
     choices: int = 1,
     with_usage: bool,
+    report: bool = False,
     noted: dict[str, Any] | None = None,
 ) -> AsyncGenerator[str]:
     """Events in order: role, content deltas, finish reason, usage if wanted, [DONE]; a comment
     where nothing came for a while. An answer that fails midway ends with an error event.
 
-    envelope: id, created and model, which every event repeats. noted: gets the usage, for the log.
+    envelope: id, created and model, which every event repeats. report: see `completion`. noted:
+    gets the usage, for the log.
     """
     envelope = envelope | {"object": "chat.completion.chunk"}
     results: dict[int, Result] = {}
@@ -103,8 +105,9 @@ async def stream_events(
         used = usage([results[index] for index in sorted(results)])
         if noted is not None:
             noted |= used
-        if with_usage:
-            yield _event(envelope | {"choices": [], "usage": used})
+        if with_usage or report:
+            told = pruning(results[0]) if report else {}
+            yield _event(envelope | {"choices": [], "usage": used} | told)
     except ApiError as error:
         logger.warning("stream_broken", id=envelope["id"], error=str(error))
         yield _event(error.body())

@@ -81,6 +81,7 @@ class ResultMaker:
             visual_tokens=visual,
             visual_tokens_kept=kept,
             kept_tokens=_pack(masks),
+            image_shapes=tuple(report.shape for report in reports),
             seconds=seconds,
             cost=cost,
         )

@@ -82,6 +82,7 @@ def test_urgent_requests_decode_alone_but_for_the_share_of_others(
     engine: ContinuousEngine, reference: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sppruner.engine.continuous.time", FakeTime())
+    monkeypatch.setattr("sppruner.engine.urgency._SLACK", -1.0)  # no row for nothing
     batch, online = long(reference, BATCH, 3), long(reference, ONLINE, 1)
     expected = [facts(result) for result in reference.run([*batch, *online])]
     lengths = [result.completion_tokens for result in expected]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sppruner.engine.decode_pace import DecodePace
 from sppruner.engine.prefill_pace import PrefillPace
 from sppruner.engine.priority_share import OTHERS_SHARE, PriorityShare
 
@@ -31,6 +32,36 @@ def test_nothing_is_owed_from_before() -> None:
     assert share.others_next
     share.end()
     assert not share.others_next
+
+
+@given(
+    st.floats(1e-4, 0.1),
+    st.floats(1e-5, 0.1),
+    st.lists(st.integers(1, 64), min_size=2, max_size=60).filter(lambda n: len(set(n)) > 1),
+    st.integers(1, 8),
+    st.floats(0.0, 1.0),
+)
+def test_rows_beside_urgent_ones_slow_a_step_down_by_the_slack_at_most(
+    fixed: float, slope: float, seen: list[int], urgent: int, slack: float
+) -> None:
+    pace = DecodePace()
+    for rows in seen:
+        pace.observe(rows, fixed + slope * rows)
+    more = pace.rows_beside(urgent, slack)
+    alone = fixed + slope * urgent
+    assert fixed + slope * (urgent + more) <= alone * (1 + slack) * 1.001
+    if max(seen) - min(seen) > 8:
+        assert fixed + slope * (urgent + more + 1) >= alone * (1 + slack) * 0.999
+
+
+def test_no_row_is_added_before_it_is_known_what_rows_cost() -> None:
+    pace = DecodePace()
+    assert pace.rows_beside(1, 0.2) == 0
+    for _ in range(20):
+        pace.observe(16, 0.01)
+    assert pace.rows_beside(1, 0.2) == 0
+    pace.observe(1, 0.01)
+    assert pace.rows_beside(1, 0.2) > 1000, "a step takes as long for one as for sixteen"
 
 
 def test_a_pace_follows_what_was_seen() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
+from sppruner.engine.decode_pace import DecodePace
 from sppruner.engine.running_batch import RunningRequest
 from sppruner.models.loading import LoadedModel, load_model
 from sppruner.tiny.model import build_model, build_processor, save
@@ -82,7 +83,7 @@ def test_urgent_requests_decode_alone_but_for_the_share_of_others(
     engine: ContinuousEngine, reference: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sppruner.engine.continuous.time", FakeTime())
-    monkeypatch.setattr("sppruner.engine.urgency._SLACK", -1.0)  # no row for nothing
+    monkeypatch.setattr(DecodePace, "rows_beside", lambda *_: 0)  # each row costs
     batch, online = long(reference, BATCH, 3), long(reference, ONLINE, 1)
     expected = [facts(result) for result in reference.run([*batch, *online])]
     lengths = [result.completion_tokens for result in expected]
@@ -98,6 +99,23 @@ def test_urgent_requests_decode_alone_but_for_the_share_of_others(
     alone = [part for part in contended if BATCH not in part]
     assert len(contended) == lengths[-1] - 1
     assert 0.7 <= len(alone) / len(contended) < 0.9, "others have a fifth"
+
+
+def test_nobody_is_paused_where_a_step_takes_as_long_for_some_as_for_all(
+    engine: ContinuousEngine, reference: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppruner.engine.continuous.time", FakeTime())
+    for request in long(reference, BATCH, 3, tokens=60):
+        engine.submit(request)
+    while len(engine._running.requests) < 3:
+        engine.step()
+    for _ in range(5):
+        engine.step()
+    seen = steps(engine, monkeypatch)
+    engine.submit(long(reference, ONLINE, 1)[0])
+    finish(engine)
+    contended = [part for part in seen if ONLINE in part]
+    assert sum(part.count(BATCH) for part in contended) > 2 * len(contended)
 
 
 def test_an_urgent_request_has_a_slot_while_others_hold_all(

@@ -80,12 +80,17 @@ def build_chat_body(
     return json.dumps(body).encode()
 
 
-def run_closed_loop(base_url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
-    """Sends every body once to a chat endpoint, with `clients` requests in flight."""
-    return asyncio.run(_run_clients(base_url, bodies, clients))
+def run_closed_loop(
+    base_url: str, bodies: Sequence[bytes], clients: int, *, pause: float = 0.0
+) -> LoadResult:
+    """Sends every body once to a chat endpoint, with `clients` requests in flight. pause: seconds
+    that a client waits after each response."""
+    return asyncio.run(_run_clients(base_url, bodies, clients, pause))
 
 
-async def _run_clients(base_url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
+async def _run_clients(
+    base_url: str, bodies: Sequence[bytes], clients: int, pause: float
+) -> LoadResult:
     waiting = iter(bodies)
     answered: list[RequestTiming] = []
     errors: list[str] = []
@@ -93,7 +98,7 @@ async def _run_clients(base_url: str, bodies: Sequence[bytes], clients: int) -> 
     async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, limits=limits, trust_env=False) as http:
         started = time.perf_counter()
         url = f"{base_url}/v1/chat/completions"
-        tasks = (_run_client(http, url, waiting, answered, errors) for _ in range(clients))
+        tasks = (_run_client(http, url, waiting, answered, errors, pause) for _ in range(clients))
         await asyncio.gather(*tasks)
         seconds = time.perf_counter() - started
     return LoadResult(seconds=seconds, answered=tuple(answered), errors=tuple(errors))
@@ -105,12 +110,14 @@ async def _run_client(
     waiting: Iterator[bytes],
     answered: list[RequestTiming],
     errors: list[str],
+    pause: float,
 ) -> None:
     for body in waiting:
         try:
             answered.append(await _send(http, url, body))
         except (httpx.HTTPError, LoadFailed) as error:
             errors.append(f"{type(error).__name__}: {error}")
+        await asyncio.sleep(pause)
 
 
 async def _send(http: httpx.AsyncClient, url: str, body: bytes) -> RequestTiming:

@@ -13,6 +13,8 @@ share the machine's CPUs with the replicas. Columns of a case:
 - batch_rows_per_second: throughput of the job meanwhile, from the replicas' counters.
 - errors: requests without a complete response in all rounds; no other column counts them.
 
+Beside that, the job's rows a second with one request every two seconds over those with none.
+
 Percentiles are taken per round; a case shows their median over the rounds with the smallest and the
 largest.
 """
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _UNDER_BATCH: Final = (1, 4)
 _FILE_ROWS: Final = 256
 _MOST_TOKENS: Final = 64
+_SETTLING_SECONDS: Final = 11.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +63,16 @@ class SuiteSize:
     """Requests of one scenario in one round, by number of clients."""
     batch_rows: int
     """Rows of the batch job, which must outlast the requests beside it."""
+    light_requests: int = 10
+    """Requests of the light load beside the job, one at a time."""
+    pause: float = 2.0
+    """Seconds between them."""
 
 
 FULL: Final = SuiteSize(rounds=5, requests={1: 40, 4: 80, 16: 160}, batch_rows=8192)
-QUICK: Final = SuiteSize(rounds=2, requests={1: 6, 4: 12, 16: 32}, batch_rows=2048)
+QUICK: Final = SuiteSize(
+    rounds=2, requests={1: 6, 4: 12, 16: 32}, batch_rows=4096, light_requests=5
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +101,16 @@ class ScenarioTiming:
     """Responses and errors."""
     batch_rows_per_second: float | None
     """Throughput of the batch job; None without a job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LightRound:
+    """What a job does beside hardly any online request, in one round."""
+
+    alone: float
+    """Rows a second without any, in as many seconds."""
+    beside: float
+    """Rows a second beside the light load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +145,14 @@ def run_online_suite(
     size = size or (QUICK if quick else FULL)
     served = EngineSettings(model=model, revision=resolve_model(model).revision)
     with open_fleet(FleetSettings(engine=served, environment=environment or {})) as fleet:
-        timings = time_scenarios(fleet, size, root=root, console=console)
+        timings, light = time_scenarios(fleet, size, root=root, console=console)
     return {
         "suite": "online",
         "machine": machine | {"model": model, "replicas": fleet.replicas, "rounds": size.rounds},
         "cases": [
             asdict(_make_case(scenario, timings[scenario])) for scenario in list_scenarios(size)
         ],
-        "ratios": compare_scenarios(timings),
+        "ratios": compare_scenarios(timings, light),
     }
 
 
@@ -148,12 +167,14 @@ def list_scenarios(size: SuiteSize) -> list[LoadScenario]:
 
 def time_scenarios(
     fleet: Fleet, size: SuiteSize, *, root: str, console: Console
-) -> dict[LoadScenario, list[ScenarioTiming]]:
-    """Timings of each scenario, one per round. Raises as `_time_scenario` and `BatchJob` do."""
+) -> tuple[dict[LoadScenario, list[ScenarioTiming]], list[LightRound]]:
+    """Timings of each scenario, one per round, and the job beside a light load. Raises as
+    `_time_scenario` and `BatchJob` do."""
     rows = draw_rows("caption", seed=0)
     timings: dict[LoadScenario, list[ScenarioTiming]] = {
         scenario: [] for scenario in list_scenarios(size)
     }
+    light: list[LightRound] = []
     warm = max(size.requests)
     for pruned in (False, True):
         _time_scenario(fleet, LoadScenario(pruned=pruned, clients=warm), size, rows)
@@ -176,25 +197,51 @@ def time_scenarios(
                     timings[scenario].append(_time_scenario(fleet, scenario, size, rows))
                     if job is not None:
                         job.check()
-    return timings
+                if job is not None:
+                    light.append(_time_light_load(fleet, size, rows))
+                    job.check()
+    return timings, light
+
+
+def _time_light_load(fleet: Fleet, size: SuiteSize, rows: Iterator[DrawnRow]) -> LightRound:
+    from jobs.suites.load import run_closed_loop
+
+    bodies = _bodies(fleet, rows, size.light_requests, pruned=True)
+    # What an urgent request leaves behind in an engine lasts for seconds: it is over first.
+    time.sleep(_SETTLING_SECONDS)
+    before, started = fleet.stats().rows, time.perf_counter()
+    time.sleep(size.light_requests * size.pause)
+    between, middle = fleet.stats().rows, time.perf_counter()
+    load = run_closed_loop(fleet.http_url, bodies, 1, pause=size.pause)
+    after, ended = fleet.stats().rows, time.perf_counter()
+    return LightRound(
+        alone=(between - before) / (middle - started),
+        beside=(after - between - len(load.answered)) / (ended - middle),
+    )
+
+
+def _bodies(fleet: Fleet, rows: Iterator[DrawnRow], count: int, *, pruned: bool) -> list[bytes]:
+    from jobs.suites.load import build_chat_body
+
+    return [
+        build_chat_body(
+            fleet.model,
+            CAPTION_PROMPT,
+            row.image or b"",
+            spec=SPEC if pruned else DENSE,
+            max_tokens=_MOST_TOKENS,
+        )
+        for row in islice(rows, count)
+    ]
 
 
 def _time_scenario(
     fleet: Fleet, scenario: LoadScenario, size: SuiteSize, rows: Iterator[DrawnRow]
 ) -> ScenarioTiming:
     """rows: source of the images. Raises LoadFailed if no request got a complete response."""
-    from jobs.suites.load import build_chat_body, run_closed_loop
+    from jobs.suites.load import run_closed_loop
 
-    bodies = [
-        build_chat_body(
-            fleet.model,
-            CAPTION_PROMPT,
-            row.image or b"",
-            spec=SPEC if scenario.pruned else DENSE,
-            max_tokens=_MOST_TOKENS,
-        )
-        for row in islice(rows, size.requests[scenario.clients])
-    ]
+    bodies = _bodies(fleet, rows, size.requests[scenario.clients], pruned=scenario.pruned)
     before, started = fleet.stats().rows, time.perf_counter()
     load = run_closed_loop(fleet.http_url, bodies, scenario.clients)
     seconds, after = time.perf_counter() - started, fleet.stats().rows
@@ -209,7 +256,7 @@ def _time_scenario(
 
 
 def compare_scenarios(
-    timings: Mapping[LoadScenario, Sequence[ScenarioTiming]],
+    timings: Mapping[LoadScenario, Sequence[ScenarioTiming]], light: Sequence[LightRound]
 ) -> dict[str, dict[str, float]]:
     """Ratios of two scenarios within the same round."""
 
@@ -231,6 +278,17 @@ def compare_scenarios(
             lambda load: load.latency_ms(95),
             LoadScenario(pruned=True, clients=some, under_batch=True),
             LoadScenario(pruned=True, clients=some),
+        ),
+        **{
+            f"online_ttft_p95_under_batch_vs_idle_{clients}_clients": compare_rounds(
+                lambda load: load.ttft_ms(95),
+                LoadScenario(pruned=True, clients=clients, under_batch=True),
+                LoadScenario(pruned=True, clients=clients),
+            )
+            for clients in _UNDER_BATCH
+        },
+        "batch_beside_light_online_vs_alone": summarise_rounds(
+            [one.beside / one.alone for one in light]
         ),
     }
 

@@ -1,44 +1,48 @@
-"""How much longer a decode step takes with more rows: on most hardware hardly, up to a number."""
+"""How much longer a decode step takes with more rows: on most hardware hardly, up to a number.
+
+Steps are compared as they were measured, by numbers of rows up to each power of two. No line is
+fitted: between one row and two there may be a jump, and from two to sixteen none.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from statistics import median
 from typing import Final
 
-_KEPT: Final = 0.98
-"""Of the weight of earlier steps, with each step."""
-_LEAST_SPREAD: Final = 0.5
-_MANY: Final = 1 << 30
+_LATEST: Final = 15
+"""Steps of each size whose median counts."""
+_FEWEST: Final = 3
 
 
 class DecodePace:
-    """Fits seconds = fixed + slope * rows to the latest steps."""
+    """Remembers what the latest steps of each size took."""
 
     def __init__(self) -> None:
-        self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LATEST))
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of so many rows was done."""
-        for name, value in (
-            ("_weight", 1.0),
-            ("_rows", rows),
-            ("_squares", rows * rows),
-            ("_seconds", seconds),
-            ("_products", rows * seconds),
-        ):
-            setattr(self, name, _KEPT * getattr(self, name) + value)
+        self._seconds[_size(rows)].append(seconds)
 
     def rows_beside(self, urgent: int, slack: float) -> int:
         """How many more rows a step may have for taking at most 1 + `slack` times as long as that
         of `urgent` rows; 0 where too little was seen."""
-        if not self._weight:
+        alone = self._median(_size(urgent))
+        if alone is None:
             return 0
-        mean = self._rows / self._weight
-        spread = self._squares / self._weight - mean * mean
-        if spread < _LEAST_SPREAD:
-            return 0
-        mean_seconds = self._seconds / self._weight
-        slope = (self._products / self._weight - mean * mean_seconds) / spread
-        alone = mean_seconds + slope * (urgent - mean)
-        if slope <= 0:
-            return _MANY
-        return max(0, int(slack * alone / slope))
+        most = urgent
+        for size in self._seconds:
+            seconds = self._median(size)
+            if seconds is not None and seconds <= alone * (1 + slack):
+                most = max(most, 1 << size)
+        return most - urgent
+
+    def _median(self, size: int) -> float | None:
+        seen = self._seconds.get(size, ())
+        return median(seen) if len(seen) >= _FEWEST else None
+
+
+def _size(rows: int) -> int:
+    """The exponent of the smallest power of two that is not smaller."""
+    return (rows - 1).bit_length()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from sppruner.engine.base import check_characters, fit_length
 from sppruner.engine.caches.encoder import hash_images
 from sppruner.engine.format_guide import FormatGuide, format_guides
 from sppruner.engine.interface import Request
+from sppruner.engine.priority_pool import PriorityPool
 from sppruner.errors import InputError
 from sppruner.prompts import build_chat_inputs
 from sppruner.pruner import Pruner
@@ -102,17 +104,17 @@ class RequestPreparer:
         self._thread_local = threading.local()
         self.closed = False
         """Whether no more requests are taken."""
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        self._pool = PriorityPool[PreparedRequest](threads, name="prepare")
 
     def prepare(self, request: Request, ticket: int) -> Future[PreparedRequest]:
         """The future raises InputError, SpecError or MissingSignal for a request that cannot be
         answered."""
-        return self._pool.submit(self._prepare, request, ticket)
+        return self._pool.submit(partial(self._prepare, request, ticket), priority=request.priority)
 
     def close(self) -> None:
         """Ends the threads; requests that no thread has started are cancelled."""
         self.closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def _prepare(self, request: Request, ticket: int) -> PreparedRequest:
         check_characters(request, self._context)

@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from cluster.errors import RunError, StoreError, UsageError
 from jobs import (
     answer_vqa,
+    api_key,
     benchmark,
     caption_corpus,
     evaluate,
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], Any, str]] = {
     "benchmark": (benchmark.main, ["--suite", "scale"], benchmark, "_benchmark"),
     "evaluate": (evaluate.main, [], evaluate, "_evaluate"),
     "tune": (tune.main, [], tune, "_tune"),
+    "api_key": (api_key.main, ["name"], api_key, "_make"),
     "train_tiny": (train_tiny.main, ["--output", "out"], train_tiny, "_train"),
 }
 
@@ -129,6 +131,7 @@ TEXTS = {
     "benchmark": "--json",
     "evaluate": "--data",
     "tune": "--json",
+    "api_key": "--file",
     "train_tiny": "--work",
 }
 

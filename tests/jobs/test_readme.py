@@ -10,6 +10,7 @@ import pytest
 
 from jobs import (
     answer_vqa,
+    api_key,
     benchmark,
     caption_corpus,
     evaluate,
@@ -31,6 +32,7 @@ PARSERS = {
     "evaluate": evaluate.build_parser(),
     "benchmark": benchmark.build_parser(),
     "tune": tune.build_parser(),
+    "api_key": api_key.build_parser(),
     "train_tiny": train_tiny.build_parser(),
 }
 

@@ -33,6 +33,7 @@ from jobs.suites.load import (
 from jobs.suites.online import (
     FULL,
     QUICK,
+    LightRound,
     LoadScenario,
     ScenarioTiming,
     SuiteSize,
@@ -47,7 +48,9 @@ from tests.cluster.fake_engine import picture
 
 QUIET = Console(quiet=True)
 SPEC = PruneSpec(method="sppruner", budget=Budget(ratio=0.25))
-SMALL = SuiteSize(rounds=2, requests={1: 1, 4: 2, 16: 3}, batch_rows=3)
+SMALL = SuiteSize(
+    rounds=2, requests={1: 1, 4: 2, 16: 3}, batch_rows=3, light_requests=1, pause=0.01
+)
 
 
 def load(*latencies: float, seconds: float = 1.0, errors: int = 0) -> LoadResult:
@@ -194,6 +197,7 @@ def recording_fleet(monkeypatch: pytest.MonkeyPatch) -> RecordingFleet:
     monkeypatch.setattr(jobs.suites.load, "run_closed_loop", fleet.run_closed_loop)
     monkeypatch.setattr(suite, "BatchJob", fleet.batch_job)
     monkeypatch.setattr(suite, "write_corpus", lambda *_: None)
+    monkeypatch.setattr(suite, "_SETTLING_SECONDS", 0.0)
     return fleet
 
 
@@ -202,18 +206,21 @@ def pruned(body: bytes) -> bool:
 
 
 def test_rounds_alternate_and_send_every_image_once(recording_fleet: RecordingFleet) -> None:
-    timed = time_scenarios(cast(Fleet, recording_fleet), SMALL, root="", console=QUIET)
+    timed, light = time_scenarios(cast(Fleet, recording_fleet), SMALL, root="", console=QUIET)
     order = [
         LoadScenario(pruned=pruned(bodies[0]), clients=clients, under_batch=batch)
         for bodies, clients, batch in recording_fleet.sent
     ]
+    few = LoadScenario(pruned=True, clients=1, under_batch=True)  # the light load ends its phase
+    assert (order.pop(12), order.pop(16)) == (few, few)
+    assert len(light) == 2
     warm, first, second = order[:2], order[2:12], order[12:]
     assert [scenario.clients for scenario in warm] == [16, 16]
     assert first == list_scenarios(SMALL)
     assert second == first[::-1]
     bodies = [body for sent, _, _ in recording_fleet.sent for body in sent]
     images = [json.loads(b)["messages"][0]["content"][0]["image_url"]["url"] for b in bodies]
-    assert len(set(images)) == len(images) == 2 * 3 + 2 * (2 * (1 + 2 + 3) + 2 * (1 + 2))
+    assert len(set(images)) == len(images) == 2 * 3 + 2 * (2 * (1 + 2 + 3) + 2 * (1 + 2) + 1)
     assert {scenario: len(rounds) for scenario, rounds in timed.items()} == dict.fromkeys(
         list_scenarios(SMALL), 2
     )
@@ -261,7 +268,12 @@ def test_ratios_compare_scenarios_within_the_same_round() -> None:
     few_clients = LoadScenario(pruned=True, clients=4)
     set_loads(few_clients, load(0.1), load(0.2), load(0.5))
     set_loads(replace(few_clients, under_batch=True), load(0.3), load(0.4), load(2.0))
-    found = compare_scenarios(timed)
+    light = [LightRound(alone=10.0, beside=beside) for beside in (9.0, 8.0, 10.0)]
+    found = compare_scenarios(timed, light)
+    assert found["batch_beside_light_online_vs_alone"] == pytest.approx(
+        {"value": 0.9, "low": 0.8, "high": 1.0}
+    )
+    assert found["online_ttft_p95_under_batch_vs_idle_4_clients"]["value"] == pytest.approx(3.0)
     assert found["online_pruned_vs_dense"] == {"value": 2.0, "low": 1.0, "high": 4.0}
     assert found["online_p95_under_batch_vs_idle"] == pytest.approx(
         {"value": 3.0, "low": 2.0, "high": 4.0}
@@ -270,7 +282,9 @@ def test_ratios_compare_scenarios_within_the_same_round() -> None:
 
 @pytest.mark.slow
 def test_requests_are_answered_idle_and_beside_a_job(serving: str, s3: str) -> None:
-    size = replace(SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=2048)
+    size = replace(
+        SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=2048, light_requests=1
+    )
     found = run_online_suite("tiny-llava", size=size, quick=True, root=s3, console=QUIET)
     assert found["suite"] == "online"
     assert [case["case"] for case in found["cases"]] == [
@@ -283,7 +297,13 @@ def test_requests_are_answered_idle_and_beside_a_job(serving: str, s3: str) -> N
             assert 0 < case[f"{figure}_p50_ms"]["value"] <= case[f"{figure}_p95_ms"]["value"]
         assert case["ttft_p50_ms"]["value"] <= case["latency_p50_ms"]["value"]
         assert (case["batch_rows_per_second"] is not None) == scenario.under_batch
-    assert set(found["ratios"]) == {"online_pruned_vs_dense", "online_p95_under_batch_vs_idle"}
+    assert set(found["ratios"]) == {
+        "online_pruned_vs_dense",
+        "online_p95_under_batch_vs_idle",
+        "online_ttft_p95_under_batch_vs_idle_1_clients",
+        "online_ttft_p95_under_batch_vs_idle_4_clients",
+        "batch_beside_light_online_vs_alone",
+    }
 
 
 @pytest.mark.slow

@@ -208,20 +208,30 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         read_keys(str(tmp_path / "keys.yaml"))
 
 
-def test_the_command_makes_an_entry_and_shows_the_key_once(
-    capsys: pytest.CaptureFixture[str],
+def test_the_command_adds_an_entry_to_a_file_and_shows_the_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert api_key.main(["team-a", "--concurrent", "4"]) == 0
-    out, err = capsys.readouterr()
-    key = err.strip().rsplit(" ", 1)[-1]
-    (entry,) = parse_keys(out)
+    file = tmp_path / "keys.yaml"
+    assert api_key.main(["team-a", "--concurrent", "4", "--file", str(file)]) == 0
+    key = capsys.readouterr().out.strip().rsplit(" ", 1)[-1]
+    (entry,) = read_keys(str(file))
     assert entry == ApiKey(
         name="team-a", sha256=hashlib.sha256(key.encode()).hexdigest(), concurrent=4
     )
-    assert key not in out
-    assert api_key.main(["team-b", "--entry"]) == 0
-    assert len(parse_keys(out + capsys.readouterr().out)) == 2
+    assert key not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    assert api_key.main(["team-b", "--file", str(file)]) == 0
+    assert [one.name for one in read_keys(str(file))] == ["team-a", "team-b"]
+    assert api_key.main(["team-b", "--file", str(file)]) == 2, "the name is taken"
     assert api_key.main(["not a name"]) == 2
+    assert len(read_keys(str(file))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys.yaml"]
+
+
+def test_without_a_file_the_entry_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert api_key.main(["team-a"]) == 0
+    text, _, _ = capsys.readouterr().out.partition("key of")
+    assert [key.name for key in parse_keys(text)] == ["team-a"]
 
 
 def test_no_key_is_in_any_log_or_error(tmp_path: Path) -> None:

@@ -5,8 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 CLIENTS_VENV ?= .venv-clients
+INFRA_VENV ?= .venv-infra
 
-.PHONY: dashboard demo test test-slow test-vllm test-vllm-slow test-clients search check format lock clean
+.PHONY: dashboard demo local test test-slow test-vllm test-vllm-slow test-clients check-infra search check format lock clean
+
+# The whole service on this machine, with a local S3 server: `make local ARGS="model=…"`.
+local: $(READY)
+	$(BIN)/python -m infra.local.up $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python jobs/caption_corpus.py
@@ -34,6 +39,11 @@ test-vllm-slow: $(VLLM_VENV)/.ready
 test-clients: $(READY) $(CLIENTS_VENV)/.ready
 	SPPRUNER_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest -W default \
 		-p no:cacheprovider --confcutdir=tests/clients tests/clients
+
+# Images, manifests, policies and alerts, each by its own tool or schema.
+check-infra: $(INFRA_VENV)/.ready
+	PATH=$(abspath $(INFRA_VENV)/bin):$$PATH $(INFRA_VENV)/bin/python -W ignore infra/check.py
+	$(INFRA_VENV)/bin/python -m pytest -W ignore -p no:cacheprovider --noconftest tests/infra/test_check.py
 
 # Generated inputs that no run had before; a failure prints how to replay it.
 search: $(READY)
@@ -69,6 +79,11 @@ clean:
 $(CLIENTS_VENV)/.ready: requirements-clients.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	touch $@
+
+$(INFRA_VENV)/.ready: requirements-infra.txt
+	$(PYTHON) -m venv $(INFRA_VENV)
+	$(INFRA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-infra.txt
 	touch $@
 
 $(VLLM_VENV)/.ready: requirements-vllm.txt .ci/vllm_cpu/sitecustomize.py

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Final
 
 from cluster.demo.local_s3 import LocalS3
+from cluster.logs import configure_logs
 
 INFRA: Final = Path(__file__).parents[1]
 DEFAULT: Final = ("model=tiny-llava", "prune=sppruner", "retain=0.222")
@@ -70,18 +71,21 @@ class LocalStack:
         s3.create_bucket("labels")
         self.places["S3"] = s3.endpoint
         port, dashboard, http = free_port(6379), free_port(8265), free_port(8000)
+        metrics = free_port(8080)
         environment = os.environ | s3.environment | {"RAY_AUTH_MODE": "token"}
         environment.pop("RAY_ADDRESS", None)
         generated = [_tool("ray"), "get-auth-token", "--generate"]
         subprocess.run(generated, env=environment, check=True, stdout=subprocess.DEVNULL)
         head = ["start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+        head += [f"--metrics-export-port={metrics}"]
         address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         self._start(stack, "ray", [_tool("ray"), *head, "--node-ip-address=127.0.0.1"], environment)
         self._wait_for_port("ray", port)
         self.variables = s3.environment | address | {"RAY_AUTH_MODE": "token"}
         self.places["Ray's dashboard"] = f"http://127.0.0.1:{dashboard}"
         self._serve(stack, environment | address, http)
-        self._watch(stack, environment)
+        self.places["Metrics"] = f"http://127.0.0.1:{metrics}/metrics"
+        self._watch(stack, environment, metrics)
 
     def _serve(self, stack: ExitStack, environment: dict[str, str], port: int) -> None:
         arguments = dict(argument.split("=", 1) for argument in self._arguments)
@@ -104,16 +108,24 @@ class LocalStack:
         self._wait_for("endpoint", f"http://127.0.0.1:{port}/readyz")
         self.places["Endpoint and page"] = f"http://127.0.0.1:{port}"
 
-    def _watch(self, stack: ExitStack, environment: dict[str, str]) -> None:
+    def _watch(self, stack: ExitStack, environment: dict[str, str], metrics: int) -> None:
         if shutil.which("prometheus") is None:
             self.places["Prometheus"] = "not installed: apt-get install prometheus"
             return
         port = free_port(9090)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sppruner-prometheus-"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sppruner-")))
+        config = {
+            "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
+            "rule_files": [str(INFRA / "monitoring" / "alerts.yaml")],
+            "scrape_configs": [
+                {"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{metrics}"]}]}
+            ],
+        }
+        (folder / "prometheus.yaml").write_text(json.dumps(config))
         command = [
             "prometheus",
-            f"--config.file={INFRA / 'monitoring' / 'prometheus.yaml'}",
-            f"--storage.tsdb.path={folder}",
+            f"--config.file={folder / 'prometheus.yaml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
             "--log.level=warn",
         ]
@@ -177,6 +189,7 @@ class LocalStack:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0 once it was stopped, 1 where a part ended by itself."""
+    configure_logs()  # to stderr
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:

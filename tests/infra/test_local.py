@@ -4,7 +4,6 @@ dashboard and alerts use."""
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,17 +67,6 @@ def ask(stack: dict[str, str]) -> httpx.Response:
     return httpx.post(url, json=body, timeout=60, trust_env=False)
 
 
-def exported() -> str:
-    """What Ray's exporters say now."""
-    found = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
-    texts = []
-    for group in found:
-        for target in group["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
-                texts.append(response.read().decode())
-    return "\n".join(texts)
-
-
 def test_the_endpoint_answers_and_shows_its_page(stack: dict[str, str]) -> None:
     assert ask(stack).json()["usage"]["visual_tokens_kept"] == 32
     page = httpx.get(stack["Endpoint and page"] + "/", trust_env=False)
@@ -89,7 +76,8 @@ def test_the_endpoint_answers_and_shows_its_page(stack: dict[str, str]) -> None:
 def test_a_job_beside_it_uses_its_replicas_and_its_run_is_listed(stack: dict[str, str]) -> None:
     environment = os.environ | {"HOME": stack["home"]}
     environment |= dict(pair.split("=", 1) for pair in stack["Jobs beside it:"].split())
-    command = [sys.executable, "jobs/make_corpus.py", "--rows", "48", "--output", "s3://corpus/c"]
+    command = [sys.executable, "jobs/make_corpus.py", "--kind", "caption", "--rows", "48"]
+    command += ["--output", "s3://corpus/c"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
     command = [sys.executable, "jobs/caption_corpus.py", "--model", "tiny-llava"]
     command += ["--input", "s3://corpus/c", "--output", "s3://labels/l"]
@@ -116,7 +104,8 @@ def test_metrics_are_exported_under_the_names_that_dashboard_and_alerts_use(
     deadline, missing = time.monotonic() + 60, wanted
     while missing and time.monotonic() < deadline:
         time.sleep(2)
-        seen = set(re.findall(rf"^(ray_{PREFIX}\w+){{", exported(), re.MULTILINE))
+        said = httpx.get(stack["Metrics"], timeout=10, trust_env=False).text
+        seen = set(re.findall(rf"^(ray_{PREFIX}\w+){{", said, re.MULTILINE))
         missing = wanted - seen
     assert not missing
 
@@ -132,7 +121,8 @@ def test_prometheus_has_them_and_its_rules_are_loaded(stack: dict[str, str]) -> 
     rules = {rule["name"] for group in query("rules")["groups"] for rule in group["rules"]}
     assert "RequestsFail" in rules
     expression = urllib.parse.quote("sum(ray_sppruner_request_success_total)")
-    deadline, found = time.monotonic() + 90, []
+    found: list[Any] = []
+    deadline = time.monotonic() + 90
     while not found and time.monotonic() < deadline:
         time.sleep(2)
         found = query(f"query?query={expression}")["result"]

@@ -25,6 +25,7 @@ from cluster.serving.engine_settings import (
 )
 from cluster.serving.http.api_keys import read_keys
 from cluster.serving.http.app import Api, ApiSettings
+from cluster.serving.http.image_fetch import AllowedPrefix
 from cluster.serving.ray_session import SERVE_SETTINGS
 from cluster.serving.replica import VLMReplica
 from cluster.serving.serve_state import job_application
@@ -44,7 +45,7 @@ _EDGE_REQUESTS: Final = 4096
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ARGUMENTS: Final = {
     "model", "replicas", "max_batch_rows", "revision", "dtype", "prune", "retain", "auto", "engine",
-    "engine_options", "hosts", "origins", "keys", "public",
+    "engine_options", "hosts", "origins", "keys", "public", "fetch",
 }  # fmt: skip
 
 
@@ -170,7 +171,8 @@ def endpoint(args: Mapping[str, Any]) -> serve.Application:
     where pruning is measured, at start-up, to be faster than dense); engine=vllm, and its
     engine_options (NAME=VALUE, comma-separated); hosts (names under which it may be asked, beside
     localhost and addresses) and origins (of web pages that may ask), comma-separated; keys (path or
-    URI of the file of API keys), without which other machines are refused, unless public=true. In a
+    URI of the file of API keys), without which other machines are refused, unless public=true;
+    fetch (prefixes of URLs from which images are fetched, comma-separated; none by default). In a
     config of Serve numbers, booleans and lists may be written as YAML has them.
 
     The model is pinned to its present content, as a job pins it, so that jobs find the endpoint.
@@ -201,7 +203,10 @@ def endpoint(args: Mapping[str, Any]) -> serve.Application:
             access_log=True,
             hosts=_names(args, "hosts"),
             origins=_names(args, "origins"),
+            fetch=_names(args, "fetch"),
         )
+        for prefix in api.fetch:
+            AllowedPrefix.parse(prefix)
         pinned = resolve_model(args["model"], args.get("revision"))
         check = check_spec_in_vllm if by_vllm else check_spec
         check(spec, capabilities(load_config(pinned)))

@@ -1,7 +1,7 @@
 """The HTTP edge: OpenAI's chat completions in front of the replicas, with priority over batch rows.
 
-Bodies and images are bounded before they are parsed or decoded; image URLs are never fetched.
-Errors have OpenAI's shape.
+Bodies and images are bounded before they are parsed or decoded; image URLs are fetched from where
+the endpoint allows it, which is nowhere by default. Errors have OpenAI's shape.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cluster.serving.http.api_keys import ApiKeys
 from cluster.serving.http.chat_request import RequestRules, label_requests, parse_chat_request
 from cluster.serving.http.completion import completion, usage
 from cluster.serving.http.edge_rules import REQUEST_ID, EdgeRules
+from cluster.serving.http.image_fetch import ImageFetcher
 from cluster.serving.http.openapi import describe
 from cluster.serving.http.page_files import add_page
 from cluster.serving.http.request_body import BodyRoom
@@ -69,6 +70,8 @@ class ApiSettings(RequestRules):
     """Names under which the endpoint may be asked, beside localhost and addresses; "*" for any."""
     origins: tuple[str, ...] = ()
     """Origins of web pages that may ask, beside the endpoint's own; "*" for any."""
+    fetch: tuple[str, ...] = ()
+    """Prefixes of URLs (https://, s3://) from which images are fetched; none by default."""
     keys: str | None = None
     """Path or s3:// URI of the file of API keys; None for none, and then for this machine alone."""
     public: bool = False
@@ -145,6 +148,7 @@ def create_app(
     started = int(time.time())
     ongoing = OngoingRequests(settings.max_requests)
     room = BodyRoom(settings.max_held_bytes)
+    fetcher = ImageFetcher(settings.fetch, settings.media) if settings.fetch else None
     card: dict[str, Any] = {
         "id": model,
         "object": "model",
@@ -241,7 +245,9 @@ def create_app(
         body = state["closing"].enter_context(room.held())
         chat_request = parse_chat_request(await body.read(request, settings.max_body_bytes))
         check_model(chat_request.model)
-        asked = label_requests(chat_request, settings, id=state["request_id"])
+        asked = await label_requests(
+            chat_request, settings, id=state["request_id"], fetcher=fetcher
+        )
         if (
             break_even is not None
             and chat_request.prune is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from cluster.serving.http.chat_schema import (
 )
 from cluster.serving.http.chat_turns import Conversation, read_conversation
 from cluster.serving.http.data_uris import read_data_uri
+from cluster.serving.http.image_fetch import ImageFetcher
 from sppruner.engine.answer_format import AnswerFormat
 from sppruner.engine.interface import COLDEST, SamplingParams
 from sppruner.errors import SpecError
@@ -66,24 +68,27 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise ApiError(f"{param or 'body'}: {worst['msg']}", param=param or None) from None
 
 
-def label_requests(chat: ChatRequest, rules: RequestRules, *, id: str) -> list[LabelRequest]:
-    """One request for each of the answers that are asked for. id: names them in logs. Raises
-    ApiError for what is beyond the rules, and for what no engine could do."""
+async def label_requests(
+    chat: ChatRequest, rules: RequestRules, *, id: str, fetcher: ImageFetcher | None = None
+) -> list[LabelRequest]:
+    """One request for each of the answers that are asked for. id: names them in logs. fetcher: of
+    images that are named by URL; None where none is fetched. Raises ApiError for what is beyond the
+    rules, and for what no engine could do."""
     asked = read_conversation(chat.messages)
     if len(asked.urls) > rules.max_images:
         raise ApiError(
             f"{len(asked.urls)} images: at most {rules.max_images} a request", param="messages"
         )
-    images = tuple(read_data_uri(url, rules.media) for url in asked.urls)
+    generation, spec = _sampling(chat, rules), _spec(chat, asked, rules)
+    images = tuple(await asyncio.gather(*(_read(url, rules, fetcher) for url in asked.urls)))
     _check_pixels(images, rules.max_pixels)
-    generation = _sampling(chat, rules)
     request = LabelRequest(
         id=id,
         prompt=asked.prompt,
         images=images,
         system=asked.system,
         turns=asked.turns,
-        spec=_spec(chat, asked, rules),
+        spec=spec,
         generation=generation,
         fit_context=chat.max_tokens is None and chat.max_completion_tokens is None,
         media=rules.media,
@@ -96,6 +101,12 @@ def label_requests(chat: ChatRequest, rules: RequestRules, *, id: str) -> list[L
         replace(request, id=f"{id}-{i}", generation=replace(generation, seed=seed))
         for i, seed in enumerate(seeds)
     ]
+
+
+async def _read(url: str, rules: RequestRules, fetcher: ImageFetcher | None) -> bytes:
+    if fetcher is None or url.lstrip()[:5].lower() == "data:":
+        return read_data_uri(url, rules.media)
+    return await fetcher.fetch(url)
 
 
 def _is_field(step: str) -> bool:

@@ -226,6 +226,18 @@ def test_remote_urls_are_never_fetched(url: str) -> None:
     assert "fetches nothing" in error["message"]
 
 
+def test_a_url_is_fetched_where_the_endpoint_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(self: Any, url: str) -> bytes:
+        assert url == "https://images.example.com/a.png"
+        return picture(1)
+
+    monkeypatch.setattr("cluster.serving.http.image_fetch.ImageFetcher.fetch", fetch)
+    replicas, allowed = RecordingReplica(), ApiSettings(fetch=("https://images.example.com/",))
+    parts = [image_part("https://images.example.com/a.png"), image_part(data_uri(picture(2)))]
+    assert complete(replicas, allowed, messages=[user_message(*parts)]).status_code == 200
+    assert replicas.requests[0].images == (picture(1), picture(2))
+
+
 def test_invalid_base64_and_bytes_that_are_not_an_image_are_client_errors() -> None:
     for payload in ("@@@", "…", "ÄÄÄÄ", "AAA\u0000"):
         uri = f"data:image/png;base64,{payload}"

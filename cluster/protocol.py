@@ -54,6 +54,8 @@ class LabelRequest:
     """The pruning of this request alone."""
     generation: SamplingParams = field(default_factory=SamplingParams)
     """How its tokens are sampled."""
+    logprobs: int | None = None
+    """See `Request.logprobs`."""
     fit_context: bool = False
     """See `Request.fit_context`."""
     media: MediaLimits = field(default_factory=MediaLimits)

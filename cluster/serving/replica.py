@@ -350,6 +350,7 @@ class VLMReplica:
             turns=request.turns,
             spec=request.spec,
             generation=request.generation,
+            logprobs=request.logprobs,
             fit_context=request.fit_context,
             priority=priority,
         )

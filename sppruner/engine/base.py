@@ -10,6 +10,7 @@ from typing import Final
 from sppruner.engine.answer_rules import end_ids
 from sppruner.engine.interface import Request, Result, SamplingParams, Update
 from sppruner.engine.run_all import answer_all, warm_up
+from sppruner.engine.token_logprobs import MOST_ALTERNATIVES
 from sppruner.errors import InputError, SpecError
 from sppruner.models.jpeg_scaling import jpeg_scale_of
 from sppruner.models.loading import LoadedModel, load_model
@@ -149,7 +150,10 @@ class ModelEngine(ABC):
 
 def check_characters(request: Request, context: int) -> None:
     """Raises InputError for texts that are too long for the model's context however they are cut
-    into tokens: a tokenizer takes seconds and gigabytes for megabytes."""
+    into tokens: a tokenizer takes seconds and gigabytes for megabytes; and for more alternatives
+    than are told."""
+    if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
+        raise InputError(f"logprobs {request.logprobs}: give 0 to {MOST_ALTERNATIVES}")
     texts = (text for turn in request.conversation for text in turn.texts)
     characters = max(len(request.prompt), sum(map(len, texts)))
     if characters > context * CHARACTERS_PER_TOKEN:

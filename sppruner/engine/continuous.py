@@ -259,7 +259,8 @@ class ContinuousEngine(ModelEngine):
             )
             pending = running.pending_text if request.stream else ""
             waited = running.first_token_at - self._submitted[running.prepared.ticket]
-            result = replace(result, first_token_seconds=waited)
+            told = tuple(running.logprobs)
+            result = replace(result, first_token_seconds=waited, logprobs=told)
             self._finish(running.prepared.ticket, result, pending)
 
     def _finish(self, ticket: int, result: Result, text: str = "") -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from sppruner.conversation import Turn, ask
 from sppruner.cost import ImageShape, RowCost
 from sppruner.engine.answer_format import AnswerFormat
+from sppruner.engine.token_logprobs import TokenLogprob
 from sppruner.errors import EngineError, RequestPart, SpecError, SpprunerError
 from sppruner.spec import DENSE, PruneSpec
 
@@ -109,6 +110,10 @@ class Request:
     stream: bool = False
     """Whether updates carry the text as it is generated."""
 
+    logprobs: int | None = None
+    """How many alternatives to each token the result names, with their probabilities, at most 20;
+    None for no probabilities."""
+
     fit_context: bool = False
     """Whether the answer may be shorter than `max_new_tokens` where the model's context leaves less
     behind the prompt; else such a request is refused."""
@@ -146,6 +151,9 @@ class Result:
 
     kept_tokens: bytes = b""
     """Bit mask of the visual tokens that entered the decoder (`PruneReport.kept_tokens`)."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of each token of the text, if the request asked for them."""
 
     image_shapes: tuple[ImageShape, ...] = ()
     """Of each image, the patches and visual tokens that `kept_tokens` counts through."""

@@ -21,6 +21,7 @@ from sppruner.engine.detokenizer import Detokenizer
 from sppruner.engine.prefill import Prefilled, prefill
 from sppruner.engine.preparation import PreparedRequest
 from sppruner.engine.sampler import Sampler, SamplingState
+from sppruner.engine.token_logprobs import TokenLogprob, read_logprobs
 from sppruner.pruner import Pruner
 from sppruner.types import PruneReport
 
@@ -46,6 +47,9 @@ class RunningRequest:
 
     tokens: list[int] = field(default_factory=list)
     """The tokens of its answer so far."""
+
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of these tokens, if it asked for them."""
 
     seconds: float = 0.0
     """Its share of the steps it took part in: each step's wall seconds divided by its requests."""
@@ -293,10 +297,14 @@ class RunningBatch:
         """Samples each request's next token; returns the requests that end with it."""
         tokens = self._sampler.sample(logits_NV, [running.sampling for running in requests])
         finished = []
-        for running, token in zip(requests, tokens, strict=True):
+        for row, (running, token) in enumerate(zip(requests, tokens, strict=True)):
             if running.sampling.failure is not None:
                 finished.append(running)
                 continue
+            wanted = running.prepared.request.logprobs
+            if wanted is not None and token not in self._eos_ids:
+                read = read_logprobs(self._tokenizer, logits_NV[row], token, wanted)
+                running.logprobs.append(read)
             try:
                 ended = self._append(running, token)
             except Exception as error:  # The row boundary: its slot has the token already.

@@ -22,6 +22,7 @@ from sppruner.engine.format_guide import FormatGuides, format_guides
 from sppruner.engine.interface import Request, Result, SamplingParams, error_result
 from sppruner.engine.isolation import run_isolating_failures
 from sppruner.engine.queued import QueuedEngine
+from sppruner.errors import InputError
 from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_chat_inputs
 
@@ -60,6 +61,8 @@ class BatchEngine(QueuedEngine, ModelEngine):
         started = time.perf_counter()
         for request in batch:
             check_characters(request, self._context)
+            if request.logprobs is not None:
+                raise InputError("logprobs: a BatchEngine does not tell them, use a continuous one")
         inputs = build_chat_inputs(
             self._processor,
             [request.conversation for request in batch],

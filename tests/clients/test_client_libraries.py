@@ -50,6 +50,11 @@ def test_openai_sync_stream_and_pruning(endpoint: str, image_uri: str) -> None:
         assert dense.usage.model_extra == {"visual_tokens": 144, "visual_tokens_kept": 144}
         several = client.chat.completions.create(**asked, n=3, temperature=1.0, seed=5)
         assert [choice.index for choice in several.choices] == [0, 1, 2]
+        told = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+        assert told.choices[0].logprobs is not None
+        tokens = told.choices[0].logprobs.content or []
+        assert tokens
+        assert all(len(token.top_logprobs) == 2 for token in tokens)
         assert client.models.retrieve("served").id == "served"
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("other")

@@ -277,7 +277,13 @@ def create_app(
             return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
         results = await _label(replicas, asked, ongoing)
         state["noted"] |= usage(results)
-        return JSONResponse(completion(envelope, results, report=chat_request.wants_report))
+        answer = completion(
+            envelope,
+            results,
+            report=chat_request.wants_report,
+            logprobs=bool(chat_request.logprobs),
+        )
+        return JSONResponse(answer)
 
     def check_model(name: str) -> None:
         if name != model:

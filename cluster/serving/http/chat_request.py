@@ -90,6 +90,7 @@ async def label_requests(
         turns=asked.turns,
         spec=spec,
         generation=generation,
+        logprobs=_logprobs(chat),
         fit_context=chat.max_tokens is None and chat.max_completion_tokens is None,
         media=rules.media,
     )
@@ -175,6 +176,16 @@ def _sampling(chat: ChatRequest, rules: RequestRules) -> SamplingParams:
         )
     except SpecError as error:
         raise ApiError(str(error)) from error
+
+
+def _logprobs(chat: ChatRequest) -> int | None:
+    if not chat.logprobs:
+        if chat.top_logprobs:
+            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        return None
+    if chat.stream:
+        raise ApiError("logprobs of a stream are not supported by this endpoint", param="logprobs")
+    return chat.top_logprobs or 0
 
 
 def _format(chat: ChatRequest) -> AnswerFormat | None:

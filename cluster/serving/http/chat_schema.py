@@ -191,6 +191,8 @@ class ChatRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[list[StopText], Field(max_length=4)] | StopText | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -202,8 +204,6 @@ class ChatRequest(_Strict):
     repetition_penalty: Literal[1] | None = None
     top_k: Literal[-1, 0] | None = None
     min_p: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None

@@ -8,19 +8,25 @@ from dataclasses import asdict
 from typing import Any
 
 from sppruner.engine.interface import Result
+from sppruner.engine.token_logprobs import TokenLogprob
 
 
 def completion(
-    envelope: dict[str, Any], results: Sequence[Result], *, report: bool = False
+    envelope: dict[str, Any],
+    results: Sequence[Result],
+    *,
+    report: bool = False,
+    logprobs: bool = False,
 ) -> dict[str, Any]:
     """The body of an answer, one choice for each result. envelope: id, created and model. report:
-    whether to say which visual tokens were kept."""
+    whether to say which visual tokens were kept. logprobs: how probable the answer's tokens were.
+    """
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": result.text, "refusal": None},
             "finish_reason": result.finish_reason,
-            "logprobs": None,
+            "logprobs": _logprobs(result.logprobs) if logprobs else None,
         }
         for index, result in enumerate(results)
     ]
@@ -30,6 +36,18 @@ def completion(
         "usage": usage(results),
         **(pruning(results[0]) if report else {}),
     }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def told(one: TokenLogprob) -> dict[str, Any]:
+        return {
+            "token": one.token,
+            "logprob": one.logprob,
+            "bytes": list(one.token.encode("utf-8", errors="replace")),
+        }
+
+    content = [told(one) | {"top_logprobs": [told(other) for other in one.top]} for one in tokens]
+    return {"content": content, "refusal": None}
 
 
 def pruning(result: Result) -> dict[str, Any]:

@@ -158,6 +158,8 @@ class VllmEngine:
             cost,
             guides,
             layers=self._capabilities.decoder_layers,
+            tokenizer=self._processor.tokenizer,
+            end_ids=self._rules.end_ids,
         )
         self._renderer = RequestRenderer(
             self._vllm.renderer,
@@ -307,7 +309,11 @@ class VllmEngine:
         request = rendering.request
         try:
             sampling = vllm_sampling(
-                rendered.generation, self._rules, banned=self._placeholders, stream=request.stream
+                rendered.generation,
+                self._rules,
+                banned=self._placeholders,
+                stream=request.stream,
+                logprobs=request.logprobs,
             )
             internal = self._vllm.add_request(
                 str(ticket),

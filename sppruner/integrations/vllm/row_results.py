@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from cachetools import LRUCache
 from sppruner.cost import ModelCost
 from sppruner.engine.format_guide import FormatGuide, FormatGuides
 from sppruner.engine.interface import Request, Result
+from sppruner.engine.token_logprobs import TokenLogprob
 from sppruner.errors import EngineError, PruningHadNoEffect
 from sppruner.integrations.vllm.image_reports import MOST_REPORTS, ImageReport
 from sppruner.integrations.vllm.rendering import RenderedRequest
@@ -20,6 +21,7 @@ class ResultMaker:
     """Makes results of one vLLM.
 
     read_reports: of images by their hashes, `PruneReports.prune_reports`. layers: of the decoder.
+    end_ids: of tokens that end an answer.
     """
 
     def __init__(
@@ -29,7 +31,10 @@ class ResultMaker:
         guides: FormatGuides,
         *,
         layers: int,
+        tokenizer: Any,
+        end_ids: Collection[int],
     ) -> None:
+        self._tokenizer, self._end_ids = tokenizer, frozenset(end_ids)
         self._read_reports, self._cost, self._layers = read_reports, cost, layers
         self._guides = guides
         # It forgets an image before the model does: a row then pays for what a cache held, and no
@@ -81,10 +86,26 @@ class ResultMaker:
             visual_tokens=visual,
             visual_tokens_kept=kept,
             kept_tokens=_pack(masks),
+            logprobs=self._logprobs(answer, request.logprobs),
             image_shapes=tuple(report.shape for report in reports),
             seconds=seconds,
             cost=cost,
         )
+
+    def _logprobs(self, answer: Any, alternatives: int | None) -> tuple[TokenLogprob, ...]:
+        if alternatives is None or answer.logprobs is None:
+            return ()
+
+        def told(token: int, found: Any, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+            return TokenLogprob(self._tokenizer.decode([token]), float(found.logprob), top)
+
+        tokens = []
+        for token, options in zip(answer.token_ids, answer.logprobs, strict=True):
+            if token not in self._end_ids:
+                best = sorted(options.items(), key=lambda option: option[1].rank)[:alternatives]
+                top = tuple(told(*option) for option in best)
+                tokens.append(told(token, options[token], top))
+        return tuple(tokens)
 
     def _reports(self, keys: Sequence[str]) -> list[ImageReport]:
         if not keys:

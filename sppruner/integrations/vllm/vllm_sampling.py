@@ -14,10 +14,15 @@ _NEVER: Final = -100.0  # vLLM's lowest bias: no logit is so far above the other
 
 
 def vllm_sampling(
-    params: SamplingParams, rules: AnswerRules, *, banned: Sequence[int], stream: bool
+    params: SamplingParams,
+    rules: AnswerRules,
+    *,
+    banned: Sequence[int],
+    stream: bool,
+    logprobs: int | None = None,
 ) -> Any:
     """vLLM's `SamplingParams`. banned: token ids that must not be generated: they would be read as
-    an image. Raises InputError for a temperature that vLLM would change.
+    an image. logprobs: see `Request`. Raises InputError for a temperature that vLLM would change.
 
     vLLM is opened without the checkpoint's generation config, of which it would also take the
     sampling: what holds for every answer is said here. The tokenizer's end token, which vLLM looks
@@ -45,6 +50,7 @@ def vllm_sampling(
         ignore_eos=structured is None,
         structured_outputs=structured,
         repetition_penalty=rules.repetition_penalty,
+        logprobs=logprobs,
         logit_bias=dict.fromkeys([*banned, *rules.suppressed_ids], _NEVER),
         output_kind=RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY,
     )

@@ -163,6 +163,47 @@ def test_an_answer_is_cut_to_the_context_only_where_the_request_takes_that(
     assert cut.finish_reason == "stop" or cut.prompt_tokens + cut.completion_tokens == context
 
 
+def test_probabilities_of_tokens_are_those_of_the_models_own_logits(loaded: LoadedModel) -> None:
+    engine = ContinuousEngine(loaded, slots=4)
+    batch = [
+        request("cat", spec=GRID, logprobs=3),
+        request("red"),
+        request("sky", images=0, logprobs=0),
+    ]
+    told, silent, chosen = engine.run(batch)
+    engine.close()
+    assert silent.logprobs == ()
+    plain = [replace(facts(r), logprobs=()) for r in (told, chosen)]
+    alone = ContinuousEngine(loaded, slots=4)
+    assert plain == [facts(alone.run([replace(r, logprobs=None)])[0]) for r in (batch[0], batch[2])]
+    alone.close()
+    tokenizer = loaded.processor.tokenizer
+    for result, alternatives in ((told, 3), (chosen, 0)):
+        assert len(result.logprobs) in (result.completion_tokens - 1, result.completion_tokens)
+        assert all(len(token.top) == alternatives for token in result.logprobs)
+        assert all(token.logprob <= 0 for token in result.logprobs)
+    # Greedy: each token is the first of its alternatives.
+    for token in told.logprobs:
+        assert (token.token, token.logprob) == (token.top[0].token, token.top[0].logprob)
+        assert [one.logprob for one in token.top] == sorted(
+            (one.logprob for one in token.top), reverse=True
+        )
+    # The first token, by the model itself.
+    inputs = build_chat_inputs(loaded.processor, [batch[2].conversation], [()])
+    with torch.inference_mode():
+        logits_V = loaded.model(input_ids=inputs["input_ids"]).logits[0, -1].float()
+    first = chosen.logprobs[0]
+    number = int(logits_V.argmax())
+    assert first.token == tokenizer.decode([number])
+    assert first.logprob == pytest.approx(float(logits_V.log_softmax(-1)[number]), abs=1e-4)
+
+
+@pytest.mark.parametrize("logprobs", [-1, 21])
+def test_more_alternatives_than_are_told_are_refused(engine: ModelEngine, logprobs: int) -> None:
+    (result,) = engine.run([request("cat", logprobs=logprobs)])
+    assert result.error_code == "prompt_invalid"
+
+
 @pytest.mark.parametrize(
     "bad",
     [

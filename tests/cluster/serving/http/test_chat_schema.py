@@ -88,7 +88,7 @@ def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
         ({"n": 17}, "n"),
         ({"seed": 2**64}, "seed"),
         ({"temperature": 3}, "temperature"),

@@ -96,6 +96,16 @@ def test_conversations_and_answers_cut_to_the_context_are_those_of_our_engine(
     assert theirs.run([replace(fitted, fit_context=False)])[0].error_code == "prompt_invalid"
 
 
+def test_probabilities_of_tokens_are_those_of_our_engine(open_vllm: Callable[..., Any]) -> None:
+    asked = [replace(request, logprobs=4) for request in long(questions(3, SPP), 8)]
+    ours, theirs = open_engine("tiny-llava").run(asked), open_vllm("tiny-llava").run(asked)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [t.token for t in one.logprobs] == [t.token for t in other.logprobs]
+        for token, twin in zip(one.logprobs, other.logprobs, strict=True):
+            assert token.logprob == pytest.approx(twin.logprob, abs=1e-3)
+            assert [t.token for t in token.top[:2]] == [t.token for t in twin.top[:2]]
+
+
 def test_a_stream_adds_up_to_the_answer(open_vllm: Callable[..., Any]) -> None:
     engine = open_vllm("tiny-llava")
     requests = [replace(request, stream=True) for request in long(questions(3, SPP))]

@@ -333,6 +333,43 @@ def test_endpoint_names_the_argument_that_is_no_usable_number(name: str, value: 
 
 
 @pytest.mark.slow
+def test_without_keys_a_fleet_answers_its_own_machine_alone_whatever_it_is_bound_to(
+    tmp_path: Path,
+) -> None:
+    """Runs in another process: this session's Serve is bound to loopback."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        dedent(
+            """
+            import socket
+            import httpx
+            from urllib.parse import urlsplit
+            from cluster.serving.application import FleetSettings
+            from cluster.serving.fleet import open_fleet
+            from cluster.serving.engine_settings import EngineSettings
+
+            engine = EngineSettings(model="own", engine="tests.cluster.fake_engine:FakeEngine")
+            with open_fleet(FleetSettings(engine=engine, host="0.0.0.0")) as fleet:
+                port = urlsplit(fleet.http_url).port
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                    probe.connect(("192.0.2.1", 9))  # sends nothing, and names our own address
+                    outside = probe.getsockname()[0]
+                assert not outside.startswith("127."), outside
+
+                def ask(host, path):
+                    return httpx.get(f"http://{host}:{port}{path}", trust_env=False).status_code
+
+                assert ask("127.0.0.1", "/v1/models") == 200
+                assert ask(outside, "/v1/models") == 403
+                assert ask(outside, "/healthz") == 200
+            """
+        )
+    )
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.slow
 def test_without_a_cluster_a_fleet_starts_and_stops_its_own_ray(tmp_path: Path) -> None:
     """Runs in another process, because this one is connected to the session's Ray."""
     script = tmp_path / "job.py"

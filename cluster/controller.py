@@ -7,6 +7,7 @@ what the store holds, so losing this actor loses nothing else.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
@@ -117,6 +118,7 @@ class RunController:
     def __init__(self) -> None:
         self._runs: dict[RunName, _Run] = {}
         self._metrics = Metrics()
+        self._codes: set[str] = set()
 
     def register(
         self,
@@ -169,6 +171,7 @@ class RunController:
             run.lost, run.measured = beside.lost, beside.measured
             run.events, run.told = beside.events, beside.told
             run.waited, run.waited_until = beside.waited, beside.waited_until
+        self._export(name)
 
     def unit_committed(self, name: RunName, unit_id: str, ledger: UnitLedger) -> bool:
         """Counts a committed unit once, however often it is reported. False: the run is unknown
@@ -274,7 +277,9 @@ class RunController:
 
     def _export(self, name: RunName) -> None:
         """The run's metrics, as of now."""
-        run, progress, of = self._runs[name], self.progress(name), {"run": name.run_id}
+        run, progress = self._runs[name], self.progress(name)
+        # Equal settings over one corpus are the same run wherever its rows go.
+        of = {"run": f"{name.run_id}-{hashlib.sha256(name.output.encode()).hexdigest()[:6]}"}
         assert progress is not None
         ledger, export = run.ledger, self._metrics.set
         counts = {
@@ -284,8 +289,9 @@ class RunController:
         }
         for status, rows in counts.items():
             export("run_rows", rows, status=status, **of)
-        for code, rows in ledger.failed.items():
-            export("run_errors", rows, code=code, **of)
+        self._codes |= ledger.failed.keys()  # what is mended goes back to none
+        for code in self._codes:
+            export("run_errors", ledger.failed.get(code, 0), code=code, **of)
         export("run_visual_tokens", ledger.visual_tokens, state="input", **of)
         export("run_visual_tokens", ledger.visual_tokens_kept, state="kept", **of)
         export("run_seconds", ledger.seconds, mode="rows", **of)

@@ -113,7 +113,7 @@ class ContinuousEngine(ModelEngine):
         return EngineLoad(
             running=running,
             waiting=self.in_flight - running,
-            kv_usage=self._running.cache.usage,
+            kv_usage=self._running.kv_usage,
         )
 
     def clear_caches(self) -> None:
@@ -159,16 +159,18 @@ class ContinuousEngine(ModelEngine):
                 wait([f for _, f in self._preparing.values()], return_when=FIRST_COMPLETED)
             return self.in_flight > 0
         before, started = self._running.priorities, time.perf_counter()
+        present = [*before, *self._scheduler.priorities]
         if group:
+            priority, tokens = group[0].priority, padded_tokens(group)
             self._prefill(group)
             seconds = time.perf_counter() - started
-            tokens = padded_tokens(group)
-            self._urgency.prefilled(group[0].priority, before, tokens=tokens, seconds=seconds)
+            present.append(priority)
+            self._urgency.prefilled(priority, present, tokens=tokens, seconds=seconds)
         else:
             rows = self._urgency.decode_rows(before)
             self._decode(rows)
             seconds = time.perf_counter() - started
-            self._urgency.decoded(rows, before, seconds=seconds)
+            self._urgency.decoded(rows, before, present, seconds=seconds)
         self.busy_seconds += seconds
         return self.in_flight > 0
 
@@ -196,20 +198,23 @@ class ContinuousEngine(ModelEngine):
                 self._finish(ticket, error_result(request, error))
 
     def _next_group(self) -> list[PreparedRequest]:
-        first = self._scheduler.first()
-        if first is None:
+        waiting, running = self._scheduler.priorities, self._running.priorities
+        if not waiting:
             return []
-        if not self._urgency.may_prefill(first.priority, self._running.priorities):
+        priority = self._urgency.prefill_priority(waiting, running)
+        if priority is None:
             return []
-        free = self._running.free_slots(first.priority)
-        preparing = [request for request, _ in self._preparing.values()]
-        # A group is worth waiting for among requests of its priority, never for any other.
-        waiting = sum(prepared.priority == first.priority for prepared in self._scheduler)
-        coming = waiting + sum(request.priority == first.priority for request in preparing)
-        if min(free, waiting) < min(coming, _GROUP_SHARE * self.slots):
-            return []
-        most_tokens = self._urgency.prefill_tokens(first.priority)
-        return self._scheduler.take(free, self._running.fits, most_tokens=most_tokens)
+        free = self._running.free_slots(priority)
+        if {*waiting, *running} == {priority}:
+            # A group is worth waiting for, among requests of one priority; nobody waits for others.
+            preparing = [request for request, _ in self._preparing.values()]
+            coming = len(self._scheduler) + sum(r.priority == priority for r in preparing)
+            if min(free, len(self._scheduler)) < min(coming, _GROUP_SHARE * self.slots):
+                return []
+        most_tokens = self._urgency.prefill_tokens(priority)
+        return self._scheduler.take(
+            free, self._running.fits, priority=priority, most_tokens=most_tokens
+        )
 
     def _prefill(self, group: Sequence[PreparedRequest]) -> None:
         for finished in run_isolating_failures(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -57,12 +57,15 @@ class PriorityPool(Generic[_T]):
                 if not self._waiting:
                     return
                 _, _, future, call = heapq.heappop(self._waiting)
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result: Any = call()
-            except BaseException as error:  # as an executor does: the future's to raise
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            if future.set_running_or_notify_cancel():
+                _run(future, call)
             del future, call  # what they hold is not kept until the next call comes
+
+
+def _run(future: Future[_T], call: Callable[[], _T]) -> None:
+    try:
+        result = call()
+    except BaseException as error:  # as an executor does: the future's to raise
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -155,6 +155,12 @@ class RunningBatch:
         lengths += [prepared.max_length for prepared in group]
         return self.cache.fits(len(lengths), max(lengths))
 
+    @property
+    def kv_usage(self) -> float | None:
+        """Share of the KV cache that the running requests may come to need; None for no bound."""
+        longest = max((max(running.max_lengths) for running in self.requests), default=0)
+        return self.cache.share(len(self.requests), longest)
+
     @torch.inference_mode()
     def prefill(self, group: Sequence[PreparedRequest]) -> list[RunningRequest]:
         """Prefills a group and samples the first token of each; returns the requests that end with

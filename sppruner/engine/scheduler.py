@@ -77,6 +77,11 @@ class Scheduler(Generic[_S]):
     def remove(self, request: _S) -> None:
         self._queues[request.priority].remove(request)
 
+    @property
+    def priorities(self) -> list[int]:
+        """Of the requests that wait, each once, in order."""
+        return sorted(priority for priority, queue in self._queues.items() if queue)
+
     def first(self) -> _S | None:
         return next(iter(self), None)
 
@@ -85,18 +90,20 @@ class Scheduler(Generic[_S]):
         slots: int,
         fits: Callable[[list[_S]], bool] = bool,
         *,
+        priority: int | None = None,
         most_tokens: int | None = None,
     ) -> list[_S]:
         """Removes and returns the first request and those that can be prefilled with it, at most
         `slots`; none if that first one does not fit.
 
-        fits: whether a group may run beside the requests that are running. most_tokens: a bound
+        fits: whether a group may run beside the requests that are running. priority: of the group;
+        None for the most urgent that wait. most_tokens: a bound
         below that of the limits. A request of another kind keeps its place: the first of them leads
         the next group. A request that does not fit blocks those after it, or it would starve. Those
         of another priority have a group of their own, or a few urgent ones would wait for many.
         """
         group: list[_S] = []
-        for request in self:
+        for request in self if priority is None else self._queues.get(priority, ()):
             if len(group) == slots or (group and request.priority != group[0].priority):
                 break
             if group and request.kind != group[0].kind:

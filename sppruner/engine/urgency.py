@@ -41,9 +41,14 @@ class Urgency:
         if running and running[-1] > priority:
             self._came, self._urgent = time.monotonic(), priority
 
-    def may_prefill(self, priority: int, running: Sequence[int]) -> bool:
-        """Whether requests of a priority may be prefilled beside those that run."""
-        return not running or running[0] >= priority or self._share.others_next
+    def prefill_priority(self, waiting: Sequence[int], running: Sequence[int]) -> int | None:
+        """Whose prefill may come next, of the priorities that wait, in order; None where all of
+        them are paused."""
+        urgent = min([*waiting[:1], *running[:1]])
+        others = [priority for priority in waiting if priority > urgent]
+        if others and self._share.others_next:
+            return others[0]
+        return None if waiting[0] > urgent else waiting[0]
 
     def prefill_tokens(self, priority: int) -> int | None:
         """Most tokens of a prefill of that priority; None for no bound but the engine's own."""
@@ -59,17 +64,20 @@ class Urgency:
         return min(len(running), urgent + self._steps.rows_beside(urgent, _SLACK))
 
     def prefilled(
-        self, priority: int, running: Sequence[int], *, tokens: int, seconds: float
+        self, priority: int, present: Sequence[int], *, tokens: int, seconds: float
     ) -> None:
-        """So many tokens of a priority were prefilled beside those that ran."""
+        """So many tokens of a priority were prefilled. present: priorities of all that ran or
+        waited then."""
         self._prefills.observe(tokens, seconds)
-        present = [priority, *running]
         self._spent(seconds, present, by_others=priority > min(present))
 
-    def decoded(self, rows: int, running: Sequence[int], *, seconds: float) -> None:
+    def decoded(
+        self, rows: int, running: Sequence[int], present: Sequence[int], *, seconds: float
+    ) -> None:
         """So many of the running requests decoded a token, as `decode_rows` said."""
         self._steps.observe(rows, seconds)
-        self._spent(seconds, running, by_others=self._others_turn)
+        by_others = self._others_turn or running[0] > min(present)
+        self._spent(seconds, present, by_others=by_others)
 
     def _spent(self, seconds: float, present: Sequence[int], *, by_others: bool) -> None:
         if max(present) > min(present):

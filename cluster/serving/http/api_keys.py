@@ -39,6 +39,8 @@ PREFIX: Final = "sk-spp-"
 """Of every key that is made here: scanners for leaked secrets find it."""
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _REREAD_SECONDS: Final = 5.0
+_STALE_SECONDS: Final = 15.0
+_STALE_WAIT_SECONDS: Final = 2.0
 _MINUTE: Final = 60.0
 
 
@@ -121,7 +123,7 @@ class Allowance:
 
     def __init__(self, per_minute: float, now: Callable[[], float]) -> None:
         self.per_minute, self._now = per_minute, now
-        self._left, self._at = per_minute, now()
+        self._left, self._at = max(1.0, per_minute), now()
 
     @property
     def wait(self) -> float:
@@ -137,7 +139,8 @@ class Allowance:
     def _refill(self) -> None:
         now = self._now()
         gained = (now - self._at) * self.per_minute / _MINUTE
-        self._left, self._at = min(self.per_minute, self._left + gained), now
+        most = max(1.0, self.per_minute)  # one a quarter of an hour is one too
+        self._left, self._at = min(most, self._left + gained), now
 
 
 class Holder:
@@ -177,7 +180,7 @@ class ApiKeys:
     def __init__(self, uri: str, keys: list[ApiKey]) -> None:
         self._uri = uri
         self._holders: dict[str, Holder] = {}
-        self._read_at = time.monotonic()
+        self._read_at = self._read_before = time.monotonic()
         self._reading: asyncio.Task[None] | None = None
         self._take(keys)
 
@@ -205,6 +208,9 @@ class ApiKeys:
     async def _refresh(self) -> None:
         if self._reading is None and time.monotonic() - self._read_at > _REREAD_SECONDS:
             self._reading = asyncio.create_task(self._reread())
+        if self._reading is not None and time.monotonic() - self._read_before > _STALE_SECONDS:
+            # Nobody has asked for long: who was taken out meanwhile is not let in once more.
+            await asyncio.wait([self._reading], timeout=_STALE_WAIT_SECONDS)
         if self._reading is not None and self._reading.done():
             self._reading = None
 
@@ -212,6 +218,7 @@ class ApiKeys:
         self._read_at = time.monotonic()
         try:
             self._take(await asyncio.to_thread(read_keys, self._uri))
+            self._read_before = time.monotonic()
         except (UsageError, StoreError) as error:
             # Those that were known stay: a file that is being replaced locks nobody out.
             logger.error("keys_not_read", error=str(error))

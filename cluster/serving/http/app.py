@@ -199,11 +199,6 @@ def create_app(
         message = f"{request.method} {request.url.path}: {error.detail}"
         return await answer_error(request, ApiError(message, status=error.status_code))
 
-    @app.exception_handler(Exception)
-    async def answer_fault(request: Request, error: Exception) -> Response:
-        logger.error("request_failed", path=request.url.path, exc_info=error)
-        return await answer_error(request, ApiError("internal error", status=500, code="internal"))
-
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether this process answers. Whether a model does is /readyz's to say."""
@@ -241,7 +236,10 @@ def create_app(
         state = request.scope["state"]
         if (holder := state.get("holder")) is not None:
             state["closing"].enter_context(holder.request())
-            state["closing"].callback(lambda: holder.used(state["noted"].get("total_tokens", 0)))
+            noted = state["noted"]
+            state["closing"].callback(
+                lambda: holder.used(noted.get("total_tokens", noted.get("streamed", 0)))
+            )
         body = state["closing"].enter_context(room.held())
         chat_request = parse_chat_request(await body.read(request, settings.max_body_bytes))
         check_model(chat_request.model)

@@ -48,6 +48,9 @@ class RequestRules:
     """Images of one request."""
     max_pixels: int = 128_000_000
     """Pixels of all images of one request, as their headers have them."""
+    max_image_bytes: int = 64 * 2**20
+    """Bytes of all images of one request, for each of the answers that it asks for; so of its
+    pixels."""
     default_tokens: int = 256
     """Longest answer where the request names no limit; shorter where the model's context is."""
     most_tokens: int = 2048
@@ -80,8 +83,8 @@ async def label_requests(
             f"{len(asked.urls)} images: at most {rules.max_images} a request", param="messages"
         )
     generation, spec = _sampling(chat, rules), _spec(chat, asked, rules)
-    images = tuple(await asyncio.gather(*(_read(url, rules, fetcher) for url in asked.urls)))
-    _check_pixels(images, rules.max_pixels)
+    images = await _read_all(asked.urls, rules, fetcher)
+    _check_size(images, rules, answers=chat.n or 1)
     request = LabelRequest(
         id=id,
         prompt=asked.prompt,
@@ -104,6 +107,17 @@ async def label_requests(
     ]
 
 
+async def _read_all(
+    urls: Sequence[str], rules: RequestRules, fetcher: ImageFetcher | None
+) -> tuple[bytes, ...]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_read(url, rules, fetcher)) for url in urls]
+    except ExceptionGroup as errors:  # one refused image ends the request, and the other fetches
+        raise errors.exceptions[0] from None
+    return tuple(task.result() for task in tasks)
+
+
 async def _read(url: str, rules: RequestRules, fetcher: ImageFetcher | None) -> bytes:
     if fetcher is None or url.lstrip()[:5].lower() == "data:":
         return read_data_uri(url, rules.media)
@@ -115,16 +129,22 @@ def _is_field(step: str) -> bool:
     return (step.isidentifier() and step != "str") or step.isdecimal()
 
 
-def _check_pixels(images: Sequence[bytes], most: int) -> None:
+def _check_size(images: Sequence[bytes], rules: RequestRules, *, answers: int) -> None:
+    """Each answer has the images decoded for itself."""
     sizes = [size for size in map(image_size, images) if size is not None]
-    pixels = sum(width * height for width, height in sizes)
-    if pixels > most:
-        raise ApiError(
-            f"{pixels:,} pixels in all images: at most {most:,} a request",
-            status=413,
-            code="image_too_large",
-            param="messages",
-        )
+    pixels = answers * sum(width * height for width, height in sizes)
+    size = answers * sum(map(len, images))
+    for amount, most, unit in (
+        (pixels, rules.max_pixels, "pixels"),
+        (size, rules.max_image_bytes, "bytes"),
+    ):
+        if amount > most:
+            raise ApiError(
+                f"{amount:,} {unit} in all images, for each answer: at most {most:,} a request",
+                status=413,
+                code="image_too_large",
+                param="messages",
+            )
 
 
 def _spec(chat: ChatRequest, asked: Conversation, rules: RequestRules) -> PruneSpec:

@@ -34,7 +34,7 @@ class Conversation:
 
 def read_conversation(messages: Sequence[Message]) -> Conversation:
     """Raises ApiError for messages without a question, and for images that are not the user's."""
-    system, turns, images = list[str](), list[Turn](), list[ImagePart]()
+    system, said, images = list[str](), list[tuple[Role, list[str | None]]](), list[ImagePart]()
     for message in messages:
         pictures = [part for part in _listed(message) if isinstance(part, ImagePart)]
         if message.role in ("system", "developer", "assistant") and pictures:
@@ -42,15 +42,16 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
                 f"an image in a message of role {message.role}: images belong in user messages",
                 param="messages",
             )
-        parts = tuple(_parts(message))
+        parts = _parts(message)
         if message.role in ("system", "developer"):
             system.extend(part for part in parts if part is not None)
         elif parts:
             role: Role = "assistant" if message.role == "assistant" else "user"
-            if turns and turns[-1].role == role:
-                parts = tuple(_joined((*turns.pop().parts, *parts)))
-            turns.append(Turn(role, parts))
+            if not said or said[-1][0] != role:
+                said.append((role, []))
+            said[-1][1].extend(parts)
             images += pictures
+    turns = [Turn(role, tuple(_joined(parts))) for role, parts in said]
     asked = next((turn for turn in reversed(turns) if turn.role == "user"), None)
     if asked is None:
         raise ApiError("no message of role user has any content", param="messages")
@@ -70,8 +71,8 @@ def _listed(message: Message) -> Sequence[TextPart | ImagePart | RefusalPart]:
     return message.content if isinstance(message.content, list) else ()
 
 
-def _parts(message: Message) -> Iterator[str | None]:
-    """Texts, those that follow each other as lines of one; None for an image."""
+def _parts(message: Message) -> list[str | None]:
+    """Texts, without empty ones; None for an image."""
     content = message.content
     said: list[str | None] = []
     if isinstance(content, str):
@@ -89,10 +90,11 @@ def _parts(message: Message) -> Iterator[str | None]:
     calls += [message.function_call] if message.function_call else []
     for call in calls:
         said.append(json.dumps({"name": call.name, "arguments": call.arguments}))
-    yield from _joined(said)
+    return [part for part in said if part != ""]
 
 
 def _joined(parts: Sequence[str | None]) -> Iterator[str | None]:
+    """Texts that follow each other as lines of one."""
     lines = list[str]()
     for part in parts:
         if part is None:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from cluster.config import MediaLimits
 from cluster.errors import ApiError
 
+_LONGEST_HEAD: Final = 256
 _URL_SAFE: Final = str.maketrans("-_", "+/", " \t\r\n")
 
 
@@ -16,9 +17,10 @@ def read_data_uri(uri: str, limits: MediaLimits) -> bytes:
     """The bytes of a base64 data URI: letters of any case, white space, the alphabet of URLs and
     missing padding are accepted. Raises ApiError; the size is checked on the text, before it is
     decoded."""
-    head, comma, payload = uri.partition(",")
+    at = uri.find(",", 0, _LONGEST_HEAD)
+    head, payload = (uri[:at], uri[at + 1 :]) if at >= 0 else ("", "")
     kind, *parameters = head.strip().lower().split(";")
-    if not kind.startswith("data:") or not comma:
+    if not kind.startswith("data:"):
         raise ApiError(
             "image_url must be a data URI (data:image/png;base64,…): this endpoint fetches nothing",
             code="image_url_not_supported",

@@ -88,7 +88,14 @@ class EdgeRules:
                 await refused(scope, receive, send_on)
             else:
                 inner = {**scope, "method": "GET"} if without_body else scope
-                await self._app(inner, receive, send_on)
+                try:
+                    await self._app(inner, receive, send_on)
+                except Exception as error:
+                    logger.error("request_failed", path=scope["path"], exc_info=error)
+                    if status:
+                        raise  # half of a response is out: the connection ends
+                    fault = ApiError("internal error", status=500, code="internal")
+                    await JSONResponse(fault.body(), status_code=500)(scope, receive, send_on)
             finally:
                 await closing.aclose()
                 if scope["path"] not in _UNLOGGED:
@@ -114,7 +121,11 @@ class EdgeRules:
         origin = headers.get("origin")
         if origin is None or ANY in self._origins or origin in self._origins:
             return
-        if urlsplit(origin).netloc.lower() != host.lower():
+        try:
+            place = urlsplit(origin).netloc.lower()
+        except ValueError:
+            place = ""
+        if place != host.lower():
             raise ApiError(
                 f"origin {origin!r} is not allowed here: start the endpoint with origins={origin}",
                 status=403,

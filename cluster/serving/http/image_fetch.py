@@ -30,6 +30,7 @@ logger = structlog.get_logger(__name__)
 _PORTS: Final = {"https": 443, "http": 80}
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS: Final = 3
+_AT_ONCE: Final = 16
 _SECONDS: Final = 10.0
 _MOST_CHARACTERS: Final = 4096
 
@@ -77,12 +78,13 @@ class ImageFetcher:
     ) -> None:
         self._allowed = [AllowedPrefix.parse(prefix) for prefix in prefixes]
         self._limits, self._seconds = limits, seconds
+        self._turns = asyncio.Semaphore(_AT_ONCE)
         self._resolve = resolve or _system_resolve
 
     async def fetch(self, url: str) -> bytes:
         """The bytes of an image. Raises ApiError, whose message holds no query of the URL."""
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._seconds), self._turns:
                 if self._check(url).scheme == "s3":
                     return await asyncio.to_thread(self._read_object, url)
                 return await self._follow(url)
@@ -93,13 +95,15 @@ class ImageFetcher:
 
     def _check(self, url: str) -> SplitResult:
         """The URL's parts, if it is allowed."""
+        if len(url) > _MOST_CHARACTERS:  # before anything keeps it: urlsplit has a cache
+            raise _refused("", f"a URL of more than {_MOST_CHARACTERS} characters")
         try:
             parts = urlsplit(url)
             _port(parts)
         except ValueError:
             raise _refused(url, "it is no URL") from None
-        if len(url) > _MOST_CHARACTERS or parts.username is not None:
-            raise _refused(url, "it is too long, or holds credentials")
+        if parts.username is not None:
+            raise _refused(url, "it holds credentials")
         # What is a step upwards for one server is a name for another: neither is needed.
         if any(step in (".", "..") for step in unquote(parts.path).replace("\\", "/").split("/")):
             raise _refused(url, "its path has steps upwards")
@@ -112,7 +116,10 @@ class ImageFetcher:
             found = await self._get(url)
             if isinstance(found, bytes):
                 return found
-            url = urljoin(url, found)
+            try:
+                url = urljoin(url, found)
+            except ValueError:
+                raise _failed(url, "it redirects to what is no URL") from None
             self._check(url)
         raise _failed(url, f"more than {_MOST_REDIRECTS} redirects")
 

@@ -98,6 +98,8 @@ async def stream_events(
                     continue
                 index, piece = arrived
                 if isinstance(piece, str):
+                    if noted is not None:  # of a stream that is closed early, about as many tokens
+                        noted["streamed"] = noted.get("streamed", 0) + 1
                     yield event(index, {"content": piece})
                     continue
                 results[index] = piece

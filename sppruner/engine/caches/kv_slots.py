@@ -82,13 +82,15 @@ class KVSlots:
             return self.slots * self._fixed
         return None if self._limit is None else self._limit // (len(self.keys) * self._token_bytes)
 
-    @property
-    def usage(self) -> float | None:
-        """Share of the tokens that it can hold which it holds; None for no bound."""
-        capacity = self.token_capacity
-        if capacity is None:
+    def share(self, requests: int, tokens: int) -> float | None:
+        """What `fits` counts of so many requests, whose longest ends with so many tokens, as a
+        share of what there is; None for no bound."""
+        if self._fixed is not None:
+            return requests / self.slots
+        if self._limit is None:
             return None
-        return float(self._host_lengths_LS.mean(axis=0).sum()) / max(1, capacity)
+        each = len(self.keys) * _grained(tokens) * self._token_bytes
+        return min(1.0, requests * each / max(1, self._limit))
 
     def lengths(self, slot: int) -> list[int]:
         """Tokens of a slot at each layer."""

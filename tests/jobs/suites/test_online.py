@@ -177,7 +177,9 @@ class RecordingFleet:
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(rows=self.rows)
 
-    def run_closed_loop(self, base_url: str, bodies: list[bytes], clients: int) -> LoadResult:
+    def run_closed_loop(
+        self, base_url: str, bodies: list[bytes], clients: int, *, pause: float = 0.0
+    ) -> LoadResult:
         self.sent.append((bodies, clients, self.batch))
         self.rows += len(bodies) + 7 * self.batch
         if self.fails:

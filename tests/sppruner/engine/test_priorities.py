@@ -134,6 +134,45 @@ def test_an_urgent_request_has_a_slot_while_others_hold_all(
     finish(engine)
 
 
+def test_a_row_that_waits_gets_in_while_somebody_urgent_always_runs(
+    engine: ContinuousEngine, reference: BatchEngine
+) -> None:
+    online = long(reference, ONLINE, 4)
+    for request in online:  # they hold all slots, and each that ends is followed by another
+        engine.submit(request)
+    while len(engine._running.requests) < 4:
+        engine.step()
+    waiting = engine.submit(long(reference, BATCH, 1, tokens=4)[0])
+    for _ in range(2000):
+        engine.step()
+        ended = [u for u in engine.poll() if u.result is not None]
+        if any(u.ticket == waiting for u in ended):
+            break
+        for _ in ended:
+            engine.submit(online[0])
+    else:
+        pytest.fail("it starves")
+    for running in list(engine._running.requests):
+        engine.cancel(running.prepared.ticket)
+    finish(engine)
+
+
+def test_two_urgent_requests_at_once_take_the_one_slot_that_is_kept(
+    loaded: LoadedModel, reference: BatchEngine
+) -> None:
+    engine = ContinuousEngine(loaded, slots=8)
+    for request in long(reference, BATCH, 8):
+        engine.submit(request)
+    while len(engine._running.requests) < 8:
+        engine.step()
+    for request in long(reference, ONLINE, 2):
+        engine.submit(request)
+    for _ in range(5):
+        engine.step()
+    assert [ONLINE in engine._running.priorities, len(engine._running.requests)] == [True, 9]
+    engine.close()
+
+
 def test_requests_of_one_priority_never_take_what_is_kept_for_others(
     engine: ContinuousEngine, reference: BatchEngine
 ) -> None:

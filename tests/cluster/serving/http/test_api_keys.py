@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,70 @@ def test_each_limit_answers_429_and_says_when_to_ask_again(tmp_path: Path) -> No
     refused = answered[2]
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+
+def test_a_limit_of_less_than_one_a_minute_is_one_in_more_minutes() -> None:
+    now = 0.0
+    allowance = Allowance(0.5, lambda: now)
+    assert allowance.wait == 0
+    allowance.use(1)
+    assert allowance.wait == pytest.approx(120.0)
+    now = 120.0
+    assert allowance.wait == pytest.approx(0.0)
+
+
+def test_a_key_that_was_taken_out_while_nobody_asked_is_not_let_in_once_more(
+    tmp_path: Path,
+) -> None:
+    (old, first), (_, second) = make_key("a"), make_key("b")
+    path = tmp_path / "keys.yaml"
+    keys = ApiKeys.open(write(path, first))
+    write(path, second)
+    keys._read_at = keys._read_before = time.monotonic() - 3600
+
+    async def scenario() -> None:
+        with pytest.raises(ApiError, match="not known"):
+            await keys.holder(f"Bearer {old}")
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_is_closed_early_costs_what_it_has_said(tmp_path: Path) -> None:
+    key, entry = make_key("a", tokens_per_minute=1000)
+    keys = ApiKeys.open(write(tmp_path / "keys.yaml", entry))
+    (holder,) = keys._holders.values()
+
+    async def scenario() -> None:
+        app: Any = create_app(RecordingReplica(), ApiSettings(), model="fake", keys=keys)
+        body = json.dumps(BODY | {"stream": True}).encode()
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": CHAT,
+            "query_string": b"",
+            "server": ("127.0.0.1", 80),
+            "headers": [(b"host", b"localhost"), (b"authorization", f"Bearer {key}".encode())],
+        }
+        said = asyncio.Event()
+        sent: list[bytes] = []
+
+        async def receive() -> dict[str, Any]:
+            if not sent:
+                sent.append(b"")
+                return {"type": "http.request", "body": body, "more_body": False}
+            await said.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if b'"content": "' in message.get("body", b"") and b'""' not in message["body"]:
+                said.set()
+                await asyncio.sleep(60)
+
+        await asyncio.wait_for(app(scope, receive, send), 20)
+
+    asyncio.run(scenario())
+    assert holder._tokens is not None
+    assert holder._tokens._left < 1000
 
 
 def test_requests_at_the_same_time_are_bounded_by_key() -> None:

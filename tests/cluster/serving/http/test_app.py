@@ -184,6 +184,16 @@ def test_pixels_of_all_images_are_bounded_by_their_headers() -> None:
     assert told.status_code == 200
 
 
+def test_images_count_for_each_answer_that_is_asked_for() -> None:
+    few = ApiSettings(max_pixels=40)  # a picture has 16
+    asked = [user_message(image_part(data_uri(picture(1))))]
+    assert complete(settings=few, messages=asked, n=2).status_code == 200
+    assert read_error(complete(settings=few, messages=asked, n=3))[0] == 413
+    small = ApiSettings(max_image_bytes=2 * len(picture(1)))
+    assert complete(settings=small, messages=asked, n=2).status_code == 200
+    assert read_error(complete(settings=small, messages=asked, n=3))[0] == 413
+
+
 def test_a_temperature_too_low_to_divide_by_is_greedy() -> None:
     replicas = RecordingReplica()
     assert complete(replicas, temperature=5e-38).status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -77,6 +78,15 @@ def test_messages_without_content_are_left_out() -> None:
         {"role": "user", "content": "what ?"},
     )
     assert (asked.prompt, asked.turns) == ("what ?", ())
+
+
+def test_many_messages_of_one_side_cost_what_their_texts_cost() -> None:
+    messages = [{"role": "user", "content": "☺" * 20_000} for _ in range(1000)]
+    parsed = [Message.model_validate(message) for message in messages]
+    started = time.process_time()
+    asked = read_conversation(parsed)
+    assert len(asked.prompt) == 1000 * 20_001 - 1
+    assert time.process_time() - started < 2.0
 
 
 @pytest.mark.parametrize(

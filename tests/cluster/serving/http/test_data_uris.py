@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from contextlib import suppress
 from urllib.parse import quote
 
@@ -58,6 +59,14 @@ def test_what_is_no_data_uri_is_refused(uri: str, code: str) -> None:
     with pytest.raises(ApiError) as caught:
         read_data_uri(uri, LIMITS)
     assert (caught.value.api_code, caught.value.param) == (code, "messages")
+
+
+@pytest.mark.parametrize("head", [";" * 5_000_000, "data:" + "ab;" * 2_000_000, "data:;base64"])
+def test_a_head_of_megabytes_costs_nothing(head: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ApiError):
+        read_data_uri(head, LIMITS)
+    assert time.process_time() - started < 0.2
 
 
 @given(st.text(max_size=60))

@@ -52,6 +52,26 @@ def test_a_page_of_another_origin_is_refused_and_its_request_does_no_work() -> N
     assert status(origin="null") == 403
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://]", "//", "x"])
+def test_an_origin_that_is_none_is_refused(origin: str) -> None:
+    assert status(origin=origin) == 403
+
+
+def test_a_fault_of_ours_has_an_id_and_its_status_in_the_log() -> None:
+    body = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
+    with structlog.testing.capture_logs() as logs:
+        response = send_request(
+            "POST",
+            "/v1/chat/completions",
+            RecordingReplica(TypeError("secret")),
+            ApiSettings(access_log=True),
+            json=body,
+        )
+    assert read_error(response)[0] == 500
+    assert response.headers["x-request-id"]
+    assert [line["status"] for line in logs if line["event"] == "request"] == [500]
+
+
 def test_a_page_of_the_endpoint_itself_may_ask_and_one_that_was_given() -> None:
     assert status(host="localhost:8000", origin="http://localhost:8000") == 200
     assert status(host="localhost:8000", origin="http://localhost:9000") == 403

@@ -283,9 +283,12 @@ def test_ratios_compare_scenarios_within_the_same_round() -> None:
 
 
 @pytest.mark.slow
-def test_requests_are_answered_idle_and_beside_a_job(serving: str, s3: str) -> None:
+def test_requests_are_answered_idle_and_beside_a_job(
+    serving: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "_SETTLING_SECONDS", 0.5)
     size = replace(
-        SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=2048, light_requests=1
+        SMALL, rounds=1, requests={1: 2, 4: 8, 16: 16}, batch_rows=3072, light_requests=2, pause=0.5
     )
     found = run_online_suite("tiny-llava", size=size, quick=True, root=s3, console=QUIET)
     assert found["suite"] == "online"

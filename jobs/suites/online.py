@@ -198,12 +198,14 @@ def time_scenarios(
                     if job is not None:
                         job.check()
                 if job is not None:
-                    light.append(_time_light_load(fleet, size, rows))
-                    job.check()
+                    light.append(_time_light_load(fleet, size, rows, job))
     return timings, light
 
 
-def _time_light_load(fleet: Fleet, size: SuiteSize, rows: Iterator[DrawnRow]) -> LightRound:
+def _time_light_load(
+    fleet: Fleet, size: SuiteSize, rows: Iterator[DrawnRow], job: BatchJob
+) -> LightRound:
+    """Raises as `BatchJob.check` does."""
     from jobs.suites.load import run_closed_loop
 
     bodies = _bodies(fleet, rows, size.light_requests, pruned=True)
@@ -214,6 +216,7 @@ def _time_light_load(fleet: Fleet, size: SuiteSize, rows: Iterator[DrawnRow]) ->
     between, middle = fleet.stats().rows, time.perf_counter()
     load = run_closed_loop(fleet.http_url, bodies, 1, pause=size.pause)
     after, ended = fleet.stats().rows, time.perf_counter()
+    job.check()  # what it did was its pace all the time
     return LightRound(
         alone=(between - before) / (middle - started),
         beside=(after - between - len(load.answered)) / (ended - middle),

@@ -57,7 +57,7 @@ METRICS: Final[Mapping[str, MetricDefinition]] = {
     "e2e_request_latency_seconds": MetricDefinition(
         "histogram",
         (*_REPLICA, "priority"),
-        "From a replica's receipt of a request to its answer, decoding of images included",
+        "From a request's turn at a replica to its answer, decoding of images included",
     ),
     "request_success_total": MetricDefinition(
         "counter", (*_REPLICA, "priority", "finished_reason"), "Answers, retried rows included"

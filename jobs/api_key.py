@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from cluster.errors import UsageError
-from cluster.serving.http.api_keys import ApiKey, make_key, parse_keys
+from cluster.serving.http.api_keys import ApiKey, make_key, parse_keys, read_keys
 from jobs.boundary import end_with, run_command
 
 
@@ -46,7 +46,7 @@ def _make(given: argparse.Namespace) -> int:
     )
     keys = [entry]
     if given.file is not None and given.file.exists():
-        keys = [*parse_keys(given.file.read_text()), entry]
+        keys = [*read_keys(str(given.file)), entry]
     text = _to_yaml(keys)
     parse_keys(text)  # also that no other key has this name
     if given.file is None:

@@ -82,9 +82,6 @@ class Scheduler(Generic[_S]):
         """Of the requests that wait, each once, in order."""
         return sorted(priority for priority, queue in self._queues.items() if queue)
 
-    def first(self) -> _S | None:
-        return next(iter(self), None)
-
     def take(
         self,
         slots: int,

@@ -61,7 +61,8 @@ class RefusalPart(_Strict):
 
 
 class ImageUrl(_Strict):
-    """`detail` sets the budget where `prune` does not: see `ChatRequest.detail`."""
+    """`detail` sets the budget where `prune` does not: high and original are dense, low is
+    `RequestRules.low_detail`."""
 
     url: ImageText
     detail: Detail | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from PIL import Image
 from sppruner.engine import Request, Result, SamplingParams
 from sppruner.engine.base import ModelEngine
 from sppruner.errors import MissingSignal, SpecError
+from sppruner.models.loading import LoadedModel, load_model
 from sppruner.spec import DENSE, Budget, PruneSpec
+from sppruner.tiny.model import build_model, build_processor, save
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
@@ -27,6 +30,19 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"tokens": 0}),
     ("prunesid", {"ratio": 0.5, "spread": 0.5}),
 ]
+
+
+def scaled_model(folder: Path) -> LoadedModel:
+    """A tiny model of random weights, scaled up: answers depend on the image, and hardly any ends
+    by itself."""
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    save(model, processor, folder)
+    return load_model(str(folder))
 
 
 def spec_of(method: str, budget: dict[str, Any], **changes: Any) -> PruneSpec:

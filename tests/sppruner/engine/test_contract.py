@@ -17,10 +17,11 @@ from sppruner.conversation import Turn
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
 from sppruner.engine.base import ModelEngine
 from sppruner.errors import EngineError, PruningHadNoEffect, SpecError
-from sppruner.models.loading import LoadedModel, load_model
+from sppruner.models.loading import LoadedModel
 from sppruner.prompts import build_chat_inputs
 from sppruner.spec import DENSE, Budget, PruneSpec
-from sppruner.tiny.model import VISUAL_TOKENS, build_model, build_processor, save
+from sppruner.tiny.model import VISUAL_TOKENS
+from tests.sppruner.engine.requests import scaled_model
 
 NEW = SamplingParams(max_new_tokens=4)
 GRID = PruneSpec(method="grid", budget=Budget(ratio=0.25))
@@ -37,15 +38,7 @@ MOVED = PruneSpec(method="topk", budget=Budget(tokens=20), positions="renumber")
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Random weights, scaled up so that answers depend on the image."""
-    folder = tmp_path_factory.mktemp("model")
-    processor = build_processor()
-    model = build_model(processor.tokenizer)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    save(model, processor, folder)
-    return load_model(str(folder))
+    return scaled_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(params=[BatchEngine, ContinuousEngine])

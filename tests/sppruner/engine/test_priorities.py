@@ -13,9 +13,8 @@ import torch
 from sppruner.engine import BatchEngine, ContinuousEngine, Request, Result, SamplingParams
 from sppruner.engine.decode_pace import DecodePace
 from sppruner.engine.running_batch import RunningRequest
-from sppruner.models.loading import LoadedModel, load_model
-from sppruner.tiny.model import build_model, build_processor, save
-from tests.sppruner.engine.requests import facts, requests
+from sppruner.models.loading import LoadedModel
+from tests.sppruner.engine.requests import facts, requests, scaled_model
 
 ONLINE, BATCH = 0, 1
 
@@ -23,15 +22,7 @@ ONLINE, BATCH = 0, 1
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Random weights, scaled up: answers depend on the image, and hardly any ends by itself."""
-    folder = tmp_path_factory.mktemp("model")
-    processor = build_processor()
-    model = build_model(processor.tokenizer)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    save(model, processor, folder)
-    return load_model(str(folder))
+    return scaled_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
